@@ -1,0 +1,420 @@
+"""A callable: a flat torch function and the functions derived from it. Imports torch, never JAX.
+
+A *program* is a pure function from tensors to a tuple of tensors. Derivatives and batches of a
+program are programs, and the algebra is closed: with primals ``x``, tangents ``t`` of the inputs
+``S``, cotangents ``c`` of the outputs ``D``,
+
+    Jvp(f, S, D): (x, t) -> ∂f_D/∂x_S(x) · t           linear in t
+    Vjp(f, S, D): (x, c) -> c · ∂f_D/∂x_S(x)           linear in c, the transpose of Jvp(f, S, D)
+    Vmap(f, dims): f on every row of the operands whose dim is not None; rows of results at dim 0
+
+A program has three forms that compute the same:
+
+    functional  composes with torch.func: what vmap and forward mode are built from
+    graph       composes with torch.autograd: what reverse mode is built from; old-style
+                autograd.Functions, compiled functions and custom kernels work here
+    run         what XLA calls, under no_grad, on plain tensors: nothing differentiates it further
+
+NOTE [Conjugates]. For a complex input torch's gradient is the conjugate transpose ``Jᴴ c``, JAX's
+cotangent is the plain transpose ``Jᵀ c = conj(Jᴴ conj(c))``: a Vjp conjugates on both sides.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable as Function
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from . import _state
+
+Tensor = torch.Tensor
+Tensors = tuple[Tensor, ...]
+Indices = tuple[int, ...]
+Dims = tuple["int | None", ...]
+
+
+class Program(Protocol):
+    """A pure function from tensors to a tuple of tensors, in three forms."""
+
+    def functional(self, *args: Tensor) -> Tensors: ...
+
+    def graph(self, *args: Tensor) -> Tensors: ...
+
+    def run(self, *args: Tensor) -> Tensors: ...
+
+
+class Flat:
+    """The user's function on flat operands.
+
+    ``pure`` changes none of its operands. ``run`` may be another function with the same results
+    that works in place (see ``inplace_argnums`` and ``out_arg``).
+    """
+
+    def __init__(
+        self, pure: Function[..., Tensors], run: Function[..., Tensors] | None, forward_ad: bool
+    ) -> None:
+        self.functional = self.graph = pure
+        self.run = run or pure
+        self.forward_ad = forward_ad
+
+
+class Jvp:
+    """``(x, t) -> ∂f_D/∂x_S(x) · t``, by forward mode or, where it is missing, by two pullbacks.
+
+    The pullback ``u -> Jᴴ u`` is linear in ``u`` for any ``u``; its own pullback at ``t`` is
+    ``J t``. Old-style ``autograd.Function``s and operators without a forward formula need this.
+    """
+
+    def __init__(self, parent: Program, wrt: Indices, of: Indices) -> None:
+        self.parent, self.wrt, self.of = parent, wrt, of
+        self.forward_ad: bool = getattr(parent, "forward_ad", True)
+
+    def functional(self, *args: Tensor) -> Tensors:
+        return self._either(self.parent.functional, self._two_pullbacks_functional, args)
+
+    def graph(self, *args: Tensor) -> Tensors:
+        return self._either(self.parent.functional, self._two_pullbacks_graph, args)
+
+    run = graph
+
+    def _either(
+        self,
+        forward_form: Function[..., Tensors],
+        reverse: Function[[Tensors, Tensors], Tensors],
+        args: Tensors,
+    ) -> Tensors:
+        split = len(args) - len(self.wrt)
+        primals, tangents = args[:split], args[split:]
+        if not self.forward_ad:
+            return reverse(primals, tangents)
+        try:
+            f = _restrict(forward_form, primals, self.wrt, self.of)
+            _, pushed = torch.func.jvp(f, _take(primals, self.wrt), tangents)  # type: ignore[misc]
+            return pushed
+        except Exception as forward_error:
+            try:
+                out = reverse(primals, tangents)
+            except Exception:
+                raise forward_error from None
+            self.forward_ad = False
+            return out
+
+    def _two_pullbacks_functional(self, primals: Tensors, tangents: Tensors) -> Tensors:
+        f = _restrict(self.parent.functional, primals, self.wrt, self.of)
+        out, pullback = torch.func.vjp(f, *_take(primals, self.wrt))  # type: ignore[misc]
+        zeros = map(torch.zeros_like, out)
+        _, push = torch.func.vjp(lambda *u: pullback(u), *zeros)  # type: ignore[misc]
+        return push(tangents)
+
+    def _two_pullbacks_graph(self, primals: Tensors, tangents: Tensors) -> Tensors:
+        with torch.enable_grad():
+            primals = _watch(primals, self.wrt)
+            out = _take(self.parent.graph(*primals), self.of)
+            u = tuple(torch.zeros_like(o, requires_grad=True) for o in out)
+            pulled = _gradients(out, _take(primals, self.wrt), u, create_graph=True)
+            return _gradients(pulled, u, tangents, create_graph=True)
+
+
+class Vjp:
+    """``(x, c) -> c · ∂f_D/∂x_S(x)``. See NOTE [Conjugates]."""
+
+    def __init__(self, parent: Program, wrt: Indices, of: Indices) -> None:
+        self.parent, self.wrt, self.of = parent, wrt, of
+
+    def split(self, args: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """Operands, or facts about them, as those of the primals and those of the cotangents."""
+        at = len(args) - len(self.of)
+        return args[:at], args[at:]
+
+    def functional(self, *args: Tensor) -> Tensors:
+        primals, cotangents = self.split(args)
+        f = _restrict(self.parent.functional, primals, self.wrt, self.of)
+        _, pullback = torch.func.vjp(f, *_take(primals, self.wrt))  # type: ignore[misc]
+        return _conj(pullback(_conj(cotangents)))
+
+    def graph(self, *args: Tensor) -> Tensors:
+        # Not detached: a second derivative goes through the primals too.
+        primals, cotangents = self.split(args)
+        with torch.enable_grad():
+            primals = _watch(primals, self.wrt)
+            out = _take(self.parent.graph(*primals), self.of)
+            grads = _gradients(out, _take(primals, self.wrt), _conj(cotangents), create_graph=True)
+            return _conj(grads)
+
+    def run(self, *args: Tensor) -> Tensors:
+        primals, cotangents = self.split(args)
+        return self.pull(self.parent.graph, primals, cotangents)
+
+    def pull(
+        self,
+        f: Function[..., Tensors],
+        primals: Tensors,
+        cotangents: Tensors,
+        batched: bool = False,
+    ) -> Tensors:
+        """Run ``f`` forward and backward once; nothing differentiates the result further."""
+        before = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(True)
+        try:
+            leaves = list(primals)
+            for i in self.wrt:
+                leaves[i] = leaves[i].detach().requires_grad_()
+            out = _take(f(*leaves), self.of)
+            wrt = _take(leaves, self.wrt)
+            return _conj(_gradients(out, wrt, _conj(cotangents), batched=batched))
+        finally:
+            torch._C._set_grad_enabled(before)
+
+
+class Vmap:
+    """``f`` on every row: one call through ``torch.func.vmap``; rows of results at dim 0."""
+
+    def __init__(self, parent: Program, dims: Dims) -> None:
+        self.parent, self.dims = parent, dims
+        self.forward_ad: bool = getattr(parent, "forward_ad", True)
+
+    def functional(self, *args: Tensor) -> Tensors:
+        return _vmap(self.parent.functional, self.dims)(*args)
+
+    graph = functional
+
+    def run(self, *args: Tensor) -> Tensors:
+        vjp = self.parent
+        if isinstance(vjp, Vjp):
+            # The rows are independent, so their pullbacks are one pullback of the batched function,
+            # by torch.autograd, which is several times cheaper than torch.func inside vmap.
+            primal_dims, cotangent_dims = vjp.split(self.dims)
+            primals, cotangents = vjp.split(args)
+            if all(d is None for d in primal_dims):
+                if all(d is not None for d in cotangent_dims):
+                    rows = _rows_first(cotangents, cotangent_dims)
+                    return vjp.pull(vjp.parent.graph, primals, rows, batched=True)
+            elif all(primal_dims[i] is not None for i in vjp.wrt):
+                return self._pull_rows(vjp, primals, cotangents)
+        return self.functional(*args)
+
+    def _pull_rows(self, vjp: Vjp, primals: Tensors, cotangents: Tensors) -> Tensors:
+        primal_dims, cotangent_dims = vjp.split(self.dims)
+        size = next(x.shape[d] for x, d in zip(primals, primal_dims, strict=True) if d is not None)
+        cotangents = tuple(
+            c.expand(size, *c.shape) if d is None else c.movedim(d, 0)
+            for c, d in zip(cotangents, cotangent_dims, strict=True)
+        )
+        grads = vjp.pull(_vmap(vjp.parent.functional, primal_dims), primals, cotangents)
+        # A gradient has its rows where the operand has them.
+        return _rows_first(grads, _take(primal_dims, vjp.wrt))
+
+
+@dataclass(frozen=True, eq=False)
+class Options:
+    """What every callable derived from one wrapped function shares."""
+
+    label: str
+    """The user's function in messages."""
+    name: str
+    """Root of the name in HLO."""
+    named: bool
+    """Whether the user chose the name: it then carries no counter."""
+    default_dtype: torch.dtype
+    device: torch.device
+    """Where stand-ins for operands live at trace time."""
+    roots: tuple[Any, ...] = ()
+    """Objects from which inference finds the modules that it must leave as they are."""
+    vmap_method: str = "auto"
+    side_effects: bool = False
+    aliases: tuple[tuple[int, int], ...] = ()
+    """(operand, output) pairs of the base call that share memory."""
+    pass_outputs: bool = False
+    """The base call's ``run`` takes the output buffers after the operands."""
+    notes: set[Any] = field(default_factory=set)
+    """Warnings given once."""
+
+
+class Callable:
+    """A program as JAX knows it: an identity, a name, and a table of derived callables.
+
+    Derived callables hold their parent; a parent holds what is derived from it weakly, so that a
+    callable lives as long as a wrapper, a jaxpr or an executable that uses it.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        options: Options,
+        inputs: Sequence[str],
+        outputs: Sequence[str],
+        parent: Callable | None = None,
+        suffix: str = "",
+    ) -> None:
+        self.program, self.options = program, options
+        self.inputs, self.outputs = tuple(inputs), tuple(outputs)
+        self.parent, self.suffix = parent, suffix
+        self.registration: Any = None  # the entry in the handler's table, made by _ffi when lowered
+        self.memo: dict[Any, Any] = {}  # what other modules remember about this callable
+        self._derived: weakref.WeakValueDictionary[str, Callable] = weakref.WeakValueDictionary()
+
+    def __repr__(self) -> str:
+        return f"<{self.options.label}{self.path}>"
+
+    @property
+    def path(self) -> str:
+        """How this callable is derived from the user's function: ``/vjp(0;0)/vmap(0,None)``."""
+        return (self.parent.path if self.parent else "") + self.suffix
+
+    def _derive(self, suffix: str, make: Function[[], Program], ins: list[str], outs: list[str]):
+        child = self._derived.get(suffix)
+        if child is None:
+            child = Callable(make(), self.options, ins, outs, self, suffix)
+            child = self._derived.setdefault(suffix, child)
+        return child
+
+    def jvp(self, wrt: Indices, of: Indices) -> Callable:
+        """``(x, tangents of wrt) -> tangents of the outputs ``of``."""
+        tangents = [f"the tangent of {self.inputs[i]}" for i in wrt]
+        return self._derive(
+            f"/jvp({_join(wrt)};{_join(of)})",
+            lambda: Jvp(self.program, wrt, of),
+            [*self.inputs, *tangents],
+            [f"the tangent of {self.outputs[i]}" for i in of],
+        )
+
+    def vjp(self, wrt: Indices, of: Indices) -> Callable:
+        """``(x, cotangents of the outputs ``of``) -> cotangents of wrt``."""
+        cotangents = [f"the cotangent of {self.outputs[i]}" for i in of]
+        return self._derive(
+            f"/vjp({_join(wrt)};{_join(of)})",
+            lambda: Vjp(self.program, wrt, of),
+            [*self.inputs, *cotangents],
+            [f"the cotangent of {self.inputs[i]}" for i in wrt],
+        )
+
+    def vmap(self, dims: Dims) -> Callable:
+        """This callable on every row of the operands whose dim is not None."""
+        return self._derive(
+            f"/vmap({_join(dims)})",
+            lambda: Vmap(self.program, dims),
+            list(self.inputs),
+            list(self.outputs),
+        )
+
+    def batch_levels(self) -> list[Dims]:
+        """Dims of the operands in each enclosing batch, the outermost first."""
+        levels = []
+        callable: Callable | None = self
+        while callable is not None and isinstance(callable.program, Vmap):
+            levels.append(callable.program.dims)
+            callable = callable.parent
+        return levels
+
+    def transpose(self, linear: Indices, of: Indices) -> Callable | None:
+        """The callable ``(other operands, cotangents of ``of``) -> cotangents of ``linear``.
+
+        None where this callable is not known to be linear in those operands.
+        """
+        program = self.program
+        if self.parent is None:
+            return None
+        if isinstance(program, Jvp | Vjp):
+            n = len(self.parent.inputs)
+            if min(linear) < n:
+                return None
+            if isinstance(program, Jvp):
+                wrt = tuple(program.wrt[i - n] for i in linear)
+                return self.parent.vjp(wrt, tuple(program.of[i] for i in of))
+            return self.parent.jvp(
+                tuple(program.wrt[i] for i in of), tuple(program.of[i - n] for i in linear)
+            )
+        if isinstance(program, Vmap):
+            inner = self.parent.transpose(linear, of)
+            if inner is None:
+                return None
+            others = tuple(d for i, d in enumerate(program.dims) if i not in linear)
+            # The transposes drop operands that were linear too but are constant here.
+            others = others[: len(inner.inputs) - len(of)]
+            return inner.vmap(others + (0,) * len(of))
+        return None
+
+
+def _join(items: Iterable[Any]) -> str:
+    return ",".join(map(str, items))
+
+
+def _take(items: Sequence[Any], indices: Indices) -> tuple[Any, ...]:
+    return tuple(items[i] for i in indices)
+
+
+def _restrict(
+    f: Function[..., Tensors], primals: Tensors, wrt: Indices, of: Indices
+) -> Function[..., Tensors]:
+    """``f`` as a function of the inputs ``wrt`` to the outputs ``of``, the others held."""
+
+    def restricted(*xs: Tensor) -> Tensors:
+        args = list(primals)
+        for i, x in zip(wrt, xs, strict=True):
+            args[i] = x
+        return _take(f(*args), of)
+
+    return restricted
+
+
+def _watch(primals: Tensors, wrt: Indices) -> Tensors:
+    """Primals whose gradients can be asked for, still connected to what they came from."""
+    watched = list(primals)
+    for i in wrt:
+        x = watched[i]
+        watched[i] = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+    return tuple(watched)
+
+
+def _gradients(
+    outputs: Tensors,
+    inputs: Tensors,
+    cotangents: Tensors,
+    *,
+    create_graph: bool = False,
+    batched: bool = False,
+) -> Tensors:
+    """torch's gradients (conjugate transposes); zeros where an output does not depend on an input.
+
+    ``batched``: every cotangent has leading rows, and so have the results.
+    """
+    connected = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
+    grads: Sequence[Tensor | None] = [None] * len(inputs)
+    if connected:
+        outs, cots = zip(*connected, strict=True)
+        try:
+            grads = torch.autograd.grad(
+                outs,
+                inputs,
+                cots,
+                create_graph=create_graph,
+                allow_unused=True,
+                is_grads_batched=batched,
+            )
+        except RuntimeError as error:
+            if "Checkpointing is not compatible with .grad()" not in str(error):
+                raise
+            if create_graph or batched:
+                raise
+            grads = _state.backward_on_leaves(outs, inputs, cots)
+    rows = (cotangents[0].shape[0],) if batched else ()
+    return tuple(
+        x.new_zeros(rows + tuple(x.shape)) if g is None else g
+        for x, g in zip(inputs, grads, strict=True)
+    )
+
+
+def _conj(tensors: Iterable[Tensor]) -> Tensors:
+    return tuple(t.conj() if t.is_complex() else t for t in tensors)
+
+
+def _rows_first(tensors: Iterable[Tensor], dims: Iterable[Any]) -> Tensors:
+    return tuple(t if d == 0 else t.movedim(d, 0) for t, d in zip(tensors, dims, strict=True))
+
+
+def _vmap(f: Function[..., Tensors], dims: Dims) -> Function[..., Tensors]:
+    return torch.func.vmap(f, in_dims=dims, out_dims=0, randomness="different")

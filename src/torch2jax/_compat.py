@@ -1,0 +1,94 @@
+"""Everything that differs between versions of jax and torch, and every use of private API."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import torch
+
+# The sharding and varying axes of a new aval have no public constructor.
+from jax._src import core as _core
+
+# Effects have no public registration; jax's own FFI call registers its effect the same way.
+from jax._src import effects as _effects
+
+# The concrete class of arrays: public jax.Array is an ABC whose instance check costs a microsecond.
+from jax._src.array import ArrayImpl
+
+__all__ = [
+    "ArrayImpl",
+    "TorchEffect",
+    "exchange_api",
+    "result_aval",
+    "torch_effect",
+    "varying_axes",
+    "varying_together",
+]
+
+
+class TorchEffect(_effects.Effect):
+    """Marks a call with side effects: never dropped, merged or moved."""
+
+    def __str__(self) -> str:
+        return "TorchCall"
+
+
+torch_effect = TorchEffect()
+
+for _allowed in (
+    _effects.lowerable_effects,
+    _effects.control_flow_allowed_effects,
+    _effects.custom_derivatives_allowed_effects,
+    _effects.remat_allowed_effects,
+):
+    _allowed.add_type(TorchEffect)
+
+
+# --- varying manual axes (shard_map with check_vma=True) ----------------------------------------
+# Up to jax 0.9 an aval has ``vma``; from 0.10 a manual axis type ``mat`` with ``varying``.
+
+
+def varying_axes(aval: Any) -> frozenset[str]:
+    """The manual mesh axes over which a value of this aval varies."""
+    if hasattr(aval, "mat"):
+        return aval.mat.varying
+    return getattr(aval, "vma", frozenset())
+
+
+def varying_together(operands: Iterable[Any]) -> list[Any]:
+    """Operands cast to their common varying axes; the casts transpose to sums over those axes."""
+    operands = list(operands)
+    varying = [varying_axes(jax.typeof(x)) for x in operands]
+    union: frozenset[str] = frozenset().union(*varying)
+    if not union:
+        return operands
+    return [
+        _cast_varying(x, tuple(sorted(union - have))) if union - have else x
+        for x, have in zip(operands, varying, strict=True)
+    ]
+
+
+def _cast_varying(x: Any, axes: tuple[str, ...]) -> Any:
+    if hasattr(jax.lax, "pcast"):
+        return jax.lax.pcast(x, axes, to="varying")
+    return jax.lax.pvary(x, axes)  # type: ignore[attr-defined]
+
+
+def result_aval(shape: tuple[int, ...], dtype: Any, operands: Iterable[Any]) -> Any:
+    """The aval of a result that varies over the axes over which the operands' avals vary."""
+    sharding = _core.get_cur_mesh_sharding()
+    axes: frozenset[str] = frozenset().union(*map(varying_axes, operands))
+    if hasattr(_core, "ManualAxisType"):
+        varying = _core.ManualAxisType(varying=axes)
+        return _core.ShapedArray(shape, dtype, sharding=sharding, manual_axis_type=varying)
+    return _core.ShapedArray(shape, dtype, sharding=sharding, vma=axes)  # type: ignore[call-arg]
+
+
+# --- torch ---------------------------------------------------------------------------------------
+
+
+def exchange_api() -> Any:
+    """The capsule of torch's DLPack C exchange API, or None where torch has none (before 2.10)."""
+    return getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)

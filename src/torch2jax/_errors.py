@@ -1,0 +1,36 @@
+"""What torch2jax raises and warns with."""
+
+from __future__ import annotations
+
+__all__ = [
+    "DifferentiationError",
+    "SignatureError",
+    "Torch2JaxError",
+    "Torch2JaxWarning",
+    "TorchCallError",
+    "UnsupportedDtypeError",
+]
+
+
+class Torch2JaxError(Exception):
+    """Base of every error here; raised itself for values that are gone or out of reach."""
+
+
+class SignatureError(Torch2JaxError, TypeError):
+    """Arguments, results or their structure are not what a call, option or conversion takes."""
+
+
+class UnsupportedDtypeError(Torch2JaxError, TypeError):
+    """The other side has no such dtype, or its values need `jax_enable_x64`."""
+
+
+class DifferentiationError(Torch2JaxError, TypeError):
+    """A function is differentiated in a mode or to an order that it was not wrapped for."""
+
+
+class TorchCallError(Torch2JaxError, RuntimeError):
+    """The PyTorch function raised during an eager call; `__cause__` is its exception."""
+
+
+class Torch2JaxWarning(UserWarning):
+    """Category of every warning of torch2jax, so that one filter governs them all."""

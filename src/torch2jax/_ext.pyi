@@ -1,0 +1,45 @@
+# What cpp/module.cc offers.
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+
+class Entry:
+    def __init__(
+        self,
+        name: str,
+        run: Callable[..., Any],
+        label: str,
+        inputs: list[str],
+        outputs: list[str],
+        default_dtype: torch.dtype | None,
+        pass_outputs: bool = False,
+        grads: bool = False,
+        inplace: list[int] = ...,
+    ) -> None: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def label(self) -> str: ...
+    @property
+    def calls(self) -> int: ...
+
+def cpu_handler() -> Any: ...
+def gpu_handler() -> Any: ...
+def setup(
+    *,
+    exchange_api: Any,
+    torch: ModuleType,
+    ambient_clean: Callable[[torch.dtype], bool],
+    run_guarded: Callable[..., Any],
+    describe_exception: Callable[[str, BaseException], str],
+    collect: Callable[[], Any],
+    run_on_stream: Callable[..., Any] | None = None,
+    current_stream: Callable[[int], int] | None = None,
+    force_capsules: bool = False,
+    rocm: bool = False,
+) -> None: ...
+def begin_shutdown() -> None: ...
+def dlpack_path() -> str: ...
+def dtype_routes() -> dict[str, str]: ...

@@ -1,0 +1,78 @@
+"""The handler's side of a callable: the only file that imports the extension."""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import threading
+from collections import Counter
+from typing import Any
+
+import jax
+import torch
+import torch.utils.dlpack
+
+from . import _compat, _ext, _state
+from ._callable import Callable
+
+TARGET = __name__.partition(".")[0]
+"""Name of the custom call: the package's import name, so that aliases live side by side."""
+
+PLATFORMS = ("cpu", "cuda", "rocm")
+
+_names: Counter[str] = Counter()
+_lock = threading.RLock()
+
+
+def register(callable: Callable) -> Any:
+    """The callable's entry in the handler's table; made, and named, when it is first lowered."""
+    with _lock:
+        if callable.registration is None:
+            program, options = callable.program, callable.options
+            base = callable.parent is None
+            callable.registration = _ext.Entry(
+                name=name_of(callable),
+                run=program.run,
+                label=options.label + callable.path,
+                inputs=list(callable.inputs),
+                outputs=list(callable.outputs),
+                default_dtype=options.default_dtype,
+                pass_outputs=base and options.pass_outputs,
+                inplace=[i for i, _ in options.aliases] if base else [],
+            )
+        return callable.registration
+
+
+def name_of(callable: Callable) -> str:
+    """The callable's name: ``module.qualname``, a counter, and how it is derived.
+
+    The counter of a root is given when it or anything derived from it is first lowered, so equal
+    programs have equal names in every process.
+    """
+    if callable.parent is not None:
+        return name_of(callable.parent) + callable.suffix
+    name = callable.memo.get("name")
+    if name is None:
+        root = callable.options.name
+        count = _names[root]
+        _names[root] += 1
+        name = root if callable.options.named and count == 0 else f"{root}#{count}"
+        callable.memo["name"] = name
+    return name
+
+
+_ext.setup(
+    exchange_api=_compat.exchange_api(),
+    torch=torch,
+    ambient_clean=_state.ambient_clean,
+    run_guarded=_state.run_guarded,
+    describe_exception=_state.describe_exception,
+    collect=lambda: gc.collect(1),
+    run_on_stream=_state.run_on_stream,
+    current_stream=_state.current_stream,
+    rocm=torch.version.hip is not None,
+)
+jax.ffi.register_ffi_target(TARGET, _ext.cpu_handler(), platform="cpu")
+for _platform in ("CUDA", "ROCM"):
+    jax.ffi.register_ffi_target(TARGET, _ext.gpu_handler(), platform=_platform)
+atexit.register(_ext.begin_shutdown)

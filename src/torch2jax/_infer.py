@@ -1,0 +1,322 @@
+"""What a function returns, found without running it: torch only, never JAX.
+
+``fn`` runs on fake tensors (shapes and dtypes, no values). Where fake tensors cannot run it
+(``.item()``, ``.numpy()``), it runs on the example values, or on seeded random normals: zeros break
+``cholesky``, ``inv`` and norms. Either way the user's objects are as before: see ``_preserved``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import re
+import types
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map
+
+from . import _state
+
+_NATIVE_NAMESPACES = ("aten", "prims", "prim", "c10d", "profiler")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Shape, dtype and device of an operand; the value of an example, if there is one."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    value: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Inference:
+    """What one run of a function showed."""
+
+    result: Any
+    """What ``fn`` returned, mapped by ``describe``."""
+    mutated: frozenset[int] = frozenset()
+    """Operands that it changed in place."""
+    forward_ad: bool = True
+    """False where it calls an operator that has an autograd formula but no forward-mode one."""
+    draws: str | None = None
+    """An operator that draws random numbers."""
+    refuses_int32: str | None = None
+    """An operator whose kernel wants int64 where it got int32."""
+
+
+class FakeSurvived(Exception):
+    """A fake tensor outlived inference: something outside the function's modules keeps it."""
+
+
+def infer(
+    fn: Callable[..., Any],
+    specs: Sequence[Spec],
+    describe: Callable[[Any], Any],
+    default_dtype: torch.dtype,
+    roots: Iterable[Any],
+) -> Inference:
+    """Run ``fn`` on stand-ins for operands of ``specs``; ``describe`` maps its result.
+
+    Raises ``FakeSurvived``, or the exception of ``fn`` itself.
+    """
+    modules = reachable_modules(roots)
+    with _state.clean(default_dtype):
+        try:
+            return _infer_fake(fn, specs, describe, modules)
+        except FakeSurvived:
+            raise
+        except Exception as fake_error:
+            if isinstance(fake_error, _Refused):
+                raise fake_error.error from None
+            try:
+                return _infer_real(fn, specs, describe, modules)
+            except Exception as error:
+                raise error from None
+
+
+class _Refused(Exception):
+    """``describe`` refused the result: running again with values would not help."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+
+def _infer_fake(
+    fn: Callable[..., Any],
+    specs: Sequence[Spec],
+    describe: Callable[[Any], Any],
+    modules: Sequence[torch.nn.Module],
+) -> Inference:
+    from torch._subclasses.fake_tensor import FakeTensorMode  # loading it takes most of a second
+
+    recorder = _Recorder(probe_int32=any(s.dtype is torch.int32 for s in specs))
+    with _preserved(modules, values=False), FakeTensorMode(allow_non_fake_inputs=True):
+        operands = [torch.empty(s.shape, dtype=s.dtype, device=s.device) for s in specs]
+        before = [x._version for x in operands]
+        with recorder:
+            out = fn(*operands)
+        try:
+            result = describe(out)
+        except Exception as error:
+            raise _Refused(error) from None
+        mutated = _changed(operands, before)
+        del out, operands
+    if recorder.any_alive():
+        raise FakeSurvived
+    return Inference(result, mutated, not recorder.custom, recorder.draws, recorder.refuses_int32)
+
+
+def _infer_real(
+    fn: Callable[..., Any],
+    specs: Sequence[Spec],
+    describe: Callable[[Any], Any],
+    modules: Sequence[torch.nn.Module],
+) -> Inference:
+    recorder = _Recorder()
+    with _preserved(modules, values=True):
+        operands = [_sample(i, s) for i, s in enumerate(specs)]
+        before = [x._version for x in operands]
+        with recorder:
+            out = fn(*operands)
+        return Inference(
+            describe(out), _changed(operands, before), not recorder.custom, recorder.draws
+        )
+
+
+def runs_on_fakes(
+    run: Callable[..., Any],
+    specs: Sequence[Spec],
+    default_dtype: torch.dtype,
+    roots: Iterable[Any],
+) -> str | None:
+    """None if ``run`` runs on fake tensors; else why not, with the operator where it stopped."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    recorder = _Recorder()
+    modules = reachable_modules(roots)
+    with _state.clean(default_dtype), _preserved(modules, values=False):
+        try:
+            with FakeTensorMode(allow_non_fake_inputs=True):
+                operands = [torch.empty(s.shape, dtype=s.dtype, device=s.device) for s in specs]
+                with recorder:
+                    run(*operands)
+            return None
+        except Exception as error:
+            at = f" (after {recorder.last})" if recorder.last else ""
+            reason = str(error).strip().splitlines()
+            return f"{type(error).__name__}: {reason[0] if reason else ''}{at}"
+
+
+class _Recorder(TorchDispatchMode):
+    """Sees every operator and its results: which draw, which are a library's own, which is last."""
+
+    def __init__(self, probe_int32: bool = False) -> None:
+        super().__init__()
+        self.last: str | None = None
+        self.draws: str | None = None
+        self.custom = False
+        self.refuses_int32: str | None = None
+        self._probed: set[Any] | None = set() if probe_int32 else None
+        self._results: list[weakref.ref[torch.Tensor]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func.namespace != "prim":  # queries of a device or a layout
+            self.last = str(func)
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            self.draws = self.draws or str(func)
+        if func.namespace not in _NATIVE_NAMESPACES:
+            self.custom = True
+        if self._probed is not None:
+            self._probe_int32(func, args, kwargs or {})
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(t, torch.Tensor):
+                self._results.append(weakref.ref(t))
+        return out
+
+    def _probe_int32(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Find operators that take int32 on fake tensors and refuse it on real ones.
+
+        The shape formulas of ``gather`` or ``nll_loss`` do not look at the index's dtype; the
+        kernels do. Each such operator runs once on zeros without memory of their own.
+        """
+        assert self._probed is not None
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        key = (func, *(t.dtype for t in tensors))
+        if key in self._probed or not any(t.dtype is torch.int32 for t in tensors):
+            return
+        self._probed.add(key)
+
+        def zeros(t: Any) -> Any:
+            if not isinstance(t, torch.Tensor):
+                return t
+            flat = torch.zeros((), dtype=t.dtype, device=t.device).expand(t.shape)
+            return flat.clone() if func._schema.is_mutable else flat
+
+        with _disable_current_modes():
+            try:
+                func(*tree_map(zeros, args), **tree_map(zeros, kwargs))
+            except Exception as error:
+                if re.search(r"\b(Long|int64|LongTensor)\b", str(error)):
+                    self.refuses_int32 = self.refuses_int32 or f"{func}: {error}"
+
+    def any_alive(self) -> bool:
+        if any(r() is not None for r in self._results):
+            gc.collect()
+        return any(r() is not None for r in self._results)
+
+
+def _changed(operands: Sequence[torch.Tensor], before: Sequence[int]) -> frozenset[int]:
+    return frozenset(
+        i for i, (x, v) in enumerate(zip(operands, before, strict=True)) if x._version != v
+    )
+
+
+def _sample(index: int, spec: Spec) -> torch.Tensor:
+    if spec.value is not None:
+        return spec.value.detach().to(spec.device, spec.dtype, copy=True)
+    generator = torch.Generator().manual_seed(index)
+    if spec.dtype.is_floating_point and spec.dtype.itemsize > 1:
+        value = torch.randn(spec.shape, generator=generator, dtype=torch.float32)
+    elif spec.dtype.is_complex:
+        value = torch.randn(spec.shape, generator=generator, dtype=torch.complex64)
+    else:
+        value = torch.zeros(spec.shape)
+    return value.to(spec.device, spec.dtype)
+
+
+# --- leaving no trace --------------------------------------------------------------------------
+
+
+def reachable_modules(roots: Iterable[Any]) -> list[torch.nn.Module]:
+    """Modules that a function can reach.
+
+    The function itself, what it is bound to, a partial's arguments, closures and the globals that
+    its code names; in plain objects and containers one level down.
+    """
+    modules: dict[int, torch.nn.Module] = {}
+    seen: set[int] = set()
+
+    def visit(x: Any, depth: int) -> None:
+        if id(x) in seen or depth > 4:
+            return
+        seen.add(id(x))
+        if isinstance(x, torch.nn.Module):
+            for m in x.modules():
+                modules[id(m)] = m
+        elif isinstance(x, types.MethodType):
+            visit(x.__self__, depth + 1)
+            visit(x.__func__, depth + 1)
+        elif isinstance(x, functools.partial):
+            for y in (x.func, *x.args, *x.keywords.values()):
+                visit(y, depth + 1)
+        elif isinstance(x, types.FunctionType):
+            for cell in x.__closure__ or ():
+                with contextlib.suppress(ValueError):  # an empty cell
+                    visit(cell.cell_contents, depth + 1)
+            for name in _global_names(x.__code__):
+                if name in x.__globals__:
+                    visit(x.__globals__[name], depth + 1)
+            for y in (*(x.__defaults__ or ()), *(x.__kwdefaults__ or {}).values()):
+                visit(y, depth + 1)
+            visit(getattr(x, "__wrapped__", None), depth + 1)
+        elif isinstance(x, list | tuple | set):
+            for y in x:
+                if isinstance(y, torch.nn.Module | types.FunctionType | types.MethodType):
+                    visit(y, depth + 1)
+        elif isinstance(x, dict):
+            visit(list(x.values()), depth)
+        elif hasattr(x, "__dict__") and not isinstance(x, types.ModuleType | type):
+            visit(list(vars(x).values()), depth + 1)
+
+    for root in roots:
+        visit(root, 0)
+    return list(modules.values())
+
+
+def _global_names(code: types.CodeType) -> set[str]:
+    names = set(code.co_names)
+    for const in code.co_consts:
+        if isinstance(const, types.CodeType):
+            names |= _global_names(const)
+    return names
+
+
+@contextlib.contextmanager
+def _preserved(modules: Sequence[torch.nn.Module], values: bool) -> Iterator[None]:
+    """Restore the modules' attributes, containers and (``values``) buffers, and random state."""
+    attributes = [(vars(m), dict(vars(m))) for m in modules]
+    containers = [
+        (c, c.copy())
+        for _, copy in attributes
+        for c in copy.values()
+        if isinstance(c, dict | list | set)
+    ]
+    tensors: list[tuple[torch.Tensor, torch.Tensor]] = []
+    if values:
+        for m in modules:
+            tensors += [(b, b.detach().clone()) for b in m._buffers.values() if b is not None]
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices):
+        try:
+            yield
+        finally:
+            for live, copy in attributes:
+                live.clear()
+                live.update(copy)
+            for live, copy in containers:
+                live.clear()
+                live.extend(copy) if isinstance(live, list) else live.update(copy)
+            with torch.no_grad():
+                for live, copy in tensors:
+                    live.copy_(copy)

@@ -1,0 +1,131 @@
+"""Batching: ``vmap`` of a call is one call of a batched callable, or a loop.
+
+``vmap_method`` decides, with the names and meaning that ``jax.pure_callback`` gives them:
+
+    auto                 ``torch`` where torch can batch the function, else ``sequential``
+    torch                one call through ``torch.func.vmap``
+    sequential           ``jax.lax.map`` over single calls; ``sequential_unrolled`` unrolls it
+    expand_dims          the function batches by itself: unbatched operands get a leading dim of 1
+    broadcast_all        the same, unbatched operands are broadcast to the batch
+    legacy_vectorized    the same, unbatched operands are passed as they are
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.interpreters import batching
+
+from .._avals import specs_of
+from .._callable import Callable
+from .._errors import Torch2JaxError, Torch2JaxWarning
+from .._infer import runs_on_fakes
+from .._primitive import call, torch_call_p
+
+METHODS = (
+    "auto",
+    "torch",
+    "sequential",
+    "sequential_unrolled",
+    "expand_dims",
+    "broadcast_all",
+    "legacy_vectorized",
+)
+
+
+def _batch(
+    operands: Sequence[Any],
+    dims: Sequence[int | None],
+    *,
+    callable: Callable,
+    results: Any,
+    differentiable: bool,
+) -> tuple[list[Any], list[int]]:
+    size = next(x.shape[d] for x, d in zip(operands, dims, strict=True) if d is not None)
+    rows = [((size, *shape), dtype) for shape, dtype in results]
+    method = _choose(callable, operands, dims)
+    if method == "torch":
+        out = call(callable.vmap(tuple(dims)), operands, rows, differentiable)
+    elif method.startswith("sequential"):
+        out = _loop(
+            callable, operands, dims, results, differentiable, method == "sequential_unrolled"
+        )
+    else:
+        front = [
+            x if d is None else jnp.moveaxis(x, d, 0) for x, d in zip(operands, dims, strict=True)
+        ]
+        if method == "broadcast_all" or callable.parent is not None:
+            # A derivative needs its operands and their tangents in one shape.
+            front = [
+                jnp.broadcast_to(x, (size, *x.shape)) if d is None else x
+                for x, d in zip(front, dims, strict=True)
+            ]
+        elif method == "expand_dims":
+            front = [x[None] if d is None else x for x, d in zip(front, dims, strict=True)]
+        out = call(callable, front, rows, differentiable)
+    return out, [0] * len(out)
+
+
+def _choose(callable: Callable, operands: Sequence[Any], dims: Sequence[int | None]) -> str:
+    method = callable.options.vmap_method
+    if method not in ("auto", "torch"):
+        return method
+    batched = callable.vmap(tuple(dims))
+    avals = tuple((x.shape, x.dtype) for x in map(jax.typeof, operands))
+    key = ("refusal", tuple(dims), avals)
+    if key not in callable.memo:
+        callable.memo[key] = runs_on_fakes(
+            batched.program.functional,
+            specs_of(avals, callable.options.device),
+            callable.options.default_dtype,
+            callable.options.roots,
+        )
+    refusal = callable.memo[key]
+    if refusal is None:
+        return "torch"
+    label = callable.options.label
+    if method == "torch":
+        raise Torch2JaxError(
+            f"{label}{callable.path} cannot be batched by torch.func.vmap: {refusal}. Use "
+            'vmap_method="auto" or "sequential" to call it row by row.'
+        )
+    if ("warned", label) not in callable.options.notes:
+        callable.options.notes.add(("warned", label))
+        warnings.warn(
+            f"{label} is called row by row under jax.vmap, because torch.func.vmap cannot batch "
+            f'it: {refusal}. vmap_method="sequential" says so without this warning.',
+            Torch2JaxWarning,
+            stacklevel=2,
+        )
+    return "sequential"
+
+
+def _loop(
+    callable: Callable,
+    operands: Sequence[Any],
+    dims: Sequence[int | None],
+    results: Any,
+    differentiable: bool,
+    unroll: bool,
+) -> list[Any]:
+    mapped = [jnp.moveaxis(x, d, 0) for x, d in zip(operands, dims, strict=True) if d is not None]
+
+    def one(rows: list[Any]) -> list[Any]:
+        it = iter(rows)
+        args = [x if d is None else next(it) for x, d in zip(operands, dims, strict=True)]
+        return call(callable, args, results, differentiable)
+
+    if not unroll:
+        return jax.lax.map(one, mapped)
+    size = mapped[0].shape[0]
+    if size == 0:
+        return [jnp.zeros((0, *shape), dtype) for shape, dtype in results]
+    calls = [one([x[i] for x in mapped]) for i in range(size)]
+    return [jnp.stack(column) for column in zip(*calls, strict=True)]
+
+
+batching.primitive_batchers[torch_call_p] = _batch

@@ -1,0 +1,43 @@
+"""Lowering: one custom call, whose only attribute is the name of the callable."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.interpreters import mlir
+
+from .. import _ffi
+from .._callable import Callable
+from .._errors import SignatureError
+from .._primitive import torch_call_p
+
+
+def _lower(
+    ctx: mlir.LoweringRuleContext,
+    *operands: Any,
+    callable: Callable,
+    results: Any,
+    differentiable: bool,
+) -> Sequence[Any]:
+    avals: list[Any] = [*ctx.avals_in, *ctx.avals_out]
+    if any(not isinstance(d, int) for a in avals for d in a.shape):
+        raise SignatureError(
+            f"{callable.options.label}: symbolic shapes reach torch code, which needs numbers; "
+            "export with concrete shapes."
+        )
+    registration = _ffi.register(callable)
+    if not ctx.module_context.lowering_parameters.for_export:
+        ctx.module_context.add_keepalive(callable)
+    base = callable.parent is None
+    lower = jax.ffi.ffi_lowering(
+        _ffi.TARGET,
+        has_side_effect=callable.options.side_effects,
+        operand_output_aliases=dict(callable.options.aliases) if base else {},
+    )
+    return lower(ctx, *operands, name=registration.name)
+
+
+for _platform in _ffi.PLATFORMS:
+    mlir.register_lowering(torch_call_p, _lower, platform=_platform)

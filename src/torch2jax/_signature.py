@@ -1,0 +1,168 @@
+"""What the user said about arguments and results, checked once and in the user's words."""
+
+from __future__ import annotations
+
+import enum
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+from jax.tree_util import keystr, tree_flatten_with_path
+
+from ._convert import canonical, dtype_j2t
+from ._errors import SignatureError, UnsupportedDtypeError
+from ._flat import Result, ResultLeaf
+
+STATIC_TYPES = (
+    bool,
+    str,
+    bytes,
+    slice,
+    range,
+    enum.Enum,
+    torch.dtype,
+    torch.device,
+    torch.layout,
+    torch.memory_format,
+    torch.Size,
+    type(Ellipsis),
+)
+"""Arguments of these types are passed to ``fn`` as they are, without being declared static."""
+
+
+class Static:
+    """A static argument as a leaf; equal where type and value are."""
+
+    def __init__(self, value: Any, where: str, label: str) -> None:
+        self.value = value
+        key = (slice, value.start, value.stop, value.step) if isinstance(value, slice) else value
+        try:
+            hash(key)
+        except TypeError:
+            raise SignatureError(
+                f"the static argument {where} of {label} is a {type(value).__name__}, which cannot "
+                "be hashed; static arguments select a trace, so pass a tuple or a frozen object."
+            ) from None
+        self.key = (type(value), key)
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Static) and self.key == other.key
+
+
+def argument_label(path: Sequence[Any]) -> str:
+    """``args[0]['w']`` or ``kwargs['scale']`` for a path into ``(args, kwargs)``."""
+    return ("kwargs" if path[0].idx else "args") + keystr(tuple(path[1:]))
+
+
+def check_call(fn: Callable[..., Any], args: Any, kwargs: Any, label: str) -> None:
+    """Raise where ``fn(*args, **kwargs)`` has the wrong number or names of arguments."""
+    target = fn.forward if isinstance(fn, torch.nn.Module) else fn
+    try:
+        signature = inspect.signature(target)
+    except (TypeError, ValueError):  # torch's own functions have none
+        return
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise SignatureError(
+            f"{label}{signature} was called with {len(args)} positional argument"
+            f"{'' if len(args) == 1 else 's'}"
+            + (f" and the keywords {sorted(kwargs)}" if kwargs else "")
+            + f": {error}."
+        ) from None
+
+
+def leaf_aval(x: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Shape and dtype, as JAX carries it, of an example; only the aval of a tracer is read."""
+    if isinstance(x, torch.Tensor):
+        return tuple(x.shape), np.dtype(canonical(x.dtype))
+    if hasattr(x, "shape") and hasattr(x, "dtype"):
+        return tuple(x.shape), np.dtype(jax.dtypes.canonicalize_dtype(x.dtype))
+    aval = jax.typeof(x)
+    return tuple(aval.shape), np.dtype(aval.dtype)
+
+
+def example_dtype(x: Any) -> torch.dtype | None:
+    """The torch dtype that an example asks for: a 64-bit one is kept with x64 off."""
+    if isinstance(x, torch.Tensor):
+        return x.dtype
+    if hasattr(x, "dtype"):
+        return dtype_j2t(x.dtype)
+    return None
+
+
+def prefix_leaves(prefix: Any, args: Any, what: str, label: str) -> list[Any]:
+    """One item of ``prefix``, a tree or a prefix of one, for each leaf of ``args``."""
+    try:
+        spread = jax.tree.map(
+            lambda item, sub: jax.tree.map(lambda _: _Item(item), sub),
+            prefix,
+            args,
+            is_leaf=lambda x: x is None,
+        )
+    except ValueError as error:
+        raise SignatureError(
+            f"{what} of {label} must have the structure of the arguments, or of a prefix of it: "
+            f"{error}"
+        ) from None
+    return [item.value for item in jax.tree.leaves(spread)]
+
+
+class _Item:
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+def check_structure(got: Any, expected: Any, label: str) -> None:
+    """Raise where a call's arguments have another structure than the examples."""
+    if got != expected:
+        raise SignatureError(
+            f"{label} was wrapped for the arguments {_describe(expected)} and called with "
+            f"{_describe(got)}. Wrap it again for another structure, or without examples."
+        )
+
+
+def _describe(treedef: Any) -> str:
+    args, kwargs = treedef.unflatten(["*"] * treedef.num_leaves)
+    items = [_show(a) for a in args] + [f"{k}={_show(v)}" for k, v in kwargs.items()]
+    return f"({', '.join(items)})"
+
+
+def _show(tree: Any) -> str:
+    return str(tree).replace("'*'", "*")
+
+
+def declared_result(shapes: Any, operands: Iterable[np.dtype[Any]], label: str) -> Result:
+    """The result that ``output_shapes=`` describes, for operands of these dtypes.
+
+    Leaves: ``jax.ShapeDtypeStruct``, arrays, tensors, tracers (their avals), or ``torch.Size``,
+    whose dtype is the result type of the floating operands, else the default float dtype.
+    """
+    inexact = [d for d in operands if jax.numpy.issubdtype(d, jax.numpy.inexact)]
+    default = jax.numpy.result_type(*inexact) if inexact else jax.numpy.result_type(float)
+    paths, treedef = tree_flatten_with_path(shapes)
+    leaves = []
+    for path, x in paths:
+        where = f"result{keystr(path)}"
+        if isinstance(x, torch.Size):
+            shape, dtype = tuple(x), np.dtype(default)
+            torch_dtype = dtype_j2t(dtype)
+        elif isinstance(x, torch.Tensor) or (hasattr(x, "shape") and hasattr(x, "dtype")):
+            try:
+                shape, dtype = leaf_aval(x)
+                torch_dtype = x.dtype if isinstance(x, torch.Tensor) else dtype_j2t(dtype)
+            except UnsupportedDtypeError as error:
+                raise UnsupportedDtypeError(f"output_shapes of {label}, {where}: {error}") from None
+        else:
+            raise SignatureError(
+                f"output_shapes of {label} has {x!r} at {where}; give a jax.ShapeDtypeStruct, an "
+                "array, a tensor or a torch.Size (torch2jax.Size) for every tensor of the result."
+            )
+        leaves.append(ResultLeaf(where, shape, torch_dtype, dtype))
+    return Result(treedef, tuple(leaves), declared=True)
