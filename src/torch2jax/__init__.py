@@ -12,6 +12,7 @@ from ._errors import (
     TorchCallError,
     UnsupportedDtypeError,
 )
+from ._tape import TapeInfo, clear_tape, set_tape_budget, tape_info
 from ._wrap import torch2jax, torch2jax_with_vjp, torch2jax_without_vjp
 
 __version__ = "0.1.0"
@@ -20,15 +21,19 @@ __all__ = [
     "DifferentiationError",
     "SignatureError",
     "Size",
+    "TapeInfo",
     "Torch2JaxError",
     "Torch2JaxWarning",
     "TorchCallError",
     "UnsupportedDtypeError",
     "__version__",
+    "clear_tape",
     "dtype_j2t",
     "dtype_t2j",
     "j2t",
+    "set_tape_budget",
     "t2j",
+    "tape_info",
     "torch2jax",
     "torch2jax_with_vjp",
     "torch2jax_without_vjp",

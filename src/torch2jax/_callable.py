@@ -93,7 +93,7 @@ class Jvp:
             return reverse(primals, tangents)
         try:
             f = _restrict(forward_form, primals, self.wrt, self.of)
-            _, pushed = torch.func.jvp(f, _take(primals, self.wrt), tangents)  # type: ignore[misc]
+            _, pushed = torch.func.jvp(f, take(primals, self.wrt), tangents)  # type: ignore[misc]
             return pushed
         except Exception as forward_error:
             try:
@@ -105,7 +105,7 @@ class Jvp:
 
     def _two_pullbacks_functional(self, primals: Tensors, tangents: Tensors) -> Tensors:
         f = _restrict(self.parent.functional, primals, self.wrt, self.of)
-        out, pullback = torch.func.vjp(f, *_take(primals, self.wrt))  # type: ignore[misc]
+        out, pullback = torch.func.vjp(f, *take(primals, self.wrt))  # type: ignore[misc]
         zeros = map(torch.zeros_like, out)
         _, push = torch.func.vjp(lambda *u: pullback(u), *zeros)  # type: ignore[misc]
         return push(tangents)
@@ -113,9 +113,9 @@ class Jvp:
     def _two_pullbacks_graph(self, primals: Tensors, tangents: Tensors) -> Tensors:
         with torch.enable_grad():
             primals = _watch(primals, self.wrt)
-            out = _take(self.parent.graph(*primals), self.of)
+            out = take(self.parent.graph(*primals), self.of)
             u = tuple(torch.zeros_like(o, requires_grad=True) for o in out)
-            pulled = _gradients(out, _take(primals, self.wrt), u, create_graph=True)
+            pulled = _gradients(out, take(primals, self.wrt), u, create_graph=True)
             return _gradients(pulled, u, tangents, create_graph=True)
 
 
@@ -133,17 +133,17 @@ class Vjp:
     def functional(self, *args: Tensor) -> Tensors:
         primals, cotangents = self.split(args)
         f = _restrict(self.parent.functional, primals, self.wrt, self.of)
-        _, pullback = torch.func.vjp(f, *_take(primals, self.wrt))  # type: ignore[misc]
-        return _conj(pullback(_conj(cotangents)))
+        _, pullback = torch.func.vjp(f, *take(primals, self.wrt))  # type: ignore[misc]
+        return conj(pullback(conj(cotangents)))
 
     def graph(self, *args: Tensor) -> Tensors:
         # Not detached: a second derivative goes through the primals too.
         primals, cotangents = self.split(args)
         with torch.enable_grad():
             primals = _watch(primals, self.wrt)
-            out = _take(self.parent.graph(*primals), self.of)
-            grads = _gradients(out, _take(primals, self.wrt), _conj(cotangents), create_graph=True)
-            return _conj(grads)
+            out = take(self.parent.graph(*primals), self.of)
+            grads = _gradients(out, take(primals, self.wrt), conj(cotangents), create_graph=True)
+            return conj(grads)
 
     def run(self, *args: Tensor) -> Tensors:
         primals, cotangents = self.split(args)
@@ -163,9 +163,9 @@ class Vjp:
             leaves = list(primals)
             for i in self.wrt:
                 leaves[i] = leaves[i].detach().requires_grad_()
-            out = _take(f(*leaves), self.of)
-            wrt = _take(leaves, self.wrt)
-            return _conj(_gradients(out, wrt, _conj(cotangents), batched=batched))
+            out = take(f(*leaves), self.of)
+            wrt = take(leaves, self.wrt)
+            return conj(_gradients(out, wrt, conj(cotangents), batched=batched))
         finally:
             torch._C._set_grad_enabled(before)
 
@@ -206,7 +206,7 @@ class Vmap:
         )
         grads = vjp.pull(_vmap(vjp.parent.functional, primal_dims), primals, cotangents)
         # A gradient has its rows where the operand has them.
-        return _rows_first(grads, _take(primal_dims, vjp.wrt))
+        return _rows_first(grads, take(primal_dims, vjp.wrt))
 
 
 @dataclass(frozen=True, eq=False)
@@ -228,6 +228,8 @@ class Options:
     side_effects: bool = False
     aliases: tuple[tuple[int, int], ...] = ()
     """(operand, output) pairs of the base call that share memory."""
+    tape: bool = True
+    """Whether a differentiated call keeps its autograd graph for the backward pass."""
     pass_outputs: bool = False
     """The base call's ``run`` takes the output buffers after the operands."""
     notes: set[Any] = field(default_factory=set)
@@ -254,6 +256,8 @@ class Callable:
         self.inputs, self.outputs = tuple(inputs), tuple(outputs)
         self.parent, self.suffix = parent, suffix
         self.registration: Any = None  # the entry in the handler's table, made by _ffi when lowered
+        self.keep: Callable | None = None
+        """Where this one takes a token: the callable whose graphs the token names. See _tape."""
         self.memo: dict[Any, Any] = {}  # what other modules remember about this callable
         self._derived: weakref.WeakValueDictionary[str, Callable] = weakref.WeakValueDictionary()
 
@@ -265,7 +269,7 @@ class Callable:
         """How this callable is derived from the user's function: ``/vjp(0;0)/vmap(0,None)``."""
         return (self.parent.path if self.parent else "") + self.suffix
 
-    def _derive(self, suffix: str, make: Function[[], Program], ins: list[str], outs: list[str]):
+    def derive(self, suffix: str, make: Function[[], Program], ins: list[str], outs: list[str]):
         child = self._derived.get(suffix)
         if child is None:
             child = Callable(make(), self.options, ins, outs, self, suffix)
@@ -275,7 +279,7 @@ class Callable:
     def jvp(self, wrt: Indices, of: Indices) -> Callable:
         """``(x, tangents of wrt) -> tangents of the outputs ``of``."""
         tangents = [f"the tangent of {self.inputs[i]}" for i in wrt]
-        return self._derive(
+        return self.derive(
             f"/jvp({_join(wrt)};{_join(of)})",
             lambda: Jvp(self.program, wrt, of),
             [*self.inputs, *tangents],
@@ -285,7 +289,7 @@ class Callable:
     def vjp(self, wrt: Indices, of: Indices) -> Callable:
         """``(x, cotangents of the outputs ``of``) -> cotangents of wrt``."""
         cotangents = [f"the cotangent of {self.outputs[i]}" for i in of]
-        return self._derive(
+        return self.derive(
             f"/vjp({_join(wrt)};{_join(of)})",
             lambda: Vjp(self.program, wrt, of),
             [*self.inputs, *cotangents],
@@ -294,7 +298,7 @@ class Callable:
 
     def vmap(self, dims: Dims) -> Callable:
         """This callable on every row of the operands whose dim is not None."""
-        return self._derive(
+        return self.derive(
             f"/vmap({_join(dims)})",
             lambda: Vmap(self.program, dims),
             list(self.inputs),
@@ -343,7 +347,7 @@ def _join(items: Iterable[Any]) -> str:
     return ",".join(map(str, items))
 
 
-def _take(items: Sequence[Any], indices: Indices) -> tuple[Any, ...]:
+def take(items: Sequence[Any], indices: Indices) -> tuple[Any, ...]:
     return tuple(items[i] for i in indices)
 
 
@@ -356,7 +360,7 @@ def _restrict(
         args = list(primals)
         for i, x in zip(wrt, xs, strict=True):
             args[i] = x
-        return _take(f(*args), of)
+        return take(f(*args), of)
 
     return restricted
 
@@ -408,7 +412,7 @@ def _gradients(
     )
 
 
-def _conj(tensors: Iterable[Tensor]) -> Tensors:
+def conj(tensors: Iterable[Tensor]) -> Tensors:
     return tuple(t.conj() if t.is_complex() else t for t in tensors)
 
 

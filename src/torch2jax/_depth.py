@@ -12,8 +12,9 @@ from typing import Any
 import jax
 
 from ._callable import Callable
-from ._primitive import call
-from ._rules.autodiff import is_inexact
+from ._primitive import TOKEN, call
+from ._rules.autodiff import is_inexact, untaped
+from ._tape import keepable, kept, with_token
 
 ShapeDtype = tuple[tuple[int, ...], Any]
 
@@ -29,28 +30,48 @@ def call_to_depth(
 
     Operands in ``nondiff`` get zero cotangents, and none are computed for them.
     """
+
+    def run(*xs: Any) -> list[Any]:
+        return call(callable, xs, results, differentiable=False)
+
     if depth == 0:
-        return call(callable, operands, results, differentiable=False)
+        return run(*operands)
     avals = [(x.shape, x.dtype) for x in map(jax.typeof, operands)]
+    f, _, _ = untaped(callable, operands, ())
+    at = callable.inputs.index("the token") if callable.keep is not None else len(operands)
     wrt = tuple(i for i, (_, d) in enumerate(avals) if is_inexact(d) and i not in nondiff)
     of = tuple(i for i, (_, d) in enumerate(results) if is_inexact(d))
     if not wrt or not of:
-        return call(callable, operands, results, differentiable=False)
+        return run(*operands)
+    # In the function without its token: the operands after it move up.
+    pullback = f.vjp(tuple(i - (i > at) for i in wrt), of)
+    keep = kept(callable, wrt) if keepable(callable) else None
+    if keep is not None:
+        pullback = with_token(pullback, len(of), keep)
 
-    @jax.custom_vjp
-    def level(*xs: Any) -> list[Any]:
-        return call(callable, xs, results, differentiable=False)
+    def forward(*xs: Any) -> tuple[list[Any], list[Any]]:
+        if keep is None:
+            return level(*xs), [x for i, x in enumerate(xs) if i != at]
+        out = keeping(*xs)
+        return out[:-1], [*xs, out[-1]]
 
-    def forward(*xs: Any) -> tuple[list[Any], tuple[Any, ...]]:
-        return level(*xs), xs
-
-    def backward(xs: tuple[Any, ...], cotangents: list[Any]) -> tuple[Any, ...]:
+    def backward(saved: list[Any], cotangents: list[Any]) -> tuple[Any, ...]:
         seeds = [cotangents[i] for i in of]
-        grads = call_to_depth(
-            callable.vjp(wrt, of), [*xs, *seeds], [avals[i] for i in wrt], depth - 1, nondiff
-        )
+        shapes = [avals[i] for i in wrt]
+        grads = call_to_depth(pullback, [*saved, *seeds], shapes, depth - 1, nondiff)
         by_index = dict(zip(wrt, grads, strict=True))
-        return tuple(by_index.get(i) for i in range(len(xs)))
+        return tuple(by_index.get(i) for i in range(len(operands)))
 
+    def run_keeping(*xs: Any) -> list[Any]:
+        return call(keep or callable, xs, (*results, TOKEN), differentiable=False)
+
+    def forward_keeping(*xs: Any) -> tuple[list[Any], list[Any]]:
+        out = keeping(*xs)
+        return out, [*xs, out[-1]]
+
+    # The forward pass of a level may be differentiated itself, by an outer transformation.
+    keeping = jax.custom_vjp(run_keeping)
+    keeping.defvjp(forward_keeping, backward)
+    level = jax.custom_vjp(run)
     level.defvjp(forward, backward)
     return level(*operands)

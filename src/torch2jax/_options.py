@@ -28,6 +28,7 @@ class Config:
     depth: int | None
     nondiff_argnums: tuple[int, ...]
     nondiff_mask: Any
+    tape: bool
     vmap_method: str
     arg_dtypes: Any
     inplace_argnums: tuple[int, ...]

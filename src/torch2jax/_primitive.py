@@ -22,6 +22,10 @@ torch_call_p = Primitive(f"{_PACKAGE}_call")
 torch_call_p.multiple_results = True
 
 
+TOKEN = ((4,), np.dtype(np.uint32))
+"""Shape and dtype of a token: see ``_tape``."""
+
+
 def call(
     callable: Callable,
     operands: Sequence[Any],

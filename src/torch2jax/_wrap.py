@@ -47,7 +47,7 @@ def torch2jax(
     depth: int | None = None,
     nondiff_argnums: int | Sequence[int] | None = None,
     nondiff_mask: Any = None,
-    residuals: str = "recompute",
+    residuals: str = "tape",
     vmap_method: str = "auto",
     arg_dtypes: Any = None,
     inplace_argnums: int | Sequence[int] = (),
@@ -81,7 +81,8 @@ def torch2jax(
         ``jax.custom_vjp`` rules, reverse mode only; 0 for none.
       nondiff_argnums: positional arguments that get zero cotangents without torch work.
       nondiff_mask: the same, as a tree of bools with the structure of the arguments or of a prefix.
-      residuals: "recompute": the backward pass runs the forward pass again.
+      residuals: "tape": a differentiated call keeps PyTorch's autograd graph for its backward pass
+        (see ``tape_info``); "recompute": the backward pass runs the forward pass again.
       vmap_method: "auto", "torch", "sequential", "sequential_unrolled", "expand_dims",
         "broadcast_all" or "legacy_vectorized".
       arg_dtypes: torch dtypes in which arguments reach ``fn``: a tree with the structure of the
@@ -121,10 +122,8 @@ def torch2jax(
     label = _label(fn)
     if not callable(fn):
         raise SignatureError(f"torch2jax wraps a callable, got {type(fn).__name__}.")
-    if residuals != "recompute":
-        raise SignatureError(
-            f'residuals={residuals!r} of {label}: only "recompute" is offered yet.'
-        )
+    if residuals not in ("tape", "recompute"):
+        raise SignatureError(f'residuals={residuals!r} of {label} is not "tape" or "recompute".')
     if vmap_method not in METHODS:
         raise SignatureError(
             f"vmap_method={vmap_method!r} of {label} is not one of {', '.join(METHODS)}."
@@ -137,6 +136,7 @@ def torch2jax(
         depth=depth,
         nondiff_argnums=_indices(nondiff_argnums),
         nondiff_mask=nondiff_mask,
+        tape=residuals == "tape",
         vmap_method=vmap_method,
         arg_dtypes=arg_dtypes,
         inplace_argnums=_indices(inplace_argnums),
@@ -270,6 +270,7 @@ class TorchFunction:
             device=default_device(),
             roots=(fn,),
             vmap_method=config.vmap_method,
+            tape=config.tape,
             side_effects=config.side_effects,
         )
 

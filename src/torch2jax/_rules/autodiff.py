@@ -6,6 +6,9 @@ zero and whose dtype has tangents) and inexact outputs ``D``:
     jvp         y = f(x),  t_y = f.jvp(S, D)(x, t)
     transpose   of f.jvp(S, D) in t:  c_x = f.vjp(S, D)(x, c)      and the other way round
 
+With the tape (see ``_tape``) the call of ``f`` keeps its graph and returns a token, which both
+derivatives take after the primals: ``f.vjp`` then runs only the backward pass.
+
 A call that is linear but not one of these two (the user's own linear function, under
 ``jax.linear_transpose``) is transposed by its ``vjp`` at zero.
 """
@@ -17,11 +20,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.interpreters import ad
+from jax.interpreters import ad, partial_eval
 
 from .._callable import Callable
 from .._errors import DifferentiationError
-from .._primitive import call, torch_call_p
+from .._primitive import TOKEN, call, torch_call_p
+from .._tape import is_keep, keepable, kept, with_token
 
 
 def is_inexact(dtype: Any) -> bool:
@@ -51,16 +55,44 @@ def _jvp(
         if not isinstance(t, ad.Zero) and is_inexact(jax.typeof(x).dtype)
     )
     of = tuple(i for i, (_, dtype) in enumerate(results) if is_inexact(dtype))
-    out = call(callable, primals, results, differentiable)
+    derive = bool(wrt and of)
+    if derive and not differentiable:
+        raise past_depth(callable)
+    token: list[Any] = []
+    keep = None
+    if derive and keepable(callable):
+        keep = kept(callable, wrt)
+        out = call(keep, primals, (*results, TOKEN))
+        token = [out.pop()]
+    else:
+        out = call(callable, primals, results, differentiable)
     out_tangents: list[Any] = [ad.Zero(jax.typeof(y).to_tangent_aval()) for y in out]
-    if wrt and of:
-        if not differentiable:
-            raise past_depth(callable)
-        derived = callable.jvp(wrt, of)
-        operands = [*primals, *(tangents[i] for i in wrt)]
+    if derive:
+        f, primals, wrt = untaped(callable, primals, wrt)
+        derived = f.jvp(wrt, of)
+        if keep is not None:
+            derived = with_token(derived, len(wrt), keep)
+        moved = [t for t in tangents if not isinstance(t, ad.Zero)]
+        seeds = [t for t in moved if is_inexact(jax.typeof(t).dtype)]
+        operands = [*primals, *token, *seeds]
         for i, t in zip(of, call(derived, operands, [results[i] for i in of]), strict=True):
             out_tangents[i] = t
     return out, out_tangents
+
+
+def untaped(
+    callable: Callable, operands: Sequence[Any], wrt: tuple[int, ...]
+) -> tuple[Callable, Sequence[Any], tuple[int, ...]]:
+    """What a call computes, tape aside: callable, operands and operand indices without a token."""
+    if is_keep(callable):
+        assert callable.parent is not None
+        return callable.parent, operands, wrt
+    if callable.keep is None:
+        return callable, operands, wrt
+    assert callable.parent is not None
+    at = callable.inputs.index("the token")
+    without = [x for i, x in enumerate(operands) if i != at]
+    return callable.parent, without, tuple(i - (i > at) for i in wrt)
 
 
 def past_depth(callable: Callable) -> DifferentiationError:
@@ -89,16 +121,20 @@ def _transpose(
         return grads
     avals = [_shape_dtype(operands[i]) for i in linear]
     seeds = [cotangents[i] for i in of]
-    transposed = callable.transpose(linear, of)
+    f, primals, where = untaped(callable, operands, linear)
+    transposed = f.transpose(where, of)
     if transposed is not None:
-        others = [x for x in operands if not ad.is_undefined_primal(x)]
+        others = [x for x in primals if not ad.is_undefined_primal(x)]
         others = others[: len(transposed.inputs) - len(of)]
-        out = _call_transposed(transposed, callable, linear, others + seeds, avals)
+        if callable.keep is not None:
+            others.append(operands[callable.inputs.index("the token")])
+            transposed = with_token(transposed, len(of), callable.keep)
+        out = _call_transposed(transposed, f, where, others + seeds, avals)
     else:
         at_zero = [
-            jnp.zeros(*_shape_dtype(x)) if ad.is_undefined_primal(x) else x for x in operands
+            jnp.zeros(*_shape_dtype(x)) if ad.is_undefined_primal(x) else x for x in primals
         ]
-        out = call(callable.vjp(linear, of), at_zero + seeds, avals)
+        out = call(f.vjp(where, of), at_zero + seeds, avals)
     for i, g in zip(linear, out, strict=True):
         grads[i] = g
     return grads
@@ -134,5 +170,22 @@ def _call_transposed(
     return out
 
 
+def _drop_token(used: list[bool], eqn: Any) -> tuple[list[bool], Any]:
+    """Dead code elimination: a call whose token nobody takes keeps no graph.
+
+    So the first forward pass under ``jax.checkpoint`` keeps none, nor does an unused ``vjp``.
+    """
+    callable = eqn.params["callable"]
+    if not any(used) and not eqn.effects:
+        return [False] * len(eqn.invars), None
+    if is_keep(callable) and not used[-1]:
+        params = dict(
+            eqn.params, callable=callable.parent, results=eqn.params["results"][:-1]
+        )
+        eqn = eqn.replace(params=params, outvars=eqn.outvars[:-1])
+    return [True] * len(eqn.invars), eqn
+
+
 ad.primitive_jvps[torch_call_p] = _jvp
+partial_eval.dce_rules[torch_call_p] = _drop_token
 ad.primitive_transposes[torch_call_p] = _transpose

@@ -24,7 +24,8 @@ from .._avals import specs_of
 from .._callable import Callable
 from .._errors import Torch2JaxError, Torch2JaxWarning
 from .._infer import runs_on_fakes
-from .._primitive import call, torch_call_p
+from .._primitive import TOKEN, call, torch_call_p
+from .._tape import is_keep, is_vjp, kept, with_token
 
 METHODS = (
     "auto",
@@ -45,7 +46,11 @@ def _batch(
     results: Any,
     differentiable: bool,
 ) -> tuple[list[Any], list[int]]:
-    size = next(x.shape[d] for x, d in zip(operands, dims, strict=True) if d is not None)
+    if is_keep(callable):
+        return _batch_keep(operands, dims, callable, results, differentiable)
+    if callable.keep is not None:
+        return _batch_with_token(operands, dims, callable, results, differentiable)
+    size = _size(operands, dims)
     rows = [((size, *shape), dtype) for shape, dtype in results]
     method = _choose(callable, operands, dims)
     if method == "torch":
@@ -55,9 +60,7 @@ def _batch(
             callable, operands, dims, results, differentiable, method == "sequential_unrolled"
         )
     else:
-        front = [
-            x if d is None else jnp.moveaxis(x, d, 0) for x, d in zip(operands, dims, strict=True)
-        ]
+        front = _front(operands, dims)
         if method == "broadcast_all" or callable.parent is not None:
             # A derivative needs its operands and their tangents in one shape.
             front = [
@@ -68,6 +71,96 @@ def _batch(
             front = [x[None] if d is None else x for x, d in zip(front, dims, strict=True)]
         out = call(callable, front, rows, differentiable)
     return out, [0] * len(out)
+
+
+def _size(operands: Sequence[Any], dims: Sequence[int | None]) -> int:
+    return next(x.shape[d] for x, d in zip(operands, dims, strict=True) if d is not None)
+
+
+def _front(operands: Sequence[Any], dims: Sequence[int | None]) -> list[Any]:
+    """Operands with their rows first."""
+    return [x if d is None else jnp.moveaxis(x, d, 0) for x, d in zip(operands, dims, strict=True)]
+
+
+def _batch_keep(
+    operands: Sequence[Any],
+    dims: Sequence[int | None],
+    callable: Callable,
+    results: Any,
+    differentiable: bool,
+) -> tuple[list[Any], list[int | None]]:
+    """A call that keeps its graph: the batched function keeps one graph for all rows.
+
+    Only where every operand that is differentiated has rows of its own: the gradient of one that is
+    shared would come out summed. Otherwise nothing is kept, and the token says so.
+    """
+    f = callable.parent
+    assert f is not None
+    size = _size(operands, dims)
+    method = _choose(f, operands, dims)
+    if method.startswith("sequential"):
+        unroll = method == "sequential_unrolled"
+        out = _loop(callable, operands, dims, results, differentiable, unroll)
+        return out, [0] * len(out)
+    if method == "torch" and all(dims[i] is not None for i in callable.program.wrt):
+        rows = [((size, *shape), dtype) for shape, dtype in results[:-1]]
+        batched = f.vmap(_zeros(dims))
+        out = call(kept(batched, callable.program.wrt), _front(operands, dims), (*rows, TOKEN))
+        return out, [0] * len(rows) + [None]
+    out, out_dims = _batch(
+        operands, dims, callable=f, results=results[:-1], differentiable=differentiable
+    )
+    return [*out, jnp.zeros(*TOKEN)], [*out_dims, None]
+
+
+def _batch_with_token(
+    operands: Sequence[Any],
+    dims: Sequence[int | None],
+    callable: Callable,
+    results: Any,
+    differentiable: bool,
+) -> tuple[list[Any], list[int]]:
+    """A derivative that takes a token: what it does with one graph for all rows."""
+    f, keep = callable.parent, callable.keep
+    assert f is not None
+    assert keep is not None
+    at = callable.inputs.index("the token")
+    after = len(operands) - at - 1
+    token, inner = operands[at], [*operands[:at], *operands[at + 1 :]]
+    inner_dims = [*dims[:at], *dims[at + 1 :]]
+    size = _size(operands, dims)
+    rows = [((size, *shape), dtype) for shape, dtype in results]
+    method = "sequential" if dims[at] is not None else _choose(f, inner, inner_dims)
+    if method.startswith("sequential"):
+        unroll = method == "sequential_unrolled"
+        out = _loop(callable, operands, dims, results, differentiable, unroll)
+        return out, [0] * len(out)
+    if method != "torch":  # the function batches by itself, and keeps nothing
+        return _batch(
+            inner, inner_dims, callable=f, results=results, differentiable=differentiable
+        )
+    front, front_dims = _front(inner, inner_dims), _zeros(inner_dims)
+    primal_dims, seed_dims = front_dims[:at], front_dims[at:]
+    if is_vjp(f):
+        # Every cotangent gets rows, so that one backward pass serves them all.
+        front[at:] = [
+            jnp.broadcast_to(x, (size, *x.shape)) if d is None else x
+            for x, d in zip(front[at:], seed_dims, strict=True)
+        ]
+        seed_dims = (0,) * after
+    if is_vjp(f) and all(primal_dims[i] is not None for i in keep.program.wrt):
+        assert f.parent is not None
+        batched = f.parent.vmap(primal_dims)
+        pullback = batched.vjp(f.program.wrt, f.program.of)
+        derived = with_token(pullback, after, kept(batched, keep.program.wrt))
+    else:
+        derived = with_token(f.vmap((*primal_dims, *seed_dims)), after, keep)
+    out = call(derived, [*front[:at], token, *front[at:]], rows, differentiable)
+    return out, [0] * len(out)
+
+
+def _zeros(dims: Sequence[int | None]) -> tuple[int | None, ...]:
+    return tuple(None if d is None else 0 for d in dims)
 
 
 def _choose(callable: Callable, operands: Sequence[Any], dims: Sequence[int | None]) -> str:

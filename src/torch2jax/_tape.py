@@ -1,0 +1,569 @@
+"""The tape: the backward pass without running the forward pass again. Imports torch, never JAX.
+
+A differentiated call of ``f`` is a call of ``Keep(f, S)``: it returns the outputs and a token, and
+keeps its autograd graph in a table under that token. ``Pull`` takes the graph and runs only the
+backward pass. A token that is not in the table (evicted, used up, from another process) is a miss:
+``Pull`` then runs forward from the primals, so no result depends on the table.
+
+NOTE [What a kept graph may hold]. XLA reuses and moves its buffers, inside a scan always, so a kept
+graph must hold no view of an operand. Hooks on saved tensors replace each such view by its place in
+the operand (``_View``) and rebuild it from the operands of the backward call. Views are found by
+storage, so views of another dtype and lazily conjugated ones are found too. The hooks switch off
+torch's check that a saved tensor was not changed in place: ``_Saved`` makes it. And what holds a
+view outside of saved tensors (``ctx.x = x``, the closures of ``torch.utils.checkpoint``) shows in
+reference counts after the forward pass: then, and where hooks are refused (``torch.func`` inside
+``f``), the function works on copies of its operands that torch owns. The choice is made per
+function, once, and shown by ``tape_info()``.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+import threading
+import warnings
+from collections import Counter, OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
+
+from ._callable import Callable, Indices, Program, Tensor, Tensors, Vjp, Vmap, conj, take
+from ._errors import Torch2JaxWarning
+
+_ENVIRONMENT = f"{__name__.partition('.')[0].upper()}_TAPE_BYTES"
+
+
+class Keep:
+    """``x -> (f(x), token)``, with the graph of the forward pass kept under the token."""
+
+    def __init__(self, parent: Program, wrt: Indices, label: str) -> None:
+        self.parent, self.wrt, self.label = parent, wrt, label
+        self.copies = False
+        """Whether the function works on copies of its operands."""
+
+    def functional(self, *args: Tensor) -> Tensors:
+        return (*self.parent.functional(*args), _no_token(args))
+
+    graph = functional
+
+    def run(self, *args: Tensor) -> Tensors:
+        out, cell = self.forward(args)
+        if cell is None:
+            return (*out, _no_token(args))
+        return (*out, _as_tensor(tape.add(cell), args[0].device))
+
+    def forward(self, args: Tensors) -> tuple[Tensors, _Cell | None]:
+        """Outputs and a graph to keep; None where the graph cannot be kept this time."""
+        before = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(True)
+        try:
+            if not self.copies:
+                try:
+                    return self._on_views(args)
+                except RuntimeError as error:
+                    if "saved tensor hooks" not in str(error):
+                        raise
+                    self.copies = True
+            return self._on_copies(args)
+        finally:
+            torch._C._set_grad_enabled(before)
+
+    def _on_views(self, args: Tensors) -> tuple[Tensors, _Cell | None]:
+        cell = _Cell(self, args[0].device)
+        leaves = [x.detach() for x in args]
+        for i in self.wrt:
+            leaves[i].requires_grad_()
+        hooks = _Hooks(cell, args)
+        with saved_tensors_hooks(hooks.pack, _unpack):
+            out = self.parent.graph(*leaves)
+        cell.outputs = _edges(out)
+        cell.inputs = [get_gradient_edge(leaves[i]) for i in self.wrt]
+        cell.versions = [x._version for x in args]
+        if _held(args, leaves, self.wrt):
+            self.copies = True
+            return _detached(out), None
+        for i in self.wrt:
+            # The graph's leaf is this tensor object: it must not keep XLA's memory.
+            leaves[i].data = leaves[i].new_empty(0)
+        return _detached(out), cell
+
+    def _on_copies(self, args: Tensors) -> tuple[Tensors, _Cell]:
+        cell = _Cell(self, args[0].device)
+        leaves = [x.clone() for x in args]
+        for i in self.wrt:
+            leaves[i].requires_grad_()
+        out = self.parent.graph(*leaves)
+        cell.outputs = _edges(out)
+        cell.inputs = [get_gradient_edge(leaves[i]) for i in self.wrt]
+        cell.storages = {
+            s.data_ptr(): s.nbytes() for x in (*leaves, *out) if (s := x.untyped_storage()).nbytes()
+        }
+        return _detached(out), cell
+
+
+class Pull:
+    """``(x, token, c) -> c · ∂f_D/∂x_S(x)``: the ``Vjp``, by the graph under the token if there.
+
+    ``batched``: every cotangent has leading rows, and so have the results.
+    """
+
+    def __init__(self, vjp: Vjp, keep: Keep, batched: bool, otherwise: Program) -> None:
+        self.vjp, self.keep, self.batched = vjp, keep, batched
+        self.otherwise = otherwise
+
+    def _untaped(self, args: Tensors) -> tuple[Tensors, Tensor, Tensors]:
+        at = len(args) - len(self.vjp.of) - 1
+        return args[:at], args[at], args[at + 1 :]
+
+    def functional(self, *args: Tensor) -> Tensors:
+        primals, _, cotangents = self._untaped(args)
+        return self.otherwise.functional(*primals, *cotangents)
+
+    def graph(self, *args: Tensor) -> Tensors:
+        primals, _, cotangents = self._untaped(args)
+        return self.otherwise.graph(*primals, *cotangents)
+
+    def run(self, *args: Tensor) -> Tensors:
+        primals, token, cotangents = self._untaped(args)
+        key = tuple(token.tolist())
+        cell = tape.take(key, self.keep, token.device)
+        if cell is None:
+            if not tape.used_up(key):
+                return self.otherwise.run(*primals, *cotangents)
+            # Merged or hoisted by XLA, and used again: keep what is rebuilt for the next use.
+            _, cell = self.keep.forward(primals)
+            if cell is None:
+                return self.otherwise.run(*primals, *cotangents)
+            cell.reused = True
+            tape.restore(key, cell)
+        return self._pull(cell, primals, cotangents)
+
+    def _pull(self, cell: _Cell, primals: Tensors, cotangents: Tensors) -> Tensors:
+        pairs = [
+            (cell.outputs[i], c)
+            for i, c in zip(self.vjp.of, conj(cotangents), strict=True)
+            if cell.outputs[i] is not None
+        ]
+        grads: Sequence[Tensor | None] = [None] * len(self.keep.wrt)
+        if pairs:
+            with cell.lock:
+                cell.operands = primals
+                try:
+                    grads = torch.autograd.grad(
+                        [edge for edge, _ in pairs],
+                        cell.inputs,
+                        [c for _, c in pairs],
+                        allow_unused=True,
+                        retain_graph=cell.reused,
+                        is_grads_batched=self.batched,
+                    )
+                except RuntimeError as error:
+                    if "Checkpointing is not compatible with .grad()" not in str(error):
+                        raise
+                    return self.otherwise.run(*primals, *cotangents)
+                finally:
+                    cell.operands = ()
+        rows = (cotangents[0].shape[0],) if self.batched else ()
+        by_input = dict(zip(self.keep.wrt, grads, strict=True))
+        return conj(
+            g if (g := by_input[i]) is not None else primals[i].new_zeros(rows + primals[i].shape)
+            for i in self.vjp.wrt
+        )
+
+
+class Popped:
+    """A program that takes a token before its last ``after`` operands, and drops its graph."""
+
+    def __init__(self, program: Program, after: int, keep: Keep) -> None:
+        self.program, self.after, self.keep = program, after, keep
+
+    def _without_token(self, args: Tensors) -> Tensors:
+        at = len(args) - self.after - 1
+        return args[:at] + args[at + 1 :]
+
+    def functional(self, *args: Tensor) -> Tensors:
+        return self.program.functional(*self._without_token(args))
+
+    def graph(self, *args: Tensor) -> Tensors:
+        return self.program.graph(*self._without_token(args))
+
+    def run(self, *args: Tensor) -> Tensors:
+        token = args[len(args) - self.after - 1]
+        tape.take(tuple(token.tolist()), self.keep, token.device)
+        return self.program.run(*self._without_token(args))
+
+
+def keepable(callable: Callable) -> bool:
+    """Whether graphs of this callable are kept: the user's function and its batched form."""
+    while isinstance(callable.program, Vmap) and callable.parent is not None:
+        callable = callable.parent
+    return callable.options.tape and callable.parent is None
+
+
+def is_keep(callable: Callable) -> bool:
+    """Whether this callable returns a token as its last output."""
+    return isinstance(callable.program, Keep)
+
+
+def is_vjp(callable: Callable) -> bool:
+    """Whether this callable is a pullback."""
+    return isinstance(callable.program, Vjp)
+
+
+def kept(callable: Callable, wrt: Indices) -> Callable:
+    """``x -> (outputs, token)``: the call that keeps its graph for derivatives in ``wrt``."""
+    return callable.derive(
+        f"/keep({','.join(map(str, wrt))})",
+        lambda: Keep(callable.program, wrt, callable.options.label + callable.path),
+        list(callable.inputs),
+        [*callable.outputs, "the token"],
+    )
+
+
+def with_token(callable: Callable, after: int, keep: Callable) -> Callable:
+    """``callable``, a derivative, with a token of ``keep`` before its last ``after`` operands."""
+    at = len(callable.inputs) - after
+    program = callable.program
+    batched = isinstance(program, Vmap)
+    vjp = program.parent if batched else program
+    assert isinstance(keep.program, Keep)
+    keeper = keep.program
+
+    def make() -> Program:
+        if isinstance(vjp, Vjp):
+            dims = vjp.split(program.dims) if batched else ((), ())
+            if all(d is None for d in dims[0]) and all(d == 0 for d in dims[1]):
+                return Pull(vjp, keeper, batched, program)
+        return Popped(program, after, keeper)
+
+    inputs = [*callable.inputs[:at], "the token", *callable.inputs[at:]]
+    child = callable.derive("/tape", make, inputs, list(callable.outputs))
+    child.keep = keep  # the graphs of a token are found by the program that kept them
+    return child
+
+
+# --- saved tensors -----------------------------------------------------------------------------
+
+
+class _Cell:
+    """A kept graph: edges of its outputs and inputs; no view of an operand."""
+
+    def __init__(self, keep: Keep, device: torch.device) -> None:
+        self.keep, self.device = keep, device
+        self.outputs: list[GradientEdge | None] = []
+        self.inputs: list[GradientEdge] = []
+        self.versions: list[int] = []
+        self.operands: Tensors = ()
+        """Of the backward call under way: what views are rebuilt from."""
+        self.storages: dict[int, int] = {}
+        """Address and bytes of the storages that the graph holds."""
+        self.reused = False
+        self.lock = threading.Lock()
+
+
+class _Hooks:
+    """Packs saved tensors of one forward pass. See NOTE [What a kept graph may hold]."""
+
+    def __init__(self, cell: _Cell, operands: Tensors) -> None:
+        self.cell = cell
+        storages = [x.untyped_storage() for x in operands]
+        self.by_address = {s.data_ptr(): i for i, s in enumerate(storages) if s.nbytes()}
+
+    def pack(self, t: Tensor) -> Any:
+        if t.layout is not torch.strided:
+            return _Saved(t, t._version)
+        storage = t.untyped_storage()
+        address = storage.data_ptr()
+        index = self.by_address.get(address)
+        if index is not None:
+            return _View(
+                self.cell,
+                index,
+                t.dtype,
+                t.size(),
+                t.stride(),
+                t.storage_offset(),
+                t.is_conj(),
+                t.is_neg(),
+                t._version,
+            )
+        self.cell.storages[address] = storage.nbytes()
+        return _Saved(t, t._version)
+
+
+@dataclass(frozen=True, slots=True)
+class _Saved:
+    """A saved tensor of torch's own, and its version when it was saved."""
+
+    tensor: Tensor
+    version: int
+
+    def unpack(self) -> Tensor:
+        if self.tensor._version != self.version:
+            raise _modified(self.tensor, self.version, self.tensor._version)
+        return self.tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _View:
+    """A saved view of an operand: where it lies in it."""
+
+    cell: _Cell
+    operand: int
+    dtype: torch.dtype
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+    conj: bool
+    neg: bool
+    version: int
+
+    def unpack(self) -> Tensor:
+        x = self.cell.operands[self.operand]
+        if self.cell.versions[self.operand] != self.version:
+            raise _modified(x, self.version, self.cell.versions[self.operand])
+        if x.dtype is self.dtype:
+            t = x.as_strided(self.size, self.stride, self.offset)
+        else:
+            t = torch.empty(0, dtype=self.dtype, device=x.device)
+            t = t.set_(x.untyped_storage(), self.offset, self.size, self.stride)
+        t = t.conj() if self.conj else t
+        return torch._neg_view(t) if self.neg else t
+
+
+def _unpack(packed: _Saved | _View) -> Tensor:
+    return packed.unpack()
+
+
+def _modified(t: Tensor, expected: int, version: int) -> RuntimeError:
+    return RuntimeError(
+        "one of the variables needed for gradient computation has been modified by an inplace "
+        f"operation: [{t.type()} {list(t.shape)}] is at version {version}; expected version "
+        f"{expected} instead."
+    )
+
+
+def _edges(out: Tensors) -> list[GradientEdge | None]:
+    return [get_gradient_edge(y) if y.requires_grad else None for y in out]
+
+
+def _detached(out: Tensors) -> Tensors:
+    return tuple(y.detach() for y in out)
+
+
+def _references(x: Tensor) -> tuple[int, int, int]:
+    storage = torch._C._storage_Use_Count(x.untyped_storage()._cdata)
+    return storage, x._use_count(), sys.getrefcount(x)
+
+
+def _unheld() -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """Counts for a leaf, and for an operand that is none, which nobody else refers to."""
+    operand = torch.zeros(1)
+    operands, leaves = (operand,), [operand.detach().requires_grad_()]
+    edge = get_gradient_edge(leaves[0])
+    watched = [_references(x) for x in leaves][0]
+    leaves = [operands[0].detach()]
+    plain = [_references(x) for x in leaves][0]
+    del edge
+    return watched, plain
+
+
+_WATCHED, _PLAIN = _unheld()
+
+
+def _held(operands: Tensors, leaves: list[Tensor], wrt: Indices) -> bool:
+    """Whether something beside our own lists refers to an operand's storage or to a leaf."""
+    counts = [_references(x) for x in leaves]
+    addresses = Counter(x.untyped_storage()._cdata for x in operands)
+    return any(
+        any(have > least for have, least in zip(count, _WATCHED if i in wrt else _PLAIN, strict=True))
+        for i, count in enumerate(counts)
+        if addresses[operands[i].untyped_storage()._cdata] == 1
+    )
+
+
+# --- the table ---------------------------------------------------------------------------------
+
+Token = tuple[int, ...]
+
+
+def _no_token(args: Tensors) -> Tensor:
+    return torch.zeros(4, dtype=torch.uint32, device=args[0].device)
+
+
+def _as_tensor(token: Token, device: torch.device) -> Tensor:
+    return torch.tensor(token, dtype=torch.uint32, device=device)
+
+
+@dataclass
+class TapeInfo:
+    """What the tape holds and has done in this process."""
+
+    entries: int = 0
+    bytes: int = 0
+    budget: int | None = None
+    hits: int = 0
+    misses: int = 0
+    evictions: int = 0
+    on_copies: list[str] = field(default_factory=list)
+    """Functions whose graphs cannot be kept on views of XLA's memory: their operands are copied."""
+
+
+class Tape:
+    """Kept graphs by token, the least recently used first."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._cells: OrderedDict[Token, _Cell] = OrderedDict()
+        self._storages: Counter[tuple[str, int]] = Counter()
+        self._bytes: Counter[str] = Counter()
+        self._used: OrderedDict[Token, None] = OrderedDict()
+        self._nonce = secrets.randbits(63) + 1
+        self._count = 0
+        given = os.environ.get(_ENVIRONMENT)
+        self._budget: int | None = int(given) if given else None
+        self._hits = self._misses = self._evictions = 0
+        self._copying: dict[str, None] = {}
+
+    def add(self, cell: _Cell) -> Token:
+        with self._lock:
+            self._count += 1
+            token = (*_halves(self._nonce), *_halves(self._count))
+            self.restore(token, cell)
+            return token
+
+    def restore(self, token: Token, cell: _Cell) -> None:
+        """Keep ``cell`` under ``token``, and evict what is beyond the budget."""
+        with self._lock:
+            if cell.keep.copies:
+                self._copying[cell.keep.label] = None
+            if cell.reused:
+                # One graph that is used again and again is kept per function, the latest.
+                same = [t for t, c in self._cells.items() if c.reused and c.keep is cell.keep]
+                for other in same:
+                    self._remove(other)
+            self._cells[token] = cell
+            device = str(cell.device)
+            for address, size in cell.storages.items():
+                if self._storages[device, address] == 0:
+                    self._bytes[device] += size
+                self._storages[device, address] += 1
+            budget = self._budget_of(cell.device)
+            while self._bytes[device] > budget:
+                oldest = next(t for t, c in self._cells.items() if str(c.device) == device)
+                self._remove(oldest)
+                self._evicted(budget)
+
+    def take(self, token: Token, keep: Keep, device: torch.device) -> _Cell | None:
+        """The graph under ``token``, if it is there and is of ``keep`` on ``device``."""
+        if not any(token):
+            return None
+        with self._lock:
+            cell = self._cells.get(token)
+            if cell is None or cell.keep is not keep or cell.device != device:
+                self._misses += 1
+                return None
+            self._hits += 1
+            if cell.reused:
+                self._cells.move_to_end(token)
+            else:
+                self._remove(token)
+                self._used[token] = None
+                while len(self._used) > 4096:
+                    self._used.popitem(last=False)
+            return cell
+
+    def used_up(self, token: Token) -> bool:
+        """Whether this token's graph was taken before, rather than evicted or unknown."""
+        return token in self._used
+
+    def clear(self) -> None:
+        with self._lock:
+            for token in list(self._cells):
+                self._remove(token)
+            self._used.clear()
+
+    def set_budget(self, budget: int | None) -> None:
+        with self._lock:
+            self._budget = budget
+
+    def info(self) -> TapeInfo:
+        with self._lock:
+            return TapeInfo(
+                len(self._cells),
+                sum(self._bytes.values()),
+                self._budget,
+                self._hits,
+                self._misses,
+                self._evictions,
+                list(self._copying),
+            )
+
+    def _remove(self, token: Token) -> None:
+        cell = self._cells.pop(token)
+        device = str(cell.device)
+        for address, size in cell.storages.items():
+            self._storages[device, address] -= 1
+            if self._storages[device, address] == 0:
+                del self._storages[device, address]
+                self._bytes[device] -= size
+
+    def _budget_of(self, device: torch.device) -> int:
+        if self._budget is not None:
+            return self._budget
+        if device.type == "cuda":
+            return torch.cuda.get_device_properties(device).total_memory // 4
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+
+    def _evicted(self, budget: int) -> None:
+        self._evictions += 1
+        if self._evictions == 1 and budget > 0:
+            warnings.warn(
+                f"The tape holds more than its budget of {budget:,} bytes, so the oldest forward "
+                "passes are dropped and their backward passes run forward again. Differentiate "
+                "less at once, or raise the budget with set_tape_budget() or the environment "
+                f"variable {_ENVIRONMENT}.",
+                Torch2JaxWarning,
+                stacklevel=2,
+            )
+
+
+def _halves(n: int) -> tuple[int, int]:
+    return n & 0xFFFFFFFF, n >> 32 & 0xFFFFFFFF
+
+
+tape = Tape()
+
+
+def tape_info() -> TapeInfo:
+    """What the tape holds: entries, bytes, budget; hits, misses and evictions so far.
+
+    >>> tape_info().entries
+    0
+    """
+    return tape.info()
+
+
+def clear_tape() -> None:
+    """Drop every kept graph. Backward passes that need one run forward again.
+
+    >>> clear_tape()
+    """
+    tape.clear()
+
+
+def set_tape_budget(bytes: int | None) -> None:
+    """Bytes of activations that the tape keeps on each device; None: a quarter of its memory.
+
+    0 keeps nothing: every backward pass runs forward again.
+
+    >>> set_tape_budget(2**30)
+    >>> set_tape_budget(None)
+    """
+    if bytes is not None and (not isinstance(bytes, int) or bytes < 0):
+        raise ValueError(f"a tape budget is a number of bytes or None, got {bytes!r}")
+    tape.set_budget(bytes)
