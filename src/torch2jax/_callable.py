@@ -29,7 +29,7 @@ from typing import Any, Protocol
 
 import torch
 
-from . import _state
+from ._infer import reachable_modules
 
 Tensor = torch.Tensor
 Tensors = tuple[Tensor, ...]
@@ -55,11 +55,16 @@ class Flat:
     """
 
     def __init__(
-        self, pure: Function[..., Tensors], run: Function[..., Tensors] | None, forward_ad: bool
+        self,
+        pure: Function[..., Tensors],
+        run: Function[..., Tensors] | None,
+        forward_ad: bool,
+        roots: tuple[Any, ...],
     ) -> None:
         self.functional = self.graph = pure
         self.run = run or pure
         self.forward_ad = forward_ad
+        self.roots = roots
 
 
 class Jvp:
@@ -160,14 +165,23 @@ class Vjp:
         before = torch.is_grad_enabled()
         torch._C._set_grad_enabled(True)
         try:
-            leaves = list(primals)
-            for i in self.wrt:
-                leaves[i] = leaves[i].detach().requires_grad_()
-            out = take(f(*leaves), self.of)
-            wrt = take(leaves, self.wrt)
-            return conj(_gradients(out, wrt, conj(cotangents), batched=batched))
+            out, leaves = self._forward(f, primals)
+            try:
+                return conj(_gradients(out, leaves, conj(cotangents), batched=batched))
+            except RuntimeError as error:
+                if batched or not refuses_grad(error):
+                    raise
+            out, leaves = self._forward(f, primals)
+            return conj(gradients_by_backward(out, leaves, conj(cotangents), roots_of(self)))
         finally:
             torch._C._set_grad_enabled(before)
+
+    def _forward(self, f: Function[..., Tensors], primals: Tensors) -> tuple[Tensors, Tensors]:
+        """Outputs ``of``, and leaves that they are differentiated in."""
+        leaves = list(primals)
+        for i in self.wrt:
+            leaves[i] = leaves[i].detach().requires_grad_()
+        return take(f(*leaves), self.of), take(leaves, self.wrt)
 
 
 class Vmap:
@@ -390,26 +404,50 @@ def _gradients(
     grads: Sequence[Tensor | None] = [None] * len(inputs)
     if connected:
         outs, cots = zip(*connected, strict=True)
-        try:
-            grads = torch.autograd.grad(
-                outs,
-                inputs,
-                cots,
-                create_graph=create_graph,
-                allow_unused=True,
-                is_grads_batched=batched,
-            )
-        except RuntimeError as error:
-            if "Checkpointing is not compatible with .grad()" not in str(error):
-                raise
-            if create_graph or batched:
-                raise
-            grads = _state.backward_on_leaves(outs, inputs, cots)
+        grads = torch.autograd.grad(
+            outs,
+            inputs,
+            cots,
+            create_graph=create_graph,
+            allow_unused=True,
+            is_grads_batched=batched,
+        )
     rows = (cotangents[0].shape[0],) if batched else ()
     return tuple(
         x.new_zeros(rows + tuple(x.shape)) if g is None else g
         for x, g in zip(inputs, grads, strict=True)
     )
+
+
+def refuses_grad(error: RuntimeError) -> bool:
+    """Whether a graph refuses ``autograd.grad``: ``checkpoint(use_reentrant=True)`` does."""
+    return "use_reentrant=True" in str(error) or "Checkpointing is not compatible" in str(error)
+
+
+def gradients_by_backward(
+    outputs: Sequence[Any], leaves: Tensors, cotangents: Tensors, roots: Iterable[Any]
+) -> Tensors:
+    """Gradients by ``backward()``, for graphs that refuse ``autograd.grad``.
+
+    ``backward()`` adds to ``.grad`` of every leaf: those of the user's modules are put back.
+    """
+    parameters = [p for m in reachable_modules(roots) for p in m.parameters(recurse=False)]
+    before = [p.grad for p in parameters]
+    for p in parameters:
+        p.grad = None
+    try:
+        torch.autograd.backward(outputs, cotangents)  # type: ignore[arg-type]
+        return tuple(torch.zeros_like(x) if x.grad is None else x.grad for x in leaves)
+    finally:
+        for p, grad in zip(parameters, before, strict=True):
+            p.grad = grad
+
+
+def roots_of(program: Any) -> tuple[Any, ...]:
+    """The user's function and objects at the root of a program."""
+    while not isinstance(program, Flat):
+        program = program.parent
+    return program.roots
 
 
 def conj(tensors: Iterable[Tensor]) -> Tensors:

@@ -89,19 +89,6 @@ def current_stream(device_index: int) -> int:
     return torch.cuda.current_stream(device_index).cuda_stream
 
 
-def backward_on_leaves(
-    outputs: Sequence[torch.Tensor],
-    inputs: Sequence[torch.Tensor],
-    cotangents: Sequence[torch.Tensor],
-) -> list[torch.Tensor | None]:
-    """Gradients by ``backward()``, for graphs that refuse ``autograd.grad``.
-
-    ``torch.utils.checkpoint(use_reentrant=True)`` is one. ``inputs`` are leaves.
-    """
-    torch.autograd.backward(outputs, cotangents)  # type: ignore[arg-type]
-    return [x.grad for x in inputs]
-
-
 # --- exceptions that cross XLA -----------------------------------------------------------------
 
 _KEPT = 16

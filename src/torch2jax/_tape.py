@@ -31,7 +31,19 @@ from typing import Any
 import torch
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
-from ._callable import Callable, Indices, Program, Tensor, Tensors, Vjp, Vmap, conj, take
+from ._callable import (
+    Callable,
+    Indices,
+    Program,
+    Tensor,
+    Tensors,
+    Vjp,
+    Vmap,
+    conj,
+    gradients_by_backward,
+    refuses_grad,
+    roots_of,
+)
 from ._errors import Torch2JaxWarning
 
 _ENVIRONMENT = f"{__name__.partition('.')[0].upper()}_TAPE_BYTES"
@@ -44,6 +56,8 @@ class Keep:
         self.parent, self.wrt, self.label = parent, wrt, label
         self.copies = False
         """Whether the function works on copies of its operands."""
+        self.by_backward = False
+        """Whether its graph refuses ``autograd.grad``, so that ``backward()`` must do."""
 
     def functional(self, *args: Tensor) -> Tensors:
         return (*self.parent.functional(*args), _no_token(args))
@@ -77,8 +91,7 @@ class Keep:
         leaves = [x.detach() for x in args]
         for i in self.wrt:
             leaves[i].requires_grad_()
-        hooks = _Hooks(cell, args)
-        with saved_tensors_hooks(hooks.pack, _unpack):
+        with saved_tensors_hooks(_opaque(_Hooks(cell, args).pack), _opaque(_unpack)):
             out = self.parent.graph(*leaves)
         cell.outputs = _edges(out)
         cell.inputs = [get_gradient_edge(leaves[i]) for i in self.wrt]
@@ -99,6 +112,8 @@ class Keep:
         out = self.parent.graph(*leaves)
         cell.outputs = _edges(out)
         cell.inputs = [get_gradient_edge(leaves[i]) for i in self.wrt]
+        if self.by_backward:
+            cell.leaves = tuple(leaves[i] for i in self.wrt)
         cell.storages = {
             s.data_ptr(): s.nbytes() for x in (*leaves, *out) if (s := x.untyped_storage()).nbytes()
         }
@@ -144,26 +159,21 @@ class Pull:
 
     def _pull(self, cell: _Cell, primals: Tensors, cotangents: Tensors) -> Tensors:
         pairs = [
-            (cell.outputs[i], c)
+            (edge, c)
             for i, c in zip(self.vjp.of, conj(cotangents), strict=True)
-            if cell.outputs[i] is not None
+            if (edge := cell.outputs[i]) is not None
         ]
         grads: Sequence[Tensor | None] = [None] * len(self.keep.wrt)
         if pairs:
+            edges, seeds = zip(*pairs, strict=True)
             with cell.lock:
                 cell.operands = primals
                 try:
-                    grads = torch.autograd.grad(
-                        [edge for edge, _ in pairs],
-                        cell.inputs,
-                        [c for _, c in pairs],
-                        allow_unused=True,
-                        retain_graph=cell.reused,
-                        is_grads_batched=self.batched,
-                    )
+                    grads = self._gradients(cell, edges, seeds)
                 except RuntimeError as error:
-                    if "Checkpointing is not compatible with .grad()" not in str(error):
+                    if not refuses_grad(error):
                         raise
+                    self.keep.copies = self.keep.by_backward = True
                     return self.otherwise.run(*primals, *cotangents)
                 finally:
                     cell.operands = ()
@@ -172,6 +182,20 @@ class Pull:
         return conj(
             g if (g := by_input[i]) is not None else primals[i].new_zeros(rows + primals[i].shape)
             for i in self.vjp.wrt
+        )
+
+    def _gradients(
+        self, cell: _Cell, edges: tuple[GradientEdge, ...], seeds: Tensors
+    ) -> Sequence[Tensor | None]:
+        if cell.leaves and not self.batched and not cell.reused:
+            return gradients_by_backward(edges, cell.leaves, seeds, roots_of(self.keep))
+        return torch.autograd.grad(
+            edges,
+            cell.inputs,
+            seeds,
+            allow_unused=True,
+            retain_graph=cell.reused,
+            is_grads_batched=self.batched,
         )
 
 
@@ -261,6 +285,8 @@ class _Cell:
         """Of the backward call under way: what views are rebuilt from."""
         self.storages: dict[int, int] = {}
         """Address and bytes of the storages that the graph holds."""
+        self.leaves: Tensors = ()
+        """Where ``backward()`` must do: torch's own copies of the inputs."""
         self.reused = False
         self.lock = threading.Lock()
 
@@ -337,6 +363,12 @@ class _View:
 
 def _unpack(packed: _Saved | _View) -> Tensor:
     return packed.unpack()
+
+
+def _opaque(hook: Any) -> Any:
+    """A hook that torch.compile does not try to compile where a compiled function calls it."""
+    dynamo = sys.modules.get("torch._dynamo")  # loading it takes seconds: only where it is in use
+    return hook if dynamo is None else dynamo.disable(hook)
 
 
 def _modified(t: Tensor, expected: int, version: int) -> RuntimeError:

@@ -564,7 +564,8 @@ class TorchFunction:
         elif self._config.out_arg is not None:
             run = out_function(self._fn, arguments, result, self._config.out_arg)
             options = replace(options, pass_outputs=True)
-        program = Flat(pure, run, inference is not None and inference.forward_ad)
+        forward_ad = inference is not None and inference.forward_ad
+        program = Flat(pure, run, forward_ad, options.roots)
         return self._callables.setdefault(
             key, Callable(program, options, arguments.labels, outputs)
         )
