@@ -185,7 +185,10 @@ class Vjp:
 
 
 class Vmap:
-    """``f`` on every row: one call through ``torch.func.vmap``; rows of results at dim 0."""
+    """``f`` on every row: one call through ``torch.func.vmap``; rows of results at dim 0.
+
+    Random numbers are drawn once for all rows, as JAX does with a key that is not batched.
+    """
 
     def __init__(self, parent: Program, dims: Dims) -> None:
         self.parent, self.dims = parent, dims
@@ -194,7 +197,8 @@ class Vmap:
     def functional(self, *args: Tensor) -> Tensors:
         return _vmap(self.parent.functional, self.dims)(*args)
 
-    graph = functional
+    def graph(self, *args: Tensor) -> Tensors:
+        return self.functional(*args)
 
     def run(self, *args: Tensor) -> Tensors:
         vjp = self.parent
@@ -244,10 +248,39 @@ class Options:
     """(operand, output) pairs of the base call that share memory."""
     tape: bool = True
     """Whether a differentiated call keeps its autograd graph for the backward pass."""
+    rng: int | None = None
+    """The operand that holds the words of a key. Random numbers are drawn from it."""
+    draws: bool = False
+    """The call itself takes numbers from torch's generator: never dropped, merged or moved."""
     pass_outputs: bool = False
     """The base call's ``run`` takes the output buffers after the operands."""
     notes: set[Any] = field(default_factory=set)
     """Warnings given once."""
+
+
+class Rows(Vmap):
+    """``f`` on every row, one row after the other inside one call.
+
+    For rows with random numbers of their own: each has its key.
+    """
+
+    def functional(self, *args: Tensor) -> Tensors:
+        return self._each(self.parent.functional, args)
+
+    def graph(self, *args: Tensor) -> Tensors:
+        return self._each(self.parent.graph, args)
+
+    def run(self, *args: Tensor) -> Tensors:
+        return self._each(self.parent.run, args)
+
+    def _each(self, f: Function[..., Tensors], args: Tensors) -> Tensors:
+        split = [None if d is None else x.unbind(d) for x, d in zip(args, self.dims, strict=True)]
+        size = next(len(rows) for rows in split if rows is not None)
+        out = [
+            f(*(x if rows is None else rows[k] for x, rows in zip(args, split, strict=True)))
+            for k in range(size)
+        ]
+        return tuple(torch.stack(column) for column in zip(*out, strict=True))
 
 
 class Callable:
@@ -312,12 +345,23 @@ class Callable:
 
     def vmap(self, dims: Dims) -> Callable:
         """This callable on every row of the operands whose dim is not None."""
+        return self._batched("vmap", Vmap, dims)
+
+    def rows(self, dims: Dims) -> Callable:
+        """The same, one row after the other: for rows with random numbers of their own."""
+        return self._batched("rows", Rows, dims)
+
+    def _batched(self, name: str, program: type[Vmap], dims: Dims) -> Callable:
         return self.derive(
-            f"/vmap({_join(dims)})",
-            lambda: Vmap(self.program, dims),
+            f"/{name}({_join(dims)})",
+            lambda: program(self.program, dims),
             list(self.inputs),
             list(self.outputs),
         )
+
+    def batched_like(self, program: Vmap, dims: Dims) -> Callable:
+        """This callable batched the way ``program`` is."""
+        return self.rows(dims) if isinstance(program, Rows) else self.vmap(dims)
 
     def batch_levels(self) -> list[Dims]:
         """Dims of the operands in each enclosing batch, the outermost first."""
@@ -353,7 +397,7 @@ class Callable:
             others = tuple(d for i, d in enumerate(program.dims) if i not in linear)
             # The transposes drop operands that were linear too but are constant here.
             others = others[: len(inner.inputs) - len(of)]
-            return inner.vmap(others + (0,) * len(of))
+            return inner.batched_like(program, others + (0,) * len(of))
         return None
 
 
@@ -459,4 +503,4 @@ def _rows_first(tensors: Iterable[Tensor], dims: Iterable[Any]) -> Tensors:
 
 
 def _vmap(f: Function[..., Tensors], dims: Dims) -> Function[..., Tensors]:
-    return torch.func.vmap(f, in_dims=dims, out_dims=0, randomness="different")
+    return torch.func.vmap(f, in_dims=dims, out_dims=0, randomness="same")

@@ -19,8 +19,10 @@ from jax._src.array import ArrayImpl
 
 __all__ = [
     "ArrayImpl",
+    "RandomEffect",
     "TorchEffect",
     "exchange_api",
+    "random_effect",
     "result_aval",
     "torch_effect",
     "varying_axes",
@@ -35,15 +37,29 @@ class TorchEffect(_effects.Effect):
         return "TorchCall"
 
 
+class RandomEffect(_effects.Effect):
+    """Marks a draw from torch's generator, which ``jax.checkpoint`` would repeat differently."""
+
+    def __str__(self) -> str:
+        return (
+            "random numbers drawn in PyTorch without a key: wrap the function with "
+            "torch2jax(..., stochastic=True) and pass rng= (apply(..., rng=) for a module)"
+        )
+
+    __repr__ = __str__
+
+
 torch_effect = TorchEffect()
+random_effect = RandomEffect()
 
 for _allowed in (
     _effects.lowerable_effects,
     _effects.control_flow_allowed_effects,
     _effects.custom_derivatives_allowed_effects,
-    _effects.remat_allowed_effects,
 ):
     _allowed.add_type(TorchEffect)
+    _allowed.add_type(RandomEffect)
+_effects.remat_allowed_effects.add_type(TorchEffect)
 
 
 # --- varying manual axes (shard_map with check_vma=True) ----------------------------------------

@@ -36,6 +36,9 @@ class Config:
     out_arg: str | None
     static_argnums: tuple[int, ...]
     static_argnames: tuple[str, ...]
+    stochastic: bool
+    draws_refused: bool
+    """Whether a function that draws without a key is an error."""
     side_effects: bool
     lock: Any
     name: str | None

@@ -14,7 +14,7 @@ import numpy as np
 from jax.extend.core import Primitive
 
 from ._callable import Callable
-from ._compat import TorchEffect, result_aval, torch_effect, varying_together
+from ._compat import random_effect, result_aval, torch_effect, varying_together
 
 _PACKAGE = __name__.partition(".")[0]
 
@@ -44,8 +44,11 @@ def call(
 @torch_call_p.def_effectful_abstract_eval
 def _abstract_eval(
     *avals: Any, callable: Callable, results: Any, differentiable: bool
-) -> tuple[list[Any], set[TorchEffect]]:
-    effects = {torch_effect} if callable.options.side_effects else set()
+) -> tuple[list[Any], set[Any]]:
+    options = callable.options
+    effects: set[Any] = {torch_effect} if options.side_effects else set()
+    if options.draws:
+        effects.add(random_effect)
     return [result_aval(shape, dtype, avals) for shape, dtype in results], effects
 
 

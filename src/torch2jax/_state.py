@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import traceback
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -62,26 +62,19 @@ def run_guarded(run: Callable[..., Any], args: tuple[Any, ...], default_dtype: t
 
 
 def run_on_stream(
-    run: Callable[..., Any],
+    body: Callable[..., Any],
     args: tuple[Any, ...],
     stream: int,
     device_index: int,
     default_dtype: torch.dtype,
 ) -> Any:
-    """``run(*args)`` in a clean state, with ``stream`` as torch's current stream of the device.
+    """``body(*args)`` in a clean state, with ``stream`` as torch's current stream of the device.
 
-    Work that torch has queued on its own current stream happens before, later torch work after:
-    by events, the host waits for nothing.
+    The handler orders it after work that torch has queued on its own stream, and before later work.
     """
     ours = torch.cuda.ExternalStream(stream, device=device_index)
-    with torch.cuda.device(device_index):
-        theirs = torch.cuda.current_stream(device_index)
-        ours.wait_stream(theirs)
-        try:
-            with torch.cuda.stream(ours):
-                return run_guarded(run, args, default_dtype)
-        finally:
-            theirs.wait_stream(ours)
+    with torch.cuda.device(device_index), torch.cuda.stream(ours):
+        return run_guarded(body, args, default_dtype)
 
 
 def current_stream(device_index: int) -> int:

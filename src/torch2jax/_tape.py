@@ -18,6 +18,7 @@ function, once, and shown by ``tape_info()``.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import sys
@@ -31,6 +32,7 @@ from typing import Any
 import torch
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
+from . import _random
 from ._callable import (
     Callable,
     Indices,
@@ -52,8 +54,8 @@ _ENVIRONMENT = f"{__name__.partition('.')[0].upper()}_TAPE_BYTES"
 class Keep:
     """``x -> (f(x), token)``, with the graph of the forward pass kept under the token."""
 
-    def __init__(self, parent: Program, wrt: Indices, label: str) -> None:
-        self.parent, self.wrt, self.label = parent, wrt, label
+    def __init__(self, parent: Program, wrt: Indices, label: str, seeded: bool) -> None:
+        self.parent, self.wrt, self.label, self.seeded = parent, wrt, label, seeded
         self.copies = False
         """Whether the function works on copies of its operands."""
         self.by_backward = False
@@ -169,7 +171,9 @@ class Pull:
             with cell.lock:
                 cell.operands = primals
                 try:
-                    grads = self._gradients(cell, edges, seeds)
+                    # A checkpointed block draws again in its backward pass.
+                    with _random.lock if self.keep.seeded else contextlib.nullcontext():
+                        grads = self._gradients(cell, edges, seeds)
                 except RuntimeError as error:
                     if not refuses_grad(error):
                         raise
@@ -242,7 +246,12 @@ def kept(callable: Callable, wrt: Indices) -> Callable:
     """``x -> (outputs, token)``: the call that keeps its graph for derivatives in ``wrt``."""
     return callable.derive(
         f"/keep({','.join(map(str, wrt))})",
-        lambda: Keep(callable.program, wrt, callable.options.label + callable.path),
+        lambda: Keep(
+            callable.program,
+            wrt,
+            callable.options.label + callable.path,
+            callable.options.rng is not None,
+        ),
         list(callable.inputs),
         [*callable.outputs, "the token"],
     )
@@ -397,9 +406,9 @@ def _unheld() -> tuple[tuple[int, int, int], tuple[int, int, int]]:
     operand = torch.zeros(1)
     operands, leaves = (operand,), [operand.detach().requires_grad_()]
     edge = get_gradient_edge(leaves[0])
-    watched = [_references(x) for x in leaves][0]
+    watched = next(_references(x) for x in leaves)
     leaves = [operands[0].detach()]
-    plain = [_references(x) for x in leaves][0]
+    plain = next(_references(x) for x in leaves)
     del edge
     return watched, plain
 
@@ -412,7 +421,10 @@ def _held(operands: Tensors, leaves: list[Tensor], wrt: Indices) -> bool:
     counts = [_references(x) for x in leaves]
     addresses = Counter(x.untyped_storage()._cdata for x in operands)
     return any(
-        any(have > least for have, least in zip(count, _WATCHED if i in wrt else _PLAIN, strict=True))
+        any(
+            have > least
+            for have, least in zip(count, _WATCHED if i in wrt else _PLAIN, strict=True)
+        )
         for i, count in enumerate(counts)
         if addresses[operands[i].untyped_storage()._cdata] == 1
     )

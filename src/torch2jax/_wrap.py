@@ -33,7 +33,8 @@ from ._errors import (
 from ._flat import Arguments, Result, describe_result, flat_function, out_function
 from ._infer import FakeSurvived, Inference, Spec, infer
 from ._options import Config, Operands, mark_static
-from ._primitive import call
+from ._primitive import call as call_primitive
+from ._random import draw_seed, refusing, seeded
 from ._rules.batching import METHODS
 
 _CPU = torch.device("cpu")
@@ -54,6 +55,7 @@ def torch2jax(
     out_arg: str | None = None,
     static_argnums: int | Sequence[int] | None = None,
     static_argnames: str | Sequence[str] | None = None,
+    stochastic: bool = False,
     side_effects: bool = False,
     lock: contextlib.AbstractContextManager[Any] | bool | None = None,
     name: str | None = None,
@@ -93,6 +95,10 @@ def torch2jax(
       out_arg: name of the keyword by which ``fn`` takes preallocated results.
       static_argnums: positional arguments passed as Python values, as in ``jax.jit``.
       static_argnames: keyword arguments passed as Python values.
+      stochastic: the wrapped function takes ``rng=``, a JAX key, from which PyTorch's generators
+        are seeded for that call alone: the same key gives the same numbers, forward and backward, in
+        jit, scan and vmap. Without it a function that draws takes its seed from PyTorch's own
+        generator at each call, and cannot be used under ``jax.checkpoint``.
       side_effects: the call is never dropped or merged with an equal one.
       lock: a context manager held around every call of ``fn``; True for one shared by the process.
       name: stable name of the call in HLO, profiles, caches and exports; otherwise the qualified
@@ -146,6 +152,8 @@ def torch2jax(
         static_argnames=(static_argnames,)
         if isinstance(static_argnames, str)
         else tuple(static_argnames or ()),
+        stochastic=stochastic,
+        draws_refused=False,
         side_effects=side_effects,
         lock=_process_lock if lock is True else (lock or None),
         name=name,
@@ -274,6 +282,11 @@ class TorchFunction:
             side_effects=config.side_effects,
         )
 
+        # What draws without a key draws a seed, and is then a function of that seed.
+        self._seed = Callable(
+            Flat(draw_seed, None, False, ()), replace(self._options, draws=True), [], ["the seed"]
+        )
+
         # A function of its own, so that it and not the class names the call in profiles.
         def traced(call: _Call, *operands: Any) -> Any:
             return self._trace(call, *operands)
@@ -300,7 +313,7 @@ class TorchFunction:
             operands = args
         try:
             return self._jitted(call, *operands)
-        except jax.errors.JaxRuntimeError as error:
+        except (jax.errors.JaxRuntimeError, ValueError) as error:  # the latter from jit's C++ path
             _raise_original(error)
             raise
 
@@ -318,6 +331,26 @@ class TorchFunction:
 
     def _flatten(self, args: Any, kwargs: Any) -> tuple[_Call, list[Any]]:
         """Split a call's arguments into its structure and its operands."""
+        key = []
+        if self._config.stochastic:
+            kwargs = dict(kwargs)
+            key = [self._key(kwargs.pop("rng", None))]
+        call, operands = self._flatten_arguments(args, kwargs)
+        return call, [*operands, *key]
+
+    def _key(self, rng: Any) -> Any:
+        if rng is None:
+            raise SignatureError(
+                f"{self._label} is wrapped with stochastic=True: pass a JAX key as rng=."
+            )
+        if not (hasattr(rng, "dtype") and hasattr(rng, "shape")):
+            raise SignatureError(
+                f"rng of {self._label} is a {type(rng).__name__}; pass a key such as "
+                "jax.random.key(0)."
+            )
+        return rng
+
+    def _flatten_arguments(self, args: Any, kwargs: Any) -> tuple[_Call, list[Any]]:
         given = (args, kwargs)
         if not self._plain:
             given = mark_static(self._config, args, kwargs, self._label)
@@ -329,7 +362,11 @@ class TorchFunction:
         if call is None:
             self._check_structure(treedef, args, kwargs)
             call = self._calls[key] = _Call(treedef, ())
-            if self._plain and not kwargs and jax.tree_util.all_leaves(args):
+            if (
+                self._plain
+                and not (kwargs or self._config.stochastic)
+                and jax.tree_util.all_leaves(args)
+            ):
                 self._positional[len(args)] = call
         return call, leaves
 
@@ -367,20 +404,39 @@ class TorchFunction:
     # --- tracing ---------------------------------------------------------------------------------
 
     def _trace(self, call: _Call, *operands: Any) -> Any:
+        words = None
+        if self._config.stochastic:
+            *operands, rng = operands
+            words = self._words(rng)
         avals = tuple((x.shape, x.dtype) for x in map(jax.typeof, operands))
         key = (call, avals, x64_enabled())
         plan = self._plans.get(key)
         if plan is None:
             numbers = [x.weak_type and not x.shape for x in map(jax.typeof, operands)]
             plan = self._plans[key] = self._plan(call, avals, numbers)
-        return self._bind(plan, operands)
+        if words is None and plan.callable.options.rng is not None:
+            [words] = call_primitive(self._seed, [], [((2,), "uint32")])
+        return self._bind(plan, operands, words)
 
-    def _bind(self, plan: _Plan, operands: Sequence[Any]) -> Any:
+    def _words(self, rng: Any) -> Any:
+        """The words of a key: uint32 of shape (n,)."""
+        if jax.dtypes.issubdtype(rng.dtype, jax.dtypes.prng_key):
+            rng = jax.random.key_data(rng)
+        if rng.dtype != "uint32" or len(rng.shape) != 1:
+            raise SignatureError(
+                f"rng of {self._label} is {rng.dtype}[{','.join(map(str, rng.shape))}]; pass one "
+                "key, such as jax.random.key(0), and use jax.vmap for several."
+            )
+        return rng
+
+    def _bind(self, plan: _Plan, operands: Sequence[Any], words: Any) -> Any:
         held = [
             jax.lax.stop_gradient(x) if i in plan.nondiff else x for i, x in enumerate(operands)
         ]
+        if words is not None:
+            held.append(words)
         if self._config.depth is None:
-            out = call(plan.callable, held, plan.results)
+            out = call_primitive(plan.callable, held, plan.results)
         else:
             depth = self._config.depth
             out = call_to_depth(plan.callable, held, plan.results, depth, plan.nondiff)
@@ -555,6 +611,7 @@ class TorchFunction:
             return known
         pure, run = flat_function(self._fn, arguments, result, self._label, inplace)
         options = self._options
+        inputs = list(arguments.labels)
         outputs = [leaf.label for leaf in result.leaves]
         if inplace:
             n = len(outputs)
@@ -564,11 +621,21 @@ class TorchFunction:
         elif self._config.out_arg is not None:
             run = out_function(self._fn, arguments, result, self._config.out_arg)
             options = replace(options, pass_outputs=True)
+        draws = inference.draws if inference is not None else None
+        if draws and self._config.draws_refused:
+            raise SignatureError(
+                f"{self._label} draws random numbers ({draws}): pass a JAX key as rng=."
+            )
+        if self._config.stochastic or draws:
+            rng = len(inputs)
+            inputs.append("rng")
+            options = replace(options, rng=rng)
+            pure, run = seeded(pure, rng), seeded(run, rng) if run else None
+        elif inference is None:
+            run, pure = run or pure, refusing(pure, self._label)
         forward_ad = inference is not None and inference.forward_ad
         program = Flat(pure, run, forward_ad, options.roots)
-        return self._callables.setdefault(
-            key, Callable(program, options, arguments.labels, outputs)
-        )
+        return self._callables.setdefault(key, Callable(program, options, inputs, outputs))
 
     def _with_updated(self, plan: _Plan, result: Any, updated: Sequence[Any]) -> Any:
         """``(result, updated arguments)``, in the structure of the arguments."""

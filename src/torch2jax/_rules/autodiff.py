@@ -131,9 +131,7 @@ def _transpose(
             transposed = with_token(transposed, len(of), callable.keep)
         out = _call_transposed(transposed, f, where, others + seeds, avals)
     else:
-        at_zero = [
-            jnp.zeros(*_shape_dtype(x)) if ad.is_undefined_primal(x) else x for x in primals
-        ]
+        at_zero = [jnp.zeros(*_shape_dtype(x)) if ad.is_undefined_primal(x) else x for x in primals]
         out = call(f.vjp(where, of), at_zero + seeds, avals)
     for i, g in zip(linear, out, strict=True):
         grads[i] = g
@@ -179,9 +177,7 @@ def _drop_token(used: list[bool], eqn: Any) -> tuple[list[bool], Any]:
     if not any(used) and not eqn.effects:
         return [False] * len(eqn.invars), None
     if is_keep(callable) and not used[-1]:
-        params = dict(
-            eqn.params, callable=callable.parent, results=eqn.params["results"][:-1]
-        )
+        params = dict(eqn.params, callable=callable.parent, results=eqn.params["results"][:-1])
         eqn = eqn.replace(params=params, outvars=eqn.outvars[:-1])
     return [True] * len(eqn.invars), eqn
 

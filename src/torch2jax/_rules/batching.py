@@ -8,6 +8,8 @@
     expand_dims          the function batches by itself: unbatched operands get a leading dim of 1
     broadcast_all        the same, unbatched operands are broadcast to the batch
     legacy_vectorized    the same, unbatched operands are passed as they are
+
+Rows with keys of their own (``rng=``) run one after the other inside one call, whatever the method.
 """
 
 from __future__ import annotations
@@ -52,9 +54,11 @@ def _batch(
         return _batch_with_token(operands, dims, callable, results, differentiable)
     size = _size(operands, dims)
     rows = [((size, *shape), dtype) for shape, dtype in results]
+    if size == 0:
+        return [jnp.zeros(*row) for row in rows], [0] * len(rows)
     method = _choose(callable, operands, dims)
-    if method == "torch":
-        out = call(callable.vmap(tuple(dims)), operands, rows, differentiable)
+    if method in ("torch", "rows"):
+        out = call(_batched(callable, dims), operands, rows, differentiable)
     elif method.startswith("sequential"):
         out = _loop(
             callable, operands, dims, results, differentiable, method == "sequential_unrolled"
@@ -71,6 +75,15 @@ def _batch(
             front = [x[None] if d is None else x for x, d in zip(front, dims, strict=True)]
         out = call(callable, front, rows, differentiable)
     return out, [0] * len(out)
+
+
+def _batched(callable: Callable, dims: Sequence[int | None]) -> Callable:
+    return callable.rows(tuple(dims)) if _own_keys(callable, dims) else callable.vmap(tuple(dims))
+
+
+def _own_keys(callable: Callable, dims: Sequence[int | None]) -> bool:
+    """Whether every row has a key of its own. Of a derivative too, the primals come first."""
+    return callable.options.rng is not None and dims[callable.options.rng] is not None
 
 
 def _size(operands: Sequence[Any], dims: Sequence[int | None]) -> int:
@@ -102,9 +115,9 @@ def _batch_keep(
         unroll = method == "sequential_unrolled"
         out = _loop(callable, operands, dims, results, differentiable, unroll)
         return out, [0] * len(out)
-    if method == "torch" and all(dims[i] is not None for i in callable.program.wrt):
+    if method in ("torch", "rows") and all(dims[i] is not None for i in callable.program.wrt):
         rows = [((size, *shape), dtype) for shape, dtype in results[:-1]]
-        batched = f.vmap(_zeros(dims))
+        batched = _batched(f, _zeros(dims))
         out = call(kept(batched, callable.program.wrt), _front(operands, dims), (*rows, TOKEN))
         return out, [0] * len(rows) + [None]
     out, out_dims = _batch(
@@ -135,10 +148,8 @@ def _batch_with_token(
         unroll = method == "sequential_unrolled"
         out = _loop(callable, operands, dims, results, differentiable, unroll)
         return out, [0] * len(out)
-    if method != "torch":  # the function batches by itself, and keeps nothing
-        return _batch(
-            inner, inner_dims, callable=f, results=results, differentiable=differentiable
-        )
+    if method not in ("torch", "rows"):  # the function batches by itself, and keeps nothing
+        return _batch(inner, inner_dims, callable=f, results=results, differentiable=differentiable)
     front, front_dims = _front(inner, inner_dims), _zeros(inner_dims)
     primal_dims, seed_dims = front_dims[:at], front_dims[at:]
     if is_vjp(f):
@@ -150,11 +161,11 @@ def _batch_with_token(
         seed_dims = (0,) * after
     if is_vjp(f) and all(primal_dims[i] is not None for i in keep.program.wrt):
         assert f.parent is not None
-        batched = f.parent.vmap(primal_dims)
+        batched = _batched(f.parent, primal_dims)
         pullback = batched.vjp(f.program.wrt, f.program.of)
         derived = with_token(pullback, after, kept(batched, keep.program.wrt))
     else:
-        derived = with_token(f.vmap((*primal_dims, *seed_dims)), after, keep)
+        derived = with_token(_batched(f, (*primal_dims, *seed_dims)), after, keep)
     out = call(derived, [*front[:at], token, *front[at:]], rows, differentiable)
     return out, [0] * len(out)
 
@@ -164,6 +175,8 @@ def _zeros(dims: Sequence[int | None]) -> tuple[int | None, ...]:
 
 
 def _choose(callable: Callable, operands: Sequence[Any], dims: Sequence[int | None]) -> str:
+    if _own_keys(callable, dims):
+        return "rows"
     method = callable.options.vmap_method
     if method not in ("auto", "torch"):
         return method
@@ -215,8 +228,6 @@ def _loop(
     if not unroll:
         return jax.lax.map(one, mapped)
     size = mapped[0].shape[0]
-    if size == 0:
-        return [jnp.zeros((0, *shape), dtype) for shape, dtype in results]
     calls = [one([x[i] for x in mapped]) for i in range(size)]
     return [jnp.stack(column) for column in zip(*calls, strict=True)]
 

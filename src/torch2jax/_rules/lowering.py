@@ -33,7 +33,7 @@ def _lower(
     base = callable.parent is None
     lower = jax.ffi.ffi_lowering(
         _ffi.TARGET,
-        has_side_effect=callable.options.side_effects,
+        has_side_effect=callable.options.side_effects or callable.options.draws,
         operand_output_aliases=dict(callable.options.aliases) if base else {},
     )
     return lower(ctx, *operands, name=registration.name)
