@@ -12,6 +12,10 @@ from ._convert import dtype_j2t
 from ._infer import Spec
 
 
+# Made here, where no mode of a caller sees it.
+_CPU, _CUDA = torch.device("cpu"), torch.device("cuda")
+
+
 def specs_of(avals: Iterable[tuple[tuple[int, ...], Any]], device: torch.device) -> list[Spec]:
     """Specs of operands with these (shape, dtype) pairs."""
     return [Spec(tuple(shape), dtype_j2t(dtype), device) for shape, dtype in avals]
@@ -20,5 +24,5 @@ def specs_of(avals: Iterable[tuple[tuple[int, ...], Any]], device: torch.device)
 def default_device() -> torch.device:
     """Where torch computes for JAX's default backend."""
     if jax.default_backend() in ("gpu", "cuda", "rocm") and torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("cpu")
+        return _CUDA
+    return _CPU

@@ -248,6 +248,8 @@ class Options:
     """(operand, output) pairs of the base call that share memory."""
     tape: bool = True
     """Whether a differentiated call keeps its autograd graph for the backward pass."""
+    mutated: tuple[int, ...] = ()
+    """Operands that ``fn`` changes in place, on itself or on a copy."""
     rng: int | None = None
     """The operand that holds the words of a key. Random numbers are drawn from it."""
     draws: bool = False

@@ -10,10 +10,11 @@ from typing import Any
 import jax
 import numpy as np
 import torch
-from jax.tree_util import keystr, tree_flatten_with_path
+from jax.tree_util import keystr, tree_flatten, tree_flatten_with_path
 
 from ._convert import canonical, dtype_j2t, x64_enabled
 from ._errors import SignatureError, UnsupportedDtypeError
+from ._infer import ShapeDependsOnValues
 
 Tensor = torch.Tensor
 Tensors = tuple[Tensor, ...]
@@ -39,17 +40,39 @@ class Result:
     """By ``output_shapes=``, rather than inferred."""
 
 
+class Static:
+    """A static argument as a leaf; equal where type and value are."""
+
+    def __init__(self, value: Any, where: str, label: str) -> None:
+        self.value = value
+        key = (slice, value.start, value.stop, value.step) if isinstance(value, slice) else value
+        try:
+            hash(key)
+        except TypeError:
+            raise SignatureError(
+                f"the static argument {where} of {label} is a {type(value).__name__}, which cannot "
+                "be hashed; static arguments select a trace, so pass a tuple or a frozen object."
+            ) from None
+        self.key = (type(value), key)
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Static) and self.key == other.key
+
+
 @dataclass(frozen=True)
 class Arguments:
     """How flat operands become the arguments of ``fn``.
 
-    ``statics`` are (leaf index, value) pairs; the other leaves are operands in order. ``casts``
-    gives operands another dtype before ``fn`` sees them; ``copies`` are the operands that ``fn``
-    changes undeclared and gets as private copies.
+    ``statics`` are (leaf index, static value) pairs; the other leaves are operands in order.
+    ``casts`` gives operands another dtype before ``fn`` sees them; ``copies`` are the operands that
+    ``fn`` changes undeclared and gets as private copies.
     """
 
     treedef: Any
-    statics: tuple[tuple[int, Any], ...]
+    statics: tuple[tuple[int, Static], ...]
     labels: tuple[str, ...]
     casts: tuple[tuple[int, torch.dtype], ...] = ()
     copies: tuple[int, ...] = ()
@@ -57,34 +80,33 @@ class Arguments:
     def unflatten(self, operands: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """``(args, kwargs)`` from operands."""
         leaves = list(operands)
-        for i, value in self.statics:  # in ascending order
-            leaves.insert(i, value)
+        for i, static in self.statics:  # in ascending order
+            leaves.insert(i, static.value)
         return self.treedef.unflatten(leaves)
 
+    def prepare(self, operands: Tensors) -> Tensors:
+        """Operands as ``fn`` gets them."""
+        if not self.casts and not self.copies:
+            return operands
+        xs = list(operands)
+        for i, dtype in self.casts:
+            xs[i] = xs[i].to(dtype)
+        for i in self.copies:
+            xs[i] = xs[i].clone()
+        return tuple(xs)
+
     def applied(self, fn: Callable[..., Any]) -> Callable[..., Any]:
-        """``fn`` as a function of flat operands, which returns what ``fn`` returns."""
+        """``fn`` as a function of prepared operands, which returns what ``fn`` returns."""
         args, kwargs = self.unflatten([_HOLE] * len(self.labels))
         positional = not kwargs and not self.statics and all(a is _HOLE for a in args)
         if positional:
-            call = fn
-        else:
+            return fn
 
-            def call(*operands: Tensor) -> Any:
-                args, kwargs = self.unflatten(operands)
-                return fn(*args, **kwargs)
+        def call(*operands: Tensor) -> Any:
+            args, kwargs = self.unflatten(operands)
+            return fn(*args, **kwargs)
 
-        if not self.casts and not self.copies:
-            return call
-
-        def prepared(*operands: Tensor) -> Any:
-            xs = list(operands)
-            for i, dtype in self.casts:
-                xs[i] = xs[i].to(dtype)
-            for i in self.copies:
-                xs[i] = xs[i].clone()
-            return call(*xs)
-
-        return prepared
+        return call
 
 
 _HOLE = object()
@@ -109,14 +131,19 @@ def _plain(out: Any, where: str, label: str) -> Any:
         here = where + keystr(path)
         if isinstance(x, Mapping):
             return {k: _plain(v, f"{here}[{k!r}]", label) for k, v in x.items()}
+        if isinstance(x, tuple):  # torch.return_types, which pytrees do not know
+            return tuple(_plain(v, f"{here}[{k}]", label) for k, v in enumerate(x))
         if isinstance(x, bool | int | float | complex | np.generic):
             return torch.as_tensor(x)
-        remedy = (
-            "convert it to a tensor with torch.from_numpy"
-            if isinstance(x, np.ndarray)
-            else "return tensors, numbers, None, or dicts, lists, tuples and registered pytrees "
-            "of them"
-        )
+        if isinstance(x, np.ndarray):
+            remedy = "convert it to a tensor with torch.from_numpy"
+        elif isinstance(x, jax.Array):
+            remedy = "convert it to a tensor with torch2jax.j2t"
+        else:
+            remedy = (
+                "return tensors, numbers, None, or dicts, lists, tuples and registered pytrees "
+                "of them"
+            )
         path_text = here.removeprefix("result") or "its result"
         raise SignatureError(
             f"{label} returned something that has no JAX counterpart: {path_text}: "
@@ -144,8 +171,12 @@ def _describe_leaf(path: str, t: Tensor, label: str) -> ResultLeaf:
             f"{label} returned a sparse tensor ({t.layout}) as {path}; JAX arrays are dense: "
             "return its .to_dense(), or its indices and values."
         )
+    if t.device.type == "meta":
+        raise SignatureError(f"{label} returned a tensor without data as {path}: it is on 'meta'.")
     if t.is_nested:
         raise SignatureError(f"{label} returned a nested tensor as {path}; return padded tensors.")
+    if not all(isinstance(n, int) for n in t.shape):
+        raise ShapeDependsOnValues
     try:
         dtype = np.dtype(canonical(t.dtype))
     except UnsupportedDtypeError as error:
@@ -177,61 +208,47 @@ def flat_function(
     ]
     narrowed = [i for i, dtype in casts if not (dtype.is_floating_point or dtype.is_complex)]
 
-    def updating(*operands: Tensor) -> Tensors:
-        leaves = collect(call(*operands)) if inplace else ()
-        return (*leaves, *(operands[i] for i in inplace))
+    def forward(operands: Tensors) -> Tensors:
+        xs = arguments.prepare(operands)
+        leaves = collect(call(*xs))
+        # An operand that reached fn in another dtype comes back in its own.
+        return (*leaves, *(xs[i].to(operands[i].dtype) for i in inplace))
 
     def pure(*operands: Tensor) -> Tensors:
-        if inplace:
-            xs = [x.clone() if i in inplace else x for i, x in enumerate(operands)]
-            return _cast(updating(*xs), casts)
-        return _cast(collect(call(*operands)), casts)
+        xs = tuple(x.clone() if i in inplace else x for i, x in enumerate(operands))
+        return _cast(forward(xs), casts)
 
     def run(*operands: Tensor) -> Tensors:
-        leaves = updating(*operands) if inplace else collect(call(*operands))
+        leaves = forward(operands)
         for i in narrowed:
-            _check_range(
-                leaves[i], dtype_j2t(result.leaves[i].dtype), result.leaves[i].label, label
-            )
+            leaf = result.leaves[i]
+            _check_range(leaves[i], dtype_j2t(leaf.dtype), leaf.label, label)
         return _cast(leaves, casts)
 
-    if not casts and not inplace:
-        if result.treedef == _SINGLE:
-            return _single(call, label), None
-        return (lambda *operands: collect(call(*operands))), None
-    return pure, run if inplace or narrowed else None
+    if casts or inplace:
+        return pure, run if inplace or narrowed else None
+    if arguments.casts or arguments.copies:
+        return (lambda *operands: forward(operands)), None
+    return (lambda *operands: collect(call(*operands))), None
 
 
 _SINGLE = jax.tree.structure(0)
 
 
-def _single(call: Callable[..., Any], label: str) -> Callable[..., Tensors]:
-    """The commonest case, with nothing in its way: one tensor."""
-
-    def single(*operands: Tensor) -> Tensors:
-        out = call(*operands)
-        if isinstance(out, Tensor):
-            return (out,)
-        return (_only(flatten_result(out, label), _SINGLE, label),)
-
-    return single
-
-
-def _only(flat: tuple[list[tuple[str, Tensor]], Any], expected: Any, label: str) -> Tensor:
-    leaves, treedef = flat
-    _check_structure(treedef, expected, label)
-    return leaves[0][1]
-
-
 def _collector(result: Result, label: str) -> Callable[[Any], Tensors]:
     """A function from what ``fn`` returns to a flat tuple of tensors."""
+    expected = result.treedef
+    single = expected == _SINGLE
 
     def collect(out: Any) -> Tensors:
-        if isinstance(out, Tensor) and result.treedef == _SINGLE:
+        if single and isinstance(out, Tensor):
             return (out,)
-        leaves, treedef = flatten_result(out, label)
-        _check_structure(treedef, result.treedef, label)
-        return tuple(t for _, t in leaves)
+        leaves, treedef = tree_flatten(out)
+        if treedef == expected and all(isinstance(t, Tensor) for t in leaves):
+            return tuple(leaves)
+        labelled, treedef = flatten_result(out, label)
+        _check_structure(treedef, expected, label)
+        return tuple(t for _, t in labelled)
 
     return collect
 
@@ -280,16 +297,32 @@ def out_function(
     arguments: Arguments,
     result: Result,
     out_arg: str,
+    label: str,
 ) -> Callable[..., Tensors]:
     """``run`` for a function that writes its results into ``out_arg``: XLA's own buffers."""
+    collect = _collector(result, label)
 
     def run(*operands: Tensor) -> Tensors:
         n = len(operands) - len(result.leaves)
         outputs = operands[n:]
-        call = arguments.applied(
-            functools.partial(fn, **{out_arg: result.treedef.unflatten(outputs)})
-        )
-        call(*operands[:n])
-        return outputs
+        buffers = result.treedef.unflatten(outputs)
+        call = arguments.applied(functools.partial(fn, **{out_arg: buffers}))
+        returned = call(*arguments.prepare(operands[:n]))
+        return outputs if returned is None else collect(returned)
 
     return run
+
+
+def with_buffers(fn: Callable[..., Any], out_arg: str, result: Result) -> Callable[..., Any]:
+    """``fn``, which must be given ``out_arg``, as a function that allocates its results."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        given = [x for x in jax.tree.leaves((args, kwargs)) if isinstance(x, Tensor)]
+        device = given[0].device if given else None
+        buffers = result.treedef.unflatten(
+            [torch.empty(r.shape, dtype=dtype_j2t(r.dtype), device=device) for r in result.leaves]
+        )
+        returned = fn(*args, **kwargs, **{out_arg: buffers})
+        return buffers if returned is None else returned
+
+    return call

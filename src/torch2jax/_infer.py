@@ -2,7 +2,8 @@
 
 ``fn`` runs on fake tensors (shapes and dtypes, no values). Where fake tensors cannot run it
 (``.item()``, ``.numpy()``), it runs on the example values, or on seeded random normals: zeros break
-``cholesky``, ``inv`` and norms. Either way the user's objects are as before: see ``_preserved``.
+``cholesky``, ``inv`` and norms. Either way the user's objects are as before: see ``_preserved`` and
+``_Recorder.restoring``.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import functools
 import gc
 import re
 import types
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -56,6 +58,10 @@ class FakeSurvived(Exception):
     """A fake tensor outlived inference: something outside the function's modules keeps it."""
 
 
+class ShapeDependsOnValues(Exception):
+    """The shape of a result depends on values, which are not known when a call is traced."""
+
+
 def infer(
     fn: Callable[..., Any],
     specs: Sequence[Spec],
@@ -65,21 +71,44 @@ def infer(
 ) -> Inference:
     """Run ``fn`` on stand-ins for operands of ``specs``; ``describe`` maps its result.
 
-    Raises ``FakeSurvived``, or the exception of ``fn`` itself.
+    Raises ``FakeSurvived``, ``ShapeDependsOnValues``, or the exception of ``fn`` itself.
     """
-    modules = reachable_modules(roots)
-    with _state.clean(default_dtype):
+    with _state.clean(default_dtype), _preserved(roots):
         try:
-            return _infer_fake(fn, specs, describe, modules)
-        except FakeSurvived:
-            raise
-        except Exception as fake_error:
-            if isinstance(fake_error, _Refused):
-                raise fake_error.error from None
-            try:
-                return _infer_real(fn, specs, describe, modules)
-            except Exception as error:
-                raise error from None
+            recorder, found = _infer_fake(fn, specs, describe)
+        except _Refused as refused:
+            raise refused.error from None
+        except Exception as error:
+            return _infer_otherwise(fn, specs, describe, roots, error)
+    if recorder.any_alive():
+        raise FakeSurvived
+    return found
+
+
+def _infer_otherwise(
+    fn: Callable[..., Any],
+    specs: Sequence[Spec],
+    describe: Callable[[Any], Any],
+    roots: Iterable[Any],
+    fake_error: Exception,
+) -> Inference:
+    """What fake tensors could not tell: with symbols for sizes that depend on values, or values."""
+    try:
+        if type(fake_error).__name__ == "DynamicOutputShapeException":
+            with contextlib.suppress(_NoSymbols):
+                return _infer_symbolic(fn, specs, describe)
+        return _infer_real(fn, specs, describe, roots)
+    except _Refused as refused:
+        raise refused.error from None
+    except Exception as error:
+        if any(s.value is None for s in specs):
+            reason = str(fake_error).strip().partition("\n")[0]
+            error.add_note(
+                "It ran on random values, because fake tensors could not tell its result "
+                f"({type(fake_error).__name__}: {reason}). Example values for "
+                "torch2jax(fn, *examples) or output_shapes= take their place."
+            )
+        raise error from None
 
 
 class _Refused(Exception):
@@ -90,44 +119,77 @@ class _Refused(Exception):
 
 
 def _infer_fake(
-    fn: Callable[..., Any],
-    specs: Sequence[Spec],
-    describe: Callable[[Any], Any],
-    modules: Sequence[torch.nn.Module],
-) -> Inference:
-    from torch._subclasses.fake_tensor import FakeTensorMode  # loading it takes most of a second
+    fn: Callable[..., Any], specs: Sequence[Spec], describe: Callable[[Any], Any]
+) -> tuple[_Recorder, Inference]:
+    # Loading fake tensors takes most of a second.
+    from torch._subclasses.fake_tensor import FakeTensorMode
 
-    recorder = _Recorder(probe_int32=any(s.dtype is torch.int32 for s in specs))
-    with _preserved(modules, values=False), FakeTensorMode(allow_non_fake_inputs=True):
+    with FakeTensorMode(allow_non_fake_inputs=True):
         operands = [torch.empty(s.shape, dtype=s.dtype, device=s.device) for s in specs]
-        before = [x._version for x in operands]
-        with recorder:
-            out = fn(*operands)
+        recorder = _Recorder(operands, probe_int32=any(s.dtype is torch.int32 for s in specs))
+        return recorder, _record(fn, operands, recorder, describe)
+
+
+class _NoSymbols(Exception):
+    """Symbolic sizes did not carry through the function."""
+
+
+def _infer_symbolic(
+    fn: Callable[..., Any], specs: Sequence[Spec], describe: Callable[[Any], Any]
+) -> Inference:
+    """An operator's size depends on values: a symbol stands for it, and shows in the result."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()):
+        operands = [torch.empty(s.shape, dtype=s.dtype, device=s.device) for s in specs]
         try:
-            result = describe(out)
+            return _record(fn, operands, _Recorder(operands), describe)
+        except _Refused:
+            raise
         except Exception as error:
-            raise _Refused(error) from None
-        mutated = _changed(operands, before)
-        del out, operands
-    if recorder.any_alive():
-        raise FakeSurvived
-    return Inference(result, mutated, not recorder.custom, recorder.draws, recorder.refuses_int32)
+            raise _NoSymbols from error
 
 
 def _infer_real(
     fn: Callable[..., Any],
     specs: Sequence[Spec],
     describe: Callable[[Any], Any],
-    modules: Sequence[torch.nn.Module],
+    roots: Iterable[Any],
 ) -> Inference:
-    recorder = _Recorder()
-    with _preserved(modules, values=True):
-        operands = [_sample(i, s) for i, s in enumerate(specs)]
-        before = [x._version for x in operands]
+    operands = [_sample(i, s) for i, s in enumerate(specs)]
+    # Batch normalisation writes its statistics without saying so in its schema.
+    buffers = [b for m in reachable_modules(roots) for b in m.buffers(recurse=False)]
+    copies = [b.detach().clone() for b in buffers]
+    try:
+        return _record(fn, operands, _Recorder(operands), describe)
+    finally:
+        with torch.no_grad():
+            for live, copy in zip(buffers, copies, strict=True):
+                live.copy_(copy)
+
+
+def _record(
+    fn: Callable[..., Any],
+    operands: list[torch.Tensor],
+    recorder: _Recorder,
+    describe: Callable[[Any], Any],
+) -> Inference:
+    before = [x._version for x in operands]
+    with recorder.restoring():
         with recorder:
             out = fn(*operands)
+        try:
+            result = describe(out)
+        except Exception as error:
+            raise _Refused(error) from None
+        changed = {i for i, x in enumerate(operands) if x._version != before[i]}
         return Inference(
-            describe(out), _changed(operands, before), not recorder.custom, recorder.draws
+            result,
+            frozenset(changed | recorder.written),
+            not recorder.custom,
+            recorder.draws,
+            recorder.refuses_int32,
         )
 
 
@@ -140,49 +202,92 @@ def runs_on_fakes(
     """None if ``run`` runs on fake tensors; else why not, with the operator where it stopped."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    recorder = _Recorder()
-    modules = reachable_modules(roots)
-    with _state.clean(default_dtype), _preserved(modules, values=False):
+    recorder = None
+    with _state.clean(default_dtype), _preserved(roots), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of slow batching rules: no refusal
         try:
             with FakeTensorMode(allow_non_fake_inputs=True):
                 operands = [torch.empty(s.shape, dtype=s.dtype, device=s.device) for s in specs]
-                with recorder:
+                recorder = _Recorder(operands)
+                with recorder.restoring(), recorder:
                     run(*operands)
             return None
         except Exception as error:
-            at = f" (after {recorder.last})" if recorder.last else ""
+            at = f" (after {recorder.last})" if recorder and recorder.last else ""
             reason = str(error).strip().splitlines()
             return f"{type(error).__name__}: {reason[0] if reason else ''}{at}"
 
 
 class _Recorder(TorchDispatchMode):
-    """Sees every operator and its results: which draw, which are a library's own, which is last."""
+    """Sees every operator of a run: which draw, which are a library's own, what they write."""
 
-    def __init__(self, probe_int32: bool = False) -> None:
+    def __init__(self, operands: Sequence[torch.Tensor], probe_int32: bool = False) -> None:
         super().__init__()
         self.last: str | None = None
         self.draws: str | None = None
         self.custom = False
         self.refuses_int32: str | None = None
+        self.written: set[int] = set()
+        """Operands written, whatever their version counters say: ``_foreach`` moves none."""
+        self._operands = {x.untyped_storage()._cdata: i for i, x in enumerate(operands)}
+        self._created: set[int] = set()
+        self._outside: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._generators: list[tuple[torch.Generator, torch.Tensor]] = []
         self._probed: set[Any] | None = set() if probe_int32 else None
         self._results: list[weakref.ref[torch.Tensor]] = []
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        kwargs = kwargs or {}
         if func.namespace != "prim":  # queries of a device or a layout
             self.last = str(func)
         if torch.Tag.nondeterministic_seeded in func.tags:
             self.draws = self.draws or str(func)
+            generator = kwargs.get("generator")
+            if generator is not None:
+                self._generators.append((generator, generator.get_state()))
         if func.namespace not in _NATIVE_NAMESPACES:
             self.custom = True
+        if func._schema.is_mutable:
+            self._note_writes(func._schema, args, kwargs)
         if self._probed is not None:
-            self._probe_int32(func, args, kwargs or {})
-        out = func(*args, **(kwargs or {}))
+            self._probe_int32(func, args, kwargs)
+        out = func(*args, **kwargs)
         for t in out if isinstance(out, tuple | list) else (out,):
             if isinstance(t, torch.Tensor):
                 self._results.append(weakref.ref(t))
+                if t.layout is torch.strided and not func._schema.is_mutable:
+                    self._created.add(t.untyped_storage()._cdata)
         return out
+
+    def _note_writes(self, schema: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for i, argument in enumerate(schema.arguments):
+            if argument.alias_info is None or not argument.alias_info.is_write:
+                continue
+            value = args[i] if i < len(args) else kwargs.get(argument.name)
+            for t in tree_leaves(value):
+                if not isinstance(t, torch.Tensor) or t.layout is not torch.strided:
+                    continue
+                storage = t.untyped_storage()._cdata
+                if storage in self._operands:
+                    self.written.add(self._operands[storage])
+                elif storage not in self._created and type(t) in _REAL:
+                    # Of the user's own: on fake operands, too, such a write is done.
+                    with _disable_current_modes():
+                        self._outside.append((t, t.detach().clone()))
+
+    @contextlib.contextmanager
+    def restoring(self) -> Iterator[None]:
+        """Put back the tensors and generators outside of the run that it wrote."""
+        try:
+            yield
+        finally:
+            with torch.no_grad(), _disable_current_modes():
+                for live, copy in reversed(self._outside):
+                    live.detach().copy_(copy)
+                for generator, state in reversed(self._generators):
+                    generator.set_state(state)
 
     def _probe_int32(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Find operators that take int32 on fake tensors and refuse it on real ones.
@@ -216,10 +321,7 @@ class _Recorder(TorchDispatchMode):
         return any(r() is not None for r in self._results)
 
 
-def _changed(operands: Sequence[torch.Tensor], before: Sequence[int]) -> frozenset[int]:
-    return frozenset(
-        i for i, (x, v) in enumerate(zip(operands, before, strict=True)) if x._version != v
-    )
+_REAL = (torch.Tensor, torch.nn.Parameter)
 
 
 def _sample(index: int, spec: Spec) -> torch.Tensor:
@@ -293,19 +395,15 @@ def _global_names(code: types.CodeType) -> set[str]:
 
 
 @contextlib.contextmanager
-def _preserved(modules: Sequence[torch.nn.Module], values: bool) -> Iterator[None]:
-    """Restore the modules' attributes, containers and (``values``) buffers, and random state."""
-    attributes = [(vars(m), dict(vars(m))) for m in modules]
+def _preserved(roots: Iterable[Any]) -> Iterator[None]:
+    """Restore attributes and containers of reachable modules, and torch's random state."""
+    attributes = [(vars(m), dict(vars(m))) for m in reachable_modules(roots)]
     containers = [
         (c, c.copy())
         for _, copy in attributes
         for c in copy.values()
         if isinstance(c, dict | list | set)
     ]
-    tensors: list[tuple[torch.Tensor, torch.Tensor]] = []
-    if values:
-        for m in modules:
-            tensors += [(b, b.detach().clone()) for b in m._buffers.values() if b is not None]
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices):
         try:
@@ -317,6 +415,3 @@ def _preserved(modules: Sequence[torch.nn.Module], values: bool) -> Iterator[Non
             for live, copy in containers:
                 live.clear()
                 live.extend(copy) if isinstance(live, list) else live.update(copy)
-            with torch.no_grad():
-                for live, copy in tensors:
-                    live.copy_(copy)

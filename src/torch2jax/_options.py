@@ -16,7 +16,7 @@ from jax.tree_util import tree_flatten
 from . import _signature as sig
 from ._convert import dtype_j2t, j2t
 from ._errors import SignatureError
-from ._flat import Arguments
+from ._flat import Arguments, Static
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,9 +177,9 @@ def mark_static(config: Config, args: Any, kwargs: Any, label: str) -> tuple[Any
     marked = list(args)
     for i in config.static_argnums:
         if -len(args) <= i < len(args):
-            marked[i] = sig.Static(args[i], f"args[{i}]", label)
+            marked[i] = Static(args[i], f"args[{i}]", label)
     return tuple(marked), {
-        k: sig.Static(v, f"kwargs[{k!r}]", label) if k in config.static_argnames else v
+        k: Static(v, f"kwargs[{k!r}]", label) if k in config.static_argnames else v
         for k, v in kwargs.items()
     }
 

@@ -33,28 +33,6 @@ STATIC_TYPES = (
 """Arguments of these types are passed to ``fn`` as they are, without being declared static."""
 
 
-class Static:
-    """A static argument as a leaf; equal where type and value are."""
-
-    def __init__(self, value: Any, where: str, label: str) -> None:
-        self.value = value
-        key = (slice, value.start, value.stop, value.step) if isinstance(value, slice) else value
-        try:
-            hash(key)
-        except TypeError:
-            raise SignatureError(
-                f"the static argument {where} of {label} is a {type(value).__name__}, which cannot "
-                "be hashed; static arguments select a trace, so pass a tuple or a frozen object."
-            ) from None
-        self.key = (type(value), key)
-
-    def __hash__(self) -> int:
-        return hash(self.key)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Static) and self.key == other.key
-
-
 def argument_label(path: Sequence[Any]) -> str:
     """``args[0]['w']`` or ``kwargs['scale']`` for a path into ``(args, kwargs)``."""
     return ("kwargs" if path[0].idx else "args") + keystr(tuple(path[1:]))
@@ -76,6 +54,39 @@ def check_call(fn: Callable[..., Any], args: Any, kwargs: Any, label: str) -> No
             + (f" and the keywords {sorted(kwargs)}" if kwargs else "")
             + f": {error}."
         ) from None
+
+
+def requires(fn: Callable[..., Any], name: str) -> bool:
+    """Whether ``fn`` cannot be called without its argument ``name``."""
+    try:
+        parameter = inspect.signature(fn).parameters.get(name)
+    except (TypeError, ValueError):
+        return False
+    return parameter is not None and parameter.default is parameter.empty
+
+
+def resolve_statics(
+    fn: Callable[..., Any],
+    argnums: int | Sequence[int] | None,
+    argnames: str | Sequence[str] | None,
+) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Positions and names of static arguments; one follows from the other, as in ``jax.jit``."""
+    nums = () if argnums is None else (argnums,) if isinstance(argnums, int) else tuple(argnums)
+    names = (
+        () if argnames is None else (argnames,) if isinstance(argnames, str) else tuple(argnames)
+    )
+    target = fn.forward if isinstance(fn, torch.nn.Module) else fn
+    try:
+        parameters = list(inspect.signature(target).parameters.values())
+    except (TypeError, ValueError):
+        return nums, names
+    both = [p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters]
+    if argnums is None:
+        nums = tuple(i for i, p in enumerate(parameters) if both[i] and p.name in names)
+    elif argnames is None:
+        positions = {i % len(parameters) for i in nums} if parameters else set()
+        names = tuple(parameters[i].name for i in sorted(positions) if both[i])
+    return nums, names
 
 
 def leaf_aval(x: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:

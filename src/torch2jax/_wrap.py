@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
+import types
 import warnings
 import weakref
 from collections.abc import Callable as Function
@@ -15,6 +16,7 @@ from typing import Any
 import jax
 import torch
 from jax.tree_util import tree_flatten, tree_flatten_with_path
+from torch.overrides import resolve_name
 
 from . import _signature as sig
 from . import _state
@@ -30,8 +32,16 @@ from ._errors import (
     TorchCallError,
     UnsupportedDtypeError,
 )
-from ._flat import Arguments, Result, describe_result, flat_function, out_function
-from ._infer import FakeSurvived, Inference, Spec, infer
+from ._flat import (
+    Arguments,
+    Result,
+    Static,
+    describe_result,
+    flat_function,
+    out_function,
+    with_buffers,
+)
+from ._infer import FakeSurvived, Inference, ShapeDependsOnValues, Spec, infer
 from ._options import Config, Operands, mark_static
 from ._primitive import call as call_primitive
 from ._random import draw_seed, refusing, seeded
@@ -96,8 +106,8 @@ def torch2jax(
       static_argnums: positional arguments passed as Python values, as in ``jax.jit``.
       static_argnames: keyword arguments passed as Python values.
       stochastic: the wrapped function takes ``rng=``, a JAX key, from which PyTorch's generators
-        are seeded for that call alone: the same key gives the same numbers, forward and backward, in
-        jit, scan and vmap. Without it a function that draws takes its seed from PyTorch's own
+        are seeded for that call alone: the same key gives the same numbers, forward and backward,
+        in jit, scan and vmap. Without it a function that draws takes its seed from PyTorch's own
         generator at each call, and cannot be used under ``jax.checkpoint``.
       side_effects: the call is never dropped or merged with an equal one.
       lock: a context manager held around every call of ``fn``; True for one shared by the process.
@@ -134,8 +144,9 @@ def torch2jax(
         raise SignatureError(
             f"vmap_method={vmap_method!r} of {label} is not one of {', '.join(METHODS)}."
         )
-    if depth is not None and (not isinstance(depth, int) or depth < 0):
+    if depth is not None and (isinstance(depth, bool) or not isinstance(depth, int) or depth < 0):
         raise SignatureError(f"depth={depth!r} of {label} must be None or an int >= 0.")
+    static_argnums, static_argnames = sig.resolve_statics(fn, static_argnums, static_argnames)
     config = Config(
         examples=(example_args, example_kw or {}) if example_args or example_kw else None,
         output_shapes=output_shapes,
@@ -148,10 +159,8 @@ def torch2jax(
         inplace_argnums=_indices(inplace_argnums),
         inplace_single=isinstance(inplace_argnums, int),
         out_arg=out_arg,
-        static_argnums=_indices(static_argnums),
-        static_argnames=(static_argnames,)
-        if isinstance(static_argnames, str)
-        else tuple(static_argnames or ()),
+        static_argnums=static_argnums,
+        static_argnames=static_argnames,
         stochastic=stochastic,
         draws_refused=False,
         side_effects=side_effects,
@@ -214,13 +223,24 @@ def _identity(fn: Any) -> Hashable:
 
 
 def _label(fn: Any) -> str:
+    """``fn`` in messages."""
+    if isinstance(fn, functools.partial):
+        return _label(fn.func)
+    if isinstance(fn, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+        return str(fn)
+    if isinstance(fn, types.BuiltinFunctionType):
+        return resolve_name(fn) or fn.__name__
     return getattr(fn, "__qualname__", None) or type(fn).__qualname__
 
 
 def _qualified_name(fn: Any) -> str:
+    """``module.qualname``, the root of the name in HLO."""
+    label = _label(fn)
     inner = fn.func if isinstance(fn, functools.partial) else fn
-    owner = inner if hasattr(inner, "__qualname__") else type(inner)
-    return f"{getattr(owner, '__module__', None) or 'builtins'}.{owner.__qualname__}"
+    if not hasattr(inner, "__qualname__"):
+        inner = type(inner)
+    module = getattr(inner, "__module__", None)
+    return label if module is None or label.startswith(f"{module}.") else f"{module}.{label}"
 
 
 def _indices(argnums: int | Sequence[int] | None) -> tuple[int, ...]:
@@ -238,7 +258,7 @@ class _Call:
     """The structure of a call: what selects a trace beside shapes and dtypes. Interned."""
 
     treedef: Any
-    statics: tuple[tuple[int, Any], ...]
+    statics: tuple[tuple[int, Static], ...]
 
 
 @dataclass(frozen=True)
@@ -270,22 +290,6 @@ class TorchFunction:
         self._calls: dict[Hashable, _Call] = {}
         self._positional: dict[int, _Call] = {}
         self._plain = not (config.static_argnums or config.static_argnames)
-        self._options = Options(
-            label=label,
-            name=config.name or _qualified_name(fn),
-            named=config.name is not None,
-            default_dtype=config.default_dtype,
-            device=default_device(),
-            roots=(fn,),
-            vmap_method=config.vmap_method,
-            tape=config.tape,
-            side_effects=config.side_effects,
-        )
-
-        # What draws without a key draws a seed, and is then a function of that seed.
-        self._seed = Callable(
-            Flat(draw_seed, None, False, ()), replace(self._options, draws=True), [], ["the seed"]
-        )
 
         # A function of its own, so that it and not the class names the call in profiles.
         def traced(call: _Call, *operands: Any) -> Any:
@@ -297,6 +301,28 @@ class TorchFunction:
 
     def __repr__(self) -> str:
         return f"torch2jax({self._label})"
+
+    @functools.cached_property
+    def _options(self) -> Options:
+        # Made at the first trace: asking for the default device starts JAX's backend.
+        fn, config = self.__wrapped__, self._config
+        return Options(
+            label=self._label,
+            name=config.name or _qualified_name(fn),
+            named=config.name is not None,
+            default_dtype=config.default_dtype,
+            device=default_device(),
+            roots=(fn,),
+            vmap_method=config.vmap_method,
+            tape=config.tape,
+            side_effects=config.side_effects,
+        )
+
+    @functools.cached_property
+    def _seed(self) -> Callable:
+        """What draws without a key draws a seed, and is then a function of that seed."""
+        options = replace(self._options, draws=True)
+        return Callable(Flat(draw_seed, None, False, ()), options, [], ["the seed"])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # The quick path to jit's own: arrays by position, in a number met before.
@@ -314,7 +340,10 @@ class TorchFunction:
         try:
             return self._jitted(call, *operands)
         except (jax.errors.JaxRuntimeError, ValueError) as error:  # the latter from jit's C++ path
-            _raise_original(error)
+            _raise_original(error, self._label)
+            raise
+        except TypeError:
+            self._check_operands(call, operands)
             raise
 
     def lower(self, *args: Any, **kwargs: Any) -> Any:
@@ -372,7 +401,7 @@ class TorchFunction:
 
     def _flatten_statics(self, given: Any) -> tuple[_Call, list[Any]]:
         operands: list[Any] = []
-        statics: list[tuple[int, sig.Static]] = []
+        statics: list[tuple[int, Static]] = []
         paths, treedef = tree_flatten_with_path(given)
         for i, (path, x) in enumerate(paths):
             where = sig.argument_label(path)
@@ -381,10 +410,10 @@ class TorchFunction:
                     f"{where} of {self._label} is a torch.Tensor; the wrapped function takes JAX "
                     "arrays: pass torch2jax.t2j(tensor), which shares its memory."
                 )
-            if isinstance(x, sig.Static):
+            if isinstance(x, Static):
                 statics.append((i, x))
             elif isinstance(x, sig.STATIC_TYPES):
-                statics.append((i, sig.Static(x, where, self._label)))
+                statics.append((i, Static(x, where, self._label)))
             else:
                 operands.append(x)
         key = (treedef, tuple(statics))
@@ -392,11 +421,25 @@ class TorchFunction:
         if call is None:
             args, kwargs = given
             self._check_structure(treedef, args, kwargs)
-            call = self._calls[key] = _Call(treedef, tuple((i, s.value) for i, s in statics))
+            call = self._calls[key] = _Call(*key)
         return call, operands
 
+    def _check_operands(self, call: _Call, operands: Sequence[Any]) -> None:
+        """Raise where an operand is nothing that JAX takes."""
+        labels = [*self._arguments(call).labels, "rng"]
+        for where, x in zip(labels, operands, strict=False):
+            try:
+                jax.typeof(x)
+            except TypeError:
+                raise SignatureError(
+                    f"{where} of {self._label} is a {type(x).__name__}, which is no JAX value; "
+                    "pass an array or a number, or name the argument in static_argnums or "
+                    "static_argnames."
+                ) from None
+
     def _check_structure(self, treedef: Any, args: Any, kwargs: Any) -> None:
-        sig.check_call(self.__wrapped__, args, kwargs, self._label)
+        given = kwargs if self._config.out_arg is None else {**kwargs, self._config.out_arg: None}
+        sig.check_call(self.__wrapped__, args, given, self._label)
         if self._config.examples is not None:
             expected = mark_static(self._config, *self._config.examples, self._label)
             sig.check_structure(treedef, tree_flatten(expected)[1], self._label)
@@ -508,15 +551,17 @@ class TorchFunction:
                 Spec(shape, dtype_j2t(dtype), device, facts.example_value(i, shape))
                 for i, (shape, dtype) in enumerate(avals)
             ]
-            return infer(
-                arguments.applied(self._fn),
-                specs,
-                lambda out: describe_result(
-                    out, self._label, none_allowed or self._config.side_effects
-                ),
-                self._config.default_dtype,
-                self._options.roots,
-            )
+            call = arguments.applied(self._fn)
+            with jax.ensure_compile_time_eval():  # fn may call JAX: its values are no tracers here
+                return infer(
+                    lambda *operands: call(*arguments.prepare(operands)),
+                    specs,
+                    lambda out: describe_result(
+                        out, self._label, none_allowed or self._config.side_effects
+                    ),
+                    self._config.default_dtype,
+                    self._options.roots,
+                )
 
         def attempt_wide() -> tuple[Arguments, Inference] | None:
             cast = {i for i, _ in arguments.casts}
@@ -544,8 +589,14 @@ class TorchFunction:
             raise Torch2JaxError(
                 f"{self._label} keeps a tensor of the run that infers its result somewhere outside "
                 "its modules (a cache, a global, an attribute of another object), so its next call "
-                "would compute garbage. Pass output_shapes=, which needs no such run, or remove "
-                "the cache."
+                "would compute garbage. To go on, empty that cache and pass output_shapes=, which needs no "
+                "such run, or remove the cache."
+            ) from None
+        except ShapeDependsOnValues:
+            raise SignatureError(
+                f"the shape of {self._label}'s result depends on the values of its arguments, and "
+                "XLA must know shapes when it compiles. Return a result of fixed size (a mask, or "
+                "padded), or pass output_shapes= if the size is known."
             ) from None
         except Torch2JaxError:
             raise
@@ -571,7 +622,7 @@ class TorchFunction:
         )
         return TorchCallError(
             f"{self._label} raised {type(error).__name__} when it was traced for ({operands}): "
-            f"{error}{hint}"
+            + "\n".join([f"{error}{hint}", *getattr(error, "__notes__", ())])
         )
 
     def _note_copies(self, arguments: Arguments, copies: Sequence[int]) -> None:
@@ -609,8 +660,12 @@ class TorchFunction:
         known = self._callables.get(key)
         if known is not None:
             return known
-        pure, run = flat_function(self._fn, arguments, result, self._label, inplace)
-        options = self._options
+        fn = self._fn
+        out_arg = self._config.out_arg
+        if out_arg is not None and sig.requires(self.__wrapped__, out_arg):
+            fn = with_buffers(fn, out_arg, result)
+        pure, run = flat_function(fn, arguments, result, self._label, inplace)
+        options = replace(self._options, mutated=tuple(sorted({*inplace, *arguments.copies})))
         inputs = list(arguments.labels)
         outputs = [leaf.label for leaf in result.leaves]
         if inplace:
@@ -618,8 +673,8 @@ class TorchFunction:
             aliases = tuple((i, n + k) for k, i in enumerate(inplace))
             options = replace(options, aliases=aliases)
             outputs += [f"the updated {arguments.labels[i]}" for i in inplace]
-        elif self._config.out_arg is not None:
-            run = out_function(self._fn, arguments, result, self._config.out_arg)
+        elif out_arg is not None:
+            run = out_function(self._fn, arguments, result, out_arg, self._label)
             options = replace(options, pass_outputs=True)
         draws = inference.draws if inference is not None else None
         if draws and self._config.draws_refused:
@@ -647,12 +702,17 @@ class TorchFunction:
         return values if result is None else (result, values)
 
 
-_NOT_OPERANDS = (*sig.STATIC_TYPES, sig.Static, torch.Tensor)
+_NOT_OPERANDS = (*sig.STATIC_TYPES, Static, torch.Tensor)
 
 
-def _raise_original(error: Exception) -> None:
-    """Raise ``TorchCallError`` from the exception in ``fn`` that an error of XLA carries."""
-    found = _state.take_exception(str(error))
+def _raise_original(error: Exception, label: str) -> None:
+    """Raise what the user should meet in place of an error of XLA that carries one of ours."""
+    text = str(error)
+    found = _state.take_exception(text)
     if found is not None:
         message, original = found
         raise TorchCallError(message) from original
+    for status in ("INVALID_ARGUMENT: ", "FAILED_PRECONDITION: "):  # the handler's own checks
+        _, ours, message = text.partition(status)
+        if ours and message.startswith(label):
+            raise TorchCallError(message) from error

@@ -24,7 +24,7 @@ from jax.interpreters import batching
 
 from .._avals import specs_of
 from .._callable import Callable
-from .._errors import Torch2JaxError, Torch2JaxWarning
+from .._errors import SignatureError, Torch2JaxError, Torch2JaxWarning
 from .._infer import runs_on_fakes
 from .._primitive import TOKEN, call, torch_call_p
 from .._tape import is_keep, is_vjp, kept, with_token
@@ -53,6 +53,7 @@ def _batch(
     if callable.keep is not None:
         return _batch_with_token(operands, dims, callable, results, differentiable)
     size = _size(operands, dims)
+    operands, dims = _own_rows(callable, operands, dims, size)
     rows = [((size, *shape), dtype) for shape, dtype in results]
     if size == 0:
         return [jnp.zeros(*row) for row in rows], [0] * len(rows)
@@ -86,6 +87,18 @@ def _own_keys(callable: Callable, dims: Sequence[int | None]) -> bool:
     return callable.options.rng is not None and dims[callable.options.rng] is not None
 
 
+def _own_rows(
+    callable: Callable, operands: Sequence[Any], dims: Sequence[int | None], size: int
+) -> tuple[list[Any], list[int | None]]:
+    """Operands and dims in which what the function changes in place has rows of its own."""
+    operands, dims = list(operands), list(dims)
+    for i in callable.options.mutated:
+        if dims[i] is None:
+            operands[i] = jnp.broadcast_to(operands[i], (size, *operands[i].shape))
+            dims[i] = 0
+    return operands, dims
+
+
 def _size(operands: Sequence[Any], dims: Sequence[int | None]) -> int:
     return next(x.shape[d] for x, d in zip(operands, dims, strict=True) if d is not None)
 
@@ -110,6 +123,10 @@ def _batch_keep(
     f = callable.parent
     assert f is not None
     size = _size(operands, dims)
+    if size == 0:
+        zeros = [jnp.zeros((0, *shape), dtype) for shape, dtype in results[:-1]]
+        return [*zeros, jnp.zeros(*TOKEN)], [0] * len(zeros) + [None]
+    operands, dims = _own_rows(f, operands, dims, size)
     method = _choose(f, operands, dims)
     if method.startswith("sequential"):
         unroll = method == "sequential_unrolled"
@@ -143,6 +160,9 @@ def _batch_with_token(
     inner_dims = [*dims[:at], *dims[at + 1 :]]
     size = _size(operands, dims)
     rows = [((size, *shape), dtype) for shape, dtype in results]
+    if size == 0:
+        return [jnp.zeros(*row) for row in rows], [0] * len(rows)
+    inner, inner_dims = _own_rows(f, inner, inner_dims, size)
     method = "sequential" if dims[at] is not None else _choose(f, inner, inner_dims)
     if method.startswith("sequential"):
         unroll = method == "sequential_unrolled"
@@ -180,16 +200,22 @@ def _choose(callable: Callable, operands: Sequence[Any], dims: Sequence[int | No
     method = callable.options.vmap_method
     if method not in ("auto", "torch"):
         return method
-    batched = callable.vmap(tuple(dims))
     avals = tuple((x.shape, x.dtype) for x in map(jax.typeof, operands))
+    if not all(isinstance(n, int) for shape, _ in avals for n in shape):
+        raise SignatureError(
+            f"{callable.options.label}: a batch of symbolic size reaches torch code, which needs "
+            "numbers; export with concrete shapes."
+        )
+    batched = callable.vmap(tuple(dims))
     key = ("refusal", tuple(dims), avals)
     if key not in callable.memo:
-        callable.memo[key] = runs_on_fakes(
-            batched.program.functional,
-            specs_of(avals, callable.options.device),
-            callable.options.default_dtype,
-            callable.options.roots,
-        )
+        with jax.ensure_compile_time_eval():
+            callable.memo[key] = runs_on_fakes(
+                batched.program.functional,
+                specs_of(avals, callable.options.device),
+                callable.options.default_dtype,
+                callable.options.roots,
+            )
     refusal = callable.memo[key]
     if refusal is None:
         return "torch"
