@@ -19,11 +19,13 @@ function, once, and shown by ``tape_info()``.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import secrets
 import sys
 import threading
 import warnings
+import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -93,7 +95,8 @@ class Keep:
         leaves = [x.detach() for x in args]
         for i in self.wrt:
             leaves[i].requires_grad_()
-        with saved_tensors_hooks(_opaque(_Hooks(cell, args).pack), _opaque(_unpack)):
+        pack = functools.partial(_opaque(_Hooks.pack), _Hooks(cell, args))
+        with saved_tensors_hooks(pack, _opaque(_unpack)):
             out = self.parent.graph(*leaves)
         cell.outputs = _edges(out)
         cell.inputs = [get_gradient_edge(leaves[i]) for i in self.wrt]
@@ -244,17 +247,18 @@ def is_vjp(callable: Callable) -> bool:
 
 def kept(callable: Callable, wrt: Indices) -> Callable:
     """``x -> (outputs, token)``: the call that keeps its graph for derivatives in ``wrt``."""
-    return callable.derive(
+    label = callable.options.label + callable.path
+    child = callable.derive(
         f"/keep({','.join(map(str, wrt))})",
-        lambda: Keep(
-            callable.program,
-            wrt,
-            callable.options.label + callable.path,
-            callable.options.rng is not None,
-        ),
+        lambda: Keep(callable.program, wrt, label, callable.options.rng is not None),
         list(callable.inputs),
         [*callable.outputs, "the token"],
     )
+    if "forget" not in child.memo:
+        # When no wrapper and no executable is left, nor are graphs whose backward never ran.
+        child.memo["forget"] = weakref.finalize(child, tape.forget, id(child.program))
+        child.memo["forget"].atexit = False
+    return child
 
 
 def with_token(callable: Callable, after: int, keep: Callable) -> Callable:
@@ -377,7 +381,14 @@ def _unpack(packed: _Saved | _View) -> Tensor:
 def _opaque(hook: Any) -> Any:
     """A hook that torch.compile does not try to compile where a compiled function calls it."""
     dynamo = sys.modules.get("torch._dynamo")  # loading it takes seconds: only where it is in use
-    return hook if dynamo is None else dynamo.disable(hook)
+    if dynamo is None:
+        return hook
+    if hook not in _disabled:
+        _disabled[hook] = dynamo.disable(hook)
+    return _disabled[hook]
+
+
+_disabled: dict[Any, Any] = {}
 
 
 def _modified(t: Tensor, expected: int, version: int) -> RuntimeError:
@@ -530,6 +541,12 @@ class Tape:
             for token in list(self._cells):
                 self._remove(token)
             self._used.clear()
+
+    def forget(self, keep: int) -> None:
+        """Drop the graphs of the ``Keep`` with this id, whose callable is gone."""
+        with self._lock:
+            for token in [t for t, c in self._cells.items() if id(c.keep) == keep]:
+                self._remove(token)
 
     def set_budget(self, budget: int | None) -> None:
         with self._lock:
