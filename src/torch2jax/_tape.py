@@ -95,12 +95,13 @@ class Keep:
         leaves = [x.detach() for x in args]
         for i in self.wrt:
             leaves[i].requires_grad_()
-        pack = functools.partial(_opaque(_Hooks.pack), _Hooks(cell, args))
+        hooks = _Hooks(args, cell.source, cell.storages)
+        pack = functools.partial(_opaque(_Hooks.pack), hooks)
         with saved_tensors_hooks(pack, _opaque(_unpack)):
             out = self.parent.graph(*leaves)
         cell.outputs = _edges(out)
         cell.inputs = [get_gradient_edge(leaves[i]) for i in self.wrt]
-        cell.versions = [x._version for x in args]
+        cell.source.versions = [x._version for x in args]
         if _held(args, leaves, self.wrt):
             self.copies = True
             return _detached(out), None
@@ -172,7 +173,7 @@ class Pull:
         if pairs:
             edges, seeds = zip(*pairs, strict=True)
             with cell.lock:
-                cell.operands = primals
+                cell.source.operands = primals
                 try:
                     # A checkpointed block draws again in its backward pass.
                     with _random.lock if self.keep.seeded else contextlib.nullcontext():
@@ -183,7 +184,7 @@ class Pull:
                     self.keep.copies = self.keep.by_backward = True
                     return self.otherwise.run(*primals, *cotangents)
                 finally:
-                    cell.operands = ()
+                    cell.source.operands = ()
         rows = (cotangents[0].shape[0],) if self.batched else ()
         by_input = dict(zip(self.keep.wrt, grads, strict=True))
         return conj(
@@ -293,9 +294,7 @@ class _Cell:
         self.keep, self.device = keep, device
         self.outputs: list[GradientEdge | None] = []
         self.inputs: list[GradientEdge] = []
-        self.versions: list[int] = []
-        self.operands: Tensors = ()
-        """Of the backward call under way: what views are rebuilt from."""
+        self.source = _Source()
         self.storages: dict[int, int] = {}
         """Address and bytes of the storages that the graph holds."""
         self.leaves: Tensors = ()
@@ -304,13 +303,23 @@ class _Cell:
         self.lock = threading.Lock()
 
 
+class _Source:
+    """What saved views are rebuilt from. Apart from the cell: the graph refers to it."""
+
+    def __init__(self) -> None:
+        self.operands: Tensors = ()
+        """Of the backward call under way."""
+        self.versions: list[int] = []
+        """Of the operands at the end of the forward pass."""
+
+
 class _Hooks:
     """Packs saved tensors of one forward pass. See NOTE [What a kept graph may hold]."""
 
-    def __init__(self, cell: _Cell, operands: Tensors) -> None:
-        self.cell = cell
-        storages = [x.untyped_storage() for x in operands]
-        self.by_address = {s.data_ptr(): i for i, s in enumerate(storages) if s.nbytes()}
+    def __init__(self, operands: Tensors, source: _Source, storages: dict[int, int]) -> None:
+        self.source, self.storages = source, storages
+        owned = [x.untyped_storage() for x in operands]
+        self.by_address = {s.data_ptr(): i for i, s in enumerate(owned) if s.nbytes()}
 
     def pack(self, t: Tensor) -> Any:
         if t.layout is not torch.strided:
@@ -320,7 +329,7 @@ class _Hooks:
         index = self.by_address.get(address)
         if index is not None:
             return _View(
-                self.cell,
+                self.source,
                 index,
                 t.dtype,
                 t.size(),
@@ -330,7 +339,7 @@ class _Hooks:
                 t.is_neg(),
                 t._version,
             )
-        self.cell.storages[address] = storage.nbytes()
+        self.storages[address] = storage.nbytes()
         return _Saved(t, t._version)
 
 
@@ -351,7 +360,7 @@ class _Saved:
 class _View:
     """A saved view of an operand: where it lies in it."""
 
-    cell: _Cell
+    source: _Source
     operand: int
     dtype: torch.dtype
     size: torch.Size
@@ -362,9 +371,9 @@ class _View:
     version: int
 
     def unpack(self) -> Tensor:
-        x = self.cell.operands[self.operand]
-        if self.cell.versions[self.operand] != self.version:
-            raise _modified(x, self.version, self.cell.versions[self.operand])
+        x = self.source.operands[self.operand]
+        if self.source.versions[self.operand] != self.version:
+            raise _modified(x, self.version, self.source.versions[self.operand])
         if x.dtype is self.dtype:
             t = x.as_strided(self.size, self.stride, self.offset)
         else:
