@@ -1,0 +1,78 @@
+# Everything runs in .venv, which is made when it is missing: `make demo` and `make test` need nothing
+# but Python >= 3.11 (with venv), a C++17 compiler and make. `make help` lists the targets.
+
+PYTHON ?= python3
+VENV   ?= .venv
+# The PyTorch that is put into .venv; before the package, which is content with any from 2.6 on.
+TORCH  ?= torch==2.13.0
+# More options for pytest: make test PYTEST="-x tests/test_convert.py"
+PYTEST ?=
+
+SHELL       := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PY  := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check install --quiet
+
+CPP     := $(wildcard cpp/*.cc cpp/*.h)
+PYTHONS := src tests examples tools $(wildcard benchmarks) install_package_aliased.py
+
+.PHONY: help demo test test-ops test-matrix lint format clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+
+demo: $(VENV)/.demo ## train a PyTorch CNN with JAX on handwritten digits (one minute)
+	$(PY) examples/train_digits.py --output build/train_digits.png --require 0.97
+
+test: $(VENV)/.test $(VENV)/.demo ## run the tests
+	$(PY) -m pytest $(PYTEST)
+
+test-ops: $(VENV)/.test ## run all of PyTorch's own operator samples (half an hour)
+	T2J_ALL_OP_SAMPLES=1 $(PY) -m pytest tests/test_ops.py $(PYTEST)
+
+test-matrix: $(VENV)/.test ## run the core tests on the oldest and the newest jax, and on Python 3.13
+	$(PY) tools/matrix.py --torch '$(TORCH)' -- $(PYTEST)
+
+lint: $(VENV)/.lint ## ruff, pyright and clang-format
+	$(VENV)/bin/ruff check $(PYTHONS)
+	$(VENV)/bin/ruff format --check $(PYTHONS)
+	$(VENV)/bin/pyright --pythonpath $(PY)
+	$(VENV)/bin/clang-format --dry-run -Werror $(CPP)
+
+format: $(VENV)/.lint ## let ruff and clang-format rewrite the sources
+	$(VENV)/bin/ruff check --fix $(PYTHONS)
+	$(VENV)/bin/ruff format $(PYTHONS)
+	$(VENV)/bin/clang-format -i $(CPP)
+
+clean: ## remove the environments and all that was built
+	rm -rf $(VENV) .venv-matrix build dist .pytest_cache .ruff_cache
+	find src tests examples tools -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# -- the environment: one stamp for each step, so that a second run starts at once -------------------
+
+$(VENV)/.torch:
+	@$(PYTHON) -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "torch2jax needs Python >= 3.11 with venv; $(PYTHON) is not. Try: make PYTHON=python3.11"; \
+	  exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) '$(TORCH)'
+	@touch $@
+
+# Editable: changes under src/ count at once, and what the extension is built of builds it again. In
+# isolation, because one binary for jax 0.7 and everything newer needs the headers of jaxlib 0.7.
+$(VENV)/.package: $(VENV)/.torch pyproject.toml CMakeLists.txt $(CPP)
+	$(PIP) --editable .
+	@touch $@
+
+# The extras come without the package, which would be built again with each of them. The tests also
+# build it once without isolation, with the newest headers.
+$(VENV)/.test: $(VENV)/.package tools/requirements.py
+	$(PY) tools/requirements.py test --build | $(PIP) -r /dev/stdin
+	@touch $@
+
+$(VENV)/.demo $(VENV)/.lint: $(VENV)/.%: $(VENV)/.package tools/requirements.py
+	$(PY) tools/requirements.py $* | $(PIP) -r /dev/stdin
+	@touch $@

@@ -1,0 +1,223 @@
+// The Python module. No logic lives here.
+
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <cstring>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "callables.h"
+#include "cuda_driver.h"
+#include "handler.h"
+#include "tensors.h"
+
+namespace nb = nanobind;
+
+namespace bridge {
+namespace {
+
+Owned ToOwned(nb::handle object) {
+  return object.is_none() ? Owned() : Owned::Borrow(object.ptr());
+}
+
+// A registered callable lives as long as this object does.
+class Entry {
+ public:
+  Entry(std::string name, nb::callable run, std::string label, std::vector<std::string> inputs,
+        std::vector<std::string> outputs, nb::object default_dtype, bool pass_outputs, bool grads,
+        const std::vector<size_t>& inplace)
+      : callable_(std::make_shared<Callable>()) {
+    callable_->name = std::move(name);
+    callable_->label = std::move(label);
+    callable_->inputs = std::move(inputs);
+    callable_->outputs = std::move(outputs);
+    callable_->inplace.assign(callable_->inputs.size(), 0);
+    for (size_t i : inplace) {
+      if (i >= callable_->inplace.size()) throw nb::index_error("inplace names no input");
+      callable_->inplace[i] = 1;
+      callable_->any_inplace = true;
+    }
+    callable_->pass_outputs = pass_outputs;
+    callable_->grads = grads;
+    callable_->run = ToOwned(run);
+    callable_->default_dtype = ToOwned(default_dtype);
+    if (!Registry::Add(callable_)) {
+      std::string message = "a PyTorch function is already registered as \"" + callable_->name +
+                            "\": give one of the two another name=";
+      callable_.reset();
+      throw nb::value_error(message.c_str());
+    }
+  }
+  Entry(const Entry&) = delete;
+  Entry& operator=(const Entry&) = delete;
+  ~Entry() { Clear(); }
+
+  void Clear() noexcept {
+    if (callable_) Registry::Withdraw(*callable_);
+  }
+  Callable& callable() const noexcept { return *callable_; }
+
+ private:
+  std::shared_ptr<Callable> callable_;
+};
+
+// `run` may lead back to the Entry that holds it.
+int TraverseEntry(PyObject* self, visitproc visit, void* arg) {
+  Py_VISIT(Py_TYPE(self));
+  if (!nb::inst_ready(self)) return 0;
+  const Callable& callable = nb::inst_ptr<Entry>(self)->callable();
+  Py_VISIT(callable.run.get());
+  Py_VISIT(callable.default_dtype.get());
+  return 0;
+}
+
+int ClearEntry(PyObject* self) {
+  if (nb::inst_ready(self)) nb::inst_ptr<Entry>(self)->Clear();
+  return 0;
+}
+
+PyType_Slot entry_slots[] = {{Py_tp_traverse, reinterpret_cast<void*>(TraverseEntry)},
+                             {Py_tp_clear, reinterpret_cast<void*>(ClearEntry)},
+                             {0, nullptr}};
+
+// None, or an exchange API that this build understands.
+const dl::ExchangeApi* ExchangeApiOf(nb::handle capsule) {
+  if (capsule.is_none() || !PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) return nullptr;
+  auto* header = static_cast<dl::ExchangeApiHeader*>(
+      PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+  while (header != nullptr && header->version.major != dl::kMajorVersion) header = header->prev_api;
+  auto* api = reinterpret_cast<const dl::ExchangeApi*>(header);
+  return api == nullptr || api->dltensor_from_py_object_no_sync == nullptr ? nullptr : api;
+}
+
+void Setup(nb::object exchange_api, nb::module_ module, nb::object ambient_clean,
+           nb::object run_guarded, nb::object describe_exception, nb::object collect,
+           nb::object run_on_stream, nb::object current_stream, bool force_capsules, bool rocm) {
+  auto torch = std::make_unique<Torch>();
+  torch->api = force_capsules ? nullptr : ExchangeApiOf(exchange_api);
+  torch->rocm = rocm;
+  nb::object tensor_type = module.attr("Tensor"), internals = module.attr("_C");
+  torch->tensor_type = ToOwned(tensor_type);
+  torch->is_neg = ToOwned(tensor_type.attr("is_neg"));
+  torch->is_conj = ToOwned(tensor_type.attr("is_conj"));
+  torch->is_grad_enabled = ToOwned(module.attr("is_grad_enabled"));
+  torch->set_grad_enabled = ToOwned(internals.attr("_set_grad_enabled"));
+  // What torch.utils.dlpack calls, without its Python.
+  torch->from_dlpack = ToOwned(internals.attr("_from_dlpack"));
+  torch->to_dlpack = ToOwned(internals.attr("_to_dlpack"));
+  torch->ambient_clean = ToOwned(ambient_clean);
+  torch->run_guarded = ToOwned(run_guarded);
+  torch->describe_exception = ToOwned(describe_exception);
+  torch->collect = ToOwned(collect);
+  torch->run_on_stream = ToOwned(run_on_stream);
+  torch->current_stream = ToOwned(current_stream);
+  auto intern = [](const char* name) { return Owned::Steal(PyUnicode_InternFromString(name)); };
+  torch->name_version = intern("_version");
+  torch->name_view = intern("view");
+  torch->name_detach = intern("detach");
+  torch->name_clone = intern("clone");
+  torch->name_copy = intern("copy_");
+  torch->name_resolve_conj = intern("resolve_conj");
+  torch->name_resolve_neg = intern("resolve_neg");
+  torch->name_dtype = intern("dtype");
+  torch->zero = Owned::Steal(PyLong_FromLong(0));
+  for (size_t i = 0; i < kDtypes.size(); ++i) {
+    torch->dtypes[i].dtype = ToOwned(nb::getattr(module, kDtypes[i].name, nb::none()));
+  }
+  torch->ChooseRoutes();
+  if (!force_capsules) torch->FindGradMode();
+  Driver::UseRocm(rocm);
+  SetTorch(torch.release());
+}
+
+nb::dict DtypeRoutes() {
+  nb::dict routes;
+  const Torch* torch = GetTorch();
+  for (size_t i = 0; torch != nullptr && i < kDtypes.size(); ++i) {
+    const DtypeRoute& route = torch->dtypes[i];
+    if (!route.dtype) continue;
+    routes[kDtypes[i].name] = route.carrier_dtype ? DtypeName(route.carrier) : kDtypes[i].name;
+  }
+  return routes;
+}
+
+nb::capsule HandlerCapsule(XLA_FFI_Error* (*handler)(XLA_FFI_CallFrame*)) {
+  return nb::capsule(reinterpret_cast<void*>(handler));
+}
+
+}  // namespace
+}  // namespace bridge
+
+NB_MODULE(_ext, m) {
+  using namespace bridge;  // NOLINT
+  // Compiled programs keep entries, and JAX keeps compiled programs until the process ends.
+  nb::set_leak_warnings(false);
+  m.doc() = "The XLA FFI handler that calls PyTorch functions, and its registry.";
+
+  m.def(
+      "cpu_handler", [] { return HandlerCapsule(CpuHandler); },
+      "The handler for CPU buffers, for `jax.ffi.register_ffi_target` (api_version=1).");
+  m.def(
+      "gpu_handler", [] { return HandlerCapsule(GpuHandler); },
+      "The handler for CUDA and ROCm buffers, for `jax.ffi.register_ffi_target` "
+      "(api_version=1).");
+
+  nb::class_<Entry>(m, "Entry", nb::type_slots(entry_slots), nb::is_weak_referenceable(),
+                    "A PyTorch function that compiled programs of this process can call by name, "
+                    "for as long as this object lives.")
+      .def(
+          nb::init<std::string, nb::callable, std::string, std::vector<std::string>,
+                   std::vector<std::string>, nb::object, bool, bool, const std::vector<size_t>&>(),
+          nb::arg("name"), nb::arg("run"), nb::arg("label"), nb::arg("inputs"), nb::arg("outputs"),
+          nb::arg("default_dtype").none(), nb::arg("pass_outputs") = false,
+          nb::arg("grads") = false, nb::arg("inplace") = std::vector<size_t>(),
+          "Registers `run` as `name`.\n\n"
+          "`run(*tensors)` takes one tensor for each label in `inputs` (then, with `pass_outputs`, "
+          "one for\neach label in `outputs`) and returns a tuple with one tensor for each label in "
+          "`outputs`.\n`label` names the user's function in messages. `grads` runs it with grad "
+          "mode on, not off.\n`inplace` lists the inputs that may change. Raises ValueError when a "
+          "live entry has the name.")
+      .def_prop_ro(
+          "name", [](const Entry& entry) { return entry.callable().name; },
+          "The name in compiled programs.")
+      .def_prop_ro(
+          "label", [](const Entry& entry) { return entry.callable().label; },
+          "The user's function, for messages.")
+      .def_prop_ro(
+          "calls", [](const Entry& entry) { return entry.callable().calls.load(); },
+          "How often XLA has called it.");
+
+  m.def("setup", &Setup, nb::kw_only(), nb::arg("exchange_api").none(), nb::arg("torch"),
+        nb::arg("ambient_clean"), nb::arg("run_guarded"), nb::arg("describe_exception"),
+        nb::arg("collect"), nb::arg("run_on_stream").none() = nb::none(),
+        nb::arg("current_stream").none() = nb::none(), nb::arg("force_capsules") = false,
+        nb::arg("rocm") = false,
+        "Hands over what the handler uses of PyTorch and of the package. May be called again.\n\n"
+        "exchange_api: `torch.Tensor.__dlpack_c_exchange_api__` or None. torch: the module.\n"
+        "ambient_clean(default_dtype) -> bool: whether this thread's PyTorch state is clean.\n"
+        "run_guarded(body, args, default_dtype): calls body(*args) with a clean state.\n"
+        "run_on_stream(body, args, stream, device_index, default_dtype): the same with that stream "
+        "as PyTorch's\ncurrent one. current_stream(device_index) -> int: used without the exchange "
+        "API.\n"
+        "describe_exception(label, exception) -> str. collect(): young generations.\n"
+        "force_capsules: do without the exchange API and libc10's functions. rocm: PyTorch and XLA "
+        "use HIP.");
+  m.def("begin_shutdown", &BeginShutdown,
+        "From now on calls are refused with an error and touch no Python. Waits for calls under "
+        "way, 5 s at most.");
+  nb::module_::import_("atexit").attr("register")(m.attr("begin_shutdown"));
+
+  m.def(
+      "dlpack_path",
+      [] {
+        const Torch* torch = GetTorch();
+        return torch == nullptr ? "none" : torch->api == nullptr ? "capsules" : "c-exchange-api";
+      },
+      "How tensors travel: \"c-exchange-api\", \"capsules\", or \"none\" before setup().");
+  m.def("dtype_routes", &DtypeRoutes,
+        "dtype name -> name of the dtype as which PyTorch's DLPack carries it.");
+}
