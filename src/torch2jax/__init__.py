@@ -12,6 +12,7 @@ from ._errors import (
     TorchCallError,
     UnsupportedDtypeError,
 )
+from ._module import from_module, to_state_dict
 from ._tape import TapeInfo, clear_tape, set_tape_budget, tape_info
 from ._wrap import torch2jax, torch2jax_with_vjp, torch2jax_without_vjp
 
@@ -30,10 +31,12 @@ __all__ = [
     "clear_tape",
     "dtype_j2t",
     "dtype_t2j",
+    "from_module",
     "j2t",
     "set_tape_budget",
     "t2j",
     "tape_info",
+    "to_state_dict",
     "torch2jax",
     "torch2jax_with_vjp",
     "torch2jax_without_vjp",

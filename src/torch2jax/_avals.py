@@ -11,7 +11,6 @@ import torch
 from ._convert import dtype_j2t
 from ._infer import Spec
 
-
 # Made here, where no mode of a caller sees it.
 _CPU, _CUDA = torch.device("cpu"), torch.device("cuda")
 

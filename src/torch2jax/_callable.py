@@ -248,6 +248,8 @@ class Options:
     """(operand, output) pairs of the base call that share memory."""
     tape: bool = True
     """Whether a differentiated call keeps its autograd graph for the backward pass."""
+    borrows: bool = False
+    """Whether calls borrow replicas of a module: see ``_lease``."""
     mutated: tuple[int, ...] = ()
     """Operands that ``fn`` changes in place, on itself or on a copy."""
     rng: int | None = None

@@ -12,7 +12,7 @@ import jax
 import torch
 import torch.utils.dlpack
 
-from . import _compat, _ext, _state
+from . import _compat, _ext, _lease, _state
 from ._callable import Callable
 
 TARGET = __name__.partition(".")[0]
@@ -32,7 +32,7 @@ def register(callable: Callable) -> Any:
             base = callable.parent is None
             callable.registration = _ext.Entry(
                 name=name_of(callable),
-                run=program.run,
+                run=_lease.scoped(program.run) if options.borrows else program.run,
                 label=options.label + callable.path,
                 inputs=list(callable.inputs),
                 outputs=list(callable.outputs),

@@ -37,8 +37,6 @@ class Config:
     static_argnums: tuple[int, ...]
     static_argnames: tuple[str, ...]
     stochastic: bool
-    draws_refused: bool
-    """Whether a function that draws without a key is an error."""
     side_effects: bool
     lock: Any
     name: str | None
@@ -105,9 +103,11 @@ class Operands:
             found += _indices_in(self.args[i])
         return tuple(found)
 
-    def nondiff(self) -> frozenset[int]:
+    def nondiff(self, labels: Sequence[str]) -> frozenset[int]:
         """Operands that are never differentiated."""
-        found = set(self.of_argnums(self.config.nondiff_argnums, "nondiff_argnums"))
+        never = getattr(self.fn, "never_differentiated", ())
+        found = {i for i, label in enumerate(labels) if label.startswith(never)} if never else set()
+        found |= set(self.of_argnums(self.config.nondiff_argnums, "nondiff_argnums"))
         if self.config.nondiff_mask is not None:
             items = self._spread(self.config.nondiff_mask, "nondiff_mask")
             found |= {k for k, masked in items.items() if masked}

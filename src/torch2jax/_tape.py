@@ -34,7 +34,7 @@ from typing import Any
 import torch
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
-from . import _random
+from . import _lease, _random
 from ._callable import (
     Callable,
     Indices,
@@ -102,7 +102,7 @@ class Keep:
         cell.outputs = _edges(out)
         cell.inputs = [get_gradient_edge(leaves[i]) for i in self.wrt]
         cell.source.versions = [x._version for x in args]
-        if _held(args, leaves, self.wrt):
+        if _lease.held() or _held(args, leaves, self.wrt):
             self.copies = True
             return _detached(out), None
         for i in self.wrt:
@@ -116,6 +116,7 @@ class Keep:
         for i in self.wrt:
             leaves[i].requires_grad_()
         out = self.parent.graph(*leaves)
+        cell.leases = _lease.take()
         cell.outputs = _edges(out)
         cell.inputs = [get_gradient_edge(leaves[i]) for i in self.wrt]
         if self.by_backward:
@@ -297,6 +298,8 @@ class _Cell:
         self.source = _Source()
         self.storages: dict[int, int] = {}
         """Address and bytes of the storages that the graph holds."""
+        self.leases: list[_lease.Lease] = []
+        """Replicas of modules that the graph runs again in its backward pass."""
         self.leaves: Tensors = ()
         """Where ``backward()`` must do: torch's own copies of the inputs."""
         self.reused = False

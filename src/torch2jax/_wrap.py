@@ -45,6 +45,7 @@ from ._infer import FakeSurvived, Inference, ShapeDependsOnValues, Spec, infer
 from ._options import Config, Operands, mark_static
 from ._primitive import call as call_primitive
 from ._random import draw_seed, refusing, seeded
+from ._replica import Forward
 from ._rules.batching import METHODS
 
 _CPU = torch.device("cpu")
@@ -162,7 +163,6 @@ def torch2jax(
         static_argnums=static_argnums,
         static_argnames=static_argnames,
         stochastic=stochastic,
-        draws_refused=False,
         side_effects=side_effects,
         lock=_process_lock if lock is True else (lock or None),
         name=name,
@@ -224,6 +224,8 @@ def _identity(fn: Any) -> Hashable:
 
 def _label(fn: Any) -> str:
     """``fn`` in messages."""
+    if isinstance(fn, Forward):
+        return type(fn.layout.module).__qualname__
     if isinstance(fn, functools.partial):
         return _label(fn.func)
     if isinstance(fn, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
@@ -237,6 +239,7 @@ def _qualified_name(fn: Any) -> str:
     """``module.qualname``, the root of the name in HLO."""
     label = _label(fn)
     inner = fn.func if isinstance(fn, functools.partial) else fn
+    inner = fn.layout.module if isinstance(fn, Forward) else inner
     if not hasattr(inner, "__qualname__"):
         inner = type(inner)
     module = getattr(inner, "__module__", None)
@@ -316,6 +319,7 @@ class TorchFunction:
             vmap_method=config.vmap_method,
             tape=config.tape,
             side_effects=config.side_effects,
+            borrows=isinstance(fn, Forward),
         )
 
     @functools.cached_property
@@ -513,7 +517,7 @@ class TorchFunction:
             result,
             (*((leaf.shape, leaf.dtype) for leaf in result.leaves), *updated),
             inplace,
-            facts.nondiff(),
+            facts.nondiff(arguments.labels),
         )
 
     def _arguments(self, call: _Call) -> Arguments:
@@ -589,8 +593,8 @@ class TorchFunction:
             raise Torch2JaxError(
                 f"{self._label} keeps a tensor of the run that infers its result somewhere outside "
                 "its modules (a cache, a global, an attribute of another object), so its next call "
-                "would compute garbage. To go on, empty that cache and pass output_shapes=, which needs no "
-                "such run, or remove the cache."
+                "would compute garbage. To go on, empty that cache and pass output_shapes=, which "
+                "needs no such run, or remove the cache."
             ) from None
         except ShapeDependsOnValues:
             raise SignatureError(
@@ -677,7 +681,7 @@ class TorchFunction:
             run = out_function(self._fn, arguments, result, out_arg, self._label)
             options = replace(options, pass_outputs=True)
         draws = inference.draws if inference is not None else None
-        if draws and self._config.draws_refused:
+        if draws and isinstance(self.__wrapped__, Forward) and self.__wrapped__.refuses_draws:
             raise SignatureError(
                 f"{self._label} draws random numbers ({draws}): pass a JAX key as rng=."
             )

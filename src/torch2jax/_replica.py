@@ -1,0 +1,203 @@
+"""Replicas of a module, which hold a call's tensors in its place. Imports torch, never JAX.
+
+The user's module is shared: calls run on several threads at once, and a graph may run part of the
+module again in its backward pass. So no call puts its tensors into the module itself, as
+``torch.func.functional_call`` does, but into a replica: a copy of the structure without parameters.
+Replicas are pooled. One is as it was made at the start of every call: what a call caches in its
+attributes is forgotten.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+import sys
+import threading
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from . import _lease
+
+Tensor = torch.Tensor
+Module = torch.nn.Module
+Place = tuple[str, str, str]
+"""Path of a submodule, ``_parameters`` or ``_buffers``, and a key in it."""
+
+
+class Layout:
+    """Names of a module's tensors: canonical ones, their places, dtypes and kinds."""
+
+    def __init__(self, module: Module) -> None:
+        self.module = module
+        self.places: dict[str, list[Place]] = {}
+        self.tensors: dict[str, dict[str, Tensor]] = {"params": {}, "frozen": {}, "buffers": {}}
+        self.aliases: dict[str, str] = {}
+        """Other names of tied tensors, and the name that stands for them."""
+        first: dict[int, str] = {}
+        for path, sub in module.named_modules():
+            prefix = f"{path}." if path else ""
+            for key, p in sub._parameters.items():
+                if p is not None:
+                    kind = "params" if p.requires_grad else "frozen"
+                    self._add(first, prefix + key, p, kind, (path, "_parameters", key))
+            for key, b in sub._buffers.items():
+                if b is not None and key not in sub._non_persistent_buffers_set:
+                    self._add(first, prefix + key, b, "buffers", (path, "_buffers", key))
+        self.dtypes = {k: t.dtype for group in self.tensors.values() for k, t in group.items()}
+
+    def _add(self, first: dict[int, str], name: str, t: Tensor, kind: str, place: Place) -> None:
+        canonical = first.setdefault(id(t), name)
+        if canonical == name:
+            self.tensors[kind][name] = t
+        else:
+            self.aliases[name] = canonical
+        self.places.setdefault(canonical, []).append(place)
+
+
+class Replica:
+    """A copy of a module's structure, which takes tensors for one call at a time."""
+
+    def __init__(self, layout: Layout, train: bool, wrap: Any) -> None:
+        module = layout.module
+        memo: dict[int, Any] = {}
+        for sub in module.modules():
+            for value in vars(sub).values():
+                if isinstance(value, Tensor):
+                    memo[id(value)] = value
+            for b in sub._buffers.values():
+                memo[id(b)] = b
+        for group in layout.tensors.values():
+            for t in group.values():
+                memo[id(t)] = None
+        self.module: Module = copy.deepcopy(module, memo).train(train)
+        subs = dict(self.module.named_modules(remove_duplicate=False))
+        self.slots = {
+            name: [(vars(subs[path])[table], key) for path, table, key in places]
+            for name, places in layout.places.items()
+        }
+        self.dtypes = layout.dtypes
+        self.rnns = [m for m in subs.values() if isinstance(m, torch.nn.RNNBase)]
+        for rnn in self.rnns:
+            rnn._flat_weights = []
+        self.call = wrap(self.module)
+        self.modules = list({id(m): m for m in subs.values()}.values())
+        self._pristine = [_Pristine(vars(m)) for m in self.modules]
+        self._references: list[int] = []
+
+    def seal(self) -> Replica:
+        """Count who refers to its modules now that nobody but the replica itself should."""
+        self._references = self._count()
+        return self
+
+    def _count(self) -> list[int]:
+        return [sys.getrefcount(m) for m in self.modules]
+
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put in a call's tensors, each in the dtype of the module's own."""
+        for name, t in tensors.items():
+            own = self.dtypes[name]
+            if t.dtype is not own and _NARROW.get(own) is t.dtype:
+                t = t.to(own)
+            for table, key in self.slots[name]:
+                table[key] = t
+        for rnn in self.rnns:
+            rnn._flat_weights = [getattr(rnn, name) for name in rnn._flat_weights_names]
+
+    def buffers(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The buffers as the call left them."""
+        found = {}
+        for name in names:
+            table, key = self.slots[name][0]
+            found[name] = table[key]
+        return found
+
+    def referenced(self) -> bool:
+        """Whether something beside the pool refers to the replica: a graph that will run it."""
+        return any(map(operator.gt, self._count(), self._references))
+
+    def clear(self) -> None:
+        """Forget the call: its tensors, and whatever it left in attributes."""
+        for slots in self.slots.values():
+            for table, key in slots:
+                table[key] = None
+        for pristine in self._pristine:
+            pristine.restore()
+
+
+_NARROW = {
+    torch.int64: torch.int32,
+    torch.uint64: torch.uint32,
+    torch.float64: torch.float32,
+    torch.complex128: torch.complex64,
+}
+
+
+class _Pristine:
+    """Attributes of a module, and contents of its containers, as they were."""
+
+    def __init__(self, live: dict[str, Any]) -> None:
+        self.live, self.copy = live, dict(live)
+        self.values = list(live.values())
+        self.containers = [
+            (c, len(c), c.copy()) for c in self.values if isinstance(c, dict | list | set)
+        ]
+
+    def restore(self) -> None:
+        # Nearly always nothing has changed; seeing that must be cheap.
+        live = self.live
+        if len(live) != len(self.values) or not all(map(operator.is_, live.values(), self.values)):
+            live.clear()
+            live.update(self.copy)
+        for c, size, kept in self.containers:
+            if len(c) != size:
+                c.clear()
+                c.extend(kept) if isinstance(c, list) else c.update(kept)
+
+
+class Forward:
+    """A module's forward pass as a function of its tensors: what ``from_module`` wraps.
+
+    ``train``: the result is ``(output, buffers as the pass left them)``.
+    """
+
+    never_differentiated = ("args[0]['frozen']",)
+    """Operands, by the beginning of their labels, that get no gradient work."""
+
+    def __init__(self, layout: Layout, train: bool, wrap: Any, keyed: bool) -> None:
+        self.layout, self.train, self.wrap = layout, train, wrap
+        self.refuses_draws = not keyed
+        """Whether drawing random numbers is an error: then no key was passed."""
+        self._pool: list[Replica] = []
+        self._lock = threading.Lock()
+
+    def __call__(self, variables: dict[str, dict[str, Tensor]], *args: Any, **kwargs: Any) -> Any:
+        replica = self._acquire()
+        tensors = {**variables["params"], **variables["frozen"]}
+        for name, b in variables["buffers"].items():
+            tensors[name] = b.clone() if self.train else b
+        try:
+            replica.fill(tensors)
+            out = replica.call(*args, **kwargs)
+            if self.train:
+                out = (out, replica.buffers(variables["buffers"]))
+        except BaseException:
+            self._give_back(replica)
+            raise
+        if replica.referenced():
+            _lease.hold(_lease.Lease(lambda: self._give_back(replica)))
+        else:
+            self._give_back(replica)
+        return out
+
+    def _acquire(self) -> Replica:
+        with self._lock:
+            if self._pool:
+                return self._pool.pop()
+        return Replica(self.layout, self.train, self.wrap).seal()
+
+    def _give_back(self, replica: Replica) -> None:
+        replica.clear()
+        with self._lock:
+            self._pool.append(replica)
