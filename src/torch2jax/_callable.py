@@ -303,7 +303,8 @@ class Callable:
         parent: Callable | None = None,
         suffix: str = "",
     ) -> None:
-        self.program, self.options = program, options
+        self.program: Any = program
+        self.options = options
         self.inputs, self.outputs = tuple(inputs), tuple(outputs)
         self.parent, self.suffix = parent, suffix
         self.registration: Any = None  # the entry in the handler's table, made by _ffi when lowered

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -17,12 +17,16 @@ from jax._src import effects as _effects
 # The concrete class of arrays: public jax.Array is an ABC whose instance check costs a microsecond.
 from jax._src.array import ArrayImpl
 
+# Rules for dead code have no public registration.
+from jax._src.interpreters import partial_eval
+
 __all__ = [
     "ArrayImpl",
     "RandomEffect",
     "TorchEffect",
     "exchange_api",
     "random_effect",
+    "register_dce_rule",
     "result_aval",
     "torch_effect",
     "varying_axes",
@@ -47,6 +51,11 @@ class RandomEffect(_effects.Effect):
         )
 
     __repr__ = __str__
+
+
+def register_dce_rule(primitive: Any, rule: Callable[[list[bool], Any], Any]) -> None:
+    """``rule(used outputs, equation)``; from jax 0.12 on it is also told which inputs are live."""
+    partial_eval.dce_rules[primitive] = lambda used, *_and_eqn: rule(used, _and_eqn[-1])
 
 
 torch_effect = TorchEffect()

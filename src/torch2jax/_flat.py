@@ -229,7 +229,15 @@ def flat_function(
         return pure, run if inplace or narrowed else None
     if arguments.casts or arguments.copies:
         return (lambda *operands: forward(operands)), None
-    return (lambda *operands: collect(call(*operands))), None
+    if result.treedef != _SINGLE:
+        return (lambda *operands: collect(call(*operands))), None
+
+    def one(*operands: Tensor) -> Tensors:
+        # The commonest case, with nothing in its way.
+        out = call(*operands)
+        return (out,) if type(out) is Tensor else collect(out)
+
+    return one, None
 
 
 _SINGLE = jax.tree.structure(0)

@@ -13,8 +13,9 @@ import torch
 
 from ._convert import j2t, t2j
 from ._errors import SignatureError
+from ._function import TorchFunction
 from ._replica import Forward, Layout
-from ._wrap import TorchFunction, torch2jax
+from ._wrap import torch2jax
 
 Variables = dict[str, dict[str, Any]]
 
@@ -138,17 +139,10 @@ def from_module(
     inner = _initialised(inner, example_args)
     _check_keywords(inner, kwargs)
     layout = Layout(inner)
-    if kwargs:
-        compiled = wrap
-
-        def wrap(replica: Any) -> Any:
-            call = compiled(replica)
-            return lambda args, own: call(*args, **own)
-
     variables: Variables = {
         group: {name: _copy(t) for name, t in layout.tensors[group].items()} for group in _GROUPS
     }
-    return Apply(layout, wrap, kwargs, options), variables
+    return Apply(layout, _verbatim(wrap) if kwargs else wrap, kwargs, options), variables
 
 
 def to_state_dict(
@@ -184,6 +178,16 @@ def to_state_dict(
     order = [name for name in layout.module.state_dict() if name in state]
     prefix = "_orig_mod." if isinstance(module, torch._dynamo.OptimizedModule) else ""
     return OrderedDict((prefix + name, state[name]) for name in order)
+
+
+def _verbatim(wrap: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """``wrap``, whose calls take ``(args, kwargs)``: no keyword can clash."""
+
+    def wrapped(replica: Any) -> Any:
+        call = wrap(replica)
+        return lambda args, own: call(*args, **own)
+
+    return wrapped
 
 
 def _copy(t: torch.Tensor) -> jax.Array:

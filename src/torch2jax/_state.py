@@ -21,16 +21,24 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 _AUTOCAST_DEVICES = ("cpu", "cuda")
 
+# Looked up once: the handler asks at every execution of an executable.
+_function_modes = torch._C._len_torch_function_stack
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_transforms = _functorch.peek_interpreter_stack
+_autocast = torch._C._is_any_autocast_enabled
+_inference_mode = torch.is_inference_mode_enabled
+_default_dtype = torch.get_default_dtype
+
 
 def ambient_clean(default_dtype: torch.dtype) -> bool:
     """Whether the calling thread has nothing switched on that would change what ``fn`` does."""
     return (
-        torch._C._len_torch_function_stack() == 0
-        and torch._C._len_torch_dispatch_stack() == 0
-        and _functorch.peek_interpreter_stack() is None
-        and not torch.is_inference_mode_enabled()
-        and not any(map(torch.is_autocast_enabled, _AUTOCAST_DEVICES))
-        and torch.get_default_dtype() is default_dtype
+        _default_dtype() is default_dtype
+        and not _function_modes()
+        and not _dispatch_modes()
+        and not _autocast()
+        and not _inference_mode()
+        and _transforms() is None
     )
 
 

@@ -92,6 +92,7 @@ class Keep:
 
     def _on_views(self, args: Tensors) -> tuple[Tensors, _Cell | None]:
         cell = _Cell(self, args[0].device)
+        cell.source.operands = args  # fn may run a backward pass of its own
         leaves = [x.detach() for x in args]
         for i in self.wrt:
             leaves[i].requires_grad_()
@@ -102,6 +103,7 @@ class Keep:
         cell.outputs = _edges(out)
         cell.inputs = [get_gradient_edge(leaves[i]) for i in self.wrt]
         cell.source.versions = [x._version for x in args]
+        cell.source.operands = ()
         if _lease.held() or _held(args, leaves, self.wrt):
             self.copies = True
             return _detached(out), None
@@ -266,7 +268,7 @@ def kept(callable: Callable, wrt: Indices) -> Callable:
 def with_token(callable: Callable, after: int, keep: Callable) -> Callable:
     """``callable``, a derivative, with a token of ``keep`` before its last ``after`` operands."""
     at = len(callable.inputs) - after
-    program = callable.program
+    program: Any = callable.program
     batched = isinstance(program, Vmap)
     vjp = program.parent if batched else program
     assert isinstance(keep.program, Keep)
@@ -314,6 +316,10 @@ class _Source:
         """Of the backward call under way."""
         self.versions: list[int] = []
         """Of the operands at the end of the forward pass."""
+
+    def version(self, operand: int) -> int:
+        """Of an operand: the forward pass may still be under way."""
+        return self.versions[operand] if self.versions else self.operands[operand]._version
 
 
 class _Hooks:
@@ -368,15 +374,16 @@ class _View:
     dtype: torch.dtype
     size: torch.Size
     stride: tuple[int, ...]
-    offset: int
+    offset: Any
     conj: bool
     neg: bool
     version: int
 
     def unpack(self) -> Tensor:
         x = self.source.operands[self.operand]
-        if self.source.versions[self.operand] != self.version:
-            raise _modified(x, self.version, self.source.versions[self.operand])
+        version = self.source.version(self.operand)
+        if version != self.version:
+            raise _modified(x, self.version, version)
         if x.dtype is self.dtype:
             t = x.as_strided(self.size, self.stride, self.offset)
         else:
@@ -421,7 +428,7 @@ def _detached(out: Tensors) -> Tensors:
 
 def _references(x: Tensor) -> tuple[int, int, int]:
     storage = torch._C._storage_Use_Count(x.untyped_storage()._cdata)
-    return storage, x._use_count(), sys.getrefcount(x)
+    return storage, x._use_count(), sys.getrefcount(x)  # type: ignore[attr-defined]
 
 
 def _unheld() -> tuple[tuple[int, int, int], tuple[int, int, int]]:

@@ -20,9 +20,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.interpreters import ad, partial_eval
+from jax.interpreters import ad
 
 from .._callable import Callable
+from .._compat import register_dce_rule
 from .._errors import DifferentiationError
 from .._primitive import TOKEN, call, torch_call_p
 from .._tape import is_keep, keepable, kept, with_token
@@ -183,5 +184,5 @@ def _drop_token(used: list[bool], eqn: Any) -> tuple[list[bool], Any]:
 
 
 ad.primitive_jvps[torch_call_p] = _jvp
-partial_eval.dce_rules[torch_call_p] = _drop_token
+register_dce_rule(torch_call_p, _drop_token)
 ad.primitive_transposes[torch_call_p] = _transpose

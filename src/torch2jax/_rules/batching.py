@@ -47,7 +47,7 @@ def _batch(
     callable: Callable,
     results: Any,
     differentiable: bool,
-) -> tuple[list[Any], list[int]]:
+) -> tuple[list[Any], list[int | None]]:
     if is_keep(callable):
         return _batch_keep(operands, dims, callable, results, differentiable)
     if callable.keep is not None:
@@ -149,7 +149,7 @@ def _batch_with_token(
     callable: Callable,
     results: Any,
     differentiable: bool,
-) -> tuple[list[Any], list[int]]:
+) -> tuple[list[Any], list[int | None]]:
     """A derivative that takes a token: what it does with one graph for all rows."""
     f, keep = callable.parent, callable.keep
     assert f is not None
