@@ -173,8 +173,9 @@ def main(argv: list[str] | None = None) -> int:
         action="store_true",
         help="build with the scikit-build-core, nanobind and jaxlib of this interpreter",
     )
-    parser.add_argument("pytest_args", nargs="*", metavar="...", help=argparse.SUPPRESS)
-    arguments = parser.parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    split = words.index("--") if "--" in words else len(words)
+    arguments, pytest_args = parser.parse_args(words[:split]), words[split + 1 :]
     if arguments.install and arguments.target:
         parser.error("--install and --target exclude each other.")
 
@@ -191,7 +192,7 @@ def main(argv: list[str] | None = None) -> int:
         if not arguments.install:
             target = (arguments.target or Path(folder) / "site").resolve()
         install(tree, target, isolated=not arguments.no_build_isolation)
-        return test(tree, target, arguments.pytest_args) if arguments.test else 0
+        return test(tree, target, pytest_args) if arguments.test else 0
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What is timed. A case makes, for a subject, a function without arguments that does ``calls`` calls.
+"""What is timed: for a subject, a case makes a function that does a given number of calls.
 
-How they synchronise: a loop is one compiled program, awaited at its end; every other call is awaited
-with ``block_until_ready`` before the next one starts. PyTorch on a CPU is synchronous.
+How they synchronise: a loop is one compiled program, awaited at its end; every other call is
+awaited with ``block_until_ready`` before the next one starts. PyTorch on a CPU is synchronous.
 """
 
 from __future__ import annotations
@@ -63,6 +63,8 @@ class Loop(Case):
     def make(self, subject: Subject, calls: int) -> Thunk:
         if isinstance(subject, JaxNumpy | Torch):
             raise Skip("no call is left to time")
+        if subject.only_derivatives:
+            raise Skip("nothing is differentiated")
         return self._loop(subject.wrap(self.identity, self._args()), calls)
 
     def check(self, subject: Subject) -> None:
@@ -111,6 +113,8 @@ class Call(Case):
             return self._torch(batch, b, calls)
         if isinstance(subject, Empty) and self.pair is not ADD:
             raise Skip("it computes nothing")
+        if subject.only_derivatives and not self.derivative:
+            raise Skip("nothing is differentiated")
         if self.derivative and not subject.derivatives:
             raise Skip("no derivatives")
         f = self.transform(subject.wrap(self.pair, (a, b)))

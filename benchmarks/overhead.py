@@ -2,8 +2,9 @@
 
     python benchmarks/overhead.py --peers .venv-peers/bin/python --output docs/performance.md
 
-Every subject runs in the same run, in interleaved rounds (A B C, A B C, ...): what else the machine does
-then meets all of them. Figures are medians of the rounds; the least of the rounds stands beside them.
+Every subject runs in the same run, in interleaved rounds (A B C, A B C, ...): what else the machine
+does then meets all of them. Figures are medians of the rounds; in the table of budgets the least of
+the rounds stands beside them.
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ class Worker:
         )
 
     def ask(self, **request: str) -> dict[str, Any]:
-        assert self._process.stdin is not None and self._process.stdout is not None
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
         print(json.dumps(request), file=self._process.stdin, flush=True)
         line = self._process.stdout.readline()
         if not line:
@@ -172,7 +174,14 @@ def slopes(samples: Samples) -> dict[str, Figure]:
 def budgets(samples: Samples, startup: Samples) -> list[Budget]:
     found: list[Budget] = []
 
-    def add(title: str, limit: float, unit: str, case: str, subjects: Sequence[str], f: Any) -> None:
+    def add(
+        title: str,
+        limit: float,
+        unit: str,
+        case: str,
+        subjects: Sequence[str],
+        f: Callable[..., float],
+    ) -> None:
         series = [samples.get(case, {}).get(s) for s in subjects]
         if all(series):
             found.append(Budget(title, combine(f, *filter(None, series)), limit, unit))

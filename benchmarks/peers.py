@@ -1,7 +1,7 @@
 """What is compared: this package, other bridges, and the floors under all of them.
 
-A subject turns a function (a torch one and its ``jax.numpy`` twin) into a JAX function. Subjects are
-named in ``SUBJECTS`` and import what they need when they are made: no process holds all of them.
+A subject turns a function (a torch one and its ``jax.numpy`` twin) into a JAX function. Subjects
+are named in ``SUBJECTS`` and import what they need when they are made: no process holds all.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ class Subject:
     """A way to call a torch function from JAX."""
 
     derivatives = True
+    only_derivatives = False
 
     def wrap(self, pair: Pair, examples: Sequence[jax.Array]) -> Callable[..., jax.Array]:
         raise NotImplementedError
@@ -70,13 +71,22 @@ class Ours(Subject):
         return self._torch2jax(pair.torch)
 
 
+class Recomputing(Ours):
+    """Without the tape: the backward pass runs the forward pass again."""
+
+    only_derivatives = True
+
+    def wrap(self, pair: Pair, examples: Sequence[jax.Array]) -> Callable[..., jax.Array]:
+        return self._torch2jax(pair.torch, residuals="recompute")
+
+
 class WrapTorch2Jax(Subject):
     """``wrap_torch2jax``: builds its extension at first use, so ninja must be on the path."""
 
     def __init__(self) -> None:
         here = str(Path(sys.executable).parent)
         os.environ["PATH"] = os.pathsep.join([here, os.environ.get("PATH", "")])
-        import wrap_torch2jax
+        import wrap_torch2jax  # type: ignore[import-not-found]
 
         self._torch2jax = wrap_torch2jax.torch2jax
 
@@ -179,6 +189,7 @@ class Torch(Subject):
 
 SUBJECTS: dict[str, type[Subject]] = {
     "torch2jax": Ours,
+    "recompute": Recomputing,
     "empty FFI call": Empty,
     "empty + GIL": EmptyGil,
     "jax.numpy": JaxNumpy,

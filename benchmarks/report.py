@@ -29,7 +29,7 @@ class Budget:
 
     @property
     def verdict(self) -> str:
-        """"borderline": the median and the least of the rounds disagree."""
+        """ "borderline": the median and the least of the rounds disagree."""
         met = self.figure.median <= self.limit, self.figure.least <= self.limit
         return "met" if all(met) else "borderline" if any(met) else "missed"
 
@@ -58,7 +58,7 @@ def number(value: float) -> str:
     """Three digits."""
     if abs(value) >= 100:
         return f"{value:,.0f}"
-    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}" if abs(value) >= 1 else f"{value:.3f}"
+    return f"{value:.{1 if abs(value) >= 10 else 2 if abs(value) >= 1 else 3}f}"
 
 
 def figure(f: Figure) -> str:
@@ -95,7 +95,12 @@ def startup_rows(report: Report) -> Rows:
 def budget_rows(report: Report) -> Rows:
     yield ["budget", "at most", "measured", "verdict"]
     for b in report.budgets:
-        yield [b.title, f"{number(b.limit)} {b.unit}", f"{figure(b.figure)} {b.unit}", b.verdict]
+        yield [
+            b.title,
+            f"{number(b.limit)} {b.unit}".rstrip(),
+            f"{figure(b.figure)} {b.unit}".rstrip(),
+            b.verdict,
+        ]
 
 
 def tables(report: Report) -> list[tuple[str, list[list[str]]]]:
@@ -122,7 +127,7 @@ def notes(report: Report) -> list[str]:
         for subject, reason in of_case.items():
             reasons.setdefault((subject, reason), []).append(case)
     return [
-        f"{subject}, {', '.join(cases)}: {reason}." for (subject, reason), cases in reasons.items()
+        f"{subject} ({', '.join(cases)}): {reason}." for (subject, reason), cases in reasons.items()
     ]
 
 

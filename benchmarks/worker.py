@@ -1,8 +1,8 @@
 """A process that times what it is told to: one JSON request a line in, one answer a line out.
 
-    {"do": "versions"}                                        -> {"python": ..., "jax": ...}
-    {"do": "prepare", "subject": ..., "case": ...}            -> {"calls": n} or {"skip": reason}
-    {"do": "sample", "subject": ..., "case": ...}             -> {"us": microseconds a call}
+{"do": "versions"}                                        -> {"python": ..., "jax": ...}
+{"do": "prepare", "subject": ..., "case": ...}            -> {"calls": n} or {"skip": reason}
+{"do": "sample", "subject": ..., "case": ...}             -> {"us": microseconds a call}
 """
 
 from __future__ import annotations

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+
+import jax
 import pytest
 
 
@@ -9,3 +13,11 @@ import pytest
 def x64(request: pytest.FixtureRequest) -> bool:
     """64-bit types off, as JAX starts, and on."""
     return request.param
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _bounded_memory() -> Iterator[None]:
+    """What a file compiled is dropped after it: thousands of executables take gigabytes."""
+    yield
+    jax.clear_caches()
+    gc.collect()

@@ -45,7 +45,7 @@ TOLERANCE = {
 
 
 def own_precision(case: Case) -> bool:
-    """Whether a case runs with x64 where a test runs it once: every second case of the table does."""
+    """Whether a case has x64 on where a test runs it once: every second case of the table has."""
     return bool(CASES.index(case) % 2)
 
 
@@ -188,7 +188,7 @@ def on_differentiable(
 
 
 def as_real(fn: Function, xs: list[np.ndarray]) -> tuple[Function, list[np.ndarray]]:
-    """fn with complex arguments and results split into real and imaginary parts: Jacobians of any complex function."""
+    """fn with complex arguments and results split into parts: then it has Jacobians."""
     parts: list[np.ndarray] = []
     for x in xs:
         parts += [x.real.copy(), x.imag.copy()] if np.iscomplexobj(x) else [x]
@@ -245,9 +245,10 @@ def agree(
 
 
 def agree_on_leaves(
-    case: Case, transform: Callable[..., Any], *, x64: bool, **options: Any
+    case: Case, transform: Callable[..., Any], *, x64: bool | None = None, **options: Any
 ) -> None:
     """`agree` for a transform of a function of all leaves."""
+    x64 = own_precision(case) if x64 is None else x64
     (leaves,) = draws(case, 1, x64)
     agree(case, transform, *leaves, on=lambda fn: on_leaves(fn, case), x64=x64, **options)
 
@@ -260,7 +261,8 @@ def agree_on_differentiable(
     real: bool = False,
     **options: Any,
 ) -> None:
-    """`agree` for a transform of a function of the differentiable leaves; real: complex ones as pairs of real ones.
+    """`agree` for a transform of a function of the differentiable leaves; real: complex ones as
+    pairs of real ones.
 
     The case decides the precision where x64 is None: half of the table runs with each.
     """
@@ -291,7 +293,7 @@ def agree_on_batch(
 
 @contextlib.contextmanager
 def looping_allowed(case: Case) -> Iterator[None]:
-    """Where torch cannot batch a case the bridge loops and warns: right here, an error elsewhere."""
+    """Where torch cannot batch a case the bridge loops and warns; elsewhere that is an error."""
     if case.vectorizable:
         yield
         return

@@ -1,7 +1,7 @@
-"""Operators of PyTorch's own table that do not pass through the bridge, by name, each with its reason.
+"""Operators of PyTorch's own table that do not pass through the bridge, each with its reason.
 
-A name is the operator's, its variant's and the dtype's, as in the test's id. An operator listed here that passes fails
-its test: then its line has to go.
+A name is the operator's, its variant's and the dtype's, as in the test's id. An operator listed
+here that passes fails its test: then its line has to go.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ EXCEPTIONS: dict[str, str] = {}
 # fails only where all samples are run (make test-ops)
 EXCEPTIONS_OF_ALL_SAMPLES: dict[str, str] = {}
 
-# What PyTorch leaves undefined: memory that is not initialised. Shapes and dtypes are compared, values are not.
+# What PyTorch leaves undefined: memory that is not initialised. Shapes and dtypes are compared,
+# values are not.
 UNDEFINED_VALUES = {
     "empty",
     "empty_like",

@@ -1,9 +1,9 @@
-"""PyTorch's own operator samples (`op_db`) through the bridge: values and gradients are those of torch.
+"""PyTorch's own operator samples (`op_db`) through the bridge: values and gradients are torch's.
 
-Two samples of each operator, variant and dtype; all of them, about 28,000, with T2J_ALL_OP_SAMPLES=1.
+Two samples of each operator, variant and dtype; all, about 28,000, with T2J_ALL_OP_SAMPLES=1.
 
-The tensors of a sample are the operands, everything else is closed over. One jitted program holds the call and, where
-torch can differentiate the sample, its pullback.
+The tensors of a sample are the operands, everything else is closed over. One jitted program holds
+the call and, where torch can differentiate the sample, its pullback.
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ class Sample:
         )
 
     def gradients(self) -> tuple[list[np.ndarray], list[np.ndarray]] | None:
-        """Cotangents of the inexact results and torch's gradients for them, or None where torch has none."""
+        """Cotangents of the inexact results and torch's gradients; None where torch has none."""
         inputs = [operand.clone() for operand in self.operands]
         for i in self.differentiable:
             inputs[i].requires_grad_()

@@ -37,7 +37,7 @@ def next_carry(out: Any) -> jax.Array:
 
 
 def chain(f: Function, steps: int) -> Function:
-    """f applied `steps` times by fori_loop, each time to arguments scaled by what came out before."""
+    """f repeated by fori_loop, each time on arguments scaled by what came out before."""
 
     def looped(*xs: Any) -> Any:
         body = lambda _, carry: next_carry(f(*shrink(carry, xs)))  # noqa: E731

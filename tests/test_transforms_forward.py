@@ -5,12 +5,21 @@ from __future__ import annotations
 import jax
 import pytest
 from cases import CASES, Case
-from harness import agree_on_leaves, bridge, check, draws, looping_allowed, on_leaves, precision
+from harness import (
+    agree_on_leaves,
+    bridge,
+    check,
+    draws,
+    looping_allowed,
+    on_leaves,
+    own_precision,
+    precision,
+)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_eager(case: Case, x64: bool) -> None:
-    agree_on_leaves(case, lambda f, *xs: f(*xs), x64=x64, jit=False)
+def test_eager(case: Case) -> None:
+    agree_on_leaves(case, lambda f, *xs: f(*xs), jit=False)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -19,8 +28,9 @@ def test_jit(case: Case, x64: bool) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_eval_shape(case: Case, x64: bool) -> None:
+def test_eval_shape(case: Case) -> None:
     """Shapes and dtypes are known without a call."""
+    x64 = own_precision(case)
     with precision(x64), looping_allowed(case):
         args, kwargs = case.draw(x64)
         shapes = jax.eval_shape(bridge(case), *args, **kwargs)

@@ -70,7 +70,7 @@ def test_grad_of_one_argument(case: Case) -> None:
 
 @pytest.mark.parametrize("case", CORE, ids=str)
 def test_grad_of_whole_arguments(case: Case) -> None:
-    """jax.grad by positional arguments as they are, pytrees too; integers among them have float0 gradients."""
+    """jax.grad by positional arguments as they are, pytrees too; integers have float0 gradients."""
     x64 = own_precision(case)
     args, kwargs = case.draw(x64)
 

@@ -1,4 +1,4 @@
-"""Third order: all eight orders of modes along a line, full nested gradients, and a Taylor coefficient."""
+"""Third order: all eight orders of modes along a line, and nested gradients."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ RICH = [case for case in CORE_THRICE if case.name in NAMES]
 
 
 def along_a_line(modes: str) -> Function:
-    """Third derivative of t -> weighed(f)(xs + t v), one mode for each derivative, the innermost first."""
+    """Third derivative of t -> weighed(f)(xs + t v), one mode each, the innermost first."""
 
     def transform(f: Function, *xs: Any) -> Any:
-        line = lambda t: weigh(
-            f(*[x + (t * v).astype(x.dtype) for x, v in zip(xs, like(xs), strict=True)])
-        )  # noqa: E731
+        def line(t: jax.Array) -> jax.Array:
+            steps = [(t * v).astype(x.dtype) for x, v in zip(xs, like(xs), strict=True)]
+            return weigh(f(*[x + step for x, step in zip(xs, steps, strict=True)]))
+
         for mode in modes:
             line = (jax.jacrev if mode == "r" else jax.jacfwd)(line)
         return line(jnp.zeros(()))

@@ -31,7 +31,8 @@ SEVERAL = [case for case in CORE if sum(spec.diff for spec in case.specs) > 1]
 
 
 def agree_on_rows(case: Case, transform: Callable[..., Any], *, real: bool = False) -> None:
-    """`agree` for a transform of a function of the differentiable leaves, called with a batch of each.
+    """`agree` for a transform of a function of the differentiable leaves, called with a batch of
+    each.
 
     real: complex leaves and results as pairs of real ones.
     """

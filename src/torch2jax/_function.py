@@ -198,8 +198,8 @@ class TorchFunction:
     def _trace(self, call: _Call, *operands: Any) -> Any:
         words = None
         if self._config.stochastic:
-            *operands, rng = operands
-            words = self._words(rng)
+            words = self._words(operands[-1])
+            operands = operands[:-1]
         avals = tuple((x.shape, x.dtype) for x in map(jax.typeof, operands))
         key = (call, avals, x64_enabled())
         plan = self._plans.get(key)

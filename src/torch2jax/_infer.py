@@ -242,7 +242,7 @@ class _Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.namespace != "prim":  # queries of a device or a layout
             self.last = str(func)
-        if torch.Tag.nondeterministic_seeded in func.tags:
+        if torch.Tag.nondeterministic_seeded in func.tags and _draws(func._schema, args, kwargs):
             self.draws = self.draws or str(func)
             generator = kwargs.get("generator")
             if generator is not None:
@@ -319,6 +319,18 @@ class _Recorder(TorchDispatchMode):
         if any(r() is not None for r in self._results):
             gc.collect()
         return any(r() is not None for r in self._results)
+
+
+def _draws(schema: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether an operator that can draw random numbers does: a dropout of zero draws none."""
+    given = {**dict(zip((a.name for a in schema.arguments), args, strict=False)), **kwargs}
+    if "bernoulli" in schema.name:
+        return True
+    if any(given.get(name) is False for name in ("train", "training")):
+        return False
+    defaults = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
+    chances = [{**defaults, **given}.get(name) for name in ("dropout_p", "dropout", "p")]
+    return not any(isinstance(p, int | float) and p == 0 for p in chances)
 
 
 _REAL = (torch.Tensor, torch.nn.Parameter)

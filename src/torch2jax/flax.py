@@ -1,0 +1,155 @@
+"""PyTorch modules as Flax modules: ``from torch2jax.flax import TorchModule``.
+
+The one public module that imports Flax; the package itself never does.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+import jax
+import torch
+
+from ._module import Variables, from_module, to_state_dict
+
+try:
+    from flax import nnx
+except ImportError as error:
+    raise ImportError(
+        f"{__name__} needs Flax, which is not installed: pip install 'torch2jax-ffi[flax]'"
+    ) from error
+
+__all__ = ["Buffer", "Frozen", "TorchModule"]
+
+
+class Frozen(nnx.Variable):
+    """A parameter with ``requires_grad=False``: no ``nnx.Param``, so that no optimizer meets it."""
+
+
+class Buffer(nnx.BatchStat):
+    """A module's buffer, which ``nnx.BatchStat`` selects together with Flax's own statistics."""
+
+
+class TorchModule(nnx.Module):
+    """A PyTorch module as an ``nnx.Module``, which holds its tensors as JAX arrays.
+
+    It is used like any other: alone or inside other modules, under ``nnx.jit``, ``nnx.grad``,
+    ``nnx.vmap`` and ``nnx.scan``, with ``nnx.Optimizer``, ``nnx.split`` and ``nnx.merge``. The
+    PyTorch module is copied and never changed.
+
+    Attributes:
+      params: ``{name: nnx.Param}``, with the names of ``state_dict()``; tied weights are one.
+      frozen: ``{name: Frozen}``, the parameters with ``requires_grad=False``: no gradient work.
+      buffers: ``{name: Buffer}``. In training mode a call updates them in place, as
+        ``nnx.BatchNorm`` does.
+      deterministic: False in training mode. It begins as the PyTorch module is and changes with
+        ``train()`` and ``eval()``, those of a module around it, or in ``nnx.view``. One switch
+        for dropout and BatchNorm, as in PyTorch.
+
+    >>> import jax.numpy as jnp, torch
+    >>> from flax import nnx
+    >>> model = TorchModule(torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4)))
+    >>> {name: p.shape for name, p in sorted(model.params.items())}
+    {'0.bias': (4,), '0.weight': (4, 3), '1.bias': (4,), '1.weight': (4,)}
+    >>> @nnx.jit
+    ... def gradients(model, x):
+    ...     return nnx.grad(lambda model: (model(x) ** 2).sum())(model)
+    >>> gradients(model, jnp.eye(2, 3))["params"]["0.weight"].shape
+    (4, 3)
+    >>> int(model.buffers["1.num_batches_tracked"][...])
+    1
+    >>> model.eval()
+    >>> model(jnp.ones((1, 3))).shape
+    (1, 4)
+    """
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        *example_args: Any,
+        rngs: nnx.Rngs | nnx.RngStream | None = None,
+        rng_collection: str = "dropout",
+        **options: Any,
+    ) -> None:
+        """Copies the module's tensors.
+
+        Args:
+          module: any ``torch.nn.Module``.
+          *example_args: tensors with which a module with lazy parameters is run once, on a copy.
+          rngs: where calls in training mode get their keys, for dropout and the like. The stream
+            ``rng_collection`` is forked, as ``nnx.Dropout`` does.
+          rng_collection: name of the stream.
+          **options: of ``torch2jax``: ``depth``, ``vmap_method``, ``residuals``, ``name``...
+
+        Raises:
+          SignatureError: if ``module`` is none, or has lazy parameters and no examples are given.
+        """
+        # The module's keywords travel in a dict: whatever their names, none clashes with apply's.
+        apply, variables = from_module(module, *example_args, kwargs=True, **options)
+        self.apply = nnx.static(apply)
+        self.params = nnx.data({k: nnx.Param(x) for k, x in variables["params"].items()})
+        self.frozen = nnx.data({k: Frozen(x) for k, x in variables["frozen"].items()})
+        self.buffers = nnx.data({k: Buffer(x) for k, x in variables["buffers"].items()})
+        self.deterministic = not module.training
+        self.rng_collection = rng_collection
+        if isinstance(rngs, nnx.Rngs):
+            rngs = rngs[rng_collection]
+        self.rngs = nnx.data(None if rngs is None else rngs.fork())
+
+    def __call__(
+        self,
+        *args: Any,
+        rngs: nnx.Rngs | nnx.RngStream | jax.Array | None = None,
+        **keywords: Any,
+    ) -> Any:
+        """The module's forward pass.
+
+        Args:
+          *args: what the module's ``forward`` takes: JAX arrays, trees of them, static values.
+          rngs: a key, or where to get one; otherwise the ``rngs`` of the constructor are asked,
+            in training mode. A module that draws in evaluation mode (one that samples) needs it
+            here.
+          **keywords: of the module's ``forward``.
+
+        Returns:
+          What ``forward`` returns, as JAX arrays. In training mode ``buffers`` are updated.
+        """
+        train = not self.deterministic
+        out = self.apply(
+            self.variables(), *args, train=train, rng=self._key(rngs, train), kwargs=keywords
+        )
+        if not train:
+            return out
+        out, moved = out
+        for name, buffer in self.buffers.items():
+            buffer[...] = moved[name]
+        return out
+
+    def _key(self, rngs: nnx.Rngs | nnx.RngStream | jax.Array | None, train: bool) -> Any:
+        if rngs is None and train:
+            rngs = self.rngs
+        if isinstance(rngs, nnx.Rngs):
+            rngs = rngs[self.rng_collection]
+        return rngs() if isinstance(rngs, nnx.RngStream) else rngs
+
+    def set_view(self, deterministic: bool | None = None) -> None:
+        """Called by ``nnx.view``.
+
+        Args:
+          deterministic: if True, evaluation mode: no dropout, BatchNorm's running statistics.
+        """
+        if deterministic is not None:
+            self.deterministic = deterministic
+
+    def variables(self) -> Variables:
+        """The arrays, as ``from_module`` returns them."""
+        groups = {"params": self.params, "frozen": self.frozen, "buffers": self.buffers}
+        return {
+            group: {name: variable[...] for name, variable in held.items()}
+            for group, held in groups.items()
+        }
+
+    def state_dict(self) -> OrderedDict[str, torch.Tensor]:
+        """The tensors, for the PyTorch module's ``load_state_dict``: copies, on the CPU."""
+        return to_state_dict(self.variables(), self.apply)
