@@ -1,7 +1,7 @@
 """Modules as pure functions of their variables: values and gradients are torch's own.
 
-Nearly everything is checked by `agrees`: outputs and all gradients, in parameters and inputs, of the
-function that `from_module` made against those of a copy of the module that torch runs itself.
+Nearly everything is checked by `agrees`: outputs and all gradients, in parameters and inputs, of
+what `from_module` made against those of a copy of the module that torch runs itself.
 """
 
 from __future__ import annotations
@@ -354,7 +354,7 @@ class Tied(nn.Module):
 
 def test_tied_weights():
     module = Tied()
-    apply, variables = agrees(module, torch.randn(3, 4))
+    _, variables = agrees(module, torch.randn(3, 4))
     assert sorted(variables["params"]) == ["a.bias", "a.weight", "b.bias", "list.1"]
     state = to_state_dict(variables, module)
     assert list(state) == list(module.state_dict())
@@ -480,7 +480,7 @@ def test_clashing_keywords(keyword):
     x = jnp.arange(3.0)
     close(apply(variables, x, kwargs={keyword: x}), x * x)
     close(jax.grad(lambda x: apply(variables, x, kwargs={keyword: x}).sum())(x), 2 * x)
-    out, new = apply(variables, x, train=True, kwargs={keyword: x})
+    out, _ = apply(variables, x, train=True, kwargs={keyword: x})
     close(out, x * x)
     with pytest.raises(SignatureError, match="kwargs="):
         apply(variables, x, other=x)
@@ -697,7 +697,7 @@ def test_plain_and_non_persistent_tensors_are_constants():
         def forward(self, x):
             return self.linear(x) * self.shift + self.tables["a"][0] * self.freq
 
-    apply, variables = agrees(Plain(), torch.randn(2, 3))
+    _, variables = agrees(Plain(), torch.randn(2, 3))
     assert variables["buffers"] == {}
 
 

@@ -22,6 +22,7 @@ import contextlib
 import functools
 import os
 import secrets
+import struct
 import sys
 import threading
 import warnings
@@ -100,16 +101,16 @@ class Keep:
         pack = functools.partial(_opaque(_Hooks.pack), hooks)
         with saved_tensors_hooks(pack, _opaque(_unpack)):
             out = self.parent.graph(*leaves)
-        cell.outputs = _edges(out)
-        cell.inputs = [get_gradient_edge(leaves[i]) for i in self.wrt]
+        cell.outputs = [_edge(y) for y in out]
+        cell.inputs = [leaves[i] for i in self.wrt]
         cell.source.versions = [x._version for x in args]
         cell.source.operands = ()
         if _lease.held() or _held(args, leaves, self.wrt):
             self.copies = True
             return _detached(out), None
-        for i in self.wrt:
+        for leaf in cell.inputs:
             # The graph's leaf is this tensor object: it must not keep XLA's memory.
-            leaves[i].data = leaves[i].new_empty(0)
+            leaf.data = _nothing(leaf.dtype, leaf.device)
         return _detached(out), cell
 
     def _on_copies(self, args: Tensors) -> tuple[Tensors, _Cell]:
@@ -119,10 +120,9 @@ class Keep:
             leaves[i].requires_grad_()
         out = self.parent.graph(*leaves)
         cell.leases = _lease.take()
-        cell.outputs = _edges(out)
-        cell.inputs = [get_gradient_edge(leaves[i]) for i in self.wrt]
-        if self.by_backward:
-            cell.leaves = tuple(leaves[i] for i in self.wrt)
+        cell.outputs = [_edge(y) for y in out]
+        cell.inputs = [leaves[i] for i in self.wrt]
+        cell.owned = True
         cell.storages = {
             s.data_ptr(): s.nbytes() for x in (*leaves, *out) if (s := x.untyped_storage()).nbytes()
         }
@@ -198,15 +198,27 @@ class Pull:
     def _gradients(
         self, cell: _Cell, edges: tuple[GradientEdge, ...], seeds: Tensors
     ) -> Sequence[Tensor | None]:
-        if cell.leaves and not self.batched and not cell.reused:
-            return gradients_by_backward(edges, cell.leaves, seeds, roots_of(self.keep))
+        if self.keep.by_backward and cell.owned and not (self.batched or cell.reused):
+            leaves = tuple(cell.inputs)
+            return gradients_by_backward(edges, leaves, seeds, roots_of(self.keep))
+        if not self.batched:
+            # torch.autograd.grad without its checks of shapes, which are the handler's.
+            return torch.autograd.Variable._execution_engine.run_backward(  # type: ignore[attr-defined]
+                edges,
+                seeds,
+                cell.reused,
+                False,
+                tuple(cell.inputs),
+                allow_unreachable=True,
+                accumulate_grad=False,
+            )
         return torch.autograd.grad(
             edges,
             cell.inputs,
             seeds,
             allow_unused=True,
             retain_graph=cell.reused,
-            is_grads_batched=self.batched,
+            is_grads_batched=True,
         )
 
 
@@ -291,19 +303,19 @@ def with_token(callable: Callable, after: int, keep: Callable) -> Callable:
 
 
 class _Cell:
-    """A kept graph: edges of its outputs and inputs; no view of an operand."""
+    """A kept graph: edges of its outputs, and its leaves; no view of an operand."""
 
     def __init__(self, keep: Keep, device: torch.device) -> None:
         self.keep, self.device = keep, device
         self.outputs: list[GradientEdge | None] = []
-        self.inputs: list[GradientEdge] = []
+        self.inputs: list[Tensor] = []
+        """Leaves of the graph: empty shells, or torch's own copies of the operands (``owned``)."""
+        self.owned = False
         self.source = _Source()
         self.storages: dict[int, int] = {}
         """Address and bytes of the storages that the graph holds."""
         self.leases: list[_lease.Lease] = []
         """Replicas of modules that the graph runs again in its backward pass."""
-        self.leaves: Tensors = ()
-        """Where ``backward()`` must do: torch's own copies of the inputs."""
         self.reused = False
         self.lock = threading.Lock()
 
@@ -352,7 +364,7 @@ class _Hooks:
         return _Saved(t, t._version)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Saved:
     """A saved tensor of torch's own, and its version when it was saved."""
 
@@ -365,7 +377,7 @@ class _Saved:
         return self.tensor
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _View:
     """A saved view of an operand: where it lies in it."""
 
@@ -418,8 +430,16 @@ def _modified(t: Tensor, expected: int, version: int) -> RuntimeError:
     )
 
 
-def _edges(out: Tensors) -> list[GradientEdge | None]:
-    return [get_gradient_edge(y) if y.requires_grad else None for y in out]
+def _edge(y: Tensor) -> GradientEdge | None:
+    if not y.requires_grad:
+        return None
+    node = y.grad_fn
+    return get_gradient_edge(y) if node is None else GradientEdge(node, y.output_nr)
+
+
+@functools.cache
+def _nothing(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty(0, dtype=dtype, device=device)
 
 
 def _detached(out: Tensors) -> Tensors:
@@ -427,20 +447,26 @@ def _detached(out: Tensors) -> Tensors:
 
 
 def _references(x: Tensor) -> tuple[int, int, int]:
-    storage = torch._C._storage_Use_Count(x.untyped_storage()._cdata)
+    storage = _storage_references(x.untyped_storage()._cdata)
     return storage, x._use_count(), sys.getrefcount(x)  # type: ignore[attr-defined]
+
+
+_storage_references = torch._C._storage_Use_Count
 
 
 def _unheld() -> tuple[tuple[int, int, int], tuple[int, int, int]]:
     """Counts for a leaf, and for an operand that is none, which nobody else refers to."""
-    operand = torch.zeros(1)
-    operands, leaves = (operand,), [operand.detach().requires_grad_()]
+    operands = (torch.zeros(1),)
+    leaves = [operands[0].detach().requires_grad_()]
+    inputs = [leaves[0]]
     edge = get_gradient_edge(leaves[0])
-    watched = next(_references(x) for x in leaves)
+    for i, x in enumerate(leaves):
+        watched = _references(x) if i == 0 else None
+    del inputs, edge
     leaves = [operands[0].detach()]
-    plain = next(_references(x) for x in leaves)
-    del edge
-    return watched, plain
+    for i, x in enumerate(leaves):
+        plain = _references(x) if i == 0 else None
+    return watched, plain  # type: ignore[return-value]
 
 
 _WATCHED, _PLAIN = _unheld()
@@ -448,16 +474,19 @@ _WATCHED, _PLAIN = _unheld()
 
 def _held(operands: Tensors, leaves: list[Tensor], wrt: Indices) -> bool:
     """Whether something beside our own lists refers to an operand's storage or to a leaf."""
-    counts = [_references(x) for x in leaves]
-    addresses = Counter(x.untyped_storage()._cdata for x in operands)
-    return any(
-        any(
-            have > least
-            for have, least in zip(count, _WATCHED if i in wrt else _PLAIN, strict=True)
-        )
-        for i, count in enumerate(counts)
-        if addresses[operands[i].untyped_storage()._cdata] == 1
-    )
+    shared: set[int] | None = None
+    for i, x in enumerate(leaves):
+        storage, uses, references = _references(x)
+        least = _WATCHED if i in wrt else _PLAIN
+        if uses > least[1] or references > least[2]:
+            return True
+        if storage > least[0]:
+            if shared is None:  # two operands may be one buffer
+                owners = Counter(y.untyped_storage()._cdata for y in operands)
+                shared = {owner for owner, count in owners.items() if count > 1}
+            if operands[i].untyped_storage()._cdata not in shared:
+                return True
+    return False
 
 
 # --- the table ---------------------------------------------------------------------------------
@@ -470,7 +499,12 @@ def _no_token(args: Tensors) -> Tensor:
 
 
 def _as_tensor(token: Token, device: torch.device) -> Tensor:
-    return torch.tensor(token, dtype=torch.uint32, device=device)
+    # Several times cheaper than torch.tensor.
+    words = torch.frombuffer(bytearray(_WORDS.pack(*token)), dtype=torch.uint32)
+    return words if device.type == "cpu" else words.to(device)
+
+
+_WORDS = struct.Struct("=4I")
 
 
 @dataclass
@@ -493,8 +527,9 @@ class Tape:
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self._cells: OrderedDict[Token, _Cell] = OrderedDict()
-        self._storages: Counter[tuple[str, int]] = Counter()
-        self._bytes: Counter[str] = Counter()
+        self._storages: dict[tuple[torch.device, int], int] = {}
+        """How many graphs hold a storage: what several hold counts once."""
+        self._bytes: Counter[torch.device] = Counter()
         self._used: OrderedDict[Token, None] = OrderedDict()
         self._nonce = secrets.randbits(63) + 1
         self._count = 0
@@ -521,14 +556,15 @@ class Tape:
                 for other in same:
                     self._remove(other)
             self._cells[token] = cell
-            device = str(cell.device)
+            device = cell.device
             for address, size in cell.storages.items():
-                if self._storages[device, address] == 0:
+                held = self._storages.get((device, address), 0)
+                self._storages[device, address] = held + 1
+                if held == 0:
                     self._bytes[device] += size
-                self._storages[device, address] += 1
-            budget = self._budget_of(cell.device)
+            budget = default_budget(device) if self._budget is None else self._budget
             while self._bytes[device] > budget:
-                oldest = next(t for t, c in self._cells.items() if str(c.device) == device)
+                oldest = next(t for t, c in self._cells.items() if c.device == device)
                 self._remove(oldest)
                 self._evicted(budget)
 
@@ -585,19 +621,13 @@ class Tape:
 
     def _remove(self, token: Token) -> None:
         cell = self._cells.pop(token)
-        device = str(cell.device)
+        device = cell.device
         for address, size in cell.storages.items():
-            self._storages[device, address] -= 1
-            if self._storages[device, address] == 0:
-                del self._storages[device, address]
+            held = self._storages.pop((device, address)) - 1
+            if held:
+                self._storages[device, address] = held
+            else:
                 self._bytes[device] -= size
-
-    def _budget_of(self, device: torch.device) -> int:
-        if self._budget is not None:
-            return self._budget
-        if device.type == "cuda":
-            return torch.cuda.get_device_properties(device).total_memory // 4
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
 
     def _evicted(self, budget: int) -> None:
         self._evictions += 1
@@ -610,6 +640,14 @@ class Tape:
                 Torch2JaxWarning,
                 stacklevel=2,
             )
+
+
+@functools.cache
+def default_budget(device: torch.device) -> int:
+    """A quarter of the device's memory."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory // 4
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
 
 
 def _halves(n: int) -> tuple[int, int]:
