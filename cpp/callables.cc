@@ -29,7 +29,7 @@ bool Registry::Add(const std::shared_ptr<Callable>& callable) {
 }
 
 void Registry::Withdraw(Callable& callable) noexcept {
-  Owned run, default_dtype;  // outlive the lock: dropping them may run arbitrary code
+  Owned run, collect, default_dtype;  // outlive the lock: dropping them may run arbitrary code
   Table& table = GetTable();
   std::unique_lock lock(table.mutex);
   auto found = table.entries.find(callable.name);
@@ -37,6 +37,7 @@ void Registry::Withdraw(Callable& callable) noexcept {
     table.entries.erase(found);
   }
   run = std::move(callable.run);
+  collect = std::move(callable.collect);
   default_dtype = std::move(callable.default_dtype);
 }
 
@@ -49,6 +50,7 @@ Found Registry::Find(std::string_view name) {
   found.callable = entry->second.lock();
   if (found.callable) {
     found.run = Owned::Borrow(found.callable->run.get());
+    found.collect = Owned::Borrow(found.callable->collect.get());
     found.default_dtype = Owned::Borrow(found.callable->default_dtype.get());
   }
   return found;

@@ -26,6 +26,7 @@ struct Callable {
   bool pass_outputs = false;
   bool grads = false;
   Owned run;
+  Owned collect;  // makes a tuple of whatever else `run` returns; may be null
   Owned default_dtype;
   std::atomic<uint64_t> calls{0};
 };
@@ -34,6 +35,7 @@ struct Callable {
 struct Found {
   std::shared_ptr<Callable> callable;
   Owned run;
+  Owned collect;
   Owned default_dtype;
 };
 

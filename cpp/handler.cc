@@ -113,6 +113,7 @@ class Call {
       : torch_(torch),
         callable_(*found.callable),
         run_(found.run.get()),
+        collect_(found.collect.get()),
         default_dtype_(found.default_dtype.get()),
         args_(args),
         rets_(rets),
@@ -147,6 +148,7 @@ class Call {
   const Torch& torch_;
   Callable& callable_;
   PyObject* run_;
+  PyObject* collect_;
   PyObject* default_dtype_;
   const ffi::RemainingArgs& args_;
   const ffi::RemainingRets& rets_;
@@ -223,6 +225,12 @@ ffi::Error Call::CallPython(Views* views, size_t count, Owned* results) {
   if (!grad.ok()) return PythonError(torch_, callable_);
   *results = Owned::Steal(PyObject_Vectorcall(run_, vector.data() + 1,
                                               count | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr));
+  if (*results && collect_ != nullptr && !PyTuple_CheckExact(results->get()) &&
+      !(rets_.size() == 1 && IsTensor(torch_, results->get()))) {
+    PyObject* argument[] = {nullptr, results->get()};
+    *results = Owned::Steal(
+        PyObject_Vectorcall(collect_, argument + 1, 1 | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr));
+  }
   // In this scope: grad mode can only be restored when no exception is pending.
   if (!*results) return PythonError(torch_, callable_);
   return ffi::Error::Success();
@@ -240,7 +248,8 @@ ffi::Error Call::Refused(const Result& result, Result::Outcome outcome, size_t i
 ffi::Error Call::Store(PyObject* results) {
   using Outcome = Result::Outcome;
   const size_t count = rets_.size();
-  Py_ssize_t got = PyTuple_Check(results) ? PyTuple_Size(results) : -1;
+  const bool single = count == 1 && IsTensor(torch_, results);
+  Py_ssize_t got = single ? 1 : PyTuple_Check(results) ? PyTuple_Size(results) : -1;
   if (got < 0) {
     return ffi::Error::Internal(callable_.label + ": the call returned " + TypeNameOf(results) +
                                 ", expected a tuple of tensors");
@@ -250,7 +259,9 @@ ffi::Error Call::Store(PyObject* results) {
                                        " tensors, expected " + std::to_string(count) +
                                        ", as when the call was traced.");
   }
-  auto item = [&](size_t i) { return PyTuple_GetItem(results, static_cast<Py_ssize_t>(i)); };
+  auto item = [&](size_t i) {
+    return single ? results : PyTuple_GetItem(results, static_cast<Py_ssize_t>(i));
+  };
   if (!callable_.any_inplace && !callable_.pass_outputs) {
     for (size_t i = 0; i < count; ++i) {
       Result result;

@@ -29,7 +29,7 @@ class Entry {
  public:
   Entry(std::string name, nb::callable run, std::string label, std::vector<std::string> inputs,
         std::vector<std::string> outputs, nb::object default_dtype, bool pass_outputs, bool grads,
-        const std::vector<size_t>& inplace)
+        const std::vector<size_t>& inplace, nb::object collect)
       : callable_(std::make_shared<Callable>()) {
     callable_->name = std::move(name);
     callable_->label = std::move(label);
@@ -44,6 +44,7 @@ class Entry {
     callable_->pass_outputs = pass_outputs;
     callable_->grads = grads;
     callable_->run = ToOwned(run);
+    callable_->collect = ToOwned(collect);
     callable_->default_dtype = ToOwned(default_dtype);
     if (!Registry::Add(callable_)) {
       std::string message = "a PyTorch function is already registered as \"" + callable_->name +
@@ -71,6 +72,7 @@ int TraverseEntry(PyObject* self, visitproc visit, void* arg) {
   if (!nb::inst_ready(self)) return 0;
   const Callable& callable = nb::inst_ptr<Entry>(self)->callable();
   Py_VISIT(callable.run.get());
+  Py_VISIT(callable.collect.get());
   Py_VISIT(callable.default_dtype.get());
   return 0;
 }
@@ -171,14 +173,17 @@ NB_MODULE(_ext, m) {
                     "for as long as this object lives.")
       .def(
           nb::init<std::string, nb::callable, std::string, std::vector<std::string>,
-                   std::vector<std::string>, nb::object, bool, bool, const std::vector<size_t>&>(),
+                   std::vector<std::string>, nb::object, bool, bool, const std::vector<size_t>&,
+                   nb::object>(),
           nb::arg("name"), nb::arg("run"), nb::arg("label"), nb::arg("inputs"), nb::arg("outputs"),
           nb::arg("default_dtype").none(), nb::arg("pass_outputs") = false,
           nb::arg("grads") = false, nb::arg("inplace") = std::vector<size_t>(),
+          nb::arg("collect") = nb::none(),
           "Registers `run` as `name`.\n\n"
           "`run(*tensors)` takes one tensor for each label in `inputs` (then, with `pass_outputs`, "
           "one for\neach label in `outputs`) and returns a tuple with one tensor for each label in "
-          "`outputs`.\n`label` names the user's function in messages. `grads` runs it with grad "
+          "`outputs`, or that\ntensor itself where it is one. Of anything else `collect` makes the "
+          "tuple. `label` names the user's function in messages. `grads` runs it with grad "
           "mode on, not off.\n`inplace` lists the inputs that may change. Raises ValueError when a "
           "live entry has the name.")
       .def_prop_ro(

@@ -82,11 +82,6 @@ int CallPredicate(PyObject* function, PyObject* tensor) {
   return answer.get() == Py_True ? 1 : 0;
 }
 
-bool IsTensor(const Torch& torch, PyObject* object) {
-  auto* type = reinterpret_cast<PyTypeObject*>(torch.tensor_type.get());
-  return Py_TYPE(object) == type || PyType_IsSubtype(Py_TYPE(object), type);
-}
-
 std::string ToString(PyObject* object) {
   Owned text = Owned::Steal(object == nullptr ? nullptr : PyObject_Str(object));
   const char* chars = text ? PyUnicode_AsUTF8AndSize(text.get(), nullptr) : nullptr;
@@ -163,6 +158,11 @@ dl::DataType CarrierOf(dl::DataType dtype) {
 }
 
 }  // namespace
+
+bool IsTensor(const Torch& torch, PyObject* object) {
+  auto* type = reinterpret_cast<PyTypeObject*>(torch.tensor_type.get());
+  return Py_TYPE(object) == type || PyType_IsSubtype(Py_TYPE(object), type);
+}
 
 std::string Describe(const ffi::AnyBuffer& buffer) {
   int index = DtypeIndex(buffer.element_type());

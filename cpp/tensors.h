@@ -146,6 +146,8 @@ class Result {
   std::string message_;
 };
 
+bool IsTensor(const Torch& torch, PyObject* object);
+
 // "float32[3,4]"
 std::string Describe(const xla::ffi::AnyBuffer& buffer);
 

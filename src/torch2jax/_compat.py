@@ -1,4 +1,4 @@
-"""Everything that differs between versions of jax and torch, and every use of private API."""
+"""Everything that differs between versions of jax, and every use of its private API."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
-import torch
 
 # The sharding and varying axes of a new aval have no public constructor.
 from jax._src import core as _core
@@ -24,7 +23,6 @@ __all__ = [
     "ArrayImpl",
     "RandomEffect",
     "TorchEffect",
-    "exchange_api",
     "random_effect",
     "register_dce_rule",
     "result_aval",
@@ -109,11 +107,3 @@ def result_aval(shape: tuple[int, ...], dtype: Any, operands: Iterable[Any]) -> 
         varying = _core.ManualAxisType(varying=axes)
         return _core.ShapedArray(shape, dtype, sharding=sharding, manual_axis_type=varying)
     return _core.ShapedArray(shape, dtype, sharding=sharding, vma=axes)  # type: ignore[call-arg]
-
-
-# --- torch ---------------------------------------------------------------------------------------
-
-
-def exchange_api() -> Any:
-    """The capsule of torch's DLPack C exchange API, or None where torch has none (before 2.10)."""
-    return getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)

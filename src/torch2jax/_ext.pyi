@@ -17,6 +17,7 @@ class Entry:
         pass_outputs: bool = False,
         grads: bool = False,
         inplace: list[int] = ...,
+        collect: Callable[[Any], tuple[torch.Tensor, ...]] | None = None,
     ) -> None: ...
     @property
     def name(self) -> str: ...

@@ -12,8 +12,9 @@ import jax
 import torch
 import torch.utils.dlpack
 
-from . import _compat, _ext, _lease, _state
+from . import _ext, _lease, _state
 from ._callable import Callable
+from ._torch_compat import exchange_api
 
 TARGET = __name__.partition(".")[0]
 """Name of the custom call: the package's import name, so that aliases live side by side."""
@@ -30,9 +31,11 @@ def register(callable: Callable) -> Any:
         if callable.registration is None:
             program, options = callable.program, callable.options
             base = callable.parent is None
+            run, collect = getattr(program, "bare", None) or (program.run, None)
             callable.registration = _ext.Entry(
                 name=name_of(callable),
-                run=_lease.scoped(program.run) if options.borrows else program.run,
+                run=_lease.scoped(run) if options.borrows else run,
+                collect=collect,
                 label=options.label + callable.path,
                 inputs=list(callable.inputs),
                 outputs=list(callable.outputs),
@@ -62,7 +65,7 @@ def name_of(callable: Callable) -> str:
 
 
 _ext.setup(
-    exchange_api=_compat.exchange_api(),
+    exchange_api=exchange_api(),
     torch=torch,
     ambient_clean=_state.ambient_clean,
     run_guarded=_state.run_guarded,

@@ -190,11 +190,12 @@ def flat_function(
     result: Result,
     label: str,
     inplace: Sequence[int] = (),
-) -> tuple[Callable[..., Tensors], Callable[..., Tensors] | None]:
-    """``(pure, run)``: ``fn`` from flat operands to a tuple of tensors in JAX's dtypes.
+) -> tuple[Callable[..., Tensors], Callable[..., Tensors] | None, Bare | None]:
+    """``(pure, run, bare)``: ``fn`` from flat operands to a tuple of tensors in JAX's dtypes.
 
     With ``inplace`` operands, the tuple ends with their updated values; ``pure`` works on copies of
-    them, ``run`` on the operands themselves. ``run`` is None where it is ``pure``.
+    them, ``run`` on the operands themselves. ``run`` is None where it is ``pure``. ``bare`` is
+    there where ``fn`` takes the operands as they are and returns one tensor.
     """
     call = arguments.applied(fn)
     collect = _collector(result, label)
@@ -226,19 +227,14 @@ def flat_function(
         return _cast(leaves, casts)
 
     if casts or inplace:
-        return pure, run if inplace or narrowed else None
+        return pure, run if inplace or narrowed else None, None
     if arguments.casts or arguments.copies:
-        return (lambda *operands: forward(operands)), None
-    if result.treedef != _SINGLE:
-        return (lambda *operands: collect(call(*operands))), None
+        return (lambda *operands: forward(operands)), None, None
+    bare = (call, collect) if result.treedef == _SINGLE else None
+    return (lambda *operands: collect(call(*operands))), None, bare
 
-    def one(*operands: Tensor) -> Tensors:
-        # The commonest case, with nothing in its way.
-        out = call(*operands)
-        return (out,) if type(out) is Tensor else collect(out)
 
-    return one, None
-
+Bare = tuple[Callable[..., Any], Callable[[Any], Tensors]]
 
 _SINGLE = jax.tree.structure(0)
 

@@ -259,7 +259,7 @@ class Planner:
         out_arg = self._config.out_arg
         if out_arg is not None and sig.requires(self._wrapped, out_arg):
             fn = with_buffers(fn, out_arg, result)
-        pure, run = flat_function(fn, arguments, result, self._label, inplace)
+        pure, run, bare = flat_function(fn, arguments, result, self._label, inplace)
         options = replace(self._options, mutated=tuple(sorted({*inplace, *arguments.copies})))
         inputs = list(arguments.labels)
         outputs = [leaf.label for leaf in result.leaves]
@@ -271,6 +271,7 @@ class Planner:
         elif out_arg is not None:
             run = out_function(self._fn, arguments, result, out_arg, self._label)
             options = replace(options, pass_outputs=True)
+            bare = None
         draws = inference.draws if inference is not None else None
         if draws and isinstance(self._wrapped, Forward) and self._wrapped.refuses_draws:
             raise SignatureError(
@@ -281,10 +282,11 @@ class Planner:
             inputs.append("rng")
             options = replace(options, rng=rng)
             pure, run = seeded(pure, rng), seeded(run, rng) if run else None
+            bare = None
         elif inference is None:
             run, pure = run or pure, refusing(pure, self._label)
         forward_ad = inference is not None and inference.forward_ad
-        program = Flat(pure, run, forward_ad, options.roots)
+        program = Flat(pure, run, forward_ad, options.roots, bare)
         return self._callables.setdefault(key, Callable(program, options, inputs, outputs))
 
 

@@ -18,11 +18,9 @@ function, once, and shown by ``tape_info()``.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 import secrets
-import struct
 import sys
 import threading
 import warnings
@@ -30,7 +28,7 @@ import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
@@ -73,7 +71,7 @@ class Keep:
         out, cell = self.forward(args)
         if cell is None:
             return (*out, _no_token(args))
-        return (*out, _as_tensor(tape.add(cell), args[0].device))
+        return (*out, tape.add(cell))
 
     def forward(self, args: Tensors) -> tuple[Tensors, _Cell | None]:
         """Outputs and a graph to keep; None where the graph cannot be kept this time."""
@@ -104,7 +102,7 @@ class Keep:
         cell.outputs = [_edge(y) for y in out]
         cell.inputs = [leaves[i] for i in self.wrt]
         cell.source.versions = [x._version for x in args]
-        cell.source.operands = ()
+        cell.source.operands = hooks.operands = ()  # the graph keeps its hooks
         if _lease.held() or _held(args, leaves, self.wrt):
             self.copies = True
             return _detached(out), None
@@ -167,19 +165,20 @@ class Pull:
         return self._pull(cell, primals, cotangents)
 
     def _pull(self, cell: _Cell, primals: Tensors, cotangents: Tensors) -> Tensors:
-        pairs = [
-            (edge, c)
-            for i, c in zip(self.vjp.of, conj(cotangents), strict=True)
-            if (edge := cell.outputs[i]) is not None
-        ]
+        seeds = conj(cotangents)
+        edges = tuple(cell.outputs[i] for i in self.vjp.of)
+        if None in edges:  # an output that depends on no input
+            seeds = tuple(c for c, e in zip(seeds, edges, strict=True) if e is not None)
+            edges = tuple(e for e in edges if e is not None)
         grads: Sequence[Tensor | None] = [None] * len(self.keep.wrt)
-        if pairs:
-            edges, seeds = zip(*pairs, strict=True)
+        if edges:
             with cell.lock:
                 cell.source.operands = primals
                 try:
-                    # A checkpointed block draws again in its backward pass.
-                    with _random.lock if self.keep.seeded else contextlib.nullcontext():
+                    if self.keep.seeded:  # a checkpointed block draws again in its backward pass
+                        with _random.lock:
+                            grads = self._gradients(cell, edges, seeds)
+                    else:
                         grads = self._gradients(cell, edges, seeds)
                 except RuntimeError as error:
                     if not refuses_grad(error):
@@ -188,22 +187,24 @@ class Pull:
                     return self.otherwise.run(*primals, *cotangents)
                 finally:
                     cell.source.operands = ()
+        if self.vjp.wrt != self.keep.wrt:
+            by_input = dict(zip(self.keep.wrt, grads, strict=True))
+            grads = [by_input[i] for i in self.vjp.wrt]
         rows = (cotangents[0].shape[0],) if self.batched else ()
-        by_input = dict(zip(self.keep.wrt, grads, strict=True))
         return conj(
-            g if (g := by_input[i]) is not None else primals[i].new_zeros(rows + primals[i].shape)
-            for i in self.vjp.wrt
+            primals[i].new_zeros(rows + primals[i].shape) if g is None else g
+            for i, g in zip(self.vjp.wrt, grads, strict=True)
         )
 
     def _gradients(
-        self, cell: _Cell, edges: tuple[GradientEdge, ...], seeds: Tensors
+        self, cell: _Cell, edges: tuple[Any, ...], seeds: Tensors
     ) -> Sequence[Tensor | None]:
         if self.keep.by_backward and cell.owned and not (self.batched or cell.reused):
             leaves = tuple(cell.inputs)
             return gradients_by_backward(edges, leaves, seeds, roots_of(self.keep))
         if not self.batched:
             # torch.autograd.grad without its checks of shapes, which are the handler's.
-            return torch.autograd.Variable._execution_engine.run_backward(  # type: ignore[attr-defined]
+            return _run_backward(
                 edges,
                 seeds,
                 cell.reused,
@@ -220,6 +221,9 @@ class Pull:
             retain_graph=cell.reused,
             is_grads_batched=True,
         )
+
+
+_run_backward = torch.autograd.Variable._execution_engine.run_backward  # type: ignore[attr-defined]
 
 
 class Popped:
@@ -339,8 +343,8 @@ class _Hooks:
 
     def __init__(self, operands: Tensors, source: _Source, storages: dict[int, int]) -> None:
         self.source, self.storages = source, storages
-        owned = [x.untyped_storage() for x in operands]
-        self.by_address = {s.data_ptr(): i for i, s in enumerate(owned) if s.nbytes()}
+        self.operands = operands
+        self.by_address = {x.data_ptr(): i for i, x in enumerate(operands) if x.numel()}
 
     def pack(self, t: Tensor) -> Any:
         if t.layout is not torch.strided:
@@ -349,6 +353,10 @@ class _Hooks:
         address = storage.data_ptr()
         index = self.by_address.get(address)
         if index is not None:
+            x = self.operands[index]
+            whole = t.shape == x.shape and t.dtype is x.dtype and t.is_contiguous()
+            if whole and not (t.is_conj() or t.is_neg()):
+                return _Operand(self.source, index, t._version)
             return _View(
                 self.source,
                 index,
@@ -364,8 +372,7 @@ class _Hooks:
         return _Saved(t, t._version)
 
 
-@dataclass(slots=True)
-class _Saved:
+class _Saved(NamedTuple):
     """A saved tensor of torch's own, and its version when it was saved."""
 
     tensor: Tensor
@@ -377,8 +384,22 @@ class _Saved:
         return self.tensor
 
 
-@dataclass(slots=True)
-class _View:
+class _Operand(NamedTuple):
+    """A whole operand, as it is."""
+
+    source: _Source
+    operand: int
+    version: int
+
+    def unpack(self) -> Tensor:
+        x = self.source.operands[self.operand]
+        version = self.source.version(self.operand)
+        if version != self.version:
+            raise _modified(x, self.version, version)
+        return x
+
+
+class _View(NamedTuple):
     """A saved view of an operand: where it lies in it."""
 
     source: _Source
@@ -405,7 +426,7 @@ class _View:
         return torch._neg_view(t) if self.neg else t
 
 
-def _unpack(packed: _Saved | _View) -> Tensor:
+def _unpack(packed: _Saved | _Operand | _View) -> Tensor:
     return packed.unpack()
 
 
@@ -498,13 +519,7 @@ def _no_token(args: Tensors) -> Tensor:
     return torch.zeros(4, dtype=torch.uint32, device=args[0].device)
 
 
-def _as_tensor(token: Token, device: torch.device) -> Tensor:
-    # Several times cheaper than torch.tensor.
-    words = torch.frombuffer(bytearray(_WORDS.pack(*token)), dtype=torch.uint32)
-    return words if device.type == "cpu" else words.to(device)
-
-
-_WORDS = struct.Struct("=4I")
+_NO_TOKEN = (0, 0, 0, 0)
 
 
 @dataclass
@@ -531,6 +546,7 @@ class Tape:
         """How many graphs hold a storage: what several hold counts once."""
         self._bytes: Counter[torch.device] = Counter()
         self._used: OrderedDict[Token, None] = OrderedDict()
+        self._fresh: dict[torch.device, list[tuple[Token, Tensor]]] = {}
         self._nonce = secrets.randbits(63) + 1
         self._count = 0
         given = os.environ.get(_ENVIRONMENT)
@@ -538,12 +554,24 @@ class Tape:
         self._hits = self._misses = self._evictions = 0
         self._copying: dict[str, None] = {}
 
-    def add(self, cell: _Cell) -> Token:
+    def add(self, cell: _Cell) -> Tensor:
+        """Keep ``cell``; a tensor with the words of its token."""
         with self._lock:
-            self._count += 1
-            token = (*_halves(self._nonce), *_halves(self._count))
+            token, words = self._new_token(cell.device)
             self.restore(token, cell)
-            return token
+            return words
+
+    def _new_token(self, device: torch.device) -> tuple[Token, Tensor]:
+        # Tensors are made in blocks: one alone costs microseconds.
+        fresh = self._fresh.setdefault(device, [])
+        if not fresh:
+            high, low = self._nonce >> 32, self._nonce & 0xFFFFFFFF
+            counts = range(self._count, self._count + 64)
+            self._count += 64
+            tokens = [(high, low, n >> 32, n & 0xFFFFFFFF) for n in counts]
+            block = torch.tensor(tokens, dtype=torch.uint32, device=device)
+            fresh.extend(zip(tokens, block.unbind(), strict=True))
+        return fresh.pop()
 
     def restore(self, token: Token, cell: _Cell) -> None:
         """Keep ``cell`` under ``token``, and evict what is beyond the budget."""
@@ -570,7 +598,7 @@ class Tape:
 
     def take(self, token: Token, keep: Keep, device: torch.device) -> _Cell | None:
         """The graph under ``token``, if it is there and is of ``keep`` on ``device``."""
-        if not any(token):
+        if token == _NO_TOKEN:
             return None
         with self._lock:
             cell = self._cells.get(token)
@@ -580,11 +608,11 @@ class Tape:
             self._hits += 1
             if cell.reused:
                 self._cells.move_to_end(token)
-            else:
-                self._remove(token)
-                self._used[token] = None
-                while len(self._used) > 4096:
-                    self._used.popitem(last=False)
+                return cell
+            self._remove(token)
+            self._used[token] = None
+            if len(self._used) > 4096:
+                self._used.popitem(last=False)
             return cell
 
     def used_up(self, token: Token) -> bool:
@@ -648,10 +676,6 @@ def default_budget(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory // 4
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
-
-
-def _halves(n: int) -> tuple[int, int]:
-    return n & 0xFFFFFFFF, n >> 32 & 0xFFFFFFFF
 
 
 tape = Tape()
