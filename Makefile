@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 # The PyTorch that is put into .venv; before the package, which is content with any from 2.6 on.
 TORCH  ?= torch==2.13.0
+# Processes that run the tests; a file stays in one.
+JOBS   ?= 2
 # More options for pytest: make test PYTEST="-x tests/test_convert.py"
 PYTEST ?=
 
@@ -28,10 +30,10 @@ demo: $(VENV)/.demo ## train a PyTorch CNN with JAX on handwritten digits (one m
 	$(PY) examples/train_digits.py --output build/train_digits.png --require 0.97
 
 test: $(VENV)/.test $(VENV)/.demo ## run the tests
-	$(PY) -m pytest $(PYTEST)
+	$(PY) -m pytest -n $(JOBS) --dist loadfile $(PYTEST)
 
 test-ops: $(VENV)/.test ## run all of PyTorch's own operator samples (half an hour)
-	T2J_ALL_OP_SAMPLES=1 $(PY) -m pytest tests/test_ops.py $(PYTEST)
+	T2J_ALL_OP_SAMPLES=1 $(PY) -m pytest -n $(JOBS) tests/test_ops.py $(PYTEST)
 
 test-matrix: $(VENV)/.test ## run the core tests on the oldest and the newest jax, and on Python 3.13
 	$(PY) tools/matrix.py --torch '$(TORCH)' -- $(PYTEST)

@@ -9,6 +9,7 @@ import copy
 import doctest
 import importlib
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -25,6 +26,9 @@ from torch import nn
 import torch2jax as package
 from torch2jax import clear_tape, from_module, tape_info, to_state_dict, torch2jax
 
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted((ROOT / "docs" / "adapters").glob("*.md"))
+EXAMPLES = ("equinox_digits", "feature_extractor", "numpyro_nuts")
 REASON = "the extra `test` is not installed"
 optax = pytest.importorskip("optax", reason=REASON)
 flax = pytest.importorskip("flax", reason=REASON)
@@ -237,8 +241,9 @@ def test_flax_dropout() -> None:
     np.testing.assert_array_equal(call(model, ones), ones)
 
     bare = t2j_flax.TorchModule(dropping())
-    with pytest.raises(package.Torch2JaxError, match="rng"):
+    with pytest.raises(package.SignatureError, match="draws random numbers") as caught:
         bare(x)
+    assert "rngs= of TorchModule" in caught.value.__notes__[0]
     with pytest.raises(package.SignatureError):
         t2j_flax.TorchModule(jnp.sin)  # pyright: ignore[reportArgumentType]
 
@@ -452,8 +457,9 @@ def test_equinox_dropout() -> None:
     np.testing.assert_array_equal(rows, jnp.stack([first, second]))
     old = jax.random.PRNGKey(0)
     np.testing.assert_array_equal(model(ones, key=old), model(ones, key=old))
-    with pytest.raises(package.Torch2JaxError, match="rng"):
+    with pytest.raises(package.SignatureError, match="draws random numbers") as caught:
         model(ones)
+    assert caught.value.__notes__ == ["With Equinox: key= of the call."]
 
 
 def test_equinox_vmap() -> None:
@@ -513,11 +519,37 @@ try:
 except ImportError as error:
     print(error)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ}
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert f"pip install 'torch2jax-ffi[{library}]'" in done.stdout
+
+
+def test_adapters_are_imported_on_use() -> None:
+    code = f"""
+import sys
+import {package.__name__} as package
+print(any(name in sys.modules for name in ("flax", "equinox")))
+print(package.flax.TorchModule.__name__, package.equinox.TorchModule.__name__)
+try:
+    package.nothing
+except AttributeError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    before, names, error = done.stdout.splitlines()
+    assert before == "False"
+    assert names == "TorchModule TorchModule"
+    assert error == f"module {package.__name__!r} has no attribute 'nothing'"
+
+
+@pytest.mark.parametrize("library", ["flax", "equinox"])
+def test_deepcopy(library: str) -> None:
+    """Averages of weights and targets of reinforcement learning begin with one."""
+    module, (x, _) = mlp(), data()
+    model: Any = importlib.import_module(f"{package.__name__}.{library}").TorchModule(module)
+    out = model(x)
+    np.testing.assert_array_equal(copy.deepcopy(model)(x), out)
 
 
 @pytest.mark.parametrize("library", ["flax", "equinox"])
@@ -631,3 +663,57 @@ def test_numpyro_model_with_a_torch_likelihood() -> None:
     sd = np.sqrt(np.diag(covariance))
     np.testing.assert_allclose((samples.mean(0) - mean) / sd, 0, atol=5 / np.sqrt(400))
     np.testing.assert_allclose(samples.std(0) / sd, 1, atol=5 / np.sqrt(2 * 400))
+
+
+# -- pages and examples ----------------------------------------------------------------------------
+
+
+def run(*command: str, cwd: Path) -> str:
+    done = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", *command],
+        cwd=cwd,
+        env={**os.environ, "COLUMNS": "120", "PYTHONIOENCODING": "utf-8"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def test_there_are_pages() -> None:
+    assert {page.stem for page in PAGES} == {
+        "equinox",
+        "feature_extractor",
+        "flax",
+        "numpyro",
+        "optax",
+        "orbax",
+    }
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[page.stem for page in PAGES])
+def test_pages_run(page: Path, tmp_path: Path) -> None:
+    """The blocks of a page make one program."""
+    if page.stem in ("orbax", "numpyro"):
+        pytest.importorskip({"orbax": "orbax.checkpoint"}.get(page.stem, page.stem), reason=REASON)
+    text = page.read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert blocks
+    run("-c", "\n".join(blocks), cwd=tmp_path)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_examples_run(name: str, tmp_path: Path) -> None:
+    libraries = ["sklearn", "rich", "matplotlib"]
+    for library in [*libraries, "numpyro"] if name == "numpyro_nuts" else libraries:
+        pytest.importorskip(
+            library, reason="the extra `demo` is not installed", exc_type=ImportError
+        )
+    output = tmp_path / "output"
+    if name != "equinox_digits":
+        output = output.with_suffix(".png")
+    run(str(ROOT / "examples" / f"{name}.py"), "--smoke", "--output", str(output), cwd=tmp_path)
+    assert name == "equinox_digits" or output.read_bytes().startswith(b"\x89PNG")
+    assert output.stat().st_size > 10_000

@@ -105,7 +105,8 @@ class TorchModule(eqx.nn.StatefulLayer):
           state has the updated buffers unless in inference mode.
 
         Raises:
-          SignatureError: where a module with buffers gets no state.
+          SignatureError: where a module with buffers gets no state, or something is drawn and there
+            is no key.
         """
         if inference is None:
             inference = self.inference
@@ -115,7 +116,12 @@ class TorchModule(eqx.nn.StatefulLayer):
         elif isinstance(keywords.get("state"), eqx.nn.State):
             state = keywords.pop("state")
         variables = self.variables(state)
-        out = self.apply(variables, *args, train=not inference, rng=key, kwargs=keywords)
+        try:
+            out = self.apply(variables, *args, train=not inference, rng=key, kwargs=keywords)
+        except SignatureError as error:
+            if key is None and "rng=" in str(error):
+                error.add_note("With Equinox: key= of the call.")
+            raise
         if not inference:
             out, moved = out
             if self.buffers is not None and state is not None:

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import torch
 
+from ._errors import SignatureError
 from ._module import Variables, from_module, to_state_dict
 
 try:
@@ -114,11 +115,20 @@ class TorchModule(nnx.Module):
 
         Returns:
           What ``forward`` returns, as JAX arrays. In training mode ``buffers`` are updated.
+
+        Raises:
+          SignatureError: where something is drawn and there is no key.
         """
         train = not self.deterministic
-        out = self.apply(
-            self.variables(), *args, train=train, rng=self._key(rngs, train), kwargs=keywords
-        )
+        key = self._key(rngs, train)
+        try:
+            out = self.apply(self.variables(), *args, train=train, rng=key, kwargs=keywords)
+        except SignatureError as error:
+            if key is None and "rng=" in str(error):
+                error.add_note(
+                    "With Flax: rngs= of the call, or in training mode rngs= of TorchModule."
+                )
+            raise
         if not train:
             return out
         out, moved = out
