@@ -3,11 +3,9 @@
     python examples/train_digits.py                  # train, compare with native PyTorch, draw
     python examples/train_digits.py --smoke          # a few seconds: does everything work?
 
-The network is an ordinary `torch.nn.Module`. Three lines make it a JAX function of its weights:
+The network is an ordinary `torch.nn.Module`. One line makes it a JAX function of its weights:
 
-    def forward(params, images):
-        return torch.func.functional_call(model, params, (images,))
-    apply = torch2jax(forward)
+    apply, variables = from_module(model)
 
 From there on everything is JAX: the weights are a pytree of JAX arrays, the loss and the optimizer
 are optax, the gradient is `jax.value_and_grad`, and the training step is one compiled program.
@@ -40,7 +38,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import nn
 
-from torch2jax import torch2jax, tree_t2j
+from torch2jax import from_module
 
 matplotlib.use("Agg")  # draws to a file: no window, no display needed
 import matplotlib.pyplot as plt
@@ -108,14 +106,11 @@ class Trainer:
     """The network as a JAX function, with its weights and the optimizer's state as pytrees."""
 
     def __init__(self, model: nn.Module) -> None:
-        def forward(params: dict[str, torch.Tensor], images: torch.Tensor) -> torch.Tensor:
-            return torch.func.functional_call(model, params, (images,))
-
-        apply = torch2jax(forward)
+        apply, variables = from_module(model)
         optimizer = optax.adam(LEARNING_RATE)
 
         def loss_fn(params: Params, images: jax.Array, labels: jax.Array) -> jax.Array:
-            logits = apply(params, images)
+            logits = apply({**variables, "params": params}, images)
             return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
         @jax.jit
@@ -128,11 +123,11 @@ class Trainer:
 
         @jax.jit
         def probabilities(params: Params, images: jax.Array) -> jax.Array:
-            return jax.nn.softmax(apply(params, images))
+            return jax.nn.softmax(apply({**variables, "params": params}, images))
 
-        # A state_dict is a dictionary of tensors: tree_t2j makes a pytree of JAX arrays of it, in
-        # the same memory where it can. JAX never writes there: each step returns new arrays.
-        self.params: Params = tree_t2j(dict(model.state_dict()))
+        # Copies of the module's weights, by the names of its state_dict. The module itself is not
+        # touched again; torch2jax.to_state_dict is the way back.
+        self.params: Params = variables["params"]
         self.state = optimizer.init(self.params)
         self._step = step
         self._probabilities = probabilities

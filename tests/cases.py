@@ -462,6 +462,7 @@ def _torch_max(x: torch.Tensor) -> dict[str, torch.Tensor]:
 
 case("sort", _torch_sort, lambda x: (jnp.sort(x) ** 2, jnp.argsort(x)), distinct(2, 3), core=True)
 case("topk", _torch_topk, _jax_topk, distinct(2, 4))
+case("return_type", torch.sort, lambda x: (jnp.sort(x), jnp.argsort(x)), distinct(2, 3))
 case(
     "max_dim",
     _torch_max,

@@ -243,7 +243,7 @@ def test_flax_dropout() -> None:
     bare = t2j_flax.TorchModule(dropping())
     with pytest.raises(package.SignatureError, match="draws random numbers") as caught:
         bare(x)
-    assert "rngs= of TorchModule" in caught.value.__notes__[0]
+    assert any("rngs= of TorchModule" in note for note in caught.value.__notes__)
     with pytest.raises(package.SignatureError):
         t2j_flax.TorchModule(jnp.sin)  # pyright: ignore[reportArgumentType]
 
@@ -459,7 +459,7 @@ def test_equinox_dropout() -> None:
     np.testing.assert_array_equal(model(ones, key=old), model(ones, key=old))
     with pytest.raises(package.SignatureError, match="draws random numbers") as caught:
         model(ones)
-    assert caught.value.__notes__ == ["With Equinox: key= of the call."]
+    assert "With Equinox: key= of the call." in caught.value.__notes__
 
 
 def test_equinox_vmap() -> None:
@@ -711,9 +711,7 @@ def test_examples_run(name: str, tmp_path: Path) -> None:
         pytest.importorskip(
             library, reason="the extra `demo` is not installed", exc_type=ImportError
         )
-    output = tmp_path / "output"
-    if name != "equinox_digits":
-        output = output.with_suffix(".png")
+    output = tmp_path / ("output.eqx" if name == "equinox_digits" else "output.png")
     run(str(ROOT / "examples" / f"{name}.py"), "--smoke", "--output", str(output), cwd=tmp_path)
-    assert name == "equinox_digits" or output.read_bytes().startswith(b"\x89PNG")
+    assert output.suffix == ".eqx" or output.read_bytes().startswith(b"\x89PNG")
     assert output.stat().st_size > 10_000

@@ -91,7 +91,7 @@ MODELS: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, float]]] =
     "llama": (llama, {**TEXT, "labels": TOKENS, "use_cache": False}, {}),
     "t5": (
         t5,
-        {**TEXT, "labels": TOKENS[:, :4], "use_cache": False},
+        {**TEXT, "labels": TOKENS[:, :4].contiguous(), "use_cache": False},
         {"dropout_rate": 0.0},
     ),
 }
@@ -264,9 +264,8 @@ def test_cache_is_refused_with_its_remedy(name):
     make, inputs, _ = MODELS[name]
     apply, variables = from_module(make())
     arrays = {k: to_jax(x) for k, x in inputs.items() if isinstance(x, torch.Tensor)}
-    with pytest.raises(SignatureError, match=r"(?s)\['past_key_values'\].*Cache") as caught:
+    with pytest.raises(SignatureError, match=r"\['past_key_values'\]: \w*Cache; .*use_cache=False"):
         apply(variables, **arrays, use_cache=True)
-    assert "use_cache=False" in str(caught.value)
     out = apply(variables, **arrays, use_cache=False)
     assert "past_key_values" not in out
 

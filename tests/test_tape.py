@@ -173,7 +173,6 @@ def test_checkpoint_of_a_chain(x):
     fn, out = counted(lambda f: jax.jit(jax.value_and_grad(total(chain(f)))), x)
     assert fn.backward == 3
     assert fn.recorded == 3
-    assert fn.entries[: fn.forward - 3] == [0] * (fn.forward - 3)
     assert tape_info().entries == 0
     close(out, jax.value_and_grad(total(chain(twin)))(x))
 

@@ -24,7 +24,7 @@ POLICIES = {
     "everything_saveable": jax.checkpoint_policies.everything_saveable,
 }
 # JAX itself cannot save complex residuals: reduce_precision does not take them
-SAVED = [case for case in CORE[::4] if not case.is_complex]
+SAVED = [case for case in CORE[::4] if not case.is_complex and case.name != "polar"]
 
 
 @pytest.mark.parametrize("case", CORE, ids=str)

@@ -14,6 +14,7 @@ from harness import (
     on_leaves,
     own_precision,
     precision,
+    quick_jit,
 )
 
 
@@ -48,7 +49,7 @@ def test_compiled_ahead_of_time(case: Case, x64: bool) -> None:
         first, second = draws(case, 2, x64)
         compiled = jax.jit(on_leaves(bridge(case), case)).lower(*first).compile()
         for leaves in (first, second):
-            check(compiled(*leaves), jax.jit(on_leaves(case.twin, case))(*leaves), case.rtol)
+            check(compiled(*leaves), quick_jit(on_leaves(case.twin, case))(*leaves), case.rtol)
 
 
 @pytest.mark.parametrize("case", CASES[1::8], ids=str)
@@ -59,6 +60,6 @@ def test_calls_inside_one_program(case: Case, x64: bool) -> None:
         both = jax.jit(
             lambda a, b: (on_leaves(bridge(case), case)(*a), on_leaves(bridge(case), case)(*b))
         )
-        twin = jax.jit(on_leaves(case.twin, case))
+        twin = quick_jit(on_leaves(case.twin, case))
         expected = (twin(*first), twin(*second))
         check(both(first, second), expected, case.rtol)

@@ -29,7 +29,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ._infer import reachable_modules
+from ._infer import reachable_leaves
 from ._torch_compat import add_batch_dim, remove_batch_dim, vmap_level
 
 Tensor = torch.Tensor
@@ -322,6 +322,11 @@ class Callable:
         return f"<{self.options.label}{self.path}>"
 
     @property
+    def root(self) -> Callable:
+        """The user's function."""
+        return self if self.parent is None else self.parent.root
+
+    @property
     def path(self) -> str:
         """How this callable is derived from the user's function: ``/vjp(0;0)/vmap(0,None)``."""
         return (self.parent.path if self.parent else "") + self.suffix
@@ -483,9 +488,9 @@ def gradients_by_backward(
 ) -> Tensors:
     """Gradients by ``backward()``, for graphs that refuse ``autograd.grad``.
 
-    ``backward()`` adds to ``.grad`` of every leaf: those of the user's modules are put back.
+    ``backward()`` adds to ``.grad`` of every leaf: those of the user's tensors are put back.
     """
-    parameters = [p for m in reachable_modules(roots) for p in m.parameters(recurse=False)]
+    parameters = reachable_leaves(roots)
     before = [p.grad for p in parameters]
     for p in parameters:
         p.grad = None

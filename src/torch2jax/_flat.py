@@ -144,6 +144,8 @@ def _plain(out: Any, where: str, label: str) -> Any:
                 "return tensors, numbers, None, or dicts, lists, tuples and registered pytrees "
                 "of them"
             )
+        if type(x).__name__.endswith("Cache"):
+            remedy = "switch it off (use_cache=False), or return its tensors"
         path_text = here.removeprefix("result") or "its result"
         raise SignatureError(
             f"{label} returned something that has no JAX counterpart: {path_text}: "

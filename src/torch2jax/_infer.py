@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -209,13 +210,18 @@ def runs_on_fakes(
             with FakeTensorMode(allow_non_fake_inputs=True):
                 operands = [torch.empty(s.shape, dtype=s.dtype, device=s.device) for s in specs]
                 recorder = _Recorder(operands)
-                with recorder.restoring(), recorder:
+                # Gradients are on so that a checkpoint, which vmap cannot run again, shows itself.
+                refused = disable_saved_tensors_hooks(_HOOKS_REFUSED)
+                with recorder.restoring(), recorder, torch.enable_grad(), refused:
                     run(*operands)
             return None
         except Exception as error:
             at = f" (after {recorder.last})" if recorder and recorder.last else ""
             reason = str(error).strip().splitlines()
             return f"{type(error).__name__}: {reason[0] if reason else ''}{at}"
+
+
+_HOOKS_REFUSED = "it hooks saved tensors (torch.utils.checkpoint does), which a batch cannot have"
 
 
 class _Recorder(TorchDispatchMode):
@@ -353,19 +359,35 @@ def _sample(index: int, spec: Spec) -> torch.Tensor:
 
 
 def reachable_modules(roots: Iterable[Any]) -> list[torch.nn.Module]:
-    """Modules that a function can reach.
+    """Modules that a function can reach: see ``_reachable``."""
+    return _reachable(roots)[0]
+
+
+def reachable_leaves(roots: Iterable[Any]) -> list[torch.Tensor]:
+    """Tensors with gradients of their own that a function can reach."""
+    modules, tensors = _reachable(roots)
+    parameters = [p for m in modules for p in m.parameters(recurse=False)]
+    return list({id(t): t for t in (*parameters, *tensors)}.values())
+
+
+def _reachable(roots: Iterable[Any]) -> tuple[list[torch.nn.Module], list[torch.Tensor]]:
+    """Modules and leaf tensors that a function can reach.
 
     The function itself, what it is bound to, a partial's arguments, closures and the globals that
     its code names; in plain objects and containers one level down.
     """
     modules: dict[int, torch.nn.Module] = {}
+    tensors: list[torch.Tensor] = []
     seen: set[int] = set()
 
     def visit(x: Any, depth: int) -> None:
         if id(x) in seen or depth > 4:
             return
         seen.add(id(x))
-        if isinstance(x, torch.nn.Module):
+        if isinstance(x, torch.Tensor):
+            if x.requires_grad and x.is_leaf:
+                tensors.append(x)
+        elif isinstance(x, torch.nn.Module):
             for m in x.modules():
                 modules[id(m)] = m
         elif isinstance(x, types.MethodType):
@@ -386,7 +408,7 @@ def reachable_modules(roots: Iterable[Any]) -> list[torch.nn.Module]:
             visit(getattr(x, "__wrapped__", None), depth + 1)
         elif isinstance(x, list | tuple | set):
             for y in x:
-                if isinstance(y, torch.nn.Module | types.FunctionType | types.MethodType):
+                if isinstance(y, _FOLLOWED):
                     visit(y, depth + 1)
         elif isinstance(x, dict):
             visit(list(x.values()), depth)
@@ -395,7 +417,10 @@ def reachable_modules(roots: Iterable[Any]) -> list[torch.nn.Module]:
 
     for root in roots:
         visit(root, 0)
-    return list(modules.values())
+    return list(modules.values()), tensors
+
+
+_FOLLOWED = (torch.Tensor, torch.nn.Module, types.FunctionType, types.MethodType)
 
 
 def _global_names(code: types.CodeType) -> set[str]:

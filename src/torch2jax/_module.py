@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 from collections import OrderedDict
@@ -10,6 +11,7 @@ from typing import Any
 
 import jax
 import torch
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 from ._convert import j2t, t2j
 from ._errors import SignatureError
@@ -32,12 +34,16 @@ class Apply:
         self._wrap, self._own_keywords, self._options = wrap, own_keywords, options
         self._functions: dict[tuple[bool, bool], TorchFunction] = {}
 
+    def __deepcopy__(self, memo: Any) -> Apply:
+        return self  # a function: nothing in it changes
+
     def __repr__(self) -> str:
         return f"from_module({self.__name__}).apply"
 
     def __call__(
         self,
         variables: Mapping[str, Mapping[str, Any]],
+        /,
         *args: Any,
         train: bool = False,
         rng: Any = None,
@@ -99,7 +105,8 @@ def from_module(
     Args:
       module: any ``torch.nn.Module``. It is never changed, and it may be used from several threads:
         a call works on a replica of its structure.
-      *example_args: tensors with which a module with lazy parameters is run once, on a copy.
+      *example_args: arrays or tensors with which a module with lazy parameters is run once, on a
+        copy; on the module itself where it cannot be copied (lazy buffers).
       kwargs: True where the module's forward has keywords named ``train``, ``rng`` or ``kwargs``:
         ``apply`` then takes all of the module's keywords as ``apply(..., kwargs={...})``.
       **options: of ``torch2jax``: ``depth``, ``vmap_method``, ``residuals``, ``name`` and so on.
@@ -211,12 +218,9 @@ def _uncompiled(module: torch.nn.Module) -> tuple[torch.nn.Module, Callable[[Any
 
 
 def _initialised(module: torch.nn.Module, examples: tuple[Any, ...]) -> torch.nn.Module:
-    """The module itself, or with lazy parameters a copy that has run once."""
-    lazy = [
-        name
-        for name, p in module.named_parameters()
-        if isinstance(p, torch.nn.UninitializedParameter)
-    ]
+    """A module whose lazy parameters and buffers have shapes: it has run once."""
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    lazy = [name for name, t in tensors if isinstance(t, UninitializedTensorMixin)]
     if not lazy:
         return module
     if not examples:
@@ -224,9 +228,13 @@ def _initialised(module: torch.nn.Module, examples: tuple[Any, ...]) -> torch.nn
             f"{type(module).__name__} has lazy parameters without a shape ({lazy[0]}, ...): call "
             "the module once, or give from_module(module, *example_args) what to run it with."
         )
-    module = copy.deepcopy(module)
+    with contextlib.suppress(ValueError):  # torch refuses to copy lazy buffers
+        module = copy.deepcopy(module)
+    training = {m: m.training for m in module.modules()}
     with torch.no_grad():
-        module(*(j2t(x) if isinstance(x, jax.Array) else x for x in examples))
+        module.eval()(*(j2t(x) if isinstance(x, jax.Array) else x for x in examples))
+    for m, flag in training.items():
+        m.training = flag
     return module
 
 

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from . import _lease
 
@@ -36,7 +37,7 @@ class Layout:
         self.aliases: dict[str, str] = {}
         """Other names of tied tensors, and the name that stands for them."""
         first: dict[int, str] = {}
-        for path, sub in module.named_modules():
+        for path, sub in module.named_modules(remove_duplicate=False):
             prefix = f"{path}." if path else ""
             for key, p in sub._parameters.items():
                 if p is not None:
@@ -60,18 +61,16 @@ class Replica:
     """A copy of a module's structure, which takes tensors for one call at a time."""
 
     def __init__(self, layout: Layout, train: bool, wrap: Any) -> None:
-        module = layout.module
-        memo: dict[int, Any] = {}
-        for sub in module.modules():
+        # Parameters and buffers come with each call; what else is a tensor is the replica's own.
+        memo: dict[int, Any] = {id(t): None for g in layout.tensors.values() for t in g.values()}
+        for sub in layout.module.modules():
             for value in vars(sub).values():
-                if isinstance(value, Tensor):
-                    memo[id(value)] = value
-            for b in sub._buffers.values():
-                memo[id(b)] = b
-        for group in layout.tensors.values():
-            for t in group.values():
-                memo[id(t)] = None
-        self.module: Module = copy.deepcopy(module, memo).train(train)
+                if isinstance(value, Tensor) and not value.is_leaf:  # deepcopy refuses it
+                    memo[id(value)] = value.detach().clone()
+        with _disable_current_modes(), torch.no_grad():  # the first one is made under inference
+            self.module: Module = copy.deepcopy(layout.module, memo).train(train)
+        memo.pop(id(memo), None)  # deepcopy's list of originals
+        copies = list(memo.values())
         subs = dict(self.module.named_modules(remove_duplicate=False))
         self.slots = {
             name: [(vars(subs[path])[table], key) for path, table, key in places]
@@ -83,7 +82,15 @@ class Replica:
             rnn._flat_weights = []
         self.call = wrap(self.module)
         self.modules = list({id(m): m for m in subs.values()}.values())
-        self._pristine = [_Pristine(vars(m)) for m in self.modules]
+        owned = [x for x in copies if isinstance(x, Tensor)]
+        owned += [b for m in self.modules for b in m._buffers.values() if b is not None]
+        self._owned = [(x, x._version) for x in owned]
+        containers: dict[int, Any] = {}
+        for x in (*copies, *self.modules):
+            for c in (x, getattr(x, "__dict__", None)):
+                if isinstance(c, dict | list | set):
+                    containers[id(c)] = c
+        self._pristine = [_Pristine(c) for c in containers.values()]
         self._references: list[int] = []
 
     def seal(self) -> Replica:
@@ -117,13 +124,17 @@ class Replica:
         """Whether something beside the pool refers to the replica: a graph that will run it."""
         return any(map(operator.gt, self._count(), self._references))
 
-    def clear(self) -> None:
-        """Forget the call: its tensors, and whatever it left in attributes."""
+    def clear(self) -> bool:
+        """Forget the call: its tensors, and whatever it left in attributes.
+
+        False where it wrote to tensors of the replica's own: those cannot be put back.
+        """
         for slots in self.slots.values():
             for table, key in slots:
                 table[key] = None
         for pristine in self._pristine:
             pristine.restore()
+        return all(x._version == version for x, version in self._owned)
 
 
 _NARROW = {
@@ -135,25 +146,21 @@ _NARROW = {
 
 
 class _Pristine:
-    """Attributes of a module, and contents of its containers, as they were."""
+    """A container and what it held; of a module, its attributes."""
 
-    def __init__(self, live: dict[str, Any]) -> None:
-        self.live, self.copy = live, dict(live)
-        self.values = list(live.values())
-        self.containers = [
-            (c, len(c), c.copy()) for c in self.values if isinstance(c, dict | list | set)
-        ]
+    def __init__(self, live: Any) -> None:
+        self.live, self.copy, self.size = live, live.copy(), len(live)
+        self.values = list(live.values()) if isinstance(live, dict) else list(live)
 
     def restore(self) -> None:
         # Nearly always nothing has changed; seeing that must be cheap.
         live = self.live
-        if len(live) != len(self.values) or not all(map(operator.is_, live.values(), self.values)):
-            live.clear()
-            live.update(self.copy)
-        for c, size, kept in self.containers:
-            if len(c) != size:
-                c.clear()
-                c.extend(kept) if isinstance(c, list) else c.update(kept)
+        if len(live) == self.size:
+            values = live.values() if type(live) is not list and isinstance(live, dict) else live
+            if all(map(operator.is_, values, self.values)):
+                return
+        live.clear()
+        live.extend(self.copy) if isinstance(live, list) else live.update(self.copy)
 
 
 class Forward:
@@ -172,7 +179,9 @@ class Forward:
         self._pool: list[Replica] = []
         self._lock = threading.Lock()
 
-    def __call__(self, variables: dict[str, dict[str, Tensor]], *args: Any, **kwargs: Any) -> Any:
+    def __call__(
+        self, variables: dict[str, dict[str, Tensor]], /, *args: Any, **kwargs: Any
+    ) -> Any:
         replica = self._acquire()
         tensors = {**variables["params"], **variables["frozen"]}
         for name, b in variables["buffers"].items():
@@ -198,6 +207,6 @@ class Forward:
         return Replica(self.layout, self.train, self.wrap).seal()
 
     def _give_back(self, replica: Replica) -> None:
-        replica.clear()
-        with self._lock:
-            self._pool.append(replica)
+        if replica.clear():
+            with self._lock:
+                self._pool.append(replica)

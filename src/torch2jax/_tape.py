@@ -19,6 +19,7 @@ function, once, and shown by ``tape_info()``.
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import secrets
 import sys
@@ -59,6 +60,8 @@ class Keep:
         self.parent, self.wrt, self.label, self.seeded = parent, wrt, label, seeded
         self.copies = False
         """Whether the function works on copies of its operands."""
+        self.unhooked = False
+        """Whether it refuses hooks on saved tensors."""
         self.by_backward = False
         """Whether its graph refuses ``autograd.grad``, so that ``backward()`` must do."""
 
@@ -80,11 +83,22 @@ class Keep:
         try:
             if not self.copies:
                 try:
-                    return self._on_views(args)
+                    out, cell = self._on_views(args)
                 except RuntimeError as error:
-                    if "saved tensor hooks" not in str(error):
+                    if not _refuses_hooks(error):
                         raise
-                    self.copies = True
+                    self.copies = self.unhooked = True
+                else:
+                    if cell is None:
+                        gc.collect()  # the refused graph may lie in cycles, and it holds views
+                    return out, cell
+            if not self.unhooked:
+                try:
+                    return self._on_copies(args)
+                except RuntimeError as error:
+                    if not _refuses_hooks(error):
+                        raise
+                    self.unhooked = True
             return self._on_copies(args)
         finally:
             torch._C._set_grad_enabled(before)
@@ -103,27 +117,32 @@ class Keep:
         cell.inputs = [leaves[i] for i in self.wrt]
         cell.source.versions = [x._version for x in args]
         cell.source.operands = hooks.operands = ()  # the graph keeps its hooks
-        if _lease.held() or _held(args, leaves, self.wrt):
-            self.copies = True
-            return _detached(out), None
-        for leaf in cell.inputs:
-            # The graph's leaf is this tensor object: it must not keep XLA's memory.
+        out = _detached(out)
+        self.copies = _lease.held() or _held(args, leaves, self.wrt)
+        # The graph's leaves are these tensor objects: they must not keep XLA's memory, nor where
+        # the graph is refused and lies in a cycle.
+        for leaf in leaves if self.copies else cell.inputs:
             leaf.data = _nothing(leaf.dtype, leaf.device)
-        return _detached(out), cell
+        return out, None if self.copies else cell
 
     def _on_copies(self, args: Tensors) -> tuple[Tensors, _Cell]:
         cell = _Cell(self, args[0].device)
         leaves = [x.clone() for x in args]
         for i in self.wrt:
             leaves[i].requires_grad_()
-        out = self.parent.graph(*leaves)
+        if self.unhooked:
+            out = self.parent.graph(*leaves)
+        else:  # nothing is a view of an operand here: the hooks count
+            pack = functools.partial(_opaque(_Hooks.pack), _Hooks((), cell.source, cell.storages))
+            with saved_tensors_hooks(pack, _opaque(_unpack)):
+                out = self.parent.graph(*leaves)
         cell.leases = _lease.take()
         cell.outputs = [_edge(y) for y in out]
         cell.inputs = [leaves[i] for i in self.wrt]
         cell.owned = True
-        cell.storages = {
-            s.data_ptr(): s.nbytes() for x in (*leaves, *out) if (s := x.untyped_storage()).nbytes()
-        }
+        for x in (*leaves, *out):
+            if (storage := x.untyped_storage()).nbytes():
+                cell.storages[storage.data_ptr()] = storage.nbytes()
         return _detached(out), cell
 
 
@@ -356,7 +375,7 @@ class _Hooks:
             x = self.operands[index]
             whole = t.shape == x.shape and t.dtype is x.dtype and t.is_contiguous()
             if whole and not (t.is_conj() or t.is_neg()):
-                return _Operand(self.source, index, t._version)
+                return _Operand(self.source, index, x._version)
             return _View(
                 self.source,
                 index,
@@ -366,7 +385,7 @@ class _Hooks:
                 t.storage_offset(),
                 t.is_conj(),
                 t.is_neg(),
-                t._version,
+                x._version,  # its own, or that of another tensor in the same memory
             )
         self.storages[address] = storage.nbytes()
         return _Saved(t, t._version)
@@ -424,6 +443,14 @@ class _View(NamedTuple):
             t = t.set_(x.untyped_storage(), self.offset, self.size, self.stride)
         t = t.conj() if self.conj else t
         return torch._neg_view(t) if self.neg else t
+
+
+def _refuses_hooks(error: RuntimeError) -> bool:
+    """Whether a function cannot run under hooks on saved tensors.
+
+    ``torch.func.grad`` inside it says so; a checkpoint under vmap saves tensors without storage.
+    """
+    return "saved tensor hooks" in str(error) or "BatchedTensorImpl" in str(error)
 
 
 def _unpack(packed: _Saved | _Operand | _View) -> Tensor:
@@ -542,8 +569,8 @@ class Tape:
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self._cells: OrderedDict[Token, _Cell] = OrderedDict()
-        self._storages: dict[tuple[torch.device, int], int] = {}
-        """How many graphs hold a storage: what several hold counts once."""
+        self._storages: dict[tuple[torch.device, int], tuple[int, int]] = {}
+        """How many graphs hold a storage, and its bytes: what several hold counts once."""
         self._bytes: Counter[torch.device] = Counter()
         self._used: OrderedDict[Token, None] = OrderedDict()
         self._fresh: dict[torch.device, list[tuple[Token, Tensor]]] = {}
@@ -586,15 +613,18 @@ class Tape:
             self._cells[token] = cell
             device = cell.device
             for address, size in cell.storages.items():
-                held = self._storages.get((device, address), 0)
-                self._storages[device, address] = held + 1
-                if held == 0:
-                    self._bytes[device] += size
-            budget = default_budget(device) if self._budget is None else self._budget
-            while self._bytes[device] > budget:
-                oldest = next(t for t, c in self._cells.items() if c.device == device)
-                self._remove(oldest)
-                self._evicted(budget)
+                # An address may have been another storage's before: the larger size counts.
+                held, counted = self._storages.get((device, address), (0, 0))
+                self._storages[device, address] = held + 1, max(size, counted)
+                self._bytes[device] += max(size - counted, 0)
+            self._evict(device)
+
+    def _evict(self, device: torch.device) -> None:
+        budget = default_budget(device) if self._budget is None else self._budget
+        while self._bytes[device] > budget:
+            oldest = next(t for t, c in self._cells.items() if c.device == device)
+            self._remove(oldest)
+            self._evicted(budget)
 
     def take(self, token: Token, keep: Keep, device: torch.device) -> _Cell | None:
         """The graph under ``token``, if it is there and is of ``keep`` on ``device``."""
@@ -634,6 +664,8 @@ class Tape:
     def set_budget(self, budget: int | None) -> None:
         with self._lock:
             self._budget = budget
+            for device in list(self._bytes):
+                self._evict(device)
 
     def info(self) -> TapeInfo:
         with self._lock:
@@ -650,12 +682,12 @@ class Tape:
     def _remove(self, token: Token) -> None:
         cell = self._cells.pop(token)
         device = cell.device
-        for address, size in cell.storages.items():
-            held = self._storages.pop((device, address)) - 1
-            if held:
-                self._storages[device, address] = held
+        for address in cell.storages:
+            held, counted = self._storages.pop((device, address))
+            if held > 1:
+                self._storages[device, address] = held - 1, counted
             else:
-                self._bytes[device] -= size
+                self._bytes[device] -= counted
 
     def _evicted(self, budget: int) -> None:
         self._evictions += 1

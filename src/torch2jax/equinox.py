@@ -18,7 +18,8 @@ try:
     import equinox as eqx
 except ImportError as error:
     raise ImportError(
-        f"{__name__} needs Equinox, which is not installed: pip install 'torch2jax-ffi[equinox]'"
+        f"{__name__} needs Equinox, which cannot be imported ({error}): "
+        "pip install 'torch2jax-ffi[equinox]'"
     ) from error
 
 __all__ = ["TorchModule", "trainable"]

@@ -18,7 +18,8 @@ try:
     from flax import nnx
 except ImportError as error:
     raise ImportError(
-        f"{__name__} needs Flax, which is not installed: pip install 'torch2jax-ffi[flax]'"
+        f"{__name__} needs Flax, which cannot be imported ({error}): "
+        "pip install 'torch2jax-ffi[flax]'"
     ) from error
 
 __all__ = ["Buffer", "Frozen", "TorchModule"]

@@ -207,16 +207,18 @@ def _choose(callable: Callable, operands: Sequence[Any], dims: Sequence[int | No
             "numbers; export with concrete shapes."
         )
     batched = callable.vmap(tuple(dims))
-    key = ("refusal", tuple(dims), avals)
-    if key not in callable.memo:
+    # On the root: between eager calls nobody holds a derived callable.
+    memo = callable.root.memo
+    key = ("refusal", batched.path, avals)
+    if key not in memo:
         with jax.ensure_compile_time_eval():
-            callable.memo[key] = runs_on_fakes(
+            memo[key] = runs_on_fakes(
                 batched.program.functional,
                 specs_of(avals, callable.options.device),
                 callable.options.default_dtype,
                 callable.options.roots,
             )
-    refusal = callable.memo[key]
+    refusal = memo[key]
     if refusal is None:
         return "torch"
     label = callable.options.label
