@@ -1,5 +1,8 @@
 """PyTorch functions as JAX functions. See ``torch2jax``."""
 
+import importlib
+from typing import Any
+
 from torch import Size
 
 from . import _rules as _rules  # registers the primitive's rules
@@ -43,3 +46,9 @@ __all__ = [
     "tree_j2t",
     "tree_t2j",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("equinox", "flax"):  # imported on use: their libraries are optional
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
