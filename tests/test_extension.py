@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from harness import precision
 
 from torch2jax import _ext, _state
 
@@ -112,7 +113,7 @@ def test_identity(dtype: str, shape: tuple[int, ...]) -> None:
         seen.append((x.dtype, tuple(x.shape), x.is_contiguous()))
         return x, torch.ones(1)  # XLA drops calls that have only empty results
 
-    with jax.enable_x64(True):
+    with precision(x64=True):
         x = (jnp.arange(int(np.prod(shape))) % 3).reshape(shape).astype(dtype)
         y, _ = Fn(fn, struct(*shape, dtype=x.dtype), struct(1))(x)
     assert seen == [(getattr(torch, dtype), shape, True)]
