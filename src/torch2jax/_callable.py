@@ -103,7 +103,10 @@ class Jvp:
             return reverse(primals, tangents)
         try:
             f = _restrict(forward_form, primals, self.wrt, self.of)
-            _, pushed = torch.func.jvp(f, take(primals, self.wrt), tangents)  # type: ignore[misc]
+            # Under no_grad, forward mode over reverse mode is silently wrong for what saves its
+            # factorisation (linalg.solve, logdet).
+            with torch.enable_grad():
+                _, pushed = torch.func.jvp(f, take(primals, self.wrt), tangents)  # type: ignore[misc]
             return pushed
         except Exception as forward_error:
             try:
@@ -218,7 +221,10 @@ class Vmap:
                     return vjp.pull(vjp.parent.graph, primals, rows, batched=True)
             elif all(primal_dims[i] is not None for i in vjp.wrt):
                 return self._pull_rows(vjp, primals, cotangents)
-        return self.functional(*args)
+        if isinstance(vjp, Flat):
+            return self.functional(*args)
+        with torch.enable_grad():  # as in Jvp
+            return self.functional(*args)
 
     def _pull_rows(self, vjp: Vjp, primals: Tensors, cotangents: Tensors) -> Tensors:
         primal_dims, cotangent_dims = vjp.split(self.dims)
