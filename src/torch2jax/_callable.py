@@ -84,12 +84,33 @@ class Jvp:
         self.forward_ad: bool = getattr(parent, "forward_ad", True)
 
     def functional(self, *args: Tensor) -> Tensors:
-        return self._either(self.parent.functional, self._two_pullbacks_functional, args)
+        return self._two_pullbacks_functional(*self._split(args))
 
     def graph(self, *args: Tensor) -> Tensors:
-        return self._either(self.parent.functional, self._two_pullbacks_graph, args)
+        return self._two_pullbacks_graph(*self._split(args))
 
-    run = graph
+    def run(self, *args: Tensor) -> Tensors:
+        return self.outermost(*args) if self.first_order else self.graph(*args)
+
+    def outermost(self, *args: Tensor) -> Tensors:
+        """By forward mode, where nothing differentiates the result and ``f`` is no derivative.
+
+        Nested, torch's forward mode is silently wrong for some operators (``linalg.solve``,
+        ``layer_norm``): derivatives of derivatives go by pullbacks.
+        """
+        return self._either(self.parent.functional, self._two_pullbacks_functional, args)
+
+    @property
+    def first_order(self) -> bool:
+        """Whether the parent is the user's function or its batched form."""
+        program: Any = self.parent
+        while isinstance(program, Vmap):
+            program = program.parent
+        return isinstance(program, Flat)
+
+    def _split(self, args: Tensors) -> tuple[Tensors, Tensors]:
+        at = len(args) - len(self.wrt)
+        return args[:at], args[at:]
 
     def _either(
         self,
@@ -97,8 +118,7 @@ class Jvp:
         reverse: Function[[Tensors, Tensors], Tensors],
         args: Tensors,
     ) -> Tensors:
-        split = len(args) - len(self.wrt)
-        primals, tangents = args[:split], args[split:]
+        primals, tangents = self._split(args)
         if not self.forward_ad:
             return reverse(primals, tangents)
         try:
@@ -221,6 +241,8 @@ class Vmap:
                     return vjp.pull(vjp.parent.graph, primals, rows, batched=True)
             elif all(primal_dims[i] is not None for i in vjp.wrt):
                 return self._pull_rows(vjp, primals, cotangents)
+        if isinstance(vjp, Jvp) and vjp.first_order:
+            return _vmap(vjp.outermost, self.dims)(*args)
         if isinstance(vjp, Flat):
             return self.functional(*args)
         with torch.enable_grad():  # as in Jvp
