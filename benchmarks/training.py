@@ -180,11 +180,11 @@ def serve() -> None:
 class Peer:
     """``serve`` under another interpreter; a step's time is taken there."""
 
-    def __init__(self, python: str) -> None:
+    def __init__(self, python: str, threads: int) -> None:
         from overhead import environment
 
         self._process = subprocess.Popen(
-            [python, str(HERE / "training.py"), "--serve"],
+            [python, str(HERE / "training.py"), "--serve", f"--threads={threads}"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -213,11 +213,11 @@ class Peer:
 
 
 @contextlib.contextmanager
-def peer(python: str | None) -> Iterator[Peer | None]:
+def peer(python: str | None, threads: int) -> Iterator[Peer | None]:
     if python is None:
         yield None
         return
-    with contextlib.closing(Peer(python)) as process:
+    with contextlib.closing(Peer(python, threads)) as process:
         yield process
 
 
@@ -336,7 +336,7 @@ def print_tables(tables: list[Table]) -> None:
 def markdown(facts: dict[str, Any], tables: list[Table], plot: str | None) -> str:
     parts = [
         f"Measured {facts['date']} on {facts['machine']} (load {facts['load']:.1f} at the start,",
-        f"{facts['load_end']:.1f} at the end; {facts['threads']} threads of PyTorch), by",
+        f"{facts['load_end']:.1f} at the end; threads of PyTorch: {facts['threads']}), by",
         f"`{facts['command']}`.",
         "",
     ]
@@ -410,6 +410,7 @@ def arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--peers", metavar="PYTHON", help="interpreter of the peers' environment (see README.md)")
     add("--rounds", type=int, default=12, help="rounds of the transformer, at least 3 (12)")
+    add("--threads", type=int, default=1, help="threads of PyTorch, in every process (1)")
     add("--json", type=Path, metavar="FILE", help="write every sample to FILE")
     add("--output", type=Path, metavar="FILE", help="replace the training section of FILE")
     add("--plot", type=Path, metavar="FILE", help="draw the medians")
@@ -424,6 +425,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     jax.config.update("jax_platforms", "cpu")  # where PyTorch's side runs
     args = arguments()
+    torch.set_num_threads(args.threads)  # before any work: each thread of XLA reads it once
     if args.serve:
         serve()
         return
@@ -432,7 +434,7 @@ def main() -> None:
     from rich.progress import Progress
 
     load = os.getloadavg()[0]
-    with Progress(transient=True) as progress, peer(args.peers) as other:
+    with Progress(transient=True) as progress, peer(args.peers, args.threads) as other:
         gradients = {
             NATIVE: native_gradients(),
             TAPE: our_gradients("tape"),
