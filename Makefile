@@ -29,10 +29,10 @@ help: ## list the targets
 demo: $(VENV)/.demo ## train a PyTorch CNN with JAX on handwritten digits (one minute)
 	$(PY) examples/train_digits.py --output build/train_digits.png --require 0.97
 
-test: $(VENV)/.test $(VENV)/.demo ## run the tests, less PyTorch's operator samples (make test-ops)
-	$(PY) -m pytest -n $(JOBS) --dist loadfile --ignore=tests/test_ops.py $(PYTEST)
+test: $(VENV)/.test $(VENV)/.demo ## run the tests
+	$(PY) -m pytest -n $(JOBS) --dist loadfile $(PYTEST)
 
-test-ops: $(VENV)/.test ## run all of PyTorch's own operator samples (half an hour)
+test-ops: $(VENV)/.test ## run all of PyTorch's own operator samples, not two of each (half an hour)
 	T2J_ALL_OP_SAMPLES=1 $(PY) -m pytest -n $(JOBS) tests/test_ops.py $(PYTEST)
 
 test-matrix: $(VENV)/.test ## run the core tests on the oldest and the newest jax, and on Python 3.13

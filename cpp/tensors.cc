@@ -417,7 +417,15 @@ Result::Outcome Result::Read(const Torch& torch, PyObject* object, const ffi::An
   } else {
     low_ = low * element;
     high_ = (high + 1) * element;
-    if (tensor->data == nullptr) return Mismatch(DescribeTensor(object_) + " without data");
+    if (tensor->data == nullptr) {
+      // PyTorch's zeros without memory, which some derivatives are; a clone has memory.
+      if (cloned_) return Mismatch(DescribeTensor(object_) + " without data");
+      cloned_ = true;
+      Owned clone = CallMethod(object, torch.name_clone.get());
+      if (!clone) return Mismatch(DescribeTensor(object_) + " without data");
+      kept_ = std::move(clone);
+      return Read(torch, kept_.get(), expected, device);
+    }
   }
   return Outcome::kOk;
 }

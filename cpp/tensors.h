@@ -141,7 +141,7 @@ class Result {
   char* data_ = nullptr;
   size_t bytes_ = 0;
   bool contiguous_ = true;
-  bool resolved_ = false;
+  bool resolved_ = false, cloned_ = false;
   int64_t low_ = 0, high_ = 0;  // bytes touched, relative to data_: [low_, high_)
   std::string message_;
 };

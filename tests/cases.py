@@ -288,6 +288,24 @@ case(
     core=True,
 )
 
+case(
+    "batch_norm",
+    lambda x, w, b: F.batch_norm(x, None, None, w, b, training=True),
+    lambda x, w, b: _layer_norm(x.T, w[:, None], b[:, None]).T,
+    f(3, 2),
+    f(2),
+    f(2),
+    rtol=10.0,
+    core=True,
+)
+case(
+    "instance_norm",
+    F.instance_norm,
+    lambda x: _layer_norm(x, 1.0, 0.0),
+    f(1, 2, 3),
+    rtol=10.0,
+)
+
 
 def _conv(x: jax.Array, w: jax.Array, stride: int, padding: int) -> jax.Array:
     n = w.ndim - 2

@@ -22,7 +22,12 @@ import numpy as np
 import pytest
 import torch
 from harness import precision
-from op_exceptions import EXCEPTIONS, EXCEPTIONS_OF_ALL_SAMPLES, UNDEFINED_VALUES
+from op_exceptions import (
+    EXCEPTIONS,
+    EXCEPTIONS_OF_ALL_SAMPLES,
+    UNDEFINED_VALUES,
+    UNTAGGED_DATA_DEPENDENT,
+)
 from torch.utils import _pytree as torch_tree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -126,14 +131,14 @@ class Sample:
     ]  # the function with the sample's own gauge fixed: what can be differentiated
     operands: list[torch.Tensor]
     differentiable: list[int]
-    tags: set[torch.Tag]
+    shapes_depend_on_values: bool
     expected: list[Any]
     smooth_shapes: list[jax.ShapeDtypeStruct] | None = None
 
     @property
     def shapes(self) -> list[jax.ShapeDtypeStruct] | None:
         """Where shapes depend on values, inference cannot know them and the user says them."""
-        return declared(self.expected) if self.tags & DATA_DEPENDENT else None
+        return declared(self.expected) if self.shapes_depend_on_values else None
 
     @classmethod
     def of(cls, op: Any, sample: Any) -> Sample:
@@ -159,7 +164,8 @@ class Sample:
             smooth=lambda *tensors: call(tensors, process or identity),
             operands=operands,
             differentiable=[k for k, i in enumerate(places) if leaves[i].requires_grad],
-            tags=watch.tags,
+            shapes_depend_on_values=bool(watch.tags & DATA_DEPENDENT)
+            or op.name in UNTAGGED_DATA_DEPENDENT,
             expected=expected,
         )
 
@@ -170,7 +176,7 @@ class Sample:
             inputs[i].requires_grad_()
         try:
             results = self.smooth(*inputs)
-            self.smooth_shapes = declared(results) if self.tags & DATA_DEPENDENT else None
+            self.smooth_shapes = declared(results) if self.shapes_depend_on_values else None
             outs = [out for out in results if is_inexact(out)]
             if any(not isinstance(out, torch.Tensor) for out in outs):
                 return None

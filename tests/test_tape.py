@@ -419,7 +419,8 @@ def test_least_recently_used_goes_first():
     before = tape_info()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Torch2JaxWarning)
-        pulls = [jax.vjp(f, x * k)[1] for k in (1.0, 2.0, 3.0)]
+        outs, pulls = zip(*(jax.vjp(f, x * k) for k in (1.0, 2.0, 3.0)), strict=True)
+        jax.block_until_ready(outs)
     assert tape_info().entries == 2
     assert tape_info().evictions == before.evictions + 1
     for k, pull, missed in ((2.0, pulls[1], 0), (3.0, pulls[2], 0), (1.0, pulls[0], 1)):

@@ -14,6 +14,7 @@ import torch.utils.dlpack
 
 from . import _ext, _lease, _state
 from ._callable import Callable
+from ._norms import in_parts
 from ._torch_compat import exchange_api
 
 TARGET = __name__.partition(".")[0]
@@ -31,7 +32,7 @@ def register(callable: Callable) -> Any:
         if callable.registration is None:
             program, options = callable.program, callable.options
             base = callable.parent is None
-            run, collect = getattr(program, "bare", None) or (program.run, None)
+            run, collect = getattr(program, "bare", None) or (in_parts(program, program.run), None)
             callable.registration = _ext.Entry(
                 name=name_of(callable),
                 run=_lease.scoped(run) if options.borrows else run,

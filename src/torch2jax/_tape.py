@@ -18,6 +18,7 @@ function, once, and shown by ``tape_info()``.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import os
@@ -27,7 +28,7 @@ import threading
 import warnings
 import weakref
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -140,9 +141,8 @@ class Keep:
         cell.outputs = [_edge(y) for y in out]
         cell.inputs = [leaves[i] for i in self.wrt]
         cell.owned = True
-        for x in (*leaves, *out):
-            if (storage := x.untyped_storage()).nbytes():
-                cell.storages[storage.data_ptr()] = storage.nbytes()
+        saved = _saved_tensors(out) if self.unhooked else ()
+        cell.storages.update(_storages_of((*leaves, *out, *saved)))
         return _detached(out), cell
 
 
@@ -388,7 +388,8 @@ class _Hooks:
                 x._version,  # its own, or that of another tensor in the same memory
             )
         self.storages[address] = storage.nbytes()
-        return _Saved(t, t._version)
+        # With its node, an output that its own node saves would be a cycle that nobody collects.
+        return _Saved(t.detach() if t.requires_grad else t, t._version)
 
 
 class _Saved(NamedTuple):
@@ -490,19 +491,48 @@ def _nothing(dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.empty(0, dtype=dtype, device=device)
 
 
+def _storages_of(tensors: Iterable[Tensor]) -> dict[int, int]:
+    """Address and bytes of the storages; wrappers of ``torch.func`` have none."""
+    found = {}
+    for x in tensors:
+        with contextlib.suppress(RuntimeError):
+            if size := (storage := x.untyped_storage()).nbytes():
+                found[storage.data_ptr()] = size
+    return found
+
+
+def _saved_tensors(out: Tensors) -> Iterator[Tensor]:
+    """What the graph of ``out`` saves, asked of its nodes."""
+    pending = [y.grad_fn for y in out if y.grad_fn is not None]
+    seen = set(pending)
+    while pending:
+        node = pending.pop()
+        for name in dir(node):
+            if name == "saved_tensors" or name.startswith("_saved_"):
+                with contextlib.suppress(RuntimeError):  # freed by a backward pass inside fn
+                    value = getattr(node, name)
+                    values = value if isinstance(value, tuple | list) else (value,)
+                    yield from (x for x in values if isinstance(x, Tensor))
+        following = {after for after, _ in node.next_functions if after is not None} - seen
+        seen |= following
+        pending += following
+
+
 def _detached(out: Tensors) -> Tensors:
     return tuple(y.detach() for y in out)
 
 
-def _references(x: Tensor) -> tuple[int, int, int]:
-    storage = _storage_references(x.untyped_storage()._cdata)
-    return storage, x._use_count(), sys.getrefcount(x)  # type: ignore[attr-defined]
+def _references(x: Tensor) -> tuple[int, int, int, int]:
+    """To its storage, to that as a Python object, to the tensor, and to that as a Python object."""
+    storage = x.untyped_storage()
+    uses = _storage_references(storage._cdata)
+    return uses, sys.getrefcount(storage), x._use_count(), sys.getrefcount(x)  # type: ignore[attr-defined]
 
 
 _storage_references = torch._C._storage_Use_Count
 
 
-def _unheld() -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+def _unheld() -> tuple[tuple[int, int, int, int], tuple[int, int, int, int]]:
     """Counts for a leaf, and for an operand that is none, which nobody else refers to."""
     operands = (torch.zeros(1),)
     leaves = [operands[0].detach().requires_grad_()]
@@ -524,9 +554,9 @@ def _held(operands: Tensors, leaves: list[Tensor], wrt: Indices) -> bool:
     """Whether something beside our own lists refers to an operand's storage or to a leaf."""
     shared: set[int] | None = None
     for i, x in enumerate(leaves):
-        storage, uses, references = _references(x)
+        storage, held, uses, references = _references(x)
         least = _WATCHED if i in wrt else _PLAIN
-        if uses > least[1] or references > least[2]:
+        if held > least[1] or uses > least[2] or references > least[3]:
             return True
         if storage > least[0]:
             if shared is None:  # two operands may be one buffer

@@ -26,6 +26,7 @@ from .._avals import specs_of
 from .._callable import Callable
 from .._errors import SignatureError, Torch2JaxError, Torch2JaxWarning
 from .._infer import runs_on_fakes
+from .._norms import in_parts
 from .._primitive import TOKEN, call, torch_call_p
 from .._tape import is_keep, is_vjp, kept, with_token
 
@@ -213,7 +214,7 @@ def _choose(callable: Callable, operands: Sequence[Any], dims: Sequence[int | No
     if key not in memo:
         with jax.ensure_compile_time_eval():
             memo[key] = runs_on_fakes(
-                batched.program.functional,
+                in_parts(batched.program, batched.program.functional),
                 specs_of(avals, callable.options.device),
                 callable.options.default_dtype,
                 callable.options.roots,
