@@ -1138,3 +1138,12 @@ def test_no_context_is_left_open() -> None:
         f = torch2jax(lambda a: torch.sin(a))
         same(jax.jit(jax.grad(lambda a: f(a).sum()))(X), np.cos(X))
         same(jax.vmap(f)(X), np.sin(X))
+
+
+@pytest.mark.parametrize("transform", [jax.jacfwd, jax.jacrev, jax.hessian, jax.vmap])
+def test_declared_shapes_under_transforms(transform: Any) -> None:
+    f = torch2jax(lambda a: torch.sin(a) * a, output_shapes=Size([4]))
+    if transform is jax.vmap:
+        close(jax.vmap(jax.jacfwd(f))(jnp.stack([X, 2 * X])), jax.vmap(jax.jacfwd(lambda a: jnp.sin(a) * a))(jnp.stack([X, 2 * X])))
+        return
+    close(transform(f)(X), transform(lambda a: jnp.sin(a) * a)(X))

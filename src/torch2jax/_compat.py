@@ -28,6 +28,7 @@ __all__ = [
     "result_aval",
     "torch_effect",
     "varying_axes",
+    "varying_everywhere",
     "varying_together",
 ]
 
@@ -93,6 +94,13 @@ def varying_together(operands: Iterable[Any]) -> list[Any]:
     ]
 
 
+def varying_everywhere(x: Any) -> Any:
+    """A value that differs between the devices of all manual axes."""
+    mesh = jax.sharding.get_abstract_mesh()
+    manual = [a for a in mesh.manual_axes if a not in varying_axes(jax.typeof(x))]
+    return _cast_varying(x, tuple(manual)) if manual else x
+
+
 def _cast_varying(x: Any, axes: tuple[str, ...]) -> Any:
     if hasattr(jax.lax, "pcast"):
         return jax.lax.pcast(x, axes, to="varying")
@@ -102,6 +110,11 @@ def _cast_varying(x: Any, axes: tuple[str, ...]) -> Any:
 def result_aval(shape: tuple[int, ...], dtype: Any, operands: Iterable[Any]) -> Any:
     """The aval of a result that varies over the axes over which the operands' avals vary."""
     sharding = _core.get_cur_mesh_sharding()
+    for aval in operands:
+        if not aval.sharding.mesh.empty:  # of the operands' types, where no mesh is entered
+            whole = jax.sharding.PartitionSpec(*[None] * len(shape))
+            sharding = jax.sharding.NamedSharding(aval.sharding.mesh, whole)
+            break
     axes: frozenset[str] = frozenset().union(*map(varying_axes, operands))
     if hasattr(_core, "ManualAxisType"):
         varying = _core.ManualAxisType(varying=axes)

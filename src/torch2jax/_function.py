@@ -12,14 +12,15 @@ from jax.tree_util import tree_flatten, tree_flatten_with_path
 
 from . import _signature as sig
 from . import _state
-from ._compat import ArrayImpl
+from ._compat import ArrayImpl, varying_everywhere
 from ._convert import x64_enabled
 from ._depth import call_to_depth
 from ._errors import SignatureError, TorchCallError
 from ._flat import Static
-from ._options import Config, mark_static
+from ._options import Config, Operands, mark_static
 from ._plan import Plan, Planner, arguments_of
 from ._primitive import call as call_primitive
+from ._sharding import Shards
 
 
 class _Call:
@@ -196,18 +197,34 @@ class TorchFunction:
     # --- tracing ---------------------------------------------------------------------------------
 
     def _trace(self, call: _Call, *operands: Any) -> Any:
+        if self._config.out_specs is None:
+            return self._trace_here(call, operands)
+        given = Operands(self.__wrapped__, self._config, call.arguments, self._label).in_specs()
+        shards = Shards(self._config, given, operands, call.arguments.labels, self._label)
+
+        def local(*operands: Any) -> Any:
+            if self._config.stochastic:
+                operands = (*operands[:-1], shards.own_key(operands[-1]))
+            return self._trace_here(call, operands, shards)
+
+        return shards.map(local, operands)
+
+    def _trace_here(
+        self, call: _Call, operands: tuple[Any, ...], shards: Shards | None = None
+    ) -> Any:
         words = None
         if self._config.stochastic:
             words = self._words(operands[-1])
             operands = operands[:-1]
         avals = tuple((x.shape, x.dtype) for x in map(jax.typeof, operands))
-        key = (call, avals, x64_enabled())
+        key = (call, avals, x64_enabled(), shards and shards.mesh)
         plan = self._plans.get(key)
         if plan is None:
             numbers = [x.weak_type and not x.shape for x in map(jax.typeof, operands)]
-            plan = self._plans[key] = self._planner.plan(call.arguments, avals, numbers)
+            plan = self._plans[key] = self._planner.plan(call.arguments, avals, numbers, shards)
         if words is None and plan.callable.options.rng is not None:
             [words] = call_primitive(self._planner.seed, [], [((2,), "uint32")])
+            words = varying_everywhere(words)  # each device draws its own
         return self._bind(plan, operands, words)
 
     def _words(self, rng: Any) -> Any:

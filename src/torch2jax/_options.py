@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import torch
 from jax.core import Tracer
+from jax.sharding import PartitionSpec
 from jax.tree_util import tree_flatten
 
 from . import _signature as sig
@@ -39,6 +40,9 @@ class Config:
     stochastic: bool
     side_effects: bool
     lock: Any
+    in_specs: Any
+    out_specs: Any
+    mesh: Any
     name: str | None
     default_dtype: torch.dtype
     default_device: torch.device
@@ -48,7 +52,15 @@ class Config:
         return tuple(_tree_key(v) if k in _TREES else v for k, v in vars(self).items())
 
 
-_TREES = ("examples", "output_shapes", "nondiff_mask", "arg_dtypes", "lock")
+_TREES = (
+    "examples",
+    "output_shapes",
+    "nondiff_mask",
+    "arg_dtypes",
+    "lock",
+    "in_specs",
+    "out_specs",
+)
 
 
 def _tree_key(tree: Any) -> Hashable:
@@ -57,7 +69,7 @@ def _tree_key(tree: Any) -> Hashable:
 
 
 def _leaf_key(x: Any) -> Hashable:
-    if isinstance(x, torch.Size | torch.dtype | bool | str | int | float):
+    if isinstance(x, torch.Size | torch.dtype | PartitionSpec | bool | str | int | float):
         return type(x), x
     if isinstance(x, jax.ShapeDtypeStruct):
         return x.shape, x.dtype
@@ -121,16 +133,8 @@ class Operands:
             # Wider than JAX carries it: with x64 off, in the dtype that JAX gives such an example.
             if dtype is not None and sig.leaf_aval(x)[1] == dtypes[k]:
                 wanted[k] = dtype
-        given = self.config.arg_dtypes
-        if isinstance(given, dict):
-            for name, dtype in given.items():
-                wanted |= dict.fromkeys(_indices_in(self._argument(name)), dtype)
-        elif given is not None:
-            wanted |= {
-                k: dtype
-                for k, dtype in self._spread(given, "arg_dtypes").items()
-                if dtype is not None
-            }
+        given = self._by_operand(self.config.arg_dtypes, "arg_dtypes")
+        wanted |= {k: dtype for k, dtype in given.items() if dtype is not None}
         for dtype in wanted.values():
             if not isinstance(dtype, torch.dtype):
                 raise SignatureError(
@@ -140,6 +144,23 @@ class Operands:
         return tuple(
             (k, dtype) for k, dtype in sorted(wanted.items()) if dtype is not dtype_j2t(dtypes[k])
         )
+
+    def in_specs(self) -> dict[int, Any] | None:
+        """Specs of operands, None where types say it; None where ``in_specs`` is not given."""
+        given = self.config.in_specs
+        return None if given is None else self._by_operand(given, "in_specs")
+
+    def _by_operand(self, given: Any, option: str) -> dict[int, Any]:
+        """Items of a prefix tree over the positional arguments, or of a dict by argument name."""
+        if not isinstance(given, dict):
+            return {} if given is None else self._spread(given, option)
+        found: dict[int, Any] = {}
+        for name, item in given.items():
+            argument = self._argument(name, option)
+            items = sig.prefix_leaves(item, argument, option, self.label)
+            spots = jax.tree.leaves(argument)
+            found |= {s.index: x for s, x in zip(spots, items, strict=True) if s.index is not None}
+        return found
 
     def example_value(self, index: int, shape: tuple[int, ...]) -> torch.Tensor | None:
         """The value of an operand's example, if it has one and fits."""
@@ -159,7 +180,7 @@ class Operands:
         spots = jax.tree.leaves(self.args)
         return {s.index: x for s, x in zip(spots, items, strict=True) if s.index is not None}
 
-    def _argument(self, name: str) -> Any:
+    def _argument(self, name: str, option: str) -> Any:
         """The argument passed to ``fn``'s parameter ``name``."""
         if name in self.kwargs:
             return self.kwargs[name]
@@ -168,7 +189,7 @@ class Operands:
             return inspect.signature(target).bind(*self.args, **self.kwargs).arguments[name]
         except (TypeError, ValueError, KeyError):
             raise SignatureError(
-                f"arg_dtypes of {self.label} names {name!r}, which is not an argument of the call."
+                f"{option} of {self.label} names {name!r}, which is not an argument of the call."
             ) from None
 
 

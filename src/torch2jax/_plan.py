@@ -38,6 +38,7 @@ from ._names import qualified_name
 from ._options import Config, Operands
 from ._random import draw_seed, refusing, seeded
 from ._replica import Forward
+from ._sharding import Shards
 
 Avals = Sequence[tuple[tuple[int, ...], Any]]
 """(shape, dtype) pairs."""
@@ -91,8 +92,17 @@ class Planner:
         options = replace(self._options, draws=True)
         return Callable(Flat(draw_seed, None, False, ()), options, [], ["the seed"])
 
-    def plan(self, arguments: Arguments, avals: Avals, numbers: Sequence[bool]) -> Plan:
-        """The plan of a call; ``numbers`` are the operands that come from Python numbers."""
+    def plan(
+        self,
+        arguments: Arguments,
+        avals: Avals,
+        numbers: Sequence[bool],
+        shards: Shards | None = None,
+    ) -> Plan:
+        """The plan of a call; ``numbers`` are the operands that come from Python numbers.
+
+        With ``shards``, the plan of the call on one shard.
+        """
         self._check_avals(arguments, avals)
         facts = Operands(self._wrapped, self._config, arguments, self._label)
         arguments = replace(arguments, casts=facts.casts([d for _, d in avals]))
@@ -101,6 +111,8 @@ class Planner:
         if self._config.output_shapes is not None:
             dtypes = [d for _, d in avals]
             result = sig.declared_result(self._config.output_shapes, dtypes, self._label)
+            if shards is not None:
+                result = shards.result(result, bool(inplace))
         else:
             arguments, inference = self._infer(arguments, facts, avals, numbers, bool(inplace))
             result = inference.result

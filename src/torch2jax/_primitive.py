@@ -15,6 +15,7 @@ from jax.extend.core import Primitive
 
 from ._callable import Callable
 from ._compat import random_effect, result_aval, torch_effect, varying_together
+from ._sharding import check_whole
 
 _PACKAGE = __name__.partition(".")[0]
 
@@ -46,6 +47,7 @@ def _abstract_eval(
     *avals: Any, callable: Callable, results: Any, differentiable: bool
 ) -> tuple[list[Any], set[Any]]:
     options = callable.options
+    check_whole(avals, callable.inputs, options.label)
     effects: set[Any] = {torch_effect} if options.side_effects else set()
     if options.draws:
         effects.add(random_effect)

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from ._torch_compat import outside_transforms
+
 Tensor = torch.Tensor
 Tensors = tuple[Tensor, ...]
 
@@ -49,9 +51,9 @@ def refusing(fn: Callable[..., Tensors], label: str) -> Callable[..., Tensors]:
         if torch._C._len_torch_dispatch_stack():  # a fake run, whose generator stands still
             return fn(*operands)
         with lock:
-            before = torch.default_generator.get_state().numpy().tobytes()
+            before = _state_of_generator()
             out = fn(*operands)
-            drew = before != torch.default_generator.get_state().numpy().tobytes()
+            drew = before != _state_of_generator()
         if drew:
             raise RuntimeError(
                 f"{label} draws random numbers, and output_shapes= kept that from being seen when "
@@ -61,6 +63,11 @@ def refusing(fn: Callable[..., Tensors], label: str) -> Callable[..., Tensors]:
         return out
 
     return run
+
+
+def _state_of_generator() -> bytes:
+    with outside_transforms():
+        return torch.default_generator.get_state().numpy().tobytes()
 
 
 @contextlib.contextmanager

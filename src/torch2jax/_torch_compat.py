@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._functorch.vmap import (
     _add_batch_dim,
     _remove_batch_dim,
@@ -23,6 +24,11 @@ def vmap_level(size: int) -> Any:
     """
     lazy_load_decompositions()
     return vmap_increment_nesting(size, "same")
+
+
+def outside_transforms() -> Any:
+    """A context in which new tensors are plain, whatever transforms of ``torch.func`` are at work."""
+    return temporarily_clear_interpreter_stack()
 
 
 def exchange_api() -> Any:

@@ -40,6 +40,10 @@ def torch2jax(
     stochastic: bool = False,
     side_effects: bool = False,
     lock: contextlib.AbstractContextManager[Any] | bool | None = None,
+    in_specs: Any = None,
+    out_specs: Any = None,
+    mesh: Any = None,
+    output_sharding_spec: Any = None,
     name: str | None = None,
     use_torch_vjp: bool | None = None,
     use_zeros: bool | None = None,
@@ -83,6 +87,14 @@ def torch2jax(
         generator at each call, and cannot be used under ``jax.checkpoint``.
       side_effects: the call is never dropped or merged with an equal one.
       lock: a context manager held around every call of ``fn``; True for one shared by the process.
+      in_specs: how arguments are sharded, for ``out_specs``: ``jax.P``s, a tree with the structure of
+        the arguments or of a prefix, or a dict by argument name; None: as their types say (mesh
+        axes that are explicit).
+      out_specs: how the result is sharded, as in ``jax.shard_map``: ``fn`` runs on every shard of
+        its arguments, and nothing is gathered. ``output_shapes`` are those of the whole result.
+        Without it, call the function inside ``jax.shard_map``, or on arguments that are whole.
+      mesh: the mesh of the specs; None: that of the arguments' types, or of ``jax.set_mesh``.
+      output_sharding_spec: deprecated name of ``out_specs``.
       name: stable name of the call in HLO, profiles, caches and exports; otherwise the qualified
         name of ``fn`` and a counter.
       use_torch_vjp: accepted for compatibility with older bridges, without effect.
@@ -118,6 +130,15 @@ def torch2jax(
         )
     if depth is not None and (isinstance(depth, bool) or not isinstance(depth, int) or depth < 0):
         raise SignatureError(f"depth={depth!r} of {label} must be None or an int >= 0.")
+    if output_sharding_spec is not None:
+        warnings.warn(
+            "output_sharding_spec is now out_specs.", DeprecationWarning, stacklevel=2
+        )
+        out_specs = output_sharding_spec if out_specs is None else out_specs
+    if out_specs is None and (in_specs is not None or mesh is not None):
+        raise SignatureError(
+            f"in_specs and mesh of {label} go with out_specs, which says how the result is sharded."
+        )
     static_argnums, static_argnames = sig.resolve_statics(fn, static_argnums, static_argnames)
     config = Config(
         examples=(example_args, example_kw or {}) if example_args or example_kw else None,
@@ -136,6 +157,9 @@ def torch2jax(
         stochastic=stochastic,
         side_effects=side_effects,
         lock=_process_lock if lock is True else (lock or None),
+        in_specs=in_specs,
+        out_specs=out_specs,
+        mesh=mesh,
         name=name,
         default_dtype=torch.get_default_dtype(),
         default_device=torch.get_default_device(),
