@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterator
+
+# Before jax starts: the tests of several devices share one CPU.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
 
 import jax
 import pytest

@@ -21,6 +21,7 @@ cotangent is the plain transpose ``Jᵀ c = conj(Jᴴ conj(c))``: a Vjp conjugat
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable as Function
 from collections.abc import Iterable, Sequence
@@ -124,8 +125,8 @@ class Jvp:
         try:
             f = _restrict(forward_form, primals, self.wrt, self.of)
             # Under no_grad, forward mode over reverse mode is silently wrong for what saves its
-            # factorisation (linalg.solve, logdet).
-            with torch.enable_grad():
+            # factorisation (linalg.solve, logdet). See NOTE [One forward mode].
+            with _forward_mode, torch.enable_grad():
                 _, pushed = torch.func.jvp(f, take(primals, self.wrt), tangents)  # type: ignore[misc]
             return pushed
         except Exception as forward_error:
@@ -150,6 +151,11 @@ class Jvp:
             u = tuple(torch.zeros_like(o, requires_grad=True) for o in out)
             pulled = _gradients(out, take(primals, self.wrt), u, create_graph=True)
             return _gradients(pulled, u, tangents, create_graph=True)
+
+
+# NOTE [One forward mode]. torch counts its levels of forward mode for the whole process: a call on
+# one device that ends while another runs takes the tangents away from it, which are then zero.
+_forward_mode = threading.RLock()
 
 
 class Vjp:

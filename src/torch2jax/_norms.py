@@ -52,7 +52,7 @@ class _Mode(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        function = _FUNCTIONS[func] if func in _FUNCTIONS else func
+        function: Callable[..., Any] = _FUNCTIONS.get(func, func)  # type: ignore[arg-type]
         return function(*args, **(kwargs or {}))
 
 

@@ -49,8 +49,13 @@ class Shards:
                 f"{sorted(self.axes)} of the mesh are automatic, so that types do not say how the "
                 "arguments are sharded: give in_specs=, or make the axes explicit (jax.make_mesh)."
             )
+        for spec in jax.tree.leaves(config.out_specs):
+            if not isinstance(spec, PartitionSpec):
+                raise SignatureError(
+                    f"out_specs of {label} has {spec!r}; give a jax.P for every result."
+                )
         self.specs = [
-            (given or {}).get(i) or _typed_spec(x) for i, x in enumerate(operands)
+            (given or {}).get(i) or _typed_spec(jax.typeof(x)) for i, x in enumerate(operands)
         ]
         for spec, where in zip(self.specs, labels, strict=False):
             if not isinstance(spec, PartitionSpec):
@@ -74,14 +79,12 @@ class Shards:
         return replace(whole, leaves=leaves)
 
     def _on_shard(self, where: str, shape: tuple[int, ...], spec: Any) -> tuple[int, ...]:
-        if not isinstance(spec, PartitionSpec):
-            raise SignatureError(f"out_specs of {self.label} has {spec!r} for {where}; give a jax.P.")
         local = list(shape)
         for d, axes in enumerate(spec):
             for axis in axes if isinstance(axes, tuple) else (axes,):
                 if axis is None:
                     continue
-                size = self.mesh.shape[axis] if axis in self.mesh.shape else 0
+                size = self.mesh.shape.get(axis, 0)
                 if d >= len(local) or not size or local[d] % size:
                     raise SignatureError(
                         f"{where} of {self.label} has the shape {shape} in output_shapes, which "
@@ -117,20 +120,17 @@ def check_whole(avals: Sequence[Any], labels: Sequence[str], label: str) -> None
         if sharded:
             axes = ", ".join(map(repr, sharded))
             raise SignatureError(
-                f"{where} of {label} is {aval.str_short(True)}, sharded over the explicit mesh axes "
-                f"{axes}, and nothing says how the result is. To run on every shard, write "
+                f"{where} of {label} is {aval.str_short(True)}, sharded over the explicit mesh "
+                f"axes {axes}, and nothing says how the result is. To run on every shard, write "
                 f"torch2jax(fn, out_specs=jax.P({axes})), with the spec of the result; to run on "
                 "the whole, gather it first: jax.sharding.reshard(x, jax.P())."
             )
 
 
-def _typed_spec(x: Any) -> PartitionSpec:
-    """The explicit axes over which a value, or an aval, is sharded."""
-    sharding = getattr(x if isinstance(x, jax.core.ShapedArray) else jax.typeof(x), "sharding", None)
-    if sharding is None or sharding.mesh.empty:
-        return PartitionSpec()
-    explicit = _axes(sharding.mesh, _EXPLICIT)
-    if not explicit & _names(sharding.spec):
+def _typed_spec(aval: Any) -> PartitionSpec:
+    """The explicit axes over which a value of this aval is sharded."""
+    sharding = getattr(aval, "sharding", None)
+    if sharding is None or not _axes(sharding.mesh, _EXPLICIT) & _names(sharding.spec):
         return PartitionSpec()
     return sharding.spec
 

@@ -27,7 +27,7 @@ def vmap_level(size: int) -> Any:
 
 
 def outside_transforms() -> Any:
-    """A context in which new tensors are plain, whatever transforms of ``torch.func`` are at work."""
+    """A context outside of all transforms of ``torch.func``: new tensors are plain."""
     return temporarily_clear_interpreter_stack()
 
 

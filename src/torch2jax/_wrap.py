@@ -87,8 +87,8 @@ def torch2jax(
         generator at each call, and cannot be used under ``jax.checkpoint``.
       side_effects: the call is never dropped or merged with an equal one.
       lock: a context manager held around every call of ``fn``; True for one shared by the process.
-      in_specs: how arguments are sharded, for ``out_specs``: ``jax.P``s, a tree with the structure of
-        the arguments or of a prefix, or a dict by argument name; None: as their types say (mesh
+      in_specs: how arguments are sharded, for ``out_specs``: ``jax.P``s, a tree with the structure
+        of the arguments or of a prefix, or a dict by argument name; None: as their types say (mesh
         axes that are explicit).
       out_specs: how the result is sharded, as in ``jax.shard_map``: ``fn`` runs on every shard of
         its arguments, and nothing is gathered. ``output_shapes`` are those of the whole result.
@@ -131,9 +131,7 @@ def torch2jax(
     if depth is not None and (isinstance(depth, bool) or not isinstance(depth, int) or depth < 0):
         raise SignatureError(f"depth={depth!r} of {label} must be None or an int >= 0.")
     if output_sharding_spec is not None:
-        warnings.warn(
-            "output_sharding_spec is now out_specs.", DeprecationWarning, stacklevel=2
-        )
+        warnings.warn("output_sharding_spec is now out_specs.", DeprecationWarning, stacklevel=2)
         out_specs = output_sharding_spec if out_specs is None else out_specs
     if out_specs is None and (in_specs is not None or mesh is not None):
         raise SignatureError(
