@@ -2,6 +2,10 @@
 
     python examples/train_digits.py                  # train, compare with native PyTorch, draw
     python examples/train_digits.py --smoke          # a few seconds: does everything work?
+    python examples/train_digits.py --distributed 2  # on two processes of this machine
+
+On several machines, start it on each with `--coordinator host:port --processes N --process I`: see
+docs/devices.md.
 
 The network is an ordinary `torch.nn.Module`. One line makes it a JAX function of its weights:
 
@@ -18,7 +22,9 @@ from __future__ import annotations
 
 import argparse
 import copy
+import socket
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -31,6 +37,8 @@ import matplotlib
 import numpy as np
 import optax
 import torch
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -103,10 +111,22 @@ def make_model() -> nn.Module:
 
 
 class Trainer:
-    """The network as a JAX function, with its weights and the optimizer's state as pytrees."""
+    """The network as a JAX function, with its weights and the optimizer's state as pytrees.
 
-    def __init__(self, model: nn.Module) -> None:
-        apply, variables = from_module(model)
+    On a mesh every device has all weights and its share of each batch. The specs say so; that the
+    gradients are summed over the devices follows from them.
+    """
+
+    def __init__(self, model: nn.Module, mesh: Mesh | None = None) -> None:
+        self.mesh = mesh
+        whole, variables = from_module(model)
+        apply = whole
+        if mesh is not None:
+            apply, _ = from_module(
+                model, mesh=mesh, in_specs=(P(), P("batch")), out_specs=P("batch")
+            )
+            host = jax.tree.map(np.asarray, variables)
+            variables = jax.device_put(host, NamedSharding(mesh, P()))
         optimizer = optax.adam(LEARNING_RATE)
 
         def loss_fn(params: Params, images: jax.Array, labels: jax.Array) -> jax.Array:
@@ -123,23 +143,33 @@ class Trainer:
 
         @jax.jit
         def probabilities(params: Params, images: jax.Array) -> jax.Array:
-            return jax.nn.softmax(apply({**variables, "params": params}, images))
+            return jax.nn.softmax(whole({"frozen": {}, "buffers": {}, "params": params}, images))
 
         # Copies of the module's weights, by the names of its state_dict. The module itself is not
         # touched again; torch2jax.to_state_dict is the way back.
         self.params: Params = variables["params"]
-        self.state = optimizer.init(self.params)
+        self.state = jax.jit(optimizer.init)(self.params)
         self._step = step
         self._probabilities = probabilities
 
     def step(self, images: np.ndarray, labels: np.ndarray) -> jax.Array:
         """One step of Adam on one batch. Returns the loss before it."""
+        if self.mesh is not None:
+            images, labels = self.shared(images, labels)
         self.params, self.state, loss = self._step(self.params, self.state, images, labels)
         return loss
 
+    def shared(self, *batch: np.ndarray) -> list[jax.Array]:
+        """A batch over the mesh: every process has the whole, and gives its devices theirs."""
+        assert self.mesh is not None
+        sharding = NamedSharding(self.mesh, P("batch"))
+        return [jax.make_array_from_callback(x.shape, sharding, x.__getitem__) for x in batch]
+
     def probabilities(self, images: np.ndarray) -> np.ndarray:
         """Class probabilities, [n, 10]."""
-        return np.asarray(self._probabilities(self.params, images))
+        # On one device: each process has all weights.
+        params = jax.tree.map(np.asarray, self.params)
+        return np.asarray(self._probabilities(params, images))
 
     def accuracy(self, images: np.ndarray, labels: np.ndarray) -> float:
         return float(np.mean(self.probabilities(images).argmax(axis=1) == labels))
@@ -291,7 +321,54 @@ def report(ours: float, native: float) -> None:
     console.print(table)
 
 
+# -- several processes -----------------------------------------------------------------------------
+
+
+def start_processes(count: int, argv: list[str]) -> int:
+    """Start this program again, ``count`` times; the first that fails ends all of them."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    own = ["--coordinator", f"localhost:{port}", "--processes", str(count)]
+    processes = [
+        subprocess.Popen([sys.executable, __file__, *argv, *own, "--process", str(i)])
+        for i in range(count)
+    ]
+    failed = 0
+    while processes and not failed:
+        time.sleep(0.1)
+        ended = [p for p in processes if p.poll() is not None]
+        failed = next((p.returncode for p in ended if p.returncode), 0)
+        processes = [p for p in processes if p not in ended]
+    for process in processes:
+        process.kill()
+    return failed
+
+
+def train_distributed(arguments: argparse.Namespace, data: Digits, model: nn.Module) -> int:
+    """One process's part; all processes go through the same program."""
+    jax.distributed.initialize(
+        arguments.coordinator,
+        arguments.processes,
+        arguments.process,
+        heartbeat_timeout_seconds=arguments.timeout,  # then the others learn that one has died
+    )
+    console.quiet = arguments.process != 0
+    console.print(f"{jax.process_count()} processes, {jax.device_count()} devices")
+    mesh = jax.make_mesh((jax.device_count(),), ("batch",), axis_types=(AxisType.Auto,))
+    trainer = Trainer(model, mesh)
+    history = train(trainer, data, arguments.epochs, arguments.seed)
+    console.print(
+        f"Test accuracy [bold green]{history.accuracies[-1]:.2%}[/bold green] after "
+        f"{len(history.losses)} steps in {history.seconds:.1f} s, final loss "
+        f"{history.losses[-1]:.6f}",
+        highlight=False,
+    )
+    return int(history.accuracies[-1] < arguments.require)
+
+
 def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--epochs", type=int, default=25, help="passes over the data (default 25)")
     parser.add_argument(
@@ -304,14 +381,28 @@ def main(argv: list[str] | None = None) -> int:
         "--smoke", action="store_true", help="3 epochs, a short comparison, and a check"
     )
     parser.add_argument("--require", type=float, default=0.0, help="fail below this test accuracy")
+    parser.add_argument(
+        "--distributed", type=int, metavar="N", help="train on N processes of this machine"
+    )
+    parser.add_argument("--coordinator", help="host:port of process 0, to be one of several")
+    parser.add_argument("--processes", type=int, help="their number")
+    parser.add_argument("--process", type=int, help="the number of this one, from 0")
+    parser.add_argument(
+        "--timeout", type=int, default=30, help="seconds until a dead process is noticed"
+    )
     arguments = parser.parse_args(argv)
-    epochs, rounds = (3, 1) if arguments.smoke else (arguments.epochs, 10)
+    rounds = 1 if arguments.smoke else 10
+    epochs = arguments.epochs = 3 if arguments.smoke else arguments.epochs
     if epochs < 1:
         parser.error("--epochs must be at least 1")
+    if arguments.distributed and not arguments.coordinator:
+        return start_processes(arguments.distributed, argv)
 
     torch.manual_seed(arguments.seed)
     data = load(arguments.seed)
     model = make_model()
+    if arguments.coordinator:
+        return train_distributed(arguments, data, model)
     console.print(
         "[bold]A PyTorch CNN, trained by JAX on handwritten digits[/bold]\n"
         f"{sum(p.numel() for p in model.parameters()):,} weights, "

@@ -346,7 +346,8 @@ class Callable:
         self.options = options
         self.inputs, self.outputs = tuple(inputs), tuple(outputs)
         self.parent, self.suffix = parent, suffix
-        self.registration: Any = None  # the entry in the handler's table, made by _ffi when lowered
+        # Entries in the handler's table, made by _ffi when lowered: on one device, on several.
+        self.registrations: list[Any] = [None, None]
         self.keep: Callable | None = None
         """Where this one takes a token: the callable whose graphs the token names. See _tape."""
         self.memo: dict[Any, Any] = {}  # what other modules remember about this callable

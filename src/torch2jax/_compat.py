@@ -23,6 +23,7 @@ __all__ = [
     "ArrayImpl",
     "RandomEffect",
     "TorchEffect",
+    "device_count",
     "random_effect",
     "register_dce_rule",
     "result_aval",
@@ -55,6 +56,12 @@ class RandomEffect(_effects.Effect):
 def register_dce_rule(primitive: Any, rule: Callable[[list[bool], Any], Any]) -> None:
     """``rule(used outputs, equation)``; from jax 0.12 on it is also told which inputs are live."""
     partial_eval.dce_rules[primitive] = lambda used, *_and_eqn: rule(used, _and_eqn[-1])
+
+
+def device_count(ctx: Any) -> int:
+    """On how many devices the program runs that is being lowered."""
+    context = ctx.module_context.axis_context
+    return context.mesh.size if hasattr(context, "mesh") else context.num_devices
 
 
 torch_effect = TorchEffect()

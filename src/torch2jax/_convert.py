@@ -22,6 +22,7 @@ import torch
 from jax.core import Tracer
 
 from ._errors import SignatureError, Torch2JaxError, UnsupportedDtypeError
+from ._state import check_may_call_jax
 
 __all__ = [
     "canonical",
@@ -217,7 +218,8 @@ def t2j(tensor: torch.Tensor) -> jax.Array:
         UnsupportedDtypeError: JAX has no such dtype. While x64 is off also: uint64, float64 and
             complex128, and int64 values on a CPU that do not fit into int32. (On a GPU they wrap:
             to look at them would be to wait for the device.)
-        Torch2JaxError: JAX does not have the device on which the tensor is.
+        Torch2JaxError: JAX does not have the device on which the tensor is, or the call is inside a
+            `torch2jax` function that runs on several devices at once.
 
     Example:
         >>> t = torch.arange(3.)
@@ -227,6 +229,7 @@ def t2j(tensor: torch.Tensor) -> jax.Array:
         >>> a.unsafe_buffer_pointer() == t.data_ptr()
         True
     """
+    check_may_call_jax("t2j")
     _check_tensor(tensor)
     if tensor.dtype in _NARROWED and not x64_enabled():
         tensor = _narrowed(tensor)

@@ -26,16 +26,20 @@ _names: Counter[str] = Counter()
 _lock = threading.RLock()
 
 
-def register(callable: Callable) -> Any:
-    """The callable's entry in the handler's table; made, and named, when it is first lowered."""
+def register(callable: Callable, several_devices: bool = False) -> Any:
+    """The callable's entry in the handler's table; made, and named, when it is first lowered.
+
+    It has another one for programs on several devices.
+    """
     with _lock:
-        if callable.registration is None:
+        if callable.registrations[several_devices] is None:
             program, options = callable.program, callable.options
             base = callable.parent is None
             run, collect = getattr(program, "bare", None) or (in_parts(program, program.run), None)
-            callable.registration = _ext.Entry(
-                name=name_of(callable),
-                run=_lease.scoped(run) if options.borrows else run,
+            run = _lease.scoped(run) if options.borrows else run
+            callable.registrations[several_devices] = _ext.Entry(
+                name=name_of(callable) + "/several" * several_devices,
+                run=_state.on_one_of_several(run) if several_devices else run,
                 collect=collect,
                 label=options.label + callable.path,
                 inputs=list(callable.inputs),
@@ -44,7 +48,7 @@ def register(callable: Callable) -> Any:
                 pass_outputs=base and options.pass_outputs,
                 inplace=[i for i, _ in options.aliases] if base else [],
             )
-        return callable.registration
+        return callable.registrations[several_devices]
 
 
 def name_of(callable: Callable) -> str:

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import torch
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
@@ -198,7 +200,11 @@ def _verbatim(wrap: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def _copy(t: torch.Tensor) -> jax.Array:
-    return t2j(t.detach().clone())
+    array = t2j(t.detach().clone())
+    if jax.default_backend() == "cpu":
+        # Where there is no other place, the array is bound to none: it joins what is on a mesh.
+        return jnp.array(np.asarray(array))
+    return array
 
 
 def _uncompiled(module: torch.nn.Module) -> tuple[torch.nn.Module, Callable[[Any], Any]]:

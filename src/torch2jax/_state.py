@@ -8,6 +8,7 @@ executable on a thread; where the answer is no, each call goes through ``run_gua
 from __future__ import annotations
 
 import contextlib
+import threading
 import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -18,6 +19,8 @@ from torch._C import _functorch  # type: ignore[attr-defined]
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.overrides import _pop_mode, _push_mode
 from torch.utils._python_dispatch import _disable_current_modes
+
+from ._errors import Torch2JaxError
 
 _AUTOCAST_DEVICES = ("cpu", "cuda")
 
@@ -88,6 +91,42 @@ def run_on_stream(
 def current_stream(device_index: int) -> int:
     """The address of torch's current stream of a device."""
     return torch.cuda.current_stream(device_index).cuda_stream
+
+
+# --- one of several devices ----------------------------------------------------------------------
+
+
+class _Thread(threading.local):
+    one_of_several = False
+
+
+_thread = _Thread()
+
+
+def on_one_of_several(run: Callable[..., Any]) -> Callable[..., Any]:
+    """``run``, on a thread that knows that its program runs on several devices at once."""
+
+    def call(*args: Any) -> Any:
+        before, _thread.one_of_several = _thread.one_of_several, True
+        try:
+            return run(*args)
+        finally:
+            _thread.one_of_several = before
+
+    return call
+
+
+def check_may_call_jax(what: str) -> None:
+    """Raise inside a call that runs on one of several devices: calling JAX there deadlocks.
+
+    Devices wait for each other in a collective, and what is called waits for a device.
+    """
+    if _thread.one_of_several:
+        raise Torch2JaxError(
+            f"{what} is called inside a torch2jax function that runs on several devices at once. "
+            "Calling JAX from there deadlocks when the devices wait for each other: make the JAX "
+            "call outside, or compose the functions in JAX."
+        )
 
 
 # --- exceptions that cross XLA -----------------------------------------------------------------

@@ -10,6 +10,7 @@ from jax.interpreters import mlir
 
 from .. import _ffi
 from .._callable import Callable
+from .._compat import device_count
 from .._errors import SignatureError
 from .._primitive import torch_call_p
 
@@ -27,7 +28,7 @@ def _lower(
             f"{callable.options.label}: symbolic shapes reach torch code, which needs numbers; "
             "export with concrete shapes."
         )
-    registration = _ffi.register(callable)
+    registration = _ffi.register(callable, device_count(ctx) > 1)
     if not ctx.module_context.lowering_parameters.for_export:
         ctx.module_context.add_keepalive(callable)
     base = callable.parent is None
