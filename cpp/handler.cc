@@ -408,6 +408,24 @@ dl::Device DeviceOf(const ffi::RemainingArgs& args, const ffi::RemainingRets& re
   return {rocm ? dl::kRocm : dl::kCuda, Driver::DeviceOf(pointer)};
 }
 
+// Registers what an unknown name stands for (exported programs bring such names). Empty, or why it
+// cannot.
+std::string Resolve(const Torch& torch, std::string_view name) {
+  std::string unknown = "no PyTorch function is registered as \"" + std::string(name) +
+                        "\" in this process: wrap it with torch2jax (or provide it with "
+                        "torch2jax.register) before running a cached or exported program";
+  if (!torch.resolve) return unknown;
+  Owned text =
+      Owned::Steal(PyUnicode_FromStringAndSize(name.data(), static_cast<Py_ssize_t>(name.size())));
+  Owned refusal = text ? CallFunction(torch.resolve.get(), text.get()) : Owned();
+  const char* reason = refusal ? PyUnicode_AsUTF8(refusal.get()) : nullptr;
+  if (reason == nullptr) {
+    PyErr_Clear();
+    return unknown;
+  }
+  return reason;
+}
+
 ffi::Error Dispatch(bool gpu, void* stream, int64_t run_id, const ffi::RemainingArgs& args,
                     const ffi::RemainingRets& rets, std::string_view name) {
   InFlight announced;
@@ -418,11 +436,14 @@ ffi::Error Dispatch(bool gpu, void* stream, int64_t run_id, const ffi::Remaining
   GilGuard gil;
   const Torch* torch = GetTorch();
   Found found = Registry::Find(name);
-  if (!found.callable || torch == nullptr) {
-    return ffi::Error(ffi::ErrorCode::kNotFound,
-                      "no PyTorch function is registered as \"" + std::string(name) +
-                          "\" in this process: wrap it with torch2jax (or provide it with "
-                          "torch2jax.register) before running a cached or exported program");
+  if (torch == nullptr) return ffi::Error(ffi::ErrorCode::kNotFound, "the package is not set up");
+  if (!found.callable) {
+    std::string refusal = Resolve(*torch, name);
+    if (refusal.empty()) found = Registry::Find(name);
+    if (!found.callable) {
+      return ffi::Error(ffi::ErrorCode::kNotFound,
+                        refusal.empty() ? "the name of a PyTorch function leads nowhere" : refusal);
+    }
   }
   Target target{gpu ? DeviceOf(args, rets, torch->rocm) : dl::Device{dl::kCpu, 0}, stream};
   Call call(*torch, found, args, rets, target);

@@ -98,7 +98,8 @@ const dl::ExchangeApi* ExchangeApiOf(nb::handle capsule) {
 
 void Setup(nb::object exchange_api, nb::module_ module, nb::object ambient_clean,
            nb::object run_guarded, nb::object describe_exception, nb::object collect,
-           nb::object run_on_stream, nb::object current_stream, bool force_capsules, bool rocm) {
+           nb::object resolve, nb::object run_on_stream, nb::object current_stream,
+           bool force_capsules, bool rocm) {
   auto torch = std::make_unique<Torch>();
   torch->api = force_capsules ? nullptr : ExchangeApiOf(exchange_api);
   torch->rocm = rocm;
@@ -115,6 +116,7 @@ void Setup(nb::object exchange_api, nb::module_ module, nb::object ambient_clean
   torch->run_guarded = ToOwned(run_guarded);
   torch->describe_exception = ToOwned(describe_exception);
   torch->collect = ToOwned(collect);
+  if (!resolve.is_none()) torch->resolve = ToOwned(resolve);
   torch->run_on_stream = ToOwned(run_on_stream);
   torch->current_stream = ToOwned(current_stream);
   auto intern = [](const char* name) { return Owned::Steal(PyUnicode_InternFromString(name)); };
@@ -198,9 +200,9 @@ NB_MODULE(_ext, m) {
 
   m.def("setup", &Setup, nb::kw_only(), nb::arg("exchange_api").none(), nb::arg("torch"),
         nb::arg("ambient_clean"), nb::arg("run_guarded"), nb::arg("describe_exception"),
-        nb::arg("collect"), nb::arg("run_on_stream").none() = nb::none(),
-        nb::arg("current_stream").none() = nb::none(), nb::arg("force_capsules") = false,
-        nb::arg("rocm") = false,
+        nb::arg("collect"), nb::arg("resolve").none() = nb::none(),
+        nb::arg("run_on_stream").none() = nb::none(), nb::arg("current_stream").none() = nb::none(),
+        nb::arg("force_capsules") = false, nb::arg("rocm") = false,
         "Hands over what the handler uses of PyTorch and of the package. May be called again.\n\n"
         "exchange_api: `torch.Tensor.__dlpack_c_exchange_api__` or None. torch: the module.\n"
         "ambient_clean(default_dtype) -> bool: whether this thread's PyTorch state is clean.\n"
@@ -209,6 +211,7 @@ NB_MODULE(_ext, m) {
         "as PyTorch's\ncurrent one. current_stream(device_index) -> int: used without the exchange "
         "API.\n"
         "describe_exception(label, exception) -> str. collect(): young generations.\n"
+        "resolve(name) -> str: registers what an unknown name stands for, or says why it cannot.\n"
         "force_capsules: do without the exchange API and libc10's functions. rocm: PyTorch and XLA "
         "use HIP.");
   m.def("begin_shutdown", &BeginShutdown,

@@ -35,6 +35,7 @@ struct Torch {
   bool (*c10_is_grad_enabled)() = nullptr;
   void (*c10_set_grad_enabled)(bool) = nullptr;
   Owned ambient_clean, run_guarded, run_on_stream, current_stream, describe_exception, collect;
+  Owned resolve;  // takes an unknown name: registers it and returns "", or says why not
   Owned name_version, name_view, name_detach, name_clone, name_copy, name_resolve_conj,
       name_resolve_neg, name_dtype, zero;
   std::array<DtypeRoute, kDtypes.size()> dtypes;

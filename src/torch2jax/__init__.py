@@ -15,9 +15,10 @@ from ._errors import (
     TorchCallError,
     UnsupportedDtypeError,
 )
+from ._export import export_checks
 from ._module import from_module, to_state_dict
 from ._tape import TapeInfo, clear_tape, set_tape_budget, tape_info
-from ._wrap import torch2jax, torch2jax_with_vjp, torch2jax_without_vjp
+from ._wrap import register, torch2jax, torch2jax_with_vjp, torch2jax_without_vjp
 
 __version__ = "0.1.0"
 
@@ -34,8 +35,10 @@ __all__ = [
     "clear_tape",
     "dtype_j2t",
     "dtype_t2j",
+    "export_checks",
     "from_module",
     "j2t",
+    "register",
     "set_tape_budget",
     "t2j",
     "tape_info",

@@ -36,6 +36,7 @@ def setup(
     run_guarded: Callable[..., Any],
     describe_exception: Callable[[str, BaseException], str],
     collect: Callable[[], Any],
+    resolve: Callable[[str], str] | None = None,
     run_on_stream: Callable[..., Any] | None = None,
     current_stream: Callable[[int], int] | None = None,
     force_capsules: bool = False,

@@ -22,8 +22,16 @@ TARGET = __name__.partition(".")[0]
 
 PLATFORMS = ("cpu", "cuda", "rocm")
 
+_resolver: Any = None
+"""``_export.resolve``, which knows what exported names stand for."""
 _names: Counter[str] = Counter()
 _lock = threading.RLock()
+
+
+def resolve_by(resolver: Any) -> None:
+    """Have unknown names resolved by ``resolver(name) -> str``, "" or why it cannot."""
+    global _resolver
+    _resolver = resolver
 
 
 def register(callable: Callable, several_devices: bool = False) -> Any:
@@ -33,22 +41,32 @@ def register(callable: Callable, several_devices: bool = False) -> Any:
     """
     with _lock:
         if callable.registrations[several_devices] is None:
-            program, options = callable.program, callable.options
-            base = callable.parent is None
-            run, collect = getattr(program, "bare", None) or (in_parts(program, program.run), None)
-            run = _lease.scoped(run) if options.borrows else run
-            callable.registrations[several_devices] = _ext.Entry(
-                name=name_of(callable) + "/several" * several_devices,
-                run=_state.on_one_of_several(run) if several_devices else run,
-                collect=collect,
-                label=options.label + callable.path,
-                inputs=list(callable.inputs),
-                outputs=list(callable.outputs),
-                default_dtype=options.default_dtype,
-                pass_outputs=base and options.pass_outputs,
-                inplace=[i for i, _ in options.aliases] if base else [],
-            )
+            name = name_of(callable) + SEVERAL * several_devices
+            callable.registrations[several_devices] = entry_of(callable, name, several_devices)
         return callable.registrations[several_devices]
+
+
+SEVERAL = "/several"
+"""Ends the name of a call in a program on several devices."""
+
+
+def entry_of(callable: Callable, name: str, several_devices: bool) -> Any:
+    """An entry of the handler's table; withdrawn when nothing refers to it."""
+    program, options = callable.program, callable.options
+    base = callable.parent is None
+    run, collect = getattr(program, "bare", None) or (in_parts(program, program.run), None)
+    run = _lease.scoped(run) if options.borrows else run
+    return _ext.Entry(
+        name=name,
+        run=_state.on_one_of_several(run) if several_devices else run,
+        collect=collect,
+        label=options.label + callable.path,
+        inputs=list(callable.inputs),
+        outputs=list(callable.outputs),
+        default_dtype=options.default_dtype,
+        pass_outputs=base and options.pass_outputs,
+        inplace=[i for i, _ in options.aliases] if base else [],
+    )
 
 
 def name_of(callable: Callable) -> str:
@@ -76,6 +94,7 @@ _ext.setup(
     run_guarded=_state.run_guarded,
     describe_exception=_state.describe_exception,
     collect=lambda: gc.collect(1),
+    resolve=lambda name: _resolver(name),
     run_on_stream=_state.run_on_stream,
     current_stream=_state.current_stream,
     rocm=torch.version.hip is not None,

@@ -12,15 +12,16 @@ from jax.tree_util import tree_flatten, tree_flatten_with_path
 
 from . import _signature as sig
 from . import _state
+from ._callable import Callable
 from ._compat import ArrayImpl, varying_everywhere
 from ._convert import x64_enabled
 from ._depth import call_to_depth
 from ._errors import SignatureError, TorchCallError
 from ._flat import Static
 from ._options import Config, Operands, mark_static
-from ._plan import Plan, Planner, arguments_of
+from ._plan import Avals, Plan, Planner, arguments_of
 from ._primitive import call as call_primitive
-from ._sharding import Shards
+from ._shards import Shards
 
 
 class _Call:
@@ -102,6 +103,13 @@ class TorchFunction:
         """``jax.stages.Traced`` for these arguments; ``jax.ShapeDtypeStruct``s do."""
         call, operands = self._flatten(args, kwargs)
         return call.jitted.trace(*operands)
+
+    def callable_for(self, args: Any, kwargs: Any) -> tuple[Callable, Avals]:
+        """The callable of calls with such arguments, and the avals of its operands."""
+        call, operands = self._flatten_arguments(args, kwargs)
+        avals = tuple(sig.leaf_aval(x) for x in operands)
+        plan = self._planner.plan(call.arguments, avals, [False] * len(avals))
+        return plan.callable, avals
 
     # --- arguments -------------------------------------------------------------------------------
 

@@ -38,7 +38,7 @@ from ._names import qualified_name
 from ._options import Config, Operands
 from ._random import draw_seed, refusing, seeded
 from ._replica import Forward
-from ._sharding import Shards
+from ._shards import Shards
 
 Avals = Sequence[tuple[tuple[int, ...], Any]]
 """(shape, dtype) pairs."""

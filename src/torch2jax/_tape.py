@@ -317,7 +317,8 @@ def with_token(callable: Callable, after: int, keep: Callable) -> Callable:
         return Popped(program, after, keeper)
 
     inputs = [*callable.inputs[:at], "the token", *callable.inputs[at:]]
-    child = callable.derive("/tape", make, inputs, list(callable.outputs))
+    suffix = f"/tape({','.join(map(str, keeper.wrt))})"
+    child = callable.derive(suffix, make, inputs, list(callable.outputs))
     child.keep = keep  # the graphs of a token are found by the program that kept them
     return child
 

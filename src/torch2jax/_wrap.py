@@ -10,10 +10,12 @@ from collections.abc import Callable as Function
 from collections.abc import Hashable, Sequence
 from typing import Any
 
+import jax
 import torch
 
 from . import _signature as sig
 from ._errors import SignatureError
+from ._export import provide
 from ._function import TorchFunction
 from ._names import label_of
 from ._options import Config
@@ -168,6 +170,48 @@ def torch2jax(
         if wrapped is None:
             wrapped = _wrapped[key] = TorchFunction(fn, _prepared(fn, config), label, config)
     return wrapped
+
+
+def register(
+    fn: Function[..., Any], *example_args: Any, name: str, **options: Any
+) -> TorchFunction:
+    """Provide a function for exported programs that this process loads.
+
+    Args:
+      fn: the function, as it was wrapped where the program was exported.
+      *example_args: arrays, tensors or ``jax.ShapeDtypeStruct``s: the arguments' structure, shapes
+        and dtypes. Register once for each signature that the program calls.
+      name: the ``name=`` under which it was wrapped there.
+      **options: the other options of ``torch2jax`` with which it was wrapped there; keyword
+        arguments go into ``example_kw``.
+
+    Returns:
+      The wrapped function.
+
+    Raises:
+      SignatureError: where another function has the name in this process, or for an ``fn`` that
+        does not take such arguments.
+
+    >>> import jax, jax.numpy as jnp, torch
+    >>> from torch2jax import export_checks
+    >>> double = lambda x: 2 * x
+    >>> f = torch2jax(double, name="double")
+    >>> exported = jax.export.export(jax.jit(f), disabled_checks=export_checks)(jnp.ones(3))
+    >>> _ = register(double, jnp.ones(3), name="double")
+    >>> exported.call(jnp.ones(3))
+    Array([2., 2., 2.], dtype=float32)
+    """
+    keywords = options.pop("example_kw", None) or {}
+    wrapped = torch2jax(fn, name=name, **options)
+    args, keywords = jax.tree.map(_struct, (example_args, keywords))
+    provide(name, wrapped, *wrapped.callable_for(args, keywords))
+    return wrapped
+
+
+def _struct(x: Any) -> Any:
+    if hasattr(x, "shape") and hasattr(x, "dtype"):
+        return jax.ShapeDtypeStruct(*sig.leaf_aval(x))
+    return x
 
 
 def torch2jax_without_vjp(fn: Function[..., Any], *example_args: Any, **options: Any):

@@ -12,6 +12,7 @@ from .. import _ffi
 from .._callable import Callable
 from .._compat import device_count
 from .._errors import SignatureError
+from .._export import exported_name
 from .._primitive import torch_call_p
 
 
@@ -28,8 +29,11 @@ def _lower(
             f"{callable.options.label}: symbolic shapes reach torch code, which needs numbers; "
             "export with concrete shapes."
         )
-    registration = _ffi.register(callable, device_count(ctx) > 1)
-    if not ctx.module_context.lowering_parameters.for_export:
+    several = device_count(ctx) > 1
+    if ctx.module_context.lowering_parameters.for_export:
+        name = exported_name(callable, ctx.avals_in, several)
+    else:
+        name = _ffi.register(callable, several).name
         ctx.module_context.add_keepalive(callable)
     base = callable.parent is None
     lower = jax.ffi.ffi_lowering(
@@ -37,7 +41,7 @@ def _lower(
         has_side_effect=callable.options.side_effects or callable.options.draws,
         operand_output_aliases=dict(callable.options.aliases) if base else {},
     )
-    return lower(ctx, *operands, name=registration.name)
+    return lower(ctx, *operands, name=name)
 
 
 for _platform in _ffi.PLATFORMS:
