@@ -34,6 +34,9 @@ def mesh(kind: AxisType, *sizes: int) -> jax.sharding.Mesh:
     return jax.make_mesh(sizes, names, axis_types=(kind,) * len(sizes))
 
 
+# jax < 0.8 has it under another name.
+entered_mesh = getattr(jax, "set_mesh", None) or jax.sharding.use_mesh
+
 AUTO = mesh(AxisType.Auto, 4)
 AUTO_2D = mesh(AxisType.Auto, 4, 2)
 EXPLICIT = mesh(AxisType.Explicit, 4)
@@ -213,7 +216,7 @@ def test_explicit_axes(kind: str, entered: bool) -> None:
             assert "all-gather" not in compiled.as_text()
 
     if entered:
-        with jax.set_mesh(on):
+        with entered_mesh(on):
             check()
     else:
         check()
@@ -253,7 +256,7 @@ def test_one_function_on_two_meshes() -> None:
     f = torch2jax(torch_layer, in_specs=(P("data"), P()), out_specs=P("data"),
                   output_shapes=jax.ShapeDtypeStruct((8, 4), jnp.float32))  # fmt: skip
     for on in (AUTO, AUTO_2D, mesh(AxisType.Auto, 8)):
-        with jax.set_mesh(on):
+        with entered_mesh(on):
             close(f(X, W), layer(X, W))
 
 
@@ -284,6 +287,10 @@ def test_updated_arguments_are_sharded() -> None:
     close((y, cache), ((2 * X).sum(1), 2 * X))
 
 
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 8),
+    reason="jaxlib 0.7 aborts while compiling a custom call beside the small loop of fold_in",
+)
 def test_shards_draw_their_own_numbers() -> None:
     def draw(x: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.dropout(x, 0.5)

@@ -61,7 +61,11 @@ def register_dce_rule(primitive: Any, rule: Callable[[list[bool], Any], Any]) ->
 def device_count(ctx: Any) -> int:
     """On how many devices the program runs that is being lowered."""
     context = ctx.module_context.axis_context
-    return context.mesh.size if hasattr(context, "mesh") else context.num_devices
+    if hasattr(context, "mesh"):
+        return context.mesh.size
+    if hasattr(context, "num_devices"):
+        return context.num_devices
+    return context.axis_env.nreps  # pmap, up to jax 0.7
 
 
 torch_effect = TorchEffect()

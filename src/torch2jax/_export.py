@@ -17,7 +17,7 @@ import weakref
 from collections.abc import Sequence
 from typing import Any
 
-import jax
+import jax.export
 
 from . import _ffi
 from ._callable import Callable, Jvp, Vjp, Vmap
