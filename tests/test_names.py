@@ -414,3 +414,18 @@ def test_directions_of_the_layers(path: Path) -> None:
         if name.startswith(f"{NAME}."):
             other = layers.get(name.split(".")[1], 0)
             assert other <= own, f"{relative(path)} imports {name}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
+def test_nothing_is_unpickled_or_evaluated(path: Path) -> None:
+    """See docs/security.md."""
+    assert not roots(path) & {"pickle", "cloudpickle", "dill", "shelve", "marshal"}
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call):
+            assert ast.unparse(node.func) not in {
+                "eval",
+                "exec",
+                "compile",
+                "__import__",
+                "torch.load",
+            }
