@@ -21,7 +21,7 @@ PIP := $(PY) -m pip --disable-pip-version-check install --quiet
 CPP     := $(wildcard cpp/*.cc cpp/*.h)
 PYTHONS := src tests examples tools $(wildcard benchmarks) install_package_aliased.py
 
-.PHONY: help demo test test-ops test-matrix lint format clean
+.PHONY: help demo docs test test-ops test-matrix lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -37,6 +37,9 @@ test-ops: $(VENV)/.test ## run all of PyTorch's own operator samples, not two of
 
 test-matrix: $(VENV)/.test ## run the core tests on the oldest and the newest jax, and on Python 3.13
 	$(PY) tools/matrix.py --torch '$(TORCH)' -- $(PYTEST)
+
+docs: $(VENV)/.docs ## build the site, strictly, into build/site
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build
 
 lint: $(VENV)/.lint ## ruff, pyright and clang-format
 	$(VENV)/bin/ruff check $(PYTHONS)
@@ -75,6 +78,6 @@ $(VENV)/.test: $(VENV)/.package tools/requirements.py
 	$(PY) tools/requirements.py test --build | $(PIP) -r /dev/stdin
 	@touch $@
 
-$(VENV)/.demo $(VENV)/.lint: $(VENV)/.%: $(VENV)/.package tools/requirements.py
+$(VENV)/.demo $(VENV)/.docs $(VENV)/.lint: $(VENV)/.%: $(VENV)/.package tools/requirements.py
 	$(PY) tools/requirements.py $* | $(PIP) -r /dev/stdin
 	@touch $@

@@ -8,8 +8,6 @@ from __future__ import annotations
 import copy
 import doctest
 import importlib
-import os
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -27,8 +25,6 @@ import torch2jax as package
 from torch2jax import clear_tape, from_module, tape_info, to_state_dict, torch2jax
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = sorted((ROOT / "docs" / "adapters").glob("*.md"))
-EXAMPLES = ("equinox_digits", "feature_extractor", "numpyro_nuts")
 REASON = "the extra `test` is not installed"
 optax = pytest.importorskip("optax", reason=REASON)
 flax = pytest.importorskip("flax", reason=REASON)
@@ -663,55 +659,3 @@ def test_numpyro_model_with_a_torch_likelihood() -> None:
     sd = np.sqrt(np.diag(covariance))
     np.testing.assert_allclose((samples.mean(0) - mean) / sd, 0, atol=5 / np.sqrt(400))
     np.testing.assert_allclose(samples.std(0) / sd, 1, atol=5 / np.sqrt(2 * 400))
-
-
-# -- pages and examples ----------------------------------------------------------------------------
-
-
-def run(*command: str, cwd: Path) -> str:
-    done = subprocess.run(
-        [sys.executable, "-W", "error::UserWarning", *command],
-        cwd=cwd,
-        env={**os.environ, "COLUMNS": "120", "PYTHONIOENCODING": "utf-8"},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        encoding="utf-8",
-    )
-    assert done.returncode == 0, done.stdout
-    return done.stdout
-
-
-def test_there_are_pages() -> None:
-    assert {page.stem for page in PAGES} == {
-        "equinox",
-        "feature_extractor",
-        "flax",
-        "numpyro",
-        "optax",
-        "orbax",
-    }
-
-
-@pytest.mark.parametrize("page", PAGES, ids=[page.stem for page in PAGES])
-def test_pages_run(page: Path, tmp_path: Path) -> None:
-    """The blocks of a page make one program."""
-    if page.stem in ("orbax", "numpyro"):
-        pytest.importorskip({"orbax": "orbax.checkpoint"}.get(page.stem, page.stem), reason=REASON)
-    text = page.read_text(encoding="utf-8")
-    blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    assert blocks
-    run("-c", "\n".join(blocks), cwd=tmp_path)
-
-
-@pytest.mark.parametrize("name", EXAMPLES)
-def test_examples_run(name: str, tmp_path: Path) -> None:
-    libraries = ["sklearn", "rich", "matplotlib"]
-    for library in [*libraries, "numpyro"] if name == "numpyro_nuts" else libraries:
-        pytest.importorskip(
-            library, reason="the extra `demo` is not installed", exc_type=ImportError
-        )
-    output = tmp_path / ("output.eqx" if name == "equinox_digits" else "output.png")
-    run(str(ROOT / "examples" / f"{name}.py"), "--smoke", "--output", str(output), cwd=tmp_path)
-    assert output.suffix == ".eqx" or output.read_bytes().startswith(b"\x89PNG")
-    assert output.stat().st_size > 10_000

@@ -85,7 +85,7 @@ def dtype_t2j(torch_dtype: torch.dtype) -> DType:
         UnsupportedDtypeError: JAX has no such dtype (quantized, `torch.complex32`, sub-byte).
         SignatureError: not a `torch.dtype`.
 
-    Example:
+    Examples:
         >>> dtype_t2j(torch.bfloat16) == jnp.bfloat16
         True
         >>> dtype_t2j(torch.float64)
@@ -120,7 +120,7 @@ def dtype_j2t(jax_dtype: Any) -> torch.dtype:
         UnsupportedDtypeError: PyTorch has no such dtype (`int4`, random keys, `float0`, strings).
         SignatureError: not a dtype at all.
 
-    Example:
+    Examples:
         >>> dtype_j2t(jnp.float32), dtype_j2t("bfloat16"), dtype_j2t(np.dtype("int8"))
         (torch.float32, torch.bfloat16, torch.int8)
     """
@@ -159,7 +159,7 @@ def canonical(torch_dtype: torch.dtype) -> DType:
     Raises:
         UnsupportedDtypeError: as in `dtype_t2j`.
 
-    Example:
+    Examples:
         >>> canonical(torch.float64)  # with x64 off, as JAX starts
         dtype('float32')
     """
@@ -221,7 +221,7 @@ def t2j(tensor: torch.Tensor) -> jax.Array:
         Torch2JaxError: JAX does not have the device on which the tensor is, or the call is inside a
             `torch2jax` function that runs on several devices at once.
 
-    Example:
+    Examples:
         >>> t = torch.arange(3.)
         >>> a = t2j(t)
         >>> a
@@ -374,7 +374,7 @@ def j2t(array: jax.Array | NDArray) -> torch.Tensor:
         UnsupportedDtypeError: PyTorch has no such dtype (`int4`, random keys, `float0`).
         Torch2JaxError: the array is deleted or donated, or PyTorch does not have its device.
 
-    Example:
+    Examples:
         >>> a = jnp.arange(3.)
         >>> t = j2t(a)
         >>> t
@@ -486,7 +486,7 @@ def tree_t2j(tree: Any) -> Any:
     Raises:
         Torch2JaxError: what `t2j` raises, with the path of the leaf in front.
 
-    Example:
+    Examples:
         >>> tree_t2j({"lr": 0.1, "w": torch.ones(2)})
         {'lr': 0.1, 'w': Array([1., 1.], dtype=float32)}
     """
@@ -506,7 +506,7 @@ def tree_j2t(tree: Any) -> Any:
     Raises:
         Torch2JaxError: what `j2t` raises, with the path of the leaf in front.
 
-    Example:
+    Examples:
         >>> tree_j2t([jnp.ones(2), "name", None])
         [tensor([1., 1.]), 'name', None]
     """

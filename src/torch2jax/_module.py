@@ -128,16 +128,17 @@ def from_module(
       SignatureError: for lazy parameters without examples, clashing keywords, or variables that are
         not the module's.
 
-    >>> import jax, jax.numpy as jnp, torch
-    >>> apply, variables = from_module(torch.nn.Linear(3, 2))
-    >>> {name: p.shape for name, p in sorted(variables["params"].items())}
-    {'bias': (2,), 'weight': (2, 3)}
-    >>> apply(variables, jnp.ones((4, 3))).shape
-    (4, 2)
-    >>> def loss(params, x):
-    ...     return apply({**variables, "params": params}, x).sum()
-    >>> jax.jit(jax.grad(loss))(variables["params"], jnp.ones((4, 3)))["bias"]
-    Array([4., 4.], dtype=float32)
+    Examples:
+      >>> import jax, jax.numpy as jnp, torch
+      >>> apply, variables = from_module(torch.nn.Linear(3, 2))
+      >>> {name: p.shape for name, p in sorted(variables["params"].items())}
+      {'bias': (2,), 'weight': (2, 3)}
+      >>> apply(variables, jnp.ones((4, 3))).shape
+      (4, 2)
+      >>> def loss(params, x):
+      ...     return apply({**variables, "params": params}, x).sum()
+      >>> jax.jit(jax.grad(loss))(variables["params"], jnp.ones((4, 3)))["bias"]
+      Array([4., 4.], dtype=float32)
     """
     if not isinstance(module, torch.nn.Module):
         raise SignatureError(
@@ -167,11 +168,12 @@ def to_state_dict(
     Returns:
       Names and CPU tensors, which share no memory with the arrays.
 
-    >>> import torch
-    >>> module = torch.nn.BatchNorm1d(2)
-    >>> _, variables = from_module(module)
-    >>> module.load_state_dict(to_state_dict(variables))
-    <All keys matched successfully>
+    Examples:
+      >>> import torch
+      >>> module = torch.nn.BatchNorm1d(2)
+      >>> _, variables = from_module(module)
+      >>> module.load_state_dict(to_state_dict(variables))
+      <All keys matched successfully>
     """
     tensors = {
         name: j2t(jax.device_get(x)).clone() for g in variables.values() for name, x in g.items()

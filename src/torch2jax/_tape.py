@@ -582,7 +582,18 @@ _NO_TOKEN = (0, 0, 0, 0)
 
 @dataclass
 class TapeInfo:
-    """What the tape holds and has done in this process."""
+    """What the tape holds and has done in this process.
+
+    Attributes:
+      entries: graphs that are kept now.
+      bytes: of their activations.
+      budget: bytes that may be kept on each device; None for a quarter of its memory.
+      hits: backward passes that found their graph.
+      misses: backward passes that ran forward again.
+      evictions: graphs that were dropped for the budget.
+      on_copies: functions whose graphs cannot be kept on views of XLA's memory: their operands
+        are copied.
+    """
 
     entries: int = 0
     bytes: int = 0
@@ -591,7 +602,6 @@ class TapeInfo:
     misses: int = 0
     evictions: int = 0
     on_copies: list[str] = field(default_factory=list)
-    """Functions whose graphs cannot be kept on views of XLA's memory: their operands are copied."""
 
 
 class Tape:
@@ -747,8 +757,9 @@ tape = Tape()
 def tape_info() -> TapeInfo:
     """What the tape holds: entries, bytes, budget; hits, misses and evictions so far.
 
-    >>> tape_info().entries
-    0
+    Examples:
+      >>> tape_info().entries
+      0
     """
     return tape.info()
 
@@ -756,7 +767,8 @@ def tape_info() -> TapeInfo:
 def clear_tape() -> None:
     """Drop every kept graph. Backward passes that need one run forward again.
 
-    >>> clear_tape()
+    Examples:
+      >>> clear_tape()
     """
     tape.clear()
 
@@ -766,8 +778,9 @@ def set_tape_budget(bytes: int | None) -> None:
 
     0 keeps nothing: every backward pass runs forward again.
 
-    >>> set_tape_budget(2**30)
-    >>> set_tape_budget(None)
+    Examples:
+      >>> set_tape_budget(2**30)
+      >>> set_tape_budget(None)
     """
     if bytes is not None and (not isinstance(bytes, int) or bytes < 0):
         raise ValueError(f"a tape budget is a number of bytes or None, got {bytes!r}")

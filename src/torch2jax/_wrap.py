@@ -113,13 +113,14 @@ def torch2jax(
       TorchCallError: for an exception in ``fn``, from an eager call; its ``__cause__`` is that
         exception. Under your own ``jax.jit`` it is JAX's runtime error with the same text.
 
-    >>> import jax, jax.numpy as jnp, torch
-    >>> f = torch2jax(lambda a, b: torch.sin(a) @ b)
-    >>> a, b = jnp.ones((2, 3)), jnp.ones((3, 4))
-    >>> jax.jit(f)(a, b).shape
-    (2, 4)
-    >>> jax.grad(lambda a: f(a, b).sum())(a).shape
-    (2, 3)
+    Examples:
+      >>> import jax, jax.numpy as jnp, torch
+      >>> f = torch2jax(lambda a, b: torch.sin(a) @ b)
+      >>> a, b = jnp.ones((2, 3)), jnp.ones((3, 4))
+      >>> jax.jit(f)(a, b).shape
+      (2, 4)
+      >>> jax.grad(lambda a: f(a, b).sum())(a).shape
+      (2, 3)
     """
     label = label_of(fn)
     if not callable(fn):
@@ -215,12 +216,26 @@ def _struct(x: Any) -> Any:
 
 
 def torch2jax_without_vjp(fn: Function[..., Any], *example_args: Any, **options: Any):
-    """``torch2jax(fn, ..., depth=0)``: forward only."""
+    """``torch2jax(fn, ..., depth=0)``: forward only.
+
+    Examples:
+      >>> import jax.numpy as jnp, torch
+      >>> torch2jax_without_vjp(torch.square)(jnp.arange(3.0))
+      Array([0., 1., 4.], dtype=float32)
+    """
     return torch2jax(fn, *example_args, **{**options, "depth": 0})
 
 
 def torch2jax_with_vjp(fn: Function[..., Any], *example_args: Any, **options: Any):
-    """Deprecated: ``torch2jax`` defines derivatives by itself."""
+    """Deprecated: ``torch2jax`` defines derivatives by itself.
+
+    Examples:
+      >>> import torch
+      >>> with warnings.catch_warnings():
+      ...     warnings.simplefilter("ignore")
+      ...     torch2jax_with_vjp(torch.square) is torch2jax(torch.square)
+      True
+    """
     warnings.warn(
         "torch2jax_with_vjp is torch2jax: use that name.", DeprecationWarning, stacklevel=2
     )

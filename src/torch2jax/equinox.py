@@ -45,20 +45,21 @@ class TorchModule(eqx.nn.StatefulLayer):
       inference: True in evaluation mode. It begins as the PyTorch module is and changes with
         ``eqx.nn.inference_mode``.
 
-    >>> import equinox as eqx, jax.numpy as jnp, torch
-    >>> model = TorchModule(torch.nn.Linear(3, 2))
-    >>> model(jnp.ones((5, 3))).shape
-    (5, 2)
-    >>> eqx.filter_grad(lambda model, x: model(x).sum())(model, jnp.ones((5, 3))).params["bias"]
-    Array([5., 5.], dtype=float32)
+    Examples:
+      >>> import equinox as eqx, jax.numpy as jnp, torch
+      >>> model = TorchModule(torch.nn.Linear(3, 2))
+      >>> model(jnp.ones((5, 3))).shape
+      (5, 2)
+      >>> eqx.filter_grad(lambda model, x: model(x).sum())(model, jnp.ones((5, 3))).params["bias"]
+      Array([5., 5.], dtype=float32)
 
-    With buffers:
+      With buffers:
 
-    >>> model, state = eqx.nn.make_with_state(TorchModule)(torch.nn.BatchNorm1d(3))
-    >>> out, state = eqx.filter_jit(model)(jnp.ones((5, 3)), state)
-    >>> model.variables(state)["buffers"]["num_batches_tracked"]
-    Array(1, dtype=int32)
-    >>> out, state = eqx.nn.inference_mode(model)(jnp.ones((1, 3)), state)
+      >>> model, state = eqx.nn.make_with_state(TorchModule)(torch.nn.BatchNorm1d(3))
+      >>> out, state = eqx.filter_jit(model)(jnp.ones((5, 3)), state)
+      >>> model.variables(state)["buffers"]["num_batches_tracked"]
+      Array(1, dtype=int32)
+      >>> out, state = eqx.nn.inference_mode(model)(jnp.ones((1, 3)), state)
     """
 
     params: dict[str, Any]
@@ -157,13 +158,14 @@ def trainable(tree: Any) -> Any:
       The same structure with True for arrays of inexact dtype, and False for the rest and for the
       parameters that a ``TorchModule`` holds as frozen.
 
-    >>> import equinox as eqx, jax, torch
-    >>> module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
-    >>> module[0] = module[0].requires_grad_(False)
-    >>> model = TorchModule(module)
-    >>> trained, rest = eqx.partition(model, trainable(model))
-    >>> sorted(name for name, x in trained.params.items() if x is not None), trained.frozen
-    (['1.bias', '1.weight'], {'0.bias': None, '0.weight': None})
+    Examples:
+      >>> import equinox as eqx, jax, torch
+      >>> module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+      >>> module[0] = module[0].requires_grad_(False)
+      >>> model = TorchModule(module)
+      >>> trained, rest = eqx.partition(model, trainable(model))
+      >>> sorted(name for name, x in trained.params.items() if x is not None), trained.frozen
+      (['1.bias', '1.weight'], {'0.bias': None, '0.weight': None})
     """
 
     def select(x: Any) -> Any:

@@ -49,21 +49,22 @@ class TorchModule(nnx.Module):
         ``train()`` and ``eval()``, those of a module around it, or in ``nnx.view``. One switch
         for dropout and BatchNorm, as in PyTorch.
 
-    >>> import jax.numpy as jnp, torch
-    >>> from flax import nnx
-    >>> model = TorchModule(torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4)))
-    >>> {name: p.shape for name, p in sorted(model.params.items())}
-    {'0.bias': (4,), '0.weight': (4, 3), '1.bias': (4,), '1.weight': (4,)}
-    >>> @nnx.jit
-    ... def gradients(model, x):
-    ...     return nnx.grad(lambda model: (model(x) ** 2).sum())(model)
-    >>> gradients(model, jnp.eye(2, 3))["params"]["0.weight"].shape
-    (4, 3)
-    >>> int(model.buffers["1.num_batches_tracked"][...])
-    1
-    >>> model.eval()
-    >>> model(jnp.ones((1, 3))).shape
-    (1, 4)
+    Examples:
+      >>> import jax.numpy as jnp, torch
+      >>> from flax import nnx
+      >>> model = TorchModule(torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4)))
+      >>> {name: p.shape for name, p in sorted(model.params.items())}
+      {'0.bias': (4,), '0.weight': (4, 3), '1.bias': (4,), '1.weight': (4,)}
+      >>> @nnx.jit
+      ... def gradients(model, x):
+      ...     return nnx.grad(lambda model: (model(x) ** 2).sum())(model)
+      >>> gradients(model, jnp.eye(2, 3))["params"]["0.weight"].shape
+      (4, 3)
+      >>> int(model.buffers["1.num_batches_tracked"][...])
+      1
+      >>> model.eval()
+      >>> model(jnp.ones((1, 3))).shape
+      (1, 4)
     """
 
     def __init__(

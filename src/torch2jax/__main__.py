@@ -1,0 +1,8 @@
+"""``python -m torch2jax``: what was found here, and a proof that it works."""
+
+import sys
+
+from ._doctor import main
+
+if __name__ == "__main__":
+    sys.exit(main())
