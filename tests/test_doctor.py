@@ -29,7 +29,7 @@ def report() -> Any:
 def doctor(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", TARGET, *arguments],
-        env={**os.environ, **environment},
+        env={**os.environ, "XLA_FLAGS": "", **environment},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         encoding="utf-8",
@@ -109,7 +109,7 @@ def test_a_wrong_result_is_told(
     assert found["ok"] is False
     assert "does not work" in found["verdict"]
     failed = {check["name"] for check in found["checks"] if check["status"] == "failed"}
-    assert failed == {*_doctor.TRANSFORMS, "cpu:0"}
+    assert failed >= {*_doctor.TRANSFORMS, "cpu:0"}
     assert found["microseconds"] == {}
 
 
