@@ -15,7 +15,9 @@ from ._errors import (
     TorchCallError,
     UnsupportedDtypeError,
 )
+from ._jax_module import jax_module
 from ._module import from_module, to_state_dict
+from ._reverse import jax2torch
 from ._tape import TapeInfo, clear_tape, set_tape_budget, tape_info
 from ._wrap import torch2jax, torch2jax_with_vjp, torch2jax_without_vjp
 
@@ -36,6 +38,8 @@ __all__ = [
     "dtype_t2j",
     "from_module",
     "j2t",
+    "jax2torch",
+    "jax_module",
     "set_tape_budget",
     "t2j",
     "tape_info",

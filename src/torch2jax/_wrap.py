@@ -17,6 +17,7 @@ from ._errors import SignatureError
 from ._function import TorchFunction
 from ._names import label_of
 from ._options import Config
+from ._reverse import JaxFunction
 from ._rules.batching import METHODS
 
 _CPU = torch.device("cpu")
@@ -131,9 +132,7 @@ def torch2jax(
     if depth is not None and (isinstance(depth, bool) or not isinstance(depth, int) or depth < 0):
         raise SignatureError(f"depth={depth!r} of {label} must be None or an int >= 0.")
     if output_sharding_spec is not None:
-        warnings.warn(
-            "output_sharding_spec is now out_specs.", DeprecationWarning, stacklevel=2
-        )
+        warnings.warn("output_sharding_spec is now out_specs.", DeprecationWarning, stacklevel=2)
         out_specs = output_sharding_spec if out_specs is None else out_specs
     if out_specs is None and (in_specs is not None or mesh is not None):
         raise SignatureError(
@@ -164,6 +163,8 @@ def torch2jax(
         default_dtype=torch.get_default_dtype(),
         default_device=torch.get_default_device(),
     )
+    if isinstance(fn, JaxFunction) and fn.is_plain() and config.changes_nothing():
+        return fn.__wrapped__
     key = (_identity(fn), *config.key())
     with _wrapped_lock:
         wrapped = _wrapped.get(key)
