@@ -7,7 +7,8 @@ composition of transforms, to any order, is a chain of such applications.
 NOTE [Residuals]. An application that a gradient is asked of runs the program's emission. The
 residuals are further results of it, without derivatives, and are saved like all tensors: hooks
 (``torch.utils.checkpoint``, ``save_on_cpu``) see them, operands and results among them keep
-PyTorch's version check, and a backward pass frees them.
+PyTorch's version check, and a backward pass frees them. Where nothing but autograd looks on,
+``Direct`` keeps them as arrays, which spares the way to tensors and back: 4 µs each.
 
 NOTE [Memory]. An operand is a view of a tensor for the length of the call: on a CPU the results are
 computed when it returns, so the tensor may be written to from then on. The operands of a later
@@ -24,14 +25,16 @@ import torch
 
 from ._compat import precision
 from ._convert import x64_enabled
-from ._jax_program import Dims, Emission, Plan, Program
+from ._jax_program import Dims, Emission, Plan, Program, Traced
 from ._torch_compat import (
     asks_for_gradient,
     forward_ad_active,
     innermost_is_vmap,
     is_legacy_batched,
+    keeps_graph,
     legacy_vmap_level,
     plain_apply,
+    saving_is_watched,
     transforms_active,
     unwrap_if_dead,
 )
@@ -54,16 +57,19 @@ class Call:
 
     def run(self, operands: Sequence[Any]) -> list[Tensor]:
         """Results, then residuals."""
-        if x64_enabled() is not self.x64:
-            with precision(self.x64):  # a thread of PyTorch's own runs this backward pass
-                return self.run(operands)
-        program = self.program
-        tensors = [x for x in operands if isinstance(x, Tensor)]
-        arrays = to_arrays(operands, program.reads, self.n_primals)
-        traced = program.jitted(*arrays)
+        arrays = to_arrays(operands, self.program.reads, self.n_primals)
+        traced = self.trace(arrays)
+        return to_tensors([*traced.outs, *traced.residuals], _on_cpu(operands))
+
+    def trace(self, arrays: Sequence[Any]) -> Traced:
+        """The compiled program's results, as arrays."""
+        if x64_enabled() is self.x64:
+            traced = self.program.jitted(*arrays)
+        else:  # a thread of PyTorch's own runs this backward pass
+            with precision(self.x64):
+                traced = self.program.jitted(*arrays)
         self.n_out, self.tree, self.plan = len(traced.outs), traced.facts.tree, traced.facts.plan
-        on_cpu = bool(tensors) and all(x.is_cpu for x in tensors)
-        return to_tensors([*traced.outs, *traced.residuals], on_cpu)
+        return traced
 
 
 def apply(program: Program, operands: Sequence[Any], n_primals: int | None = None) -> Any:
@@ -83,10 +89,13 @@ def _apply(call: Call, operands: Sequence[Any]) -> Sequence[Tensor]:
         return Apply.apply(call, *operands)  # type: ignore[return-value]
     if legacy_vmap_level() and any(is_legacy_batched(x) for _, x in _tensors(operands)):
         return _apply_rows(call, operands)
-    asking = [i for i, x in _tensors(operands) if x.requires_grad]
+    asking = [i for i, x in enumerate(operands) if isinstance(x, Tensor) and x.requires_grad]
+    forward_ad = forward_ad_active()
     if asking and torch.is_grad_enabled():
         _emit(call, asking)
-    elif not forward_ad_active():
+        if not (forward_ad or saving_is_watched()) and isinstance(call.program, Emission):
+            return _direct(call, *operands)
+    elif not forward_ad:
         return call.run(operands)
     return _plain_apply(call, *operands)
 
@@ -146,19 +155,11 @@ class Apply(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         operands, held = _saved(ctx)
         n = len(operands)
-        grads: list[Tensor | None] = [None] * n
-        wrt = tuple(i for i in range(n) if ctx.needs_input_grad[1 + i])
-        of = tuple(
-            j for j, inexact in enumerate(ctx.inexact) if inexact and cotangents[j] is not None
-        )
-        if wrt and of:
-            plan = ctx.plan if ctx.plan and set(wrt) <= set(ctx.plan.wrt) else None
-            program = ctx.call.program.pullback(n, wrt, of, plan)
-            args = [*operands, *(cotangents[j] for j in of), *(held if plan else ())]
-            call = Call(program, ctx.call.x64, n)
-            for i, grad in zip(wrt, _apply(call, args), strict=False):
-                grads[i] = grad
-        return None, *grads
+        wrt, of = _asked(ctx, n, cotangents)
+        plan = ctx.plan if ctx.plan and set(wrt) <= set(ctx.plan.wrt) else None
+        program = ctx.call.program.pullback(n, wrt, of, plan)
+        args = [*operands, *(cotangents[j] for j in of), *(held if plan else ())]
+        return _gradients(n, wrt, of and wrt and _apply(Call(program, ctx.call.x64, n), args))
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -186,16 +187,94 @@ class Apply(torch.autograd.Function):
         return tuple(rows), (0,) * len(rows)
 
 
+class Direct(torch.autograd.Function):
+    """``Apply`` of an emission where nothing but autograd looks on. See NOTE [Residuals]."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Call, *operands: Any) -> tuple[Tensor, ...]:
+        arrays = to_arrays(operands, None, 0)
+        traced = call.trace(arrays)
+        ctx.on_cpu = _on_cpu(operands)
+        outs = to_tensors(traced.outs, ctx.on_cpu)
+        plan = ctx.plan = traced.facts.plan
+        ctx.set_materialize_grads(False)
+        ctx.inexact = [_inexact(out) for out in outs]
+        if not all(ctx.inexact):
+            ctx.mark_non_differentiable(
+                *(out for out, inexact in zip(outs, ctx.inexact, strict=True) if not inexact)
+            )
+        ctx.call = call
+        ctx.places = [i for i, x in enumerate(operands) if isinstance(x, Tensor)]
+        ctx.others = [None if isinstance(x, Tensor) else x for x in operands]
+        ctx.save_for_backward(*(operands[i] for i in ctx.places), *(outs[j] for j in plan.kept))
+        ctx.read = [x if i in plan.reads else None for i, x in enumerate(arrays)]
+        ctx.held = [*(traced.outs[j] for j in plan.kept), *traced.residuals]
+        return tuple(outs)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        n = len(ctx.others)
+        wrt, of = _asked(ctx, n, cotangents)
+        if not (wrt and of):
+            return _gradients(n, wrt, ())
+        saved = ctx.saved_tensors  # raises where one of them is changed, or freed
+        given = [cotangents[j] for j in of]
+        call = Call(ctx.call.program.pullback(n, wrt, of, ctx.plan), ctx.call.x64, n)
+        if torch.is_grad_enabled() or transforms_active() or legacy_vmap_level():
+            operands = _operands(ctx, saved)
+            n_kept = len(ctx.plan.kept)
+            held = [*saved[len(ctx.places) :], *to_tensors(ctx.held[n_kept:], ctx.on_cpu)]
+            grads = _apply(call, [*operands, *given, *held])
+        else:
+            traced = call.trace([*ctx.read, *to_arrays(given, None, 0), *ctx.held])
+            grads = to_tensors(traced.outs, ctx.on_cpu)
+        if not keeps_graph():
+            del ctx.read, ctx.held  # autograd frees what it saved, too
+        return _gradients(n, wrt, grads)
+
+
 _plain_apply = plain_apply(Apply)
+_direct = plain_apply(Direct)
+
+
+def _asked(
+    ctx: Any, n: int, cotangents: Sequence[Tensor | None]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The operands whose gradients are asked for, and the results whose cotangents are not zero."""
+    needs = ctx.needs_input_grad
+    wrt = tuple(i for i in range(n) if needs[1 + i])
+    pairs = enumerate(zip(ctx.inexact, cotangents, strict=False))
+    return wrt, tuple(j for j, (inexact, c) in pairs if inexact and c is not None)
+
+
+def _gradients(n: int, wrt: Sequence[int], grads: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """What ``backward`` returns: None for the call, and for what asks for no gradient."""
+    found = dict(zip(wrt, grads, strict=False))  # residuals may follow the gradients
+    return None, *(found.get(i) for i in range(n))
 
 
 def _saved(ctx: Any) -> tuple[list[Any], list[Tensor]]:
     """The operands, and what a pullback holds beside them."""
     saved = [unwrap_if_dead(x) for x in ctx.saved_tensors]
+    return _operands(ctx, saved), saved[len(ctx.places) :]
+
+
+def _operands(ctx: Any, saved: Sequence[Tensor]) -> list[Any]:
     operands = list(ctx.others)
     for i, x in zip(ctx.places, saved, strict=False):
         operands[i] = x
-    return operands, saved[len(ctx.places) :]
+    return operands
+
+
+def _on_cpu(operands: Sequence[Any]) -> bool:
+    """Whether results are on a CPU, for all that is known: there are tensors, all of them there."""
+    found = False
+    for x in operands:
+        if isinstance(x, Tensor):
+            if not x.is_cpu:
+                return False
+            found = True
+    return found
 
 
 def _inexact(x: Tensor) -> bool:

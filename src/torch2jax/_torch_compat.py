@@ -97,3 +97,14 @@ def is_legacy_batched(x: Any) -> bool:
 
 
 _BATCHED = torch._C._parse_dispatch_key("Batched")
+
+
+keeps_graph: Any = torch._C._autograd._get_current_graph_task_keep_graph
+"""Whether the backward pass that runs now leaves the graph for another one."""
+
+_top_hooks: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+
+
+def saving_is_watched() -> bool:
+    """Whether hooks take the tensors that autograd saves; torch before 2.7 does not tell."""
+    return _top_hooks is None or _top_hooks(True) is not None

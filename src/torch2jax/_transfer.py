@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ._compat import export_capsule, import_capsule
-from ._convert import j2t, t2j, x64_enabled
+from ._convert import dtype_t2j, j2t, t2j, x64_enabled
 from ._errors import Torch2JaxError
 from ._torch_compat import from_capsule, to_capsule
 
@@ -22,7 +22,7 @@ _32 = (
 )
 _64 = (torch.int64, torch.uint64, torch.float64, torch.complex128)
 _PLAIN = {False: frozenset(_32), True: frozenset(_32 + _64)}
-_EXPORTED = frozenset(str(dtype).removeprefix("torch.") for dtype in _32 + _64)
+_EXPORTED = frozenset(map(dtype_t2j, _32 + _64))
 _TYPES = (torch.Tensor, torch.nn.Parameter)
 _ALIGNMENT = 64
 
@@ -65,7 +65,7 @@ def _array(x: torch.Tensor, i: int) -> Any:
 def to_tensors(arrays: Sequence[Any], on_cpu: bool) -> list[torch.Tensor]:
     """Results as tensors in the same memory; on a CPU they are computed when this returns."""
     return [
-        from_capsule(export_capsule(x)) if on_cpu and x.dtype.name in _EXPORTED else j2t(x)
+        from_capsule(export_capsule(x)) if on_cpu and x.dtype in _EXPORTED else j2t(x)
         for x in arrays
     ]
 
