@@ -116,6 +116,7 @@ class Program:
     def __init__(self, name: str) -> None:
         self.name = name
         self._derived: dict[Any, Program] = {}
+        self.sites: dict[Any, Any] = {}  # where compiled graphs call it: see _reverse_compile.py
 
     def math(self, *operands: Any) -> Traced:
         raise NotImplementedError

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,6 +22,12 @@ from ._function import TorchFunction
 from ._jax_program import Function
 from ._names import label_of
 from ._reverse_autograd import apply
+
+Apply = Callable[[Any, Sequence[Any]], tuple[Sequence[torch.Tensor], Any]]
+
+_counter = itertools.count()
+named: weakref.WeakValueDictionary[str, JaxFunction] = weakref.WeakValueDictionary()
+"""By its key, as which a compiled function refers to it."""
 
 _NUMBERS = (bool, int, float, complex, np.ndarray, np.generic)
 
@@ -71,6 +79,8 @@ class JaxFunction:
         self.static_argnames = static_argnames
         self.device = device
         self.name = name or self.__name__
+        self.key = f"{self.__qualname__}/{next(_counter)}"
+        named[self.key] = self
         self._plain = not (static_argnums or static_argnames)
         self._entries: dict[Any, _Entry] = {}
 
@@ -82,13 +92,21 @@ class JaxFunction:
         return f"jax2torch({self.__qualname__})"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            from ._reverse_compile import call_in_graph  # torch.compile imports it as it traces
+
+            return call_in_graph(self.key, args, kwargs)
+        return self.call_by(apply, args, kwargs)
+
+    def call_by(self, apply: Apply, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call it: ``apply`` maps a program and its operands to results and their tree."""
         entry, operands = self._flatten(args, kwargs)
         for k in entry.nondiff:
             if isinstance(operands[k], torch.Tensor):
                 operands[k] = operands[k].detach()
         try:
             if self.device is not None or not any(isinstance(x, torch.Tensor) for x in operands):
-                outs, tree = self._apply_on_device(entry, operands)
+                outs, tree = self._apply_on_device(apply, entry, operands)
             else:
                 outs, tree = apply(entry.program, operands)
         except Exception as error:
@@ -96,7 +114,7 @@ class JaxFunction:
             raise
         return tree.unflatten(outs)
 
-    def _apply_on_device(self, entry: _Entry, operands: list[Any]) -> Any:
+    def _apply_on_device(self, apply: Apply, entry: _Entry, operands: list[Any]) -> Any:
         """On the device that was asked for; without tensors on PyTorch's default device."""
         device = self.device or torch.get_default_device()
         for label, x in zip(entry.labels, operands, strict=True):

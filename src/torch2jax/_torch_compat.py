@@ -108,3 +108,11 @@ _top_hooks: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks"
 def saving_is_watched() -> bool:
     """Whether hooks take the tensors that autograd saves; torch before 2.7 does not tell."""
     return _top_hooks is None or _top_hooks(True) is not None
+
+
+def nonstrict_trace(function: Any) -> Any:
+    """``function`` as what ``torch.compile`` calls on its placeholders, and does not look into."""
+    import torch._dynamo as dynamo
+
+    mark: Any = getattr(dynamo, "nonstrict_trace", dynamo.allow_in_graph)  # torch < 2.7
+    return mark(function)
