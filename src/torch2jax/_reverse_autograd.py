@@ -55,6 +55,10 @@ class Call:
         self.tree: Any = None
         self.plan: Plan | None = None
 
+    def another(self, program: Program, n_primals: int) -> Call:
+        """A call of a derived program."""
+        return type(self)(program, self.x64, n_primals)
+
     def run(self, operands: Sequence[Any]) -> list[Tensor]:
         """Results, then residuals."""
         arrays = to_arrays(operands, self.program.reads, self.n_primals)
@@ -72,12 +76,9 @@ class Call:
         return traced
 
 
-def apply(program: Program, operands: Sequence[Any], n_primals: int | None = None) -> Any:
-    """The results of a program, and the tree that they are the leaves of.
-
-    ``n_primals``: how many of the operands ``program.reads`` speaks of.
-    """
-    call = Call(program, x64_enabled(), len(operands) if n_primals is None else n_primals)
+def apply(program: Program, operands: Sequence[Any], kind: type[Call] = Call) -> Any:
+    """The results of a program, and the tree that they are the leaves of."""
+    call = kind(program, x64_enabled(), len(operands))
     outs = _apply(call, operands)
     return outs[: call.n_out], call.tree
 
@@ -93,7 +94,8 @@ def _apply(call: Call, operands: Sequence[Any]) -> Sequence[Tensor]:
     forward_ad = forward_ad_active()
     if asking and torch.is_grad_enabled():
         _emit(call, asking)
-        if not (forward_ad or saving_is_watched()) and isinstance(call.program, Emission):
+        watched = forward_ad or saving_is_watched() or type(call) is not Call
+        if not watched and isinstance(call.program, Emission):
             return _direct(call, *operands)
     elif not forward_ad:
         return call.run(operands)
@@ -108,7 +110,7 @@ def _apply_rows(call: Call, operands: Sequence[Any]) -> Sequence[Tensor]:
         x if d is None else torch._remove_batch_dim(x, level, 0, 0)
         for x, d in zip(operands, dims, strict=True)
     ]
-    batched = Call(call.program.batch(dims), call.x64, call.n_primals)
+    batched = call.another(call.program.batch(dims), call.n_primals)
     results = _apply(batched, rows)[: batched.n_out]
     call.n_out, call.tree = batched.n_out, batched.tree
     return [torch._add_batch_dim(x, 0, level) for x in results]
@@ -159,7 +161,7 @@ class Apply(torch.autograd.Function):
         plan = ctx.plan if ctx.plan and set(wrt) <= set(ctx.plan.wrt) else None
         program = ctx.call.program.pullback(n, wrt, of, plan)
         args = [*operands, *(cotangents[j] for j in of), *(held if plan else ())]
-        return _gradients(n, wrt, of and wrt and _apply(Call(program, ctx.call.x64, n), args))
+        return _gradients(n, wrt, of and wrt and _apply(ctx.call.another(program, n), args))
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -168,7 +170,7 @@ class Apply(torch.autograd.Function):
         given = tangents[1:]
         wrt = tuple(i for i in range(n) if given[i] is not None)
         program = ctx.call.program.pushforward(n, wrt)
-        call = Call(program, ctx.call.x64, n)
+        call = ctx.call.another(program, n)
         pushed = iter(_apply(call, [*operands, *(given[i] for i in wrt)])[: sum(ctx.inexact)])
         out: list[Tensor | None] = [next(pushed) if inexact else None for inexact in ctx.inexact]
         return tuple(out + [None] * (ctx.n_results - len(out)))
@@ -177,7 +179,7 @@ class Apply(torch.autograd.Function):
     def vmap(info: Any, in_dims: Any, call: Call, *operands: Any) -> Any:
         dims: Dims = tuple(in_dims[1:])
         program = call.program.batch(dims)
-        batched = Call(program, call.x64, call.n_primals)
+        batched = call.another(program, call.n_primals)
         rows = _apply(batched, operands)
         call.n_out, call.tree = batched.n_out, batched.tree
         if batched.program is program:
@@ -219,7 +221,7 @@ class Direct(torch.autograd.Function):
             return _gradients(n, wrt, ())
         saved = ctx.saved_tensors  # raises where one of them is changed, or freed
         given = [cotangents[j] for j in of]
-        call = Call(ctx.call.program.pullback(n, wrt, of, ctx.plan), ctx.call.x64, n)
+        call = ctx.call.another(ctx.call.program.pullback(n, wrt, of, ctx.plan), n)
         if torch.is_grad_enabled() or transforms_active() or legacy_vmap_level():
             operands = _operands(ctx, saved)
             n_kept = len(ctx.plan.kept)

@@ -26,8 +26,8 @@ from ._convert import canonical, dtype_j2t, dtype_t2j, x64_enabled
 from ._errors import Torch2JaxError, UnsupportedDtypeError
 from ._jax_program import Emission, Program, Traced
 from ._reverse import named
-from ._reverse_autograd import Call
-from ._torch_compat import nonstrict_trace
+from ._reverse_autograd import Call, apply
+from ._torch_compat import nonstrict_trace, transforms_active
 
 Tensor = torch.Tensor
 
@@ -84,6 +84,8 @@ def call_in_graph(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
 
 def apply_in_graph(program: Program, operands: Sequence[Any]) -> Any:
     """``apply`` of _reverse_autograd.py, as one node of a graph."""
+    if transforms_active():  # a custom operator has no gradient under torch.func
+        return apply(program, operands, GraphCall)
     x64 = x64_enabled()
     asking = tuple(
         i for i, x in enumerate(operands) if isinstance(x, Tensor) and x.requires_grad
@@ -94,6 +96,19 @@ def apply_in_graph(program: Program, operands: Sequence[Any]) -> Any:
     traced = site.shapes(operands)
     outs = _call(site, operands)
     return outs[: len(traced.outs)], traced.facts.tree
+
+
+class GraphCall(Call):
+    """An application below ``torch.func`` in a graph: the node is what runs at the bottom."""
+
+    __slots__ = ()
+
+    def run(self, operands: Sequence[Any]) -> list[Tensor]:
+        kinds = tuple(map(_kind, operands))
+        site = Site.of(self.program, kinds, self.n_primals, self.x64)
+        traced = site.shapes(operands)
+        self.n_out, self.tree, self.plan = len(traced.outs), traced.facts.tree, traced.facts.plan
+        return _call(site, operands)
 
 
 def _call(site: Site, operands: Sequence[Any]) -> list[Tensor]:
