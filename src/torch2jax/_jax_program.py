@@ -69,7 +69,6 @@ class Plan:
         self.wrt = wrt
         self.facts = traced.facts
         self.avals = [(out.shape, out.dtype) for out in traced.outs]
-        self.memo: dict[Any, Program] = {}
         leaves, self.treedef = jax.tree.flatten(pull)
         self.constants: list[Any] = []
         self.residuals: list[Any] = []  # tracers: taken out by the emission, once
@@ -141,9 +140,10 @@ class Program:
         return self._derived.get(key) or self._derived.setdefault(key, Pushforward(self, n, wrt))
 
     def pullback(self, n: int, wrt: Indices, of: Indices, plan: Plan | None) -> Program:
-        memo = self._derived if plan is None else plan.memo
-        key = ("pullback", n, wrt, of)
-        return memo.get(key) or memo.setdefault(key, Pullback(self, n, wrt, of, plan))
+        # Not in the plan: JAX's caches hold it, and would hold the program and what is wrapped.
+        key = ("pullback", n, wrt, of, plan)
+        made = self._derived.get(key)
+        return made or self._derived.setdefault(key, Pullback(self, n, wrt, of, plan))
 
     def batch(self, dims: Dims) -> Program:
         key = ("batch", dims)

@@ -18,7 +18,8 @@ references to.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -67,11 +68,7 @@ class Call:
 
     def trace(self, arrays: Sequence[Any]) -> Traced:
         """The compiled program's results, as arrays."""
-        if x64_enabled() is self.x64:
-            traced = self.program.jitted(*arrays)
-        else:  # a thread of PyTorch's own runs this backward pass
-            with precision(self.x64):
-                traced = self.program.jitted(*arrays)
+        traced = self.program.jitted(*arrays)
         self.n_out, self.tree, self.plan = len(traced.outs), traced.facts.tree, traced.facts.plan
         return traced
 
@@ -125,6 +122,22 @@ def _emit(call: Call, wrt: list[int]) -> None:
         call.program = call.program.emission(tuple(wrt))
 
 
+def _as_in_forward(rule: Callable[..., Any]) -> Callable[..., Any]:
+    """A rule with 64-bit types on or off as they were in the forward pass.
+
+    That is a setting of the thread, and a thread of PyTorch's own may run the rule.
+    """
+
+    @functools.wraps(rule)
+    def run(ctx: Any, *args: Any) -> Any:
+        if x64_enabled() is ctx.call.x64:
+            return rule(ctx, *args)
+        with precision(ctx.call.x64):
+            return rule(ctx, *args)
+
+    return run
+
+
 class Apply(torch.autograd.Function):
     """See NOTE [One Function]."""
 
@@ -154,6 +167,7 @@ class Apply(torch.autograd.Function):
             ctx.save_for_forward(*saved)
 
     @staticmethod
+    @_as_in_forward
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         operands, held = _saved(ctx)
         n = len(operands)
@@ -214,6 +228,7 @@ class Direct(torch.autograd.Function):
         return tuple(outs)
 
     @staticmethod
+    @_as_in_forward
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         n = len(ctx.others)
         wrt, of = _asked(ctx, n, cotangents)
