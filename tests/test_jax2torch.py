@@ -484,7 +484,9 @@ def test_round_trips_with_options_do_not_unwrap() -> None:
     h(x).sum().backward()
     torch.testing.assert_close(x.grad, torch.cos(x.detach()))
     k = torch2jax(jax2torch(jnp.sin), depth=1)
-    np.testing.assert_allclose(jax.grad(lambda x: k(x).sum())(jnp.ones(3)), np.cos(np.ones(3)), 1e-6)
+    np.testing.assert_allclose(
+        jax.grad(lambda x: k(x).sum())(jnp.ones(3)), np.cos(np.ones(3)), 1e-6
+    )
 
 
 def test_a_torch_function_inside_a_jax_function() -> None:
