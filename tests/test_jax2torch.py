@@ -176,7 +176,7 @@ def test_errors_name_the_argument() -> None:
         g(torch.ones(2), "mode")
     with pytest.raises(SignatureError, match=r"called with 0 positional"):
         g()
-    with pytest.raises(SignatureError, match="is a JAX tracer.*call the JAX function"):
+    with pytest.raises(SignatureError, match=r"is a JAX tracer.*call the JAX function"):
         jax.jit(lambda x: g(x))(jnp.ones(2))
     with pytest.raises(SignatureError, match=r"result\['a'\] of .*is a str"):
         jax2torch(lambda x: {"a": "text", "b": x})(torch.ones(2))

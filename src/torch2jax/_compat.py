@@ -129,7 +129,7 @@ def result_aval(shape: tuple[int, ...], dtype: Any, operands: Iterable[Any]) -> 
     return _core.ShapedArray(shape, dtype, sharding=sharding, vma=axes)  # type: ignore[call-arg]
 
 
-# --- DLPack at the speed of a call ------------------------------------------------------------------
+# --- DLPack at the speed of a call ---------------------------------------------------------------
 # jax.dlpack.from_dlpack takes 22 µs, the import that it ends in 3; __dlpack__ likewise.
 
 

@@ -37,16 +37,17 @@ def jax_module(
         argument after ``params``.
 
     Returns:
-      A module; ``module(*args, **kwargs)`` is ``apply`` with its tensors as ``params``. ``to_jax()``
-      is that tree, of arrays. It is moved, cast, copied, saved and loaded like any module.
+      A module; ``module(*args, **kwargs)`` is ``apply`` with its tensors as ``params``. Its
+      ``to_jax()`` is that tree, of arrays. It is moved, cast, copied, saved and loaded like any module.
 
     Raises:
       SignatureError: if no leaf of ``params`` is an array, or two have one name.
 
     >>> import jax.numpy as jnp, torch
-    >>> linear = jax_module(lambda p, x: x @ p["w"] + p["b"], {"w": jnp.ones((3, 2)), "b": jnp.zeros(2)})
+    >>> params = {"w": jnp.ones((3, 2)), "b": jnp.zeros(2)}
+    >>> linear = jax_module(lambda p, x: x @ p["w"] + p["b"], params)
     >>> linear(torch.ones(1, 3))
-    tensor([[3., 3.]], grad_fn=<ApplyBackward>)
+    tensor([[3., 3.]], grad_fn=<DirectBackward>)
     >>> sorted(linear.state_dict())
     ['b', 'w']
     """
@@ -83,7 +84,7 @@ class JaxModule(torch.nn.Module):
         return self._function(self._tensors(), *args, **kwargs)
 
     def to_jax(self) -> Any:
-        """The tree of parameters, trained, for ``apply``: arrays of their own, and the constants."""
+        """The tree of parameters as they are now, for ``apply``: copies, and the constants."""
         return self._applied.tree([t2j(x.detach().clone()) for x in self._tensors()])
 
     def _tensors(self) -> list[torch.Tensor]:

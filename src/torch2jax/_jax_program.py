@@ -10,9 +10,9 @@ A *program* maps arrays to a tuple of arrays. With operands ``x``, tangents ``t`
 
 are programs again, so derivatives of any order are calls of programs.
 
-NOTE [Two forms]. ``math`` is what derivatives are made of; ``run``, which is compiled, has the same
-values and may use residuals: it then ignores ``x`` but for what the residuals name, and a derivative
-of it would miss terms. ``Pullback(f, S, D, plan)`` takes ``(x, c, r)``; its ``math`` ignores ``r``.
+NOTE [Two forms]. ``math`` is what derivatives are made of; ``run``, which is compiled, has the
+same values and may use residuals: it then ignores ``x`` but for what the residuals name, and a
+derivative of it would miss terms. ``Pullback(f, S, D, plan)`` takes ``(x, c, r)``; its ``math`` ignores ``r``.
 
 NOTE [Conjugates]. PyTorch's gradient is the conjugate transpose, JAX's cotangent the plain one:
 ``Jᴴ c = conj(Jᵀ conj(c))``. The other direction is in _callable.py.
@@ -55,7 +55,8 @@ class Traced:
 
     @classmethod
     def tree_unflatten(cls, facts: Facts, children: Any) -> Traced:
-        return cls(*children, facts)
+        outs, residuals = children
+        return cls(outs, residuals, facts)
 
 
 class Plan:

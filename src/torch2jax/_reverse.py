@@ -265,8 +265,8 @@ def _checked(result: Any, label: str) -> Any:
         where = f"result{keystr(path)} of {label}"
         if not isinstance(x, (jax.Array, *_NUMBERS)):
             raise SignatureError(
-                f"{where} is a {type(x).__name__}, which is no value of JAX; return arrays, numbers "
-                "and trees of them."
+                f"{where} is a {type(x).__name__}, which is no value of JAX; return arrays, "
+                "numbers and trees of them."
             )
         try:
             dtype_j2t(jax.numpy.result_type(x))

@@ -172,10 +172,12 @@ class Apply(torch.autograd.Function):
         operands, held = _saved(ctx)
         n = len(operands)
         wrt, of = _asked(ctx, n, cotangents)
+        if not (wrt and of):
+            return _gradients(n, wrt, ())
         plan = ctx.plan if ctx.plan and set(wrt) <= set(ctx.plan.wrt) else None
         program = ctx.call.program.pullback(n, wrt, of, plan)
         args = [*operands, *(cotangents[j] for j in of), *(held if plan else ())]
-        return _gradients(n, wrt, of and wrt and _apply(ctx.call.another(program, n), args))
+        return _gradients(n, wrt, _apply(ctx.call.another(program, n), args))
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -213,6 +215,7 @@ class Direct(torch.autograd.Function):
         ctx.on_cpu = _on_cpu(operands)
         outs = to_tensors(traced.outs, ctx.on_cpu)
         plan = ctx.plan = traced.facts.plan
+        assert plan is not None, "Direct applies emissions"
         ctx.set_materialize_grads(False)
         ctx.inexact = [_inexact(out) for out in outs]
         if not all(ctx.inexact):

@@ -87,9 +87,7 @@ def apply_in_graph(program: Program, operands: Sequence[Any]) -> Any:
     if transforms_active():  # a custom operator has no gradient under torch.func
         return apply(program, operands, GraphCall)
     x64 = x64_enabled()
-    asking = tuple(
-        i for i, x in enumerate(operands) if isinstance(x, Tensor) and x.requires_grad
-    )
+    asking = tuple(i for i, x in enumerate(operands) if isinstance(x, Tensor) and x.requires_grad)
     if asking and torch.is_grad_enabled():
         program = program.emission(asking)
     site = Site.of(program, tuple(map(_kind, operands)), len(operands), x64)
@@ -130,30 +128,31 @@ def _kind(x: Any) -> Any:
 
 
 class _Constant(tuple):
-    """An operand that is a part of the graph: ``(value,)``, equal by value where that can be told."""
+    """An operand that is a part of the graph: ``(value,)``, equal by value or by identity."""
 
     def __new__(cls, value: Any) -> _Constant:
         return super().__new__(cls, (value,))
 
     def __hash__(self) -> int:
-        return hash((type(self[0]), self._key()))
+        return hash(self._key())
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Constant) and self._key() == other._key()
 
     def _key(self) -> Any:
         value = self[0]
-        return value if isinstance(value, bool | complex) else id(value)
+        return type(value), value if isinstance(value, bool | complex) else id(value)
 
 
 def _aval(x: Any) -> Any:
     if not isinstance(x, Tensor):
-        return float(x) if isinstance(x, torch.SymFloat) else int(x) if isinstance(x, torch.SymInt) else x
+        number = {torch.SymFloat: float, torch.SymInt: int}.get(type(x))
+        return x if number is None else number(x)
     dtype = canonical(x.dtype)
     if dtype != dtype_t2j(x.dtype) and x.dtype is not torch.int64:
         raise UnsupportedDtypeError(
-            f"got a tensor of {x.dtype}, and 64-bit values are switched off in JAX. Switch them on, "
-            'jax.config.update("jax_enable_x64", True), or convert the tensor first.'
+            f"got a tensor of {x.dtype}, and 64-bit values are switched off in JAX. Switch them "
+            'on, jax.config.update("jax_enable_x64", True), or convert the tensor first.'
         )
     # Sizes that the graph leaves open become fixed: JAX compiles for each shape.
     return jax.ShapeDtypeStruct(tuple(map(int, x.shape)), dtype)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch._C._functorch import (
+from torch._C import _autograd
+from torch._C._functorch import (  # type: ignore[attr-defined]
     TransformType,
     get_unwrapped,
     is_batchedtensor,
     is_gradtrackingtensor,
     peek_interpreter_stack,
+    unwrap_if_dead,
 )
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._functorch.vmap import (
@@ -50,7 +52,6 @@ to_capsule: Any = torch._C._to_dlpack
 from_capsule: Any = torch._C._from_dlpack
 
 transforms_active: Any = torch._C._are_functorch_transforms_active
-unwrap_if_dead: Any = torch._C._functorch.unwrap_if_dead
 
 
 def forward_ad_active() -> bool:
@@ -63,7 +64,8 @@ def plain_apply(function: Any) -> Any:
 
     The public one binds default arguments by ``inspect.signature``, at 8 µs a call.
     """
-    return super(torch.autograd.Function, function).apply
+    base: Any = super(torch.autograd.Function, function)
+    return base.apply
 
 
 def innermost_is_vmap() -> bool:
@@ -96,13 +98,13 @@ def is_legacy_batched(x: Any) -> bool:
     return isinstance(x, torch.Tensor) and torch._C._dispatch_keys(x).has(_BATCHED)
 
 
-_BATCHED = torch._C._parse_dispatch_key("Batched")
+_BATCHED: Any = torch._C._parse_dispatch_key("Batched")
 
 
-keeps_graph: Any = torch._C._autograd._get_current_graph_task_keep_graph
+keeps_graph: Any = _autograd._get_current_graph_task_keep_graph
 """Whether the backward pass that runs now leaves the graph for another one."""
 
-_top_hooks: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+_top_hooks: Any = getattr(_autograd, "_top_saved_tensors_default_hooks", None)
 
 
 def saving_is_watched() -> bool:
