@@ -45,6 +45,11 @@ def test_train_digits(tmp_path: Path) -> None:
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_jax_in_pytorch(tmp_path: Path) -> None:
+    printed = run(str(ROOT / "examples" / "jax_in_pytorch.py"), "--smoke", cwd=tmp_path)
+    assert "ms an update" in printed
+
+
 def test_readme_has_code() -> None:
     assert BLOCKS
 

@@ -21,7 +21,6 @@ NOTE [Conjugates]. PyTorch's gradient is the conjugate transpose, JAX's cotangen
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cached_property
 from typing import Any
 
 import jax
@@ -104,8 +103,8 @@ class Plan:
         return jax.tree.unflatten(self.treedef, [values[kind][i] for kind, i in self.sources])
 
 
-class Program:
-    """``math`` and what is derived from it, each made once."""
+class Formula:
+    """What a program computes, in two forms, and what it is made of; not what is derived from it."""
 
     emits = True
     """Whether residuals can be emitted: not where ``run`` already differs from ``math``."""
@@ -115,8 +114,6 @@ class Program:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self._derived: dict[Any, Program] = {}
-        self.sites: dict[Any, Any] = {}  # where compiled graphs call it: see _reverse_compile.py
 
     def math(self, *operands: Any) -> Traced:
         raise NotImplementedError
@@ -124,34 +121,8 @@ class Program:
     def run(self, *operands: Any) -> Traced:
         return self.math(*operands)
 
-    @cached_property
-    def jitted(self) -> Callable[..., Traced]:
-        def call(*operands: Any) -> Traced:
-            return self.run(*operands)
 
-        call.__name__ = call.__qualname__ = self.name
-        return jax.jit(call)
-
-    def emission(self, wrt: Indices) -> Program:
-        key = ("emission", wrt)
-        return self._derived.get(key) or self._derived.setdefault(key, Emission(self, wrt))
-
-    def pushforward(self, n: int, wrt: Indices) -> Program:
-        key = ("pushforward", n, wrt)
-        return self._derived.get(key) or self._derived.setdefault(key, Pushforward(self, n, wrt))
-
-    def pullback(self, n: int, wrt: Indices, of: Indices, plan: Plan | None) -> Program:
-        # Not in the plan: JAX's caches hold it, and would hold the program and what is wrapped.
-        key = ("pullback", n, wrt, of, plan)
-        made = self._derived.get(key)
-        return made or self._derived.setdefault(key, Pullback(self, n, wrt, of, plan))
-
-    def batch(self, dims: Dims) -> Program:
-        key = ("batch", dims)
-        return self._derived.get(key) or self._derived.setdefault(key, Batch(self, dims))
-
-
-class Function(Program):
+class Function(Formula):
     """The user's function: ``call`` returns its results as a tree."""
 
     def __init__(self, call: Callable[..., Any], check: Callable[[Any], Any], name: str) -> None:
@@ -163,12 +134,12 @@ class Function(Program):
         return Traced(tuple(map(jnp.asarray, leaves)), (), Facts(tree))
 
 
-class Emission(Program):
+class Emission(Formula):
     """``x -> f(x), r``."""
 
     emits = False
 
-    def __init__(self, parent: Program, wrt: Indices) -> None:
+    def __init__(self, parent: Formula, wrt: Indices) -> None:
         super().__init__(f"{parent.name}_with_residuals")
         self.parent, self.wrt = parent, wrt
 
@@ -184,11 +155,11 @@ class Emission(Program):
         return Traced(traced.outs, residuals, Facts(traced.facts.tree, plan))
 
 
-class Pullback(Program):
+class Pullback(Formula):
     """``(x, c, r) -> Jᴴ c``. See NOTE [Two forms] and NOTE [Conjugates]."""
 
     def __init__(
-        self, parent: Program, n: int, wrt: Indices, of: Indices, plan: Plan | None
+        self, parent: Formula, n: int, wrt: Indices, of: Indices, plan: Plan | None
     ) -> None:
         super().__init__(f"{parent.name.removesuffix('_with_residuals')}_pullback")
         self.parent, self.n, self.wrt, self.of, self.plan = parent, n, wrt, of, plan
@@ -226,10 +197,10 @@ class Pullback(Program):
         return Traced(tuple(map(jnp.conj, pulled)), (), Facts())
 
 
-class Pushforward(Program):
+class Pushforward(Formula):
     """``(x, t) -> J t``, of the results of inexact dtype."""
 
-    def __init__(self, parent: Program, n: int, wrt: Indices) -> None:
+    def __init__(self, parent: Formula, n: int, wrt: Indices) -> None:
         super().__init__(f"{parent.name.removesuffix('_with_residuals')}_pushforward")
         self.parent, self.n, self.wrt = parent, n, wrt
 
@@ -241,10 +212,10 @@ class Pushforward(Program):
         return Traced(tuple(inexact), (), Facts())
 
 
-class Batch(Program):
+class Batch(Formula):
     """``f`` on every row."""
 
-    def __init__(self, parent: Program, dims: Dims) -> None:
+    def __init__(self, parent: Formula, dims: Dims) -> None:
         super().__init__(f"{parent.name}_vmap")
         self.parent, self.dims = parent, dims
         self.emits, self.reads = parent.emits, parent.reads
@@ -256,18 +227,58 @@ class Batch(Program):
         return jax.vmap(self.parent.run, self.dims)(*operands)
 
 
+class Program:
+    """A formula, compiled, and the programs derived from it, each made once.
+
+    NOTE [No cycles]. Derived programs refer to formulas, never to programs, and what JAX's caches
+    hold (plans) to neither: all that is compiled goes when the last reference to a program goes.
+    Left to the garbage collector, jitted functions would be collected inside of JAX's own tracing,
+    which up to jaxlib 0.10 can crash (jax pull request 38281).
+    """
+
+    def __init__(self, formula: Formula) -> None:
+        self.formula, self.name = formula, formula.name
+        self.emits, self.reads = formula.emits, formula.reads
+        self.is_emission = isinstance(formula, Emission)
+        self.sites: dict[Any, Any] = {}  # where compiled graphs call it: see _reverse_compile.py
+        self._derived: dict[Any, Program] = {}
+
+        def call(*operands: Any) -> Traced:
+            return formula.run(*operands)
+
+        call.__name__ = call.__qualname__ = self.name
+        self.jitted = jax.jit(call)
+
+    def emission(self, wrt: Indices) -> Program:
+        return self._derive(Emission, wrt)
+
+    def pushforward(self, n: int, wrt: Indices) -> Program:
+        return self._derive(Pushforward, n, wrt)
+
+    def pullback(self, n: int, wrt: Indices, of: Indices, plan: Plan | None) -> Program:
+        return self._derive(Pullback, n, wrt, of, plan)
+
+    def batch(self, dims: Dims) -> Program:
+        return self._derive(Batch, dims)
+
+    def _derive(self, kind: type[Formula], *how: Any) -> Program:
+        key = (kind, *how)
+        made = self._derived.get(key)
+        return made or self._derived.setdefault(key, Program(kind(self.formula, *how)))
+
+
 def operands_at(operands: Sequence[Any], wrt: Indices) -> list[Any]:
     return [operands[i] for i in wrt]
 
 
-def _restricted(program: Program, wrt: Indices, operands: Sequence[Any]) -> Math:
+def _restricted(formula: Formula, wrt: Indices, operands: Sequence[Any]) -> Math:
     """``math`` as a function of the operands ``wrt``, the others held."""
 
     def f(*chosen: Any) -> Traced:
         full = list(operands)
         for i, x in zip(wrt, chosen, strict=True):
             full[i] = x
-        return program.math(*full)
+        return formula.math(*full)
 
     return f
 

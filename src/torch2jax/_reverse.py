@@ -19,9 +19,10 @@ from ._convert import dtype_j2t
 from ._errors import SignatureError, Torch2JaxError, UnsupportedDtypeError
 from ._flat import Static
 from ._function import TorchFunction
-from ._jax_program import Function
+from ._jax_program import Function, Program
 from ._names import label_of
 from ._reverse_autograd import apply
+from ._torch_compat import watched_by_modes
 
 Apply = Callable[[Any, Sequence[Any]], tuple[Sequence[torch.Tensor], Any]]
 
@@ -54,7 +55,8 @@ class _Entry:
             args, kwargs = treedef.unflatten(leaves)
             return fn(*args, **kwargs)
 
-        self.program = Function(call, functools.partial(_checked, label=label), function.name)
+        check = functools.partial(_checked, label=label)
+        self.program = Program(Function(call, check, function.name))
 
 
 class JaxFunction:
@@ -96,6 +98,10 @@ class JaxFunction:
             from ._reverse_compile import call_in_graph  # torch.compile imports it as it traces
 
             return call_in_graph(self.key, args, kwargs)
+        if watched_by_modes():  # make_fx, fake tensors: they see operators alone
+            from ._reverse_compile import apply_in_graph
+
+            return self.call_by(apply_in_graph, args, kwargs)
         return self.call_by(apply, args, kwargs)
 
     def call_by(self, apply: Apply, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

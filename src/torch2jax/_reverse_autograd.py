@@ -26,7 +26,7 @@ import torch
 
 from ._compat import precision
 from ._convert import x64_enabled
-from ._jax_program import Dims, Emission, Plan, Program, Traced
+from ._jax_program import Dims, Plan, Program, Traced
 from ._torch_compat import (
     asks_for_gradient,
     forward_ad_active,
@@ -92,7 +92,7 @@ def _apply(call: Call, operands: Sequence[Any]) -> Sequence[Tensor]:
     if asking and torch.is_grad_enabled():
         _emit(call, asking)
         watched = forward_ad or saving_is_watched() or type(call) is not Call
-        if not watched and isinstance(call.program, Emission):
+        if not watched and call.program.is_emission:
             return _direct(call, *operands)
     elif not forward_ad:
         return call.run(operands)
@@ -156,7 +156,7 @@ class Apply(torch.autograd.Function):
             *residuals,
         )
         # Rows of another level's residuals have a plan too; it is that level's.
-        plan = call.plan if isinstance(call.program, Emission) else None
+        plan = call.plan if call.program.is_emission else None
         ctx.call, ctx.plan, ctx.n_results = call, plan, len(output)
         ctx.places = [i for i, _ in _tensors(operands)]
         ctx.others = [None if isinstance(x, Tensor) else x for x in operands]
@@ -176,7 +176,7 @@ class Apply(torch.autograd.Function):
             return _gradients(n, wrt, ())
         plan = ctx.plan if ctx.plan and set(wrt) <= set(ctx.plan.wrt) else None
         program = ctx.call.program.pullback(n, wrt, of, plan)
-        args = [*operands, *(cotangents[j] for j in of), *(held if plan else ())]
+        args = [*operands, *(cotangents[j] for j in of), *(x.detach() for x in held if plan)]
         return _gradients(n, wrt, _apply(ctx.call.another(program, n), args))
 
     @staticmethod
@@ -243,7 +243,10 @@ class Direct(torch.autograd.Function):
         if torch.is_grad_enabled() or transforms_active() or legacy_vmap_level():
             operands = _operands(ctx, saved)
             n_kept = len(ctx.plan.kept)
-            held = [*saved[len(ctx.places) :], *to_tensors(ctx.held[n_kept:], ctx.on_cpu)]
+            held = [
+                *(x.detach() for x in saved[len(ctx.places) :]),
+                *to_tensors(ctx.held[n_kept:], ctx.on_cpu),
+            ]
             grads = _apply(call, [*operands, *given, *held])
         else:
             traced = call.trace([*ctx.read, *to_arrays(given, None, 0), *ctx.held])

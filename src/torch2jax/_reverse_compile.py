@@ -24,10 +24,10 @@ import torch
 from ._compat import precision
 from ._convert import canonical, dtype_j2t, dtype_t2j, x64_enabled
 from ._errors import Torch2JaxError, UnsupportedDtypeError
-from ._jax_program import Emission, Program, Traced
+from ._jax_program import Program, Traced
 from ._reverse import named
 from ._reverse_autograd import Call, apply
-from ._torch_compat import nonstrict_trace, transforms_active
+from ._torch_compat import forward_ad_active, nonstrict_trace, transforms_active
 
 Tensor = torch.Tensor
 
@@ -40,20 +40,32 @@ class Site:
     """A program and the kinds of its operands. The program keeps it alive; graphs hold its name.
 
     ``kinds``: "tensor", "float", "int", or a tuple of one value that is a part of the graph.
-    ``n_primals``: the operands after them are cotangents and held values.
+    ``n_primals``: the operands after them are cotangents, and at the end ``n_held`` held values.
     """
 
-    def __init__(self, program: Program, kinds: tuple[Any, ...], n_primals: int, x64: bool) -> None:
-        self.program, self.kinds, self.n_primals, self.x64 = program, kinds, n_primals, x64
+    def __init__(
+        self, program: Program, kinds: tuple[Any, ...], n_primals: int, n_held: int, x64: bool
+    ) -> None:
+        self._program = weakref.ref(program)
+        self.kinds, self.n_primals, self.n_held, self.x64 = kinds, n_primals, n_held, x64
         self.tensors = [i for i, kind in enumerate(kinds) if kind == "tensor"]
         self.name = f"{program.name}/{_PROCESS}/{next(_numbers)}"
         _sites[self.name] = self
 
+    @property
+    def program(self) -> Program:
+        program = self._program()
+        if program is None:
+            raise _gone(self.name)
+        return program
+
     @staticmethod
-    def of(program: Program, kinds: tuple[Any, ...], n_primals: int, x64: bool) -> Site:
-        key = (kinds, n_primals, x64)
+    def of(
+        program: Program, kinds: tuple[Any, ...], n_primals: int, n_held: int, x64: bool
+    ) -> Site:
+        key = (kinds, n_primals, n_held, x64)
         site = program.sites.get(key)
-        return site or program.sites.setdefault(key, Site(program, kinds, n_primals, x64))
+        return site or program.sites.setdefault(key, Site(program, *key))
 
     def operands(self, tensors: Sequence[Any], floats: Sequence[Any], ints: Sequence[Any]) -> Any:
         given = {"tensor": iter(tensors), "float": iter(floats), "int": iter(ints)}
@@ -84,13 +96,13 @@ def call_in_graph(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
 
 def apply_in_graph(program: Program, operands: Sequence[Any]) -> Any:
     """``apply`` of _reverse_autograd.py, as one node of a graph."""
-    if transforms_active():  # a custom operator has no gradient under torch.func
+    if transforms_active() or forward_ad_active():  # there the operator has no derivatives
         return apply(program, operands, GraphCall)
     x64 = x64_enabled()
     asking = tuple(i for i, x in enumerate(operands) if isinstance(x, Tensor) and x.requires_grad)
     if asking and torch.is_grad_enabled():
         program = program.emission(asking)
-    site = Site.of(program, tuple(map(_kind, operands)), len(operands), x64)
+    site = Site.of(program, tuple(map(_kind, operands)), len(operands), 0, x64)
     traced = site.shapes(operands)
     outs = _call(site, operands)
     return outs[: len(traced.outs)], traced.facts.tree
@@ -103,7 +115,7 @@ class GraphCall(Call):
 
     def run(self, operands: Sequence[Any]) -> list[Tensor]:
         kinds = tuple(map(_kind, operands))
-        site = Site.of(self.program, kinds, self.n_primals, self.x64)
+        site = Site.of(self.program, kinds, self.n_primals, 0, self.x64)
         traced = site.shapes(operands)
         self.n_out, self.tree, self.plan = len(traced.outs), traced.facts.tree, traced.facts.plan
         return _call(site, operands)
@@ -161,11 +173,15 @@ def _aval(x: Any) -> Any:
 def _find(name: str) -> Site:
     site = _sites.get(name)
     if site is None:
-        raise Torch2JaxError(
-            f"the JAX function {name} of a compiled graph is gone: it lives as long as what "
-            "jax2torch returned, in the process that compiled the graph."
-        )
+        raise _gone(name)
     return site
+
+
+def _gone(name: str) -> Torch2JaxError:
+    return Torch2JaxError(
+        f"the JAX function {name} of a compiled graph is gone: it lives as long as what jax2torch "
+        "returned, in the process that compiled the graph."
+    )
 
 
 # --- the operator --------------------------------------------------------------------------------
@@ -195,7 +211,7 @@ def _setup_context(ctx: Any, inputs: Any, output: list[Tensor]) -> None:
     ctx.site = site = _find(program)
     traced = site.shapes(site.operands(tensors, ctx.floats, ctx.ints))
     ctx.n_tensors, ctx.n_outs = len(tensors), len(traced.outs)
-    ctx.plan = plan = traced.facts.plan if isinstance(site.program, Emission) else None
+    ctx.plan = plan = traced.facts.plan if site.program.is_emission else None
     kept = [output[j] for j in plan.kept] if plan else []
     ctx.save_for_backward(*tensors, *kept, *output[ctx.n_outs :])
 
@@ -208,7 +224,7 @@ def _backward(ctx: Any, cotangents: Sequence[Tensor | None]) -> Any:
     wrt = tuple(
         i
         for k, i in enumerate(site.tensors)
-        if inexact[k] and i < site.n_primals and (plan is None or i in plan.wrt)
+        if inexact[k] and i < n - site.n_held and (plan is None or i in plan.wrt)
     )
     of = tuple(
         j
@@ -220,7 +236,7 @@ def _backward(ctx: Any, cotangents: Sequence[Tensor | None]) -> Any:
         held = held if plan else ()
         program = site.program.pullback(n, wrt, of, plan)
         kinds = (*site.kinds, *["tensor"] * (len(of) + len(held)))
-        pullback = Site.of(program, kinds, n, site.x64)
+        pullback = Site.of(program, kinds, n, len(held), site.x64)
         operands = site.operands(tensors, ctx.floats, ctx.ints)
         found = _call(pullback, [*operands, *(cotangents[j] for j in of), *held])
         for i, grad in zip(wrt, found, strict=True):
@@ -236,7 +252,8 @@ def _vmap(
     dims: list[int | None] = [None] * len(site.kinds)
     for i, d in zip(site.tensors, in_dims[0], strict=True):
         dims[i] = d
-    batched = Site.of(site.program.batch(tuple(dims)), site.kinds, site.n_primals, site.x64)
+    program_of_rows = site.program.batch(tuple(dims))
+    batched = Site.of(program_of_rows, site.kinds, site.n_primals, site.n_held, site.x64)
     rows = _op(tensors, floats, ints, batched.name)
     return rows, [0] * len(rows)
 

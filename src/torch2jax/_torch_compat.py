@@ -59,6 +59,11 @@ def forward_ad_active() -> bool:
     return forward_ad._current_level >= 0
 
 
+def watched_by_modes() -> bool:
+    """Whether a ``TorchDispatchMode`` is at work: a tracer, fake tensors, a counter."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
 def plain_apply(function: Any) -> Any:
     """``function.apply`` for calls outside of ``torch.func``.
 
