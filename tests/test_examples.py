@@ -17,6 +17,7 @@ NEEDS = {
     "equinox_digits": ["equinox", "sklearn", "rich", "matplotlib"],
     "feature_extractor": ["flax", "sklearn", "rich", "matplotlib"],
     "force_field": ["rich", "matplotlib"],
+    "jax_in_pytorch": ["rich"],
     "numpyro_nuts": ["numpyro", "sklearn", "rich", "matplotlib"],
     "physics_informed": ["optax", "rich", "matplotlib"],
     "resnet_features": ["sklearn", "rich", "matplotlib"],
@@ -25,8 +26,11 @@ NEEDS = {
 }
 """What an example imports beside jax and torch."""
 
-PRINTS = {"train_digits": ["Test accuracy", "native PyTorch"]}
-SUFFIXES = {"equinox_digits": ".eqx", "specifications": None}
+PRINTS = {
+    "jax_in_pytorch": ["ms an update"],
+    "train_digits": ["Test accuracy", "native PyTorch"],
+}
+SUFFIXES = {"equinox_digits": ".eqx", "jax_in_pytorch": None, "specifications": None}
 """Of what an example writes; the others draw a picture."""
 
 NOT_RUN = 77
@@ -38,7 +42,7 @@ def run(*command: str, cwd: Path) -> str:
     done = subprocess.run(
         [sys.executable, "-W", "error::UserWarning", *command],
         cwd=cwd,
-        env={**os.environ, "COLUMNS": "100", "PYTHONIOENCODING": "utf-8"},
+        env={**os.environ, "COLUMNS": "100", "PYTHONIOENCODING": "utf-8", "XLA_FLAGS": ""},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

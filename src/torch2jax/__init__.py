@@ -16,7 +16,9 @@ from ._errors import (
     UnsupportedDtypeError,
 )
 from ._export import export_checks
+from ._jax_module import jax_module
 from ._module import from_module, to_state_dict
+from ._reverse import jax2torch
 from ._tape import TapeInfo, clear_tape, set_tape_budget, tape_info
 from ._wrap import register, torch2jax, torch2jax_with_vjp, torch2jax_without_vjp
 
@@ -38,6 +40,8 @@ __all__ = [
     "export_checks",
     "from_module",
     "j2t",
+    "jax2torch",
+    "jax_module",
     "register",
     "set_tape_budget",
     "t2j",

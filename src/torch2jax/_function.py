@@ -66,6 +66,10 @@ class TorchFunction:
     def __repr__(self) -> str:
         return f"torch2jax({self._label})"
 
+    def is_plain(self) -> bool:
+        """Whether it has the arguments, the results and the derivatives of the function itself."""
+        return self._config.changes_nothing()
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # The quick path to jit's own: arrays by position, in a number met before.
         jitted = None

@@ -51,6 +51,15 @@ class Config:
         """Equal for equal options. Trees count by structure and leaves, arrays by their avals."""
         return tuple(_tree_key(v) if k in _TREES else v for k, v in vars(self).items())
 
+    def changes_nothing(self) -> bool:
+        """Whether the function means what it means without options: they say how, not what."""
+        given = (
+            *(self.nondiff_argnums, self.inplace_argnums, self.static_argnums),
+            *(self.static_argnames, self.stochastic, self.out_arg, self.lock),
+        )
+        unset = (self.nondiff_mask, self.arg_dtypes, self.out_specs, self.depth)
+        return not any(given) and all(x is None for x in unset)
+
 
 _TREES = (
     "examples",

@@ -5,6 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch._C import _autograd
+from torch._C._functorch import (  # type: ignore[attr-defined]
+    TransformType,
+    get_unwrapped,
+    is_batchedtensor,
+    is_gradtrackingtensor,
+    peek_interpreter_stack,
+    unwrap_if_dead,
+)
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._functorch.vmap import (
     _add_batch_dim,
@@ -12,6 +21,7 @@ from torch._functorch.vmap import (
     lazy_load_decompositions,
     vmap_increment_nesting,
 )
+from torch.autograd import forward_ad
 
 add_batch_dim: Any = _add_batch_dim
 remove_batch_dim: Any = _remove_batch_dim
@@ -34,3 +44,82 @@ def outside_transforms() -> Any:
 def exchange_api() -> Any:
     """The capsule of torch's DLPack C exchange API, or None where torch has none (before 2.10)."""
     return getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+
+
+# --- jax2torch -----------------------------------------------------------------------------------
+
+to_capsule: Any = torch._C._to_dlpack
+from_capsule: Any = torch._C._from_dlpack
+
+transforms_active: Any = torch._C._are_functorch_transforms_active
+
+
+def forward_ad_active() -> bool:
+    """Whether a level of ``torch.autograd.forward_ad`` is entered."""
+    return forward_ad._current_level >= 0
+
+
+def watched_by_modes() -> bool:
+    """Whether a ``TorchDispatchMode`` is at work: a tracer, fake tensors, a counter."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
+def plain_apply(function: Any) -> Any:
+    """``function.apply`` for calls outside of ``torch.func``.
+
+    The public one binds default arguments by ``inspect.signature``, at 8 µs a call.
+    """
+    base: Any = super(torch.autograd.Function, function)
+    return base.apply
+
+
+def innermost_is_vmap() -> bool:
+    """Whether the innermost transform of ``torch.func`` at work is ``vmap``."""
+    return peek_interpreter_stack().key() == TransformType.Vmap
+
+
+def asks_for_gradient(x: torch.Tensor) -> bool:
+    """Whether ``x`` requires a gradient at any level of ``torch.func`` inside the next ``vmap``."""
+    while not is_batchedtensor(x):
+        if x.requires_grad:
+            return True
+        if not is_gradtrackingtensor(x):
+            return False
+        x = get_unwrapped(x)
+    return False
+
+
+# torch.autograd.grad(is_grads_batched=True) and torch.autograd.functional(vectorize=True) batch by
+# an older vmap, below autograd, of which torch.func knows nothing.
+
+
+def legacy_vmap_level() -> int:
+    """The level of that vmap at work here; 0: none."""
+    torch._C._vmapmode_increment_nesting()
+    return torch._C._vmapmode_decrement_nesting()
+
+
+def is_legacy_batched(x: Any) -> bool:
+    return isinstance(x, torch.Tensor) and torch._C._dispatch_keys(x).has(_BATCHED)
+
+
+_BATCHED: Any = torch._C._parse_dispatch_key("Batched")
+
+
+keeps_graph: Any = _autograd._get_current_graph_task_keep_graph
+"""Whether the backward pass that runs now leaves the graph for another one."""
+
+_top_hooks: Any = getattr(_autograd, "_top_saved_tensors_default_hooks", None)
+
+
+def saving_is_watched() -> bool:
+    """Whether hooks take the tensors that autograd saves; torch before 2.7 does not tell."""
+    return _top_hooks is None or _top_hooks(True) is not None
+
+
+def nonstrict_trace(function: Any) -> Any:
+    """``function`` as what ``torch.compile`` calls on its placeholders, and does not look into."""
+    import torch._dynamo as dynamo
+
+    mark: Any = getattr(dynamo, "nonstrict_trace", dynamo.allow_in_graph)  # torch < 2.7
+    return mark(function)

@@ -1,0 +1,289 @@
+"""A JAX function on flat arrays and the functions derived from it. Imports JAX, never torch.
+
+A *program* maps arrays to a tuple of arrays. With operands ``x``, tangents ``t`` of the operands
+``S`` and cotangents ``c`` of the results ``D``,
+
+    Pushforward(f, S):  (x, t) -> ∂f/∂x_S(x) · t
+    Pullback(f, S, D):  (x, c) -> (∂f_D/∂x_S(x))ᴴ · c
+    Batch(f, dims):     f on every row of the operands whose dim is not None; rows at dim 0
+    Emission(f, S):     x -> f(x) and the residuals r that Pullback(f, S', D) reads, S' in S
+
+are programs again, so derivatives of any order are calls of programs.
+
+NOTE [Two forms]. ``math`` is what derivatives are made of; ``run``, which is compiled, has the
+same values and may use residuals: it then ignores ``x`` but for what the residuals name, and a
+derivative of it would miss terms. ``Pullback(f, S, D, plan)`` takes ``(x, c, r)``; its ``math`` ignores ``r``.
+
+NOTE [Conjugates]. PyTorch's gradient is the conjugate transpose, JAX's cotangent the plain one:
+``Jᴴ c = conj(Jᵀ conj(c))``. The other direction is in _callable.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+Indices = tuple[int, ...]
+Dims = tuple["int | None", ...]
+Math = Callable[..., "Traced"]
+
+
+class Facts:
+    """What a trace finds out and a call returns beside its arrays; equal to itself alone."""
+
+    def __init__(self, tree: Any = None, plan: Plan | None = None) -> None:
+        self.tree, self.plan = tree, plan
+
+
+@jax.tree_util.register_pytree_node_class
+class Traced:
+    """Results, residuals and, static, the facts of their trace: ``jit`` returns them together."""
+
+    __slots__ = ("facts", "outs", "residuals")
+
+    def __init__(self, outs: Sequence[Any], residuals: Sequence[Any], facts: Facts) -> None:
+        self.outs, self.residuals, self.facts = outs, residuals, facts
+
+    def tree_flatten(self) -> tuple[Any, Facts]:
+        return (self.outs, self.residuals), self.facts
+
+    @classmethod
+    def tree_unflatten(cls, facts: Facts, children: Any) -> Traced:
+        outs, residuals = children
+        return cls(outs, residuals, facts)
+
+
+class Plan:
+    """How a pullback is put together again: a leaf is an operand, a held value or a constant.
+
+    Residuals that are operands or results of the forward program are not returned a second time:
+    whoever calls it has them. *Held* are the results at ``kept``, then the new residuals.
+    """
+
+    def __init__(self, wrt: Indices, primals: Sequence[Any], traced: Traced, pull: Any) -> None:
+        self.wrt = wrt
+        self.facts = traced.facts
+        self.avals = [(out.shape, out.dtype) for out in traced.outs]
+        leaves, self.treedef = jax.tree.flatten(pull)
+        self.constants: list[Any] = []
+        self.residuals: list[Any] = []  # tracers: taken out by the emission, once
+        found: dict[int, tuple[str, int]] = {}
+        for kind, values in (("operand", primals), ("out", traced.outs)):
+            for i, x in enumerate(values):
+                found.setdefault(id(x), (kind, i))
+        for leaf in leaves:
+            kind, values = (
+                ("residual", self.residuals)
+                if isinstance(leaf, Tracer)
+                else ("constant", self.constants)
+            )
+            if id(leaf) not in found:
+                found[id(leaf)] = (kind, len(values))
+                values.append(leaf)
+        sources = [found[id(leaf)] for leaf in leaves]
+        self.kept = tuple(sorted({i for kind, i in sources if kind == "out"}))
+        n_kept = len(self.kept)
+        place = {
+            "operand": lambda i: ("operand", i),
+            "constant": lambda i: ("constant", i),
+            "out": lambda i: ("held", self.kept.index(i)),
+            "residual": lambda i: ("held", n_kept + i),
+        }
+        self.sources = [place[kind](i) for kind, i in sources]
+        self.reads = frozenset(i for kind, i in self.sources if kind == "operand")
+
+    def pull(self, operands: Sequence[Any], held: Sequence[Any]) -> Any:
+        """The pullback, from the values that its plan names."""
+        values = {"operand": operands, "held": held, "constant": self.constants}
+        return jax.tree.unflatten(self.treedef, [values[kind][i] for kind, i in self.sources])
+
+
+class Formula:
+    """What a program computes, in two forms, and what it is made of; not what is derived from it."""
+
+    emits = True
+    """Whether residuals can be emitted: not where ``run`` already differs from ``math``."""
+
+    reads: frozenset[int] | None = None
+    """The operands that ``run`` reads; None: all."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def math(self, *operands: Any) -> Traced:
+        raise NotImplementedError
+
+    def run(self, *operands: Any) -> Traced:
+        return self.math(*operands)
+
+
+class Function(Formula):
+    """The user's function: ``call`` returns its results as a tree."""
+
+    def __init__(self, call: Callable[..., Any], check: Callable[[Any], Any], name: str) -> None:
+        super().__init__(name)
+        self._call, self._check = call, check
+
+    def math(self, *operands: Any) -> Traced:
+        leaves, tree = jax.tree.flatten(self._check(self._call(*operands)))
+        return Traced(tuple(map(jnp.asarray, leaves)), (), Facts(tree))
+
+
+class Emission(Formula):
+    """``x -> f(x), r``."""
+
+    emits = False
+
+    def __init__(self, parent: Formula, wrt: Indices) -> None:
+        super().__init__(f"{parent.name}_with_residuals")
+        self.parent, self.wrt = parent, wrt
+
+    def math(self, *operands: Any) -> Traced:
+        return self.parent.math(*operands)
+
+    def run(self, *operands: Any) -> Traced:
+        traced, pull = jax.vjp(
+            _restricted(self.parent, self.wrt, operands), *operands_at(operands, self.wrt)
+        )
+        plan = Plan(self.wrt, operands, traced, pull)
+        residuals, plan.residuals = tuple(plan.residuals), []
+        return Traced(traced.outs, residuals, Facts(traced.facts.tree, plan))
+
+
+class Pullback(Formula):
+    """``(x, c, r) -> Jᴴ c``. See NOTE [Two forms] and NOTE [Conjugates]."""
+
+    def __init__(
+        self, parent: Formula, n: int, wrt: Indices, of: Indices, plan: Plan | None
+    ) -> None:
+        super().__init__(f"{parent.name.removesuffix('_with_residuals')}_pullback")
+        self.parent, self.n, self.wrt, self.of, self.plan = parent, n, wrt, of, plan
+        self.emits = plan is None
+        if plan is not None:
+            self.reads = plan.reads
+
+    def _split(self, args: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:
+        end = self.n + len(self.of)
+        return args[: self.n], args[self.n : end], args[end:]
+
+    def math(self, *args: Any) -> Traced:
+        x, c, _ = self._split(args)
+        traced, pull = jax.vjp(_restricted(self.parent, self.wrt, x), *operands_at(x, self.wrt))
+        avals = [(out.shape, out.dtype) for out in traced.outs]
+        return self._result(pull(self._cotangents(avals, c, traced.facts)))
+
+    def run(self, *args: Any) -> Traced:
+        if self.plan is None:
+            return self.math(*args)
+        x, c, r = self._split(args)
+        pulled = self.plan.pull(x, r)(self._cotangents(self.plan.avals, c, self.plan.facts))
+        by_operand = dict(zip(self.plan.wrt, pulled, strict=True))
+        return self._result([by_operand[i] for i in self.wrt])
+
+    def _cotangents(self, avals: Sequence[Any], c: Sequence[Any], facts: Facts) -> Traced:
+        given = dict(zip(self.of, c, strict=True))
+        full = [
+            jnp.conj(given[j]) if j in given else _zero_cotangent(shape, dtype)
+            for j, (shape, dtype) in enumerate(avals)
+        ]
+        return Traced(tuple(full), (), facts)
+
+    def _result(self, pulled: Sequence[Any]) -> Traced:
+        return Traced(tuple(map(jnp.conj, pulled)), (), Facts())
+
+
+class Pushforward(Formula):
+    """``(x, t) -> J t``, of the results of inexact dtype."""
+
+    def __init__(self, parent: Formula, n: int, wrt: Indices) -> None:
+        super().__init__(f"{parent.name.removesuffix('_with_residuals')}_pushforward")
+        self.parent, self.n, self.wrt = parent, n, wrt
+
+    def math(self, *args: Any) -> Traced:
+        x, t = args[: self.n], args[self.n :]
+        f = _restricted(self.parent, self.wrt, x)
+        _, pushed = jax.jvp(f, tuple(operands_at(x, self.wrt)), tuple(t))
+        inexact = [u for u in pushed.outs if jnp.issubdtype(u.dtype, jnp.inexact)]
+        return Traced(tuple(inexact), (), Facts())
+
+
+class Batch(Formula):
+    """``f`` on every row."""
+
+    def __init__(self, parent: Formula, dims: Dims) -> None:
+        super().__init__(f"{parent.name}_vmap")
+        self.parent, self.dims = parent, dims
+        self.emits, self.reads = parent.emits, parent.reads
+
+    def math(self, *operands: Any) -> Traced:
+        return jax.vmap(self.parent.math, self.dims)(*operands)
+
+    def run(self, *operands: Any) -> Traced:
+        return jax.vmap(self.parent.run, self.dims)(*operands)
+
+
+class Program:
+    """A formula, compiled, and the programs derived from it, each made once.
+
+    NOTE [No cycles]. Derived programs refer to formulas, never to programs, and what JAX's caches
+    hold (plans) to neither: all that is compiled goes when the last reference to a program goes.
+    Left to the garbage collector, jitted functions would be collected inside of JAX's own tracing,
+    which up to jaxlib 0.10 can crash (jax pull request 38281).
+    """
+
+    def __init__(self, formula: Formula) -> None:
+        self.formula, self.name = formula, formula.name
+        self.emits, self.reads = formula.emits, formula.reads
+        self.is_emission = isinstance(formula, Emission)
+        self.sites: dict[Any, Any] = {}  # where compiled graphs call it: see _reverse_compile.py
+        self._derived: dict[Any, Program] = {}
+
+        def call(*operands: Any) -> Traced:
+            return formula.run(*operands)
+
+        call.__name__ = call.__qualname__ = self.name
+        self.jitted = jax.jit(call)
+
+    def emission(self, wrt: Indices) -> Program:
+        return self._derive(Emission, wrt)
+
+    def pushforward(self, n: int, wrt: Indices) -> Program:
+        return self._derive(Pushforward, n, wrt)
+
+    def pullback(self, n: int, wrt: Indices, of: Indices, plan: Plan | None) -> Program:
+        return self._derive(Pullback, n, wrt, of, plan)
+
+    def batch(self, dims: Dims) -> Program:
+        return self._derive(Batch, dims)
+
+    def _derive(self, kind: type[Formula], *how: Any) -> Program:
+        key = (kind, *how)
+        made = self._derived.get(key)
+        return made or self._derived.setdefault(key, Program(kind(self.formula, *how)))
+
+
+def operands_at(operands: Sequence[Any], wrt: Indices) -> list[Any]:
+    return [operands[i] for i in wrt]
+
+
+def _restricted(formula: Formula, wrt: Indices, operands: Sequence[Any]) -> Math:
+    """``math`` as a function of the operands ``wrt``, the others held."""
+
+    def f(*chosen: Any) -> Traced:
+        full = list(operands)
+        for i, x in zip(wrt, chosen, strict=True):
+            full[i] = x
+        return formula.math(*full)
+
+    return f
+
+
+def _zero_cotangent(shape: tuple[int, ...], dtype: Any) -> Any:
+    if jnp.issubdtype(dtype, jnp.inexact):
+        return jnp.zeros(shape, dtype)
+    return np.zeros(shape, jax.dtypes.float0)

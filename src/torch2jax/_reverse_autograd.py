@@ -1,0 +1,304 @@
+"""Programs of JAX applied to tensors, with PyTorch's autograd and ``torch.func`` above them.
+
+NOTE [One Function]. ``Apply`` applies any program; its derivatives and batches apply derived
+programs, by ``Apply`` again wherever something may differentiate or batch them further. So every
+composition of transforms, to any order, is a chain of such applications.
+
+NOTE [Residuals]. An application that a gradient is asked of runs the program's emission. The
+residuals are further results of it, without derivatives, and are saved like all tensors: hooks
+(``torch.utils.checkpoint``, ``save_on_cpu``) see them, operands and results among them keep
+PyTorch's version check, and a backward pass frees them. Where nothing but autograd looks on,
+``Direct`` keeps them as arrays, which spares the way to tensors and back: 4 µs each.
+
+NOTE [Memory]. An operand is a view of a tensor for the length of the call: on a CPU the results are
+computed when it returns, so the tensor may be written to from then on. The operands of a later
+backward pass are imported again from the saved tensors. Results are buffers that JAX has no more
+references to.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from ._compat import precision
+from ._convert import x64_enabled
+from ._jax_program import Dims, Plan, Program, Traced
+from ._torch_compat import (
+    asks_for_gradient,
+    forward_ad_active,
+    innermost_is_vmap,
+    is_legacy_batched,
+    keeps_graph,
+    legacy_vmap_level,
+    plain_apply,
+    saving_is_watched,
+    transforms_active,
+    unwrap_if_dead,
+)
+from ._transfer import to_arrays, to_tensors
+
+Tensor = torch.Tensor
+
+
+class Call:
+    """One application of a program: what it is told, and what its trace tells."""
+
+    __slots__ = ("n_out", "n_primals", "plan", "program", "tree", "x64")
+
+    def __init__(self, program: Program, x64: bool, n_primals: int) -> None:
+        self.program, self.x64 = program, x64
+        self.n_primals = n_primals  # the operands after them are cotangents and held values
+        self.n_out = 0
+        self.tree: Any = None
+        self.plan: Plan | None = None
+
+    def another(self, program: Program, n_primals: int) -> Call:
+        """A call of a derived program."""
+        return type(self)(program, self.x64, n_primals)
+
+    def run(self, operands: Sequence[Any]) -> list[Tensor]:
+        """Results, then residuals."""
+        arrays = to_arrays(operands, self.program.reads, self.n_primals)
+        traced = self.trace(arrays)
+        return to_tensors([*traced.outs, *traced.residuals], _on_cpu(operands))
+
+    def trace(self, arrays: Sequence[Any]) -> Traced:
+        """The compiled program's results, as arrays."""
+        traced = self.program.jitted(*arrays)
+        self.n_out, self.tree, self.plan = len(traced.outs), traced.facts.tree, traced.facts.plan
+        return traced
+
+
+def apply(program: Program, operands: Sequence[Any], kind: type[Call] = Call) -> Any:
+    """The results of a program, and the tree that they are the leaves of."""
+    call = kind(program, x64_enabled(), len(operands))
+    outs = _apply(call, operands)
+    return outs[: call.n_out], call.tree
+
+
+def _apply(call: Call, operands: Sequence[Any]) -> Sequence[Tensor]:
+    if transforms_active():
+        if not innermost_is_vmap():
+            _emit(call, [i for i, x in _tensors(operands) if asks_for_gradient(x)])
+        return Apply.apply(call, *operands)  # type: ignore[return-value]
+    if legacy_vmap_level() and any(is_legacy_batched(x) for _, x in _tensors(operands)):
+        return _apply_rows(call, operands)
+    asking = [i for i, x in enumerate(operands) if isinstance(x, Tensor) and x.requires_grad]
+    forward_ad = forward_ad_active()
+    if asking and torch.is_grad_enabled():
+        _emit(call, asking)
+        watched = forward_ad or saving_is_watched() or type(call) is not Call
+        if not watched and call.program.is_emission:
+            return _direct(call, *operands)
+    elif not forward_ad:
+        return call.run(operands)
+    return _plain_apply(call, *operands)
+
+
+def _apply_rows(call: Call, operands: Sequence[Any]) -> Sequence[Tensor]:
+    """Inside ``is_grads_batched`` and ``vectorize=True``, which are not ``torch.func``'s vmap."""
+    level = legacy_vmap_level()
+    dims = tuple(0 if is_legacy_batched(x) else None for x in operands)
+    rows = [
+        x if d is None else torch._remove_batch_dim(x, level, 0, 0)
+        for x, d in zip(operands, dims, strict=True)
+    ]
+    batched = call.another(call.program.batch(dims), call.n_primals)
+    results = _apply(batched, rows)[: batched.n_out]
+    call.n_out, call.tree = batched.n_out, batched.tree
+    return [torch._add_batch_dim(x, 0, level) for x in results]
+
+
+def _tensors(operands: Sequence[Any]) -> list[tuple[int, Tensor]]:
+    return [(i, x) for i, x in enumerate(operands) if isinstance(x, Tensor)]
+
+
+def _emit(call: Call, wrt: list[int]) -> None:
+    if wrt and call.program.emits:
+        call.program = call.program.emission(tuple(wrt))
+
+
+def _as_in_forward(rule: Callable[..., Any]) -> Callable[..., Any]:
+    """A rule with 64-bit types on or off as they were in the forward pass.
+
+    That is a setting of the thread, and a thread of PyTorch's own may run the rule.
+    """
+
+    @functools.wraps(rule)
+    def run(ctx: Any, *args: Any) -> Any:
+        if x64_enabled() is ctx.call.x64:
+            return rule(ctx, *args)
+        with precision(ctx.call.x64):
+            return rule(ctx, *args)
+
+    return run
+
+
+class Apply(torch.autograd.Function):
+    """See NOTE [One Function]."""
+
+    @staticmethod
+    def forward(call: Call, *operands: Any) -> tuple[Tensor, ...]:
+        return tuple(call.run(operands))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        call, *operands = inputs
+        outs, residuals = output[: call.n_out], output[call.n_out :]
+        ctx.set_materialize_grads(False)
+        ctx.inexact = [_inexact(out) for out in outs]
+        ctx.mark_non_differentiable(
+            *(out for out, inexact in zip(outs, ctx.inexact, strict=True) if not inexact),
+            *residuals,
+        )
+        # Rows of another level's residuals have a plan too; it is that level's.
+        plan = call.plan if call.program.is_emission else None
+        ctx.call, ctx.plan, ctx.n_results = call, plan, len(output)
+        ctx.places = [i for i, _ in _tensors(operands)]
+        ctx.others = [None if isinstance(x, Tensor) else x for x in operands]
+        kept = [outs[i] for i in plan.kept] if plan else []
+        saved = [*(operands[i] for i in ctx.places), *kept, *residuals]
+        ctx.save_for_backward(*saved)
+        if transforms_active() or forward_ad_active():
+            ctx.save_for_forward(*saved)
+
+    @staticmethod
+    @_as_in_forward
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        operands, held = _saved(ctx)
+        n = len(operands)
+        wrt, of = _asked(ctx, n, cotangents)
+        if not (wrt and of):
+            return _gradients(n, wrt, ())
+        plan = ctx.plan if ctx.plan and set(wrt) <= set(ctx.plan.wrt) else None
+        program = ctx.call.program.pullback(n, wrt, of, plan)
+        args = [*operands, *(cotangents[j] for j in of), *(x.detach() for x in held if plan)]
+        return _gradients(n, wrt, _apply(ctx.call.another(program, n), args))
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        operands, _ = _saved(ctx)
+        n = len(operands)
+        given = tangents[1:]
+        wrt = tuple(i for i in range(n) if given[i] is not None)
+        program = ctx.call.program.pushforward(n, wrt)
+        call = ctx.call.another(program, n)
+        pushed = iter(_apply(call, [*operands, *(given[i] for i in wrt)])[: sum(ctx.inexact)])
+        out: list[Tensor | None] = [next(pushed) if inexact else None for inexact in ctx.inexact]
+        return tuple(out + [None] * (ctx.n_results - len(out)))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, call: Call, *operands: Any) -> Any:
+        dims: Dims = tuple(in_dims[1:])
+        program = call.program.batch(dims)
+        batched = call.another(program, call.n_primals)
+        rows = _apply(batched, operands)
+        call.n_out, call.tree = batched.n_out, batched.tree
+        if batched.program is program:
+            call.plan = batched.plan
+        else:  # residuals were asked for below, and stay there
+            rows = rows[: batched.n_out]
+        return tuple(rows), (0,) * len(rows)
+
+
+class Direct(torch.autograd.Function):
+    """``Apply`` of an emission where nothing but autograd looks on. See NOTE [Residuals]."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Call, *operands: Any) -> tuple[Tensor, ...]:
+        arrays = to_arrays(operands, None, 0)
+        traced = call.trace(arrays)
+        ctx.on_cpu = _on_cpu(operands)
+        outs = to_tensors(traced.outs, ctx.on_cpu)
+        plan = ctx.plan = traced.facts.plan
+        assert plan is not None, "Direct applies emissions"
+        ctx.set_materialize_grads(False)
+        ctx.inexact = [_inexact(out) for out in outs]
+        if not all(ctx.inexact):
+            ctx.mark_non_differentiable(
+                *(out for out, inexact in zip(outs, ctx.inexact, strict=True) if not inexact)
+            )
+        ctx.call = call
+        ctx.places = [i for i, x in enumerate(operands) if isinstance(x, Tensor)]
+        ctx.others = [None if isinstance(x, Tensor) else x for x in operands]
+        ctx.save_for_backward(*(operands[i] for i in ctx.places), *(outs[j] for j in plan.kept))
+        ctx.read = [x if i in plan.reads else None for i, x in enumerate(arrays)]
+        ctx.held = [*(traced.outs[j] for j in plan.kept), *traced.residuals]
+        return tuple(outs)
+
+    @staticmethod
+    @_as_in_forward
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        n = len(ctx.others)
+        wrt, of = _asked(ctx, n, cotangents)
+        if not (wrt and of):
+            return _gradients(n, wrt, ())
+        saved = ctx.saved_tensors  # raises where one of them is changed, or freed
+        given = [cotangents[j] for j in of]
+        call = ctx.call.another(ctx.call.program.pullback(n, wrt, of, ctx.plan), n)
+        if torch.is_grad_enabled() or transforms_active() or legacy_vmap_level():
+            operands = _operands(ctx, saved)
+            n_kept = len(ctx.plan.kept)
+            held = [
+                *(x.detach() for x in saved[len(ctx.places) :]),
+                *to_tensors(ctx.held[n_kept:], ctx.on_cpu),
+            ]
+            grads = _apply(call, [*operands, *given, *held])
+        else:
+            traced = call.trace([*ctx.read, *to_arrays(given, None, 0), *ctx.held])
+            grads = to_tensors(traced.outs, ctx.on_cpu)
+        if not keeps_graph():
+            del ctx.read, ctx.held  # autograd frees what it saved, too
+        return _gradients(n, wrt, grads)
+
+
+_plain_apply = plain_apply(Apply)
+_direct = plain_apply(Direct)
+
+
+def _asked(
+    ctx: Any, n: int, cotangents: Sequence[Tensor | None]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The operands whose gradients are asked for, and the results whose cotangents are not zero."""
+    needs = ctx.needs_input_grad
+    wrt = tuple(i for i in range(n) if needs[1 + i])
+    pairs = enumerate(zip(ctx.inexact, cotangents, strict=False))
+    return wrt, tuple(j for j, (inexact, c) in pairs if inexact and c is not None)
+
+
+def _gradients(n: int, wrt: Sequence[int], grads: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """What ``backward`` returns: None for the call, and for what asks for no gradient."""
+    found = dict(zip(wrt, grads, strict=False))  # residuals may follow the gradients
+    return None, *(found.get(i) for i in range(n))
+
+
+def _saved(ctx: Any) -> tuple[list[Any], list[Tensor]]:
+    """The operands, and what a pullback holds beside them."""
+    saved = [unwrap_if_dead(x) for x in ctx.saved_tensors]
+    return _operands(ctx, saved), saved[len(ctx.places) :]
+
+
+def _operands(ctx: Any, saved: Sequence[Tensor]) -> list[Any]:
+    operands = list(ctx.others)
+    for i, x in zip(ctx.places, saved, strict=False):
+        operands[i] = x
+    return operands
+
+
+def _on_cpu(operands: Sequence[Any]) -> bool:
+    """Whether results are on a CPU, for all that is known: there are tensors, all of them there."""
+    found = False
+    for x in operands:
+        if isinstance(x, Tensor):
+            if not x.is_cpu:
+                return False
+            found = True
+    return found
+
+
+def _inexact(x: Tensor) -> bool:
+    return x.is_floating_point() or x.is_complex()
