@@ -17,7 +17,7 @@ NEEDS = {
     "equinox_digits": ["equinox", "sklearn", "rich", "matplotlib"],
     "feature_extractor": ["flax", "sklearn", "rich", "matplotlib"],
     "force_field": ["rich", "matplotlib"],
-    "jax_in_pytorch": ["rich"],
+    "jax_in_pytorch": [],
     "numpyro_nuts": ["numpyro", "sklearn", "rich", "matplotlib"],
     "physics_informed": ["optax", "rich", "matplotlib"],
     "resnet_features": ["sklearn", "rich", "matplotlib"],

@@ -47,9 +47,20 @@ class Config:
     default_dtype: torch.dtype
     default_device: torch.device
 
-    def key(self) -> tuple[Hashable, ...]:
+    def key(self, label: str) -> tuple[Hashable, ...]:
         """Equal for equal options. Trees count by structure and leaves, arrays by their avals."""
-        return tuple(_tree_key(v) if k in _TREES else v for k, v in vars(self).items())
+
+        def one(option: str, value: Any) -> Hashable:
+            try:
+                key = _tree_key(value) if option in _TREES else value
+                hash(key)
+            except (TypeError, ValueError) as error:  # keys of a dict that cannot be sorted
+                raise SignatureError(
+                    f"{option} of {label} cannot be read, or compared with another: {error}"
+                ) from None
+            return key
+
+        return tuple(one(option, value) for option, value in vars(self).items())
 
     def changes_nothing(self) -> bool:
         """Whether the function means what it means without options: they say how, not what."""

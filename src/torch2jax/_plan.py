@@ -111,6 +111,12 @@ class Planner:
         if self._config.output_shapes is not None:
             dtypes = [d for _, d in avals]
             result = sig.declared_result(self._config.output_shapes, dtypes, self._label)
+            if not (result.leaves or inplace or self._config.side_effects):
+                raise SignatureError(
+                    f"output_shapes of {self._label} describes no tensor, so there is nothing to "
+                    "compute. Describe the result; or wrap it with side_effects=True if it is "
+                    "called for its effect alone."
+                )
             if shards is not None:
                 result = shards.result(result, bool(inplace))
         else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from typing import Any
 
 import jax
@@ -65,16 +65,45 @@ def requires(fn: Callable[..., Any], name: str) -> bool:
     return parameter is not None and parameter.default is parameter.empty
 
 
+def indices(value: Any, option: str, label: str) -> tuple[int, ...]:
+    """The positions that an option names: an int or a sequence of them."""
+    items = () if value is None else tuple(value) if _is_sequence(value) else (value,)
+    if any(isinstance(i, bool) or not isinstance(i, int | np.integer) for i in items):
+        raise SignatureError(
+            f"{option}={value!r} of {label} must be an int or a sequence of ints: positions of "
+            "arguments."
+        )
+    return tuple(map(int, items))
+
+
+def names(value: Any, option: str, label: str) -> tuple[str, ...]:
+    """The arguments that an option names: a str or a sequence of them."""
+    items = tuple(value) if _is_sequence(value) else (value,)
+    if not all(isinstance(name, str) for name in items):
+        raise SignatureError(
+            f"{option}={value!r} of {label} must be a str or a sequence of them: argument names."
+        )
+    return items
+
+
+def one_name(value: Any, option: str, label: str) -> str | None:
+    """The name that an option gives."""
+    if value is not None and not (isinstance(value, str) and value):
+        raise SignatureError(f"{option}={value!r} of {label} must be a name (a str) or None.")
+    return value
+
+
+def _is_sequence(value: Any) -> bool:
+    return isinstance(value, Sequence | Set) and not isinstance(value, str)
+
+
 def resolve_statics(
     fn: Callable[..., Any],
-    argnums: int | Sequence[int] | None,
-    argnames: str | Sequence[str] | None,
+    argnums: tuple[int, ...] | None,
+    argnames: tuple[str, ...] | None,
 ) -> tuple[tuple[int, ...], tuple[str, ...]]:
     """Positions and names of static arguments; one follows from the other, as in ``jax.jit``."""
-    nums = () if argnums is None else (argnums,) if isinstance(argnums, int) else tuple(argnums)
-    names = (
-        () if argnames is None else (argnames,) if isinstance(argnames, str) else tuple(argnames)
-    )
+    nums, names = argnums or (), argnames or ()
     target = fn.forward if isinstance(fn, torch.nn.Module) else fn
     try:
         parameters = list(inspect.signature(target).parameters.values())
@@ -156,12 +185,18 @@ def declared_result(shapes: Any, operands: Iterable[np.dtype[Any]], label: str) 
     whose dtype is the result type of the floating operands, else the default float dtype.
     """
     inexact = [d for d in operands if jax.numpy.issubdtype(d, jax.numpy.inexact)]
-    default = jax.numpy.result_type(*inexact) if inexact else jax.numpy.result_type(float)
     paths, treedef = tree_flatten_with_path(shapes)
     leaves = []
     for path, x in paths:
         where = f"result{keystr(path)}"
         if isinstance(x, torch.Size):
+            try:
+                default = jax.numpy.result_type(*(inexact or [float]))
+            except ValueError as error:  # TypePromotionError: float8 with anything else
+                raise SignatureError(
+                    f"output_shapes of {label} has a bare shape at {where}, and the dtypes of the "
+                    f"operands have no result type; give a jax.ShapeDtypeStruct: {error}"
+                ) from None
             shape, dtype = tuple(x), np.dtype(default)
             torch_dtype = dtype_j2t(dtype)
         elif isinstance(x, torch.Tensor) or (hasattr(x, "shape") and hasattr(x, "dtype")):

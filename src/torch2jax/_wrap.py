@@ -11,6 +11,7 @@ from collections.abc import Hashable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 import torch
 
 from . import _signature as sig
@@ -141,19 +142,27 @@ def torch2jax(
         raise SignatureError(
             f"in_specs and mesh of {label} go with out_specs, which says how the result is sharded."
         )
-    static_argnums, static_argnames = sig.resolve_statics(fn, static_argnums, static_argnames)
+    if example_kw is not None and not isinstance(example_kw, dict):
+        raise SignatureError(f"example_kw of {label} must be a dict, got {example_kw!r}.")
+    if lock is not None and not (isinstance(lock, bool) or hasattr(type(lock), "__exit__")):
+        raise SignatureError(f"lock={lock!r} of {label} must be a context manager or a bool.")
+    static_argnums, static_argnames = sig.resolve_statics(
+        fn,
+        None if static_argnums is None else sig.indices(static_argnums, "static_argnums", label),
+        None if static_argnames is None else sig.names(static_argnames, "static_argnames", label),
+    )
     config = Config(
         examples=(example_args, example_kw or {}) if example_args or example_kw else None,
         output_shapes=output_shapes,
         depth=depth,
-        nondiff_argnums=_indices(nondiff_argnums),
+        nondiff_argnums=sig.indices(nondiff_argnums, "nondiff_argnums", label),
         nondiff_mask=nondiff_mask,
         tape=residuals == "tape",
         vmap_method=vmap_method,
         arg_dtypes=arg_dtypes,
-        inplace_argnums=_indices(inplace_argnums),
-        inplace_single=isinstance(inplace_argnums, int),
-        out_arg=out_arg,
+        inplace_argnums=sig.indices(inplace_argnums, "inplace_argnums", label),
+        inplace_single=isinstance(inplace_argnums, int | np.integer),
+        out_arg=sig.one_name(out_arg, "out_arg", label),
         static_argnums=static_argnums,
         static_argnames=static_argnames,
         stochastic=stochastic,
@@ -162,13 +171,13 @@ def torch2jax(
         in_specs=in_specs,
         out_specs=out_specs,
         mesh=mesh,
-        name=name,
+        name=sig.one_name(name, "name", label),
         default_dtype=torch.get_default_dtype(),
         default_device=torch.get_default_device(),
     )
     if isinstance(fn, JaxFunction) and fn.is_plain() and config.changes_nothing():
         return fn.__wrapped__  # type: ignore[return-value]  # a JAX function as it was
-    key = (_identity(fn), *config.key())
+    key = (_identity(fn), *config.key(label))
     with _wrapped_lock:
         wrapped = _wrapped.get(key)
         if wrapped is None:
@@ -275,9 +284,3 @@ def _identity(fn: Any) -> Hashable:
     if hasattr(fn, "__func__") and hasattr(fn, "__self__"):
         return (id(fn.__self__), id(fn.__func__))
     return id(fn)
-
-
-def _indices(argnums: int | Sequence[int] | None) -> tuple[int, ...]:
-    if argnums is None:
-        return ()
-    return (argnums,) if isinstance(argnums, int) else tuple(argnums)
