@@ -4,8 +4,8 @@
     python examples/force_field.py --smoke           # a few seconds: does everything work?
 
 The energy of a cluster of Lennard-Jones atoms is a PyTorch function, and so are its forces, by
-PyTorch's own autograd. Everything that uses them is JAX: BFGS finds the minimum, `jax.jacfwd` of the
-forces is the Hessian, whose eigenvalues are the squares of the vibrations' frequencies, and a
+PyTorch's own autograd. Everything that uses them is JAX: BFGS finds the minimum, `jax.jacfwd` of
+the forces is the Hessian, whose eigenvalues are the squares of the vibrations' frequencies, and a
 `lax.scan` of velocity Verlet steps moves the atoms, all compiled.
 
 Thirteen atoms have a known answer: their best arrangement is an icosahedron with an energy of

@@ -26,9 +26,9 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from . import __version__, _ext
+from . import __version__
 from ._errors import TorchCallError
-from ._ffi import PLATFORMS, TARGET
+from ._ffi import PLATFORMS, TARGET, dlpack_path, dtype_routes
 from ._module import from_module
 from ._tape import default_budget, tape_info
 from ._wrap import torch2jax
@@ -171,13 +171,13 @@ def _bridge() -> Iterator[Check]:
         return Check("Bridge", name, "ok", detail)
 
     yield found("custom call", f"{TARGET!r}, registered for {', '.join(PLATFORMS)}")
-    path = _ext.dlpack_path()
+    path = dlpack_path()
     ways = {
         "c-exchange-api": "PyTorch's C exchange API, no Python object per tensor",
         "capsules": "capsules; PyTorch 2.10 or later has a faster way",
     }
     yield found("DLPack", ways.get(path, path))
-    detours = sorted(name for name, route in _ext.dtype_routes().items() if name != route)
+    detours = sorted(name for name, route in dtype_routes().items() if name != route)
     if detours:
         yield Check("Bridge", "dtypes", "info", f"as bytes, reinterpreted: {', '.join(detours)}")
     x64 = jax.config.jax_enable_x64  # type: ignore[attr-defined]

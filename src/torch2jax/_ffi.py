@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import os
 import threading
 from collections import Counter
 from typing import Any
@@ -19,6 +20,8 @@ from ._torch_compat import exchange_api
 
 TARGET = __name__.partition(".")[0]
 """Name of the custom call: the package's import name, so that aliases live side by side."""
+
+dlpack_path, dtype_routes = _ext.dlpack_path, _ext.dtype_routes
 
 PLATFORMS = ("cpu", "cuda", "rocm")
 
@@ -87,17 +90,26 @@ def name_of(callable: Callable) -> str:
     return name
 
 
-_ext.setup(
-    exchange_api=exchange_api(),
-    torch=torch,
-    ambient_clean=_state.ambient_clean,
-    run_guarded=_state.run_guarded,
-    describe_exception=_state.describe_exception,
-    collect=lambda: gc.collect(1),
-    resolve=lambda name: _resolver(name),
-    run_on_stream=_state.run_on_stream,
-    current_stream=_state.current_stream,
-    rocm=torch.version.hip is not None,
+def _set_up(**others: Any) -> None:
+    hooks = {
+        "ambient_clean": _state.ambient_clean,
+        "run_guarded": _state.run_guarded,
+        "describe_exception": _state.describe_exception,
+        "collect": lambda: gc.collect(1),
+        "resolve": lambda name: _resolver(name),
+        "run_on_stream": _state.run_on_stream,
+        "current_stream": _state.current_stream,
+    }
+    rocm = torch.version.hip is not None
+    _ext.setup(exchange_api=exchange_api(), torch=torch, rocm=rocm, **{**hooks, **others})
+
+
+_set_up()
+# In a forked process the handler refuses: what it asks before a call raises.
+os.register_at_fork(
+    after_in_child=lambda: _set_up(
+        ambient_clean=_state.refuse_forked, run_on_stream=_state.refuse_forked
+    )
 )
 jax.ffi.register_ffi_target(TARGET, _ext.cpu_handler(), platform="cpu")
 for _platform in ("CUDA", "ROCM"):

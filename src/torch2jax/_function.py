@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable as Function
 from collections.abc import Hashable, Sequence
 from typing import Any
@@ -142,7 +143,10 @@ class TorchFunction:
         given = (args, kwargs)
         if not self._plain:
             given = mark_static(self._config, args, kwargs, self._label)
-        leaves, treedef = tree_flatten(given)
+        try:
+            leaves, treedef = tree_flatten(given)
+        except (TypeError, ValueError) as error:  # keys of a dict that cannot be sorted
+            raise SignatureError(f"an argument of {self._label} is no tree: {error}") from None
         if any(isinstance(x, _NOT_OPERANDS) for x in leaves):
             return self._flatten_statics(given)
         key = (treedef, ())
@@ -277,6 +281,9 @@ class TorchFunction:
         return values if result is None else (result, values)
 
 
+# The class itself changes, so that calls elsewhere pay nothing.
+os.register_at_fork(after_in_child=lambda: setattr(TorchFunction, "__call__", _state.refuse_forked))
+
 _NOT_OPERANDS = (*sig.STATIC_TYPES, Static, torch.Tensor)
 
 _RUNTIME_ERRORS = (jax.errors.JaxRuntimeError, ValueError)
@@ -290,7 +297,8 @@ def _raise_original(error: Exception, label: str) -> None:
     if found is not None:
         message, original = found
         raise TorchCallError(message) from original
-    for status in ("INVALID_ARGUMENT: ", "FAILED_PRECONDITION: "):  # the handler's own checks
+    # The handler's own checks; INTERNAL is an exception that was not kept: too many came since.
+    for status in ("INVALID_ARGUMENT: ", "FAILED_PRECONDITION: ", "INTERNAL: "):
         _, ours, message = text.partition(status)
         if ours and message.startswith(label):
             raise TorchCallError(message) from error

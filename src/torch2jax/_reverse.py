@@ -251,18 +251,17 @@ def jax2torch(
     """
     if not callable(fn):
         raise SignatureError(f"jax2torch wraps a callable, got {type(fn).__name__}.")
-    nums, names = sig.resolve_statics(fn, static_argnums, static_argnames)
-    nondiff = _indices(nondiff_argnums)
+    label = label_of(fn)
+    nums, names = sig.resolve_statics(
+        fn,
+        None if static_argnums is None else sig.indices(static_argnums, "static_argnums", label),
+        None if static_argnames is None else sig.names(static_argnames, "static_argnames", label),
+    )
+    nondiff = sig.indices(nondiff_argnums, "nondiff_argnums", label)
     if isinstance(fn, TorchFunction) and fn.is_plain() and not (nondiff or nums or names):
         return fn.__wrapped__
     where = None if device is None else torch.device(device)
     return JaxFunction(fn, nondiff, nums, names, where, name)
-
-
-def _indices(argnums: int | Sequence[int] | None) -> tuple[int, ...]:
-    if argnums is None:
-        return ()
-    return (argnums,) if isinstance(argnums, int) else tuple(argnums)
 
 
 def _checked(result: Any, label: str) -> Any:

@@ -129,16 +129,31 @@ def check_may_call_jax(what: str) -> None:
         )
 
 
+# --- forked processes ----------------------------------------------------------------------------
+
+
+def refuse_forked(*_: Any, **__: Any) -> Any:
+    """What stands for a call in a process that was forked: threads of JAX and locks are missing."""
+    raise Torch2JaxError(
+        "a torch2jax function is called in a process made by os.fork(), in which the threads of "
+        "JAX and PyTorch do not exist and their locks may be held for ever. Start processes by "
+        'multiprocessing.get_context("spawn") or "forkserver".'
+    )
+
+
 # --- exceptions that cross XLA -----------------------------------------------------------------
 
 _KEPT = 16
 _exceptions: OrderedDict[str, BaseException] = OrderedDict()
+_exceptions_lock = threading.RLock()
+"""Reentrant: dropping an exception may run anything, a call that fails too."""
 
 
 def describe_exception(label: str, error: BaseException) -> str:
     """The text that XLA carries for an exception in ``fn``; the exception is kept for its caller.
 
-    Frames are cleared: their locals are views of XLA's memory, which is about to be used again.
+    Frames are cleared and tensors that the exception carries are copied: they may be views of XLA's
+    memory, which is about to be used again.
     """
     text = "".join(traceback.format_exception(error)).rstrip()
     try:
@@ -146,21 +161,49 @@ def describe_exception(label: str, error: BaseException) -> str:
     except Exception:
         summary = f"{type(error).__name__} (whose __str__ raises)"
     message = f"{label} raised {summary}\n\n{text}"
-    seen: set[int] = set()
-    chained: BaseException | None = error
-    while chained is not None and id(chained) not in seen:
-        seen.add(id(chained))
-        traceback.clear_frames(chained.__traceback__)
-        chained = chained.__cause__ or chained.__context__
-    _exceptions[message] = error
-    while len(_exceptions) > _KEPT:
-        _exceptions.popitem(last=False)
+    for each in _with_its_causes(error):
+        traceback.clear_frames(each.__traceback__)
+        _own_tensors(each)
+    with _exceptions_lock:
+        _exceptions[message] = error
+        while len(_exceptions) > _KEPT:
+            _exceptions.popitem(last=False)
     return message
+
+
+def _with_its_causes(error: BaseException) -> Iterator[BaseException]:
+    """The exception, what it comes from, and the members of groups, each once."""
+    pending: list[BaseException | None] = [error]
+    seen: set[int] = set()
+    while pending:
+        each = pending.pop()
+        if each is None or id(each) in seen:
+            continue
+        seen.add(id(each))
+        yield each
+        pending += [each.__cause__, each.__context__]
+        if isinstance(each, BaseExceptionGroup):
+            pending += each.exceptions
+
+
+def _own_tensors(error: BaseException) -> None:
+    """Tensors among the arguments and attributes of an exception become copies."""
+    with contextlib.suppress(Exception):  # a class may refuse either
+        if any(isinstance(x, torch.Tensor) for x in error.args):
+            error.args = tuple(_owned(x) for x in error.args)
+        for name, x in list(vars(error).items()):
+            if isinstance(x, torch.Tensor):
+                setattr(error, name, _owned(x))
+
+
+def _owned(x: Any) -> Any:
+    return x.detach().clone() if isinstance(x, torch.Tensor) else x
 
 
 def take_exception(text: str) -> tuple[str, BaseException] | None:
     """The message and exception of ``describe_exception`` that an error of XLA carries."""
-    for message in reversed(_exceptions):
-        if message in text:
-            return message, _exceptions.pop(message)
+    with _exceptions_lock:
+        for message in reversed(_exceptions):
+            if message in text:
+                return message, _exceptions.pop(message)
     return None

@@ -721,7 +721,9 @@ class Tape:
             )
 
     def _remove(self, token: Token) -> None:
-        cell = self._cells.pop(token)
+        cell = self._cells.pop(token, None)
+        if cell is None:  # freeing another graph has freed the callable of this one
+            return
         device = cell.device
         for address in cell.storages:
             held, counted = self._storages.pop((device, address))

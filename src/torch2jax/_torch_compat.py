@@ -12,7 +12,9 @@ from torch._C._functorch import (  # type: ignore[attr-defined]
     is_batchedtensor,
     is_gradtrackingtensor,
     peek_interpreter_stack,
-    unwrap_if_dead,
+)
+from torch._C._functorch import (
+    unwrap_if_dead as _unwrap_if_dead,
 )
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._functorch.vmap import (
@@ -23,6 +25,7 @@ from torch._functorch.vmap import (
 )
 from torch.autograd import forward_ad
 
+unwrap_if_dead: Any = _unwrap_if_dead
 add_batch_dim: Any = _add_batch_dim
 remove_batch_dim: Any = _remove_batch_dim
 

@@ -14,6 +14,7 @@ import torch
 from ._compat import export_capsule, import_capsule
 from ._convert import dtype_t2j, j2t, t2j, x64_enabled
 from ._errors import Torch2JaxError
+from ._state import check_may_call_jax
 from ._torch_compat import from_capsule, to_capsule
 
 _32 = (
@@ -32,6 +33,7 @@ def to_arrays(operands: Sequence[Any], reads: frozenset[int] | None, at_least: i
 
     Of the first ``at_least`` operands only those in ``reads`` are needed; the others become None.
     """
+    check_may_call_jax("a jax2torch function")
     plain = _PLAIN[x64_enabled()]
     arrays: list[Any] = []
     for i, x in enumerate(operands):
