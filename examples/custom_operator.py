@@ -6,9 +6,9 @@
 `demo::minplus(a, b)` is the matrix product in which + is `min` and * is `+`. Neither PyTorch nor
 JAX has it, and squaring a matrix of distances with it again and again gives all shortest paths.
 Here it is an operator in C++, registered with PyTorch in the usual way: a kernel, what it returns
-for fake tensors, its gradient, its batched form. `torch2jax(torch.ops.demo.minplus.default)` is then
-a JAX function with `jit`, `grad` and `vmap`, and the gradient of a path's length says which roads
-it takes.
+for fake tensors, its gradient, its batched form. `torch2jax(torch.ops.demo.minplus.default)` is
+then a JAX function with `jit`, `grad` and `vmap`, and the gradient of a path's length says which
+roads it takes.
 
 The first run compiles for about a minute; later ones find the result in PyTorch's cache. Without
 ninja and a C++ compiler the script says so and stops with exit status 77.

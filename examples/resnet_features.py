@@ -3,15 +3,16 @@
     python examples/resnet_features.py               # train, read out, draw
     python examples/resnet_features.py --smoke       # a few seconds: does everything work?
 
-A small residual network learns in plain PyTorch without a single label: it is shown scans of digits
-that are turned by 0, 90, 180 or 270 degrees, and has to say by how much. Then it is frozen. A forward
-hook gives the features after each stage, as many people take them, and the whole is one JAX function:
-images in, a dict of features out.
+A small residual network learns in plain PyTorch without a single label: it is shown scans of
+digits that are turned by 0, 90, 180 or 270 degrees, and has to say by how much. Then it is frozen.
+Forward hooks give the features after each stage, as many people take them, and the whole is one JAX
+function: images in, a dict of features out.
 
 JAX does the rest. How much do the features know of digits? A linear read-out, ridge regression in
 `jax.numpy`, is fitted from few labelled scans for each stage, for the pixels, and for the same
 network untrained; its strength is chosen by `jax.vmap` over many. And where did it look? The
-gradient of a digit's score by the pixels goes through the read-out, in JAX, and the ResNet, in PyTorch.
+gradient of a digit's score by the pixels goes through the read-out, in JAX, and the ResNet, in
+PyTorch.
 """
 
 from __future__ import annotations
