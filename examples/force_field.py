@@ -36,6 +36,7 @@ jax.config.update("jax_enable_x64", True)
 
 ATOMS = 13
 BEST = -44.326801
+State = tuple[jax.Array, jax.Array, jax.Array]  # positions, velocities, forces
 FIRST, SECOND = map(list, zip(*itertools.combinations(range(ATOMS), 2), strict=True))
 console = Console()
 
@@ -96,9 +97,7 @@ def hessian(positions: jax.Array) -> jax.Array:
 def simulate(positions: jax.Array, velocities: jax.Array, times: jax.Array) -> jax.Array:
     """Velocity Verlet; kinetic and potential energy after each step, float64[steps, 2]."""
 
-    def step(
-        state: tuple[jax.Array, ...], time: jax.Array
-    ) -> tuple[tuple[jax.Array, ...], jax.Array]:
+    def step(state: State, time: jax.Array) -> tuple[State, jax.Array]:
         x, v, f = state
         dt = times[1] - times[0]
         v = v + 0.5 * dt * f

@@ -3,9 +3,9 @@
     python examples/resnet_features.py               # train, read out, draw
     python examples/resnet_features.py --smoke       # a few seconds: does everything work?
 
-A small residual network learns in plain PyTorch without a single label: it is shown scans of digits
-that are turned by 0, 90, 180 or 270 degrees, and has to say by how much. Then it is frozen. A
-forward hook gives the features after each stage, as many people take them, and the whole is one JAX
+A small residual network learns in plain PyTorch without a single label: it is shown scans of
+digits that are turned by 0, 90, 180 or 270 degrees, and has to say by how much. Then it is frozen.
+Forward hooks give the features after each stage, as many people take them, and the whole is one JAX
 function: images in, a dict of features out.
 
 JAX does the rest. How much do the features know of digits? A linear read-out, ridge regression in

@@ -401,7 +401,7 @@ def test_directions_of_the_layers(path: Path) -> None:
         {"_rules", "_flat", "_names", "_export"},
         {"_options", "_depth", "_signature", "_shards"},
         {"_plan"},
-        {"_function", "_reverse"},
+        {"_function", "_reverse", "_reverse_compile"},
         {"_wrap", "_jax_module"},
         {"_module"},
         {"flax", "equinox", "_doctor", "__main__"},
