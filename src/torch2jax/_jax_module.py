@@ -38,7 +38,8 @@ def jax_module(
 
     Returns:
       A module; ``module(*args, **kwargs)`` is ``apply`` with its tensors as ``params``. Its
-      ``to_jax()`` is that tree, of arrays. It is moved, cast, copied, saved and loaded like any module.
+      ``to_jax()`` is that tree, of arrays. It is moved, cast, copied, saved and loaded like any
+      other module.
 
     Raises:
       SignatureError: if no leaf of ``params`` is an array, or two have one name.

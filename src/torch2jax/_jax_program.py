@@ -12,7 +12,8 @@ are programs again, so derivatives of any order are calls of programs.
 
 NOTE [Two forms]. ``math`` is what derivatives are made of; ``run``, which is compiled, has the
 same values and may use residuals: it then ignores ``x`` but for what the residuals name, and a
-derivative of it would miss terms. ``Pullback(f, S, D, plan)`` takes ``(x, c, r)``; its ``math`` ignores ``r``.
+derivative of it would miss terms. ``Pullback(f, S, D, plan)`` takes ``(x, c, r)``; its ``math``
+ignores ``r``.
 
 NOTE [Conjugates]. PyTorch's gradient is the conjugate transpose, JAX's cotangent the plain one:
 ``Jᴴ c = conj(Jᵀ conj(c))``. The other direction is in _callable.py.
@@ -104,7 +105,7 @@ class Plan:
 
 
 class Formula:
-    """What a program computes, in two forms, and what it is made of; not what is derived from it."""
+    """What a program computes, in two forms; it knows what it is made of, not its derivatives."""
 
     emits = True
     """Whether residuals can be emitted: not where ``run`` already differs from ``math``."""
@@ -264,7 +265,8 @@ class Program:
     def _derive(self, kind: type[Formula], *how: Any) -> Program:
         key = (kind, *how)
         made = self._derived.get(key)
-        return made or self._derived.setdefault(key, Program(kind(self.formula, *how)))
+        make: Callable[..., Formula] = kind
+        return made or self._derived.setdefault(key, Program(make(self.formula, *how)))
 
 
 def operands_at(operands: Sequence[Any], wrt: Indices) -> list[Any]:
