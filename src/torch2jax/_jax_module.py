@@ -39,7 +39,7 @@ def jax_module(
     Returns:
       A module; ``module(*args, **kwargs)`` is ``apply`` with its tensors as ``params``. Its
       ``to_jax()`` is that tree, of arrays. It is moved, cast, copied, saved and loaded like any
-      module.
+      other module.
 
     Raises:
       SignatureError: if no leaf of ``params`` is an array, or two have one name.

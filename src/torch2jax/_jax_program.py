@@ -105,7 +105,7 @@ class Plan:
 
 
 class Formula:
-    """What a program computes, in two forms, and what it is made of; not what derives from it."""
+    """What a program computes, in two forms; it knows what it is made of, not its derivatives."""
 
     emits = True
     """Whether residuals can be emitted: not where ``run`` already differs from ``math``."""
@@ -265,7 +265,7 @@ class Program:
     def _derive(self, kind: type[Formula], *how: Any) -> Program:
         key = (kind, *how)
         made = self._derived.get(key)
-        make: Any = kind
+        make: Callable[..., Formula] = kind
         return made or self._derived.setdefault(key, Program(make(self.formula, *how)))
 
 

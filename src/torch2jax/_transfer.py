@@ -46,10 +46,12 @@ def to_arrays(operands: Sequence[Any], reads: frozenset[int] | None, at_least: i
             and x.dtype in plain
             and x.is_contiguous()
             and not (x.is_neg() or x.is_conj())
-            and min(x.shape, default=2) > 1
+            and (sizes := min(x.shape, default=2))
             and not x.data_ptr() % _ALIGNMENT
             and not (_pinning and x.is_pinned())
         ):
+            if sizes == 1:  # strides of such sizes are arbitrary, and XLA would read them
+                x = x.view(-1).view(x.shape)
             arrays.append(import_capsule(to_capsule(x)))
         else:
             arrays.append(_array(x, i))
