@@ -10,6 +10,9 @@ JOBS   ?= 2
 # More options for pytest: make test PYTEST="-x tests/test_convert.py"
 PYTEST ?=
 
+# Options of the soak: make soak SOAK="--scale 0.1 --only hangs"
+SOAK ?=
+
 SHELL       := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
@@ -21,7 +24,7 @@ PIP := $(PY) -m pip --disable-pip-version-check install --quiet
 CPP     := $(wildcard cpp/*.cc cpp/*.h)
 PYTHONS := src tests examples tools $(wildcard benchmarks) install_package_aliased.py
 
-.PHONY: help demo docs test test-ops test-matrix lint format clean
+.PHONY: help demo docs test test-ops test-fuzz test-matrix soak lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -34,6 +37,12 @@ test: $(VENV)/.test $(VENV)/.demo ## run the tests
 
 test-ops: $(VENV)/.test ## run all of PyTorch's own operator samples, not two of each (half an hour)
 	T2J_ALL_OP_SAMPLES=1 $(PY) -m pytest -n $(JOBS) tests/test_ops.py $(PYTEST)
+
+soak: $(VENV)/.package ## long runs before a release: memory is flat, nothing hangs (20 minutes)
+	$(PY) tools/soak.py $(SOAK)
+
+test-fuzz: $(VENV)/.test ## 20,000 random calls, right and wrong (half an hour)
+	T2J_FUZZ_EXAMPLES=20000 $(PY) -m pytest tests/test_fuzz.py $(PYTEST)
 
 test-matrix: $(VENV)/.test ## run the core tests on the oldest and the newest jax, and on Python 3.13
 	$(PY) tools/matrix.py --torch '$(TORCH)' -- $(PYTEST)
