@@ -401,8 +401,9 @@ def test_directions_of_the_layers(path: Path) -> None:
         {"_options", "_depth", "_signature"},
         {"_plan"},
         {"_function"},
+        {"_reverse", "_reverse_compile"},
         {"_wrap"},
-        {"_module"},
+        {"_module", "_jax_module"},
         {"flax", "equinox"},
     ]
     layers = {name: i for i, names in enumerate(order, 1) for name in names}

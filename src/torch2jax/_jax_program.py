@@ -265,7 +265,7 @@ class Program:
     def _derive(self, kind: type[Formula], *how: Any) -> Program:
         key = (kind, *how)
         made = self._derived.get(key)
-        make: Callable[..., Formula] = kind
+        make: Any = kind
         return made or self._derived.setdefault(key, Program(make(self.formula, *how)))
 
 
