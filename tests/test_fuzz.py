@@ -29,7 +29,7 @@ TOTAL = int(os.environ.get("T2J_FUZZ_EXAMPLES", "0"))
 def examples(share: float) -> Any:
     """A derandomized handful in every run of the suite, a share of the total where that is set."""
     return settings(
-        max_examples=max(int(TOTAL * share), 1) if TOTAL else int(600 * share),
+        max_examples=max(int(TOTAL * share), 1) if TOTAL else int(400 * share),
         derandomize=not TOTAL,
         database=None,
         deadline=None,

@@ -54,7 +54,7 @@ def measure(name: str, count: int, step: Step, warm: int, limit: float = LIMIT) 
         step(i)
     before = resident()
     for i in range(count):
-        if i % 1000 == 0:
+        if i % 100 == 0:
             faulthandler.dump_traceback_later(WATCHDOG, exit=True)
         step(warm + i)
     faulthandler.cancel_dump_traceback_later()
