@@ -127,8 +127,9 @@ class Jvp:
             # Under no_grad, forward mode over reverse mode is silently wrong for what saves its
             # factorisation (linalg.solve, logdet). See NOTE [One forward mode].
             with _forward_mode, torch.enable_grad():
-                _, pushed = torch.func.jvp(f, take(primals, self.wrt), tangents)  # type: ignore[misc]
-            return pushed
+                out, pushed = torch.func.jvp(f, take(primals, self.wrt), tangents)  # type: ignore[misc]
+            # torch promotes the tangent of a 0-d tensor beside a Python number to float64.
+            return tuple(t.to(y.dtype) for t, y in zip(pushed, out, strict=True))
         except Exception as forward_error:
             try:
                 out = reverse(primals, tangents)

@@ -158,7 +158,28 @@ def _infer_real(
     describe: Callable[[Any], Any],
     roots: Iterable[Any],
 ) -> Inference:
-    operands = [_sample(i, s) for i, s in enumerate(specs)]
+    found = _run_real(fn, [_sample(i, s) for i, s in enumerate(specs)], describe, roots)
+    if any(s.value is None and not _inexact(s.dtype) for s in specs):
+        # Other integers, too: a shape that follows them is not known.
+        others = [_sample(i, s, integer=1) for i, s in enumerate(specs)]
+        again = None
+        with contextlib.suppress(Exception):  # an index beyond its end, say
+            again = _run_real(fn, others, describe, roots)
+        if again is not None and again.result != found.result:
+            raise ShapeDependsOnValues
+    return found
+
+
+def _inexact(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point or dtype.is_complex
+
+
+def _run_real(
+    fn: Callable[..., Any],
+    operands: list[torch.Tensor],
+    describe: Callable[[Any], Any],
+    roots: Iterable[Any],
+) -> Inference:
     # Batch normalisation writes its statistics without saying so in its schema.
     buffers = [b for m in reachable_modules(roots) for b in m.buffers(recurse=False)]
     copies = [b.detach().clone() for b in buffers]
@@ -342,7 +363,7 @@ def _draws(schema: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 _REAL = (torch.Tensor, torch.nn.Parameter)
 
 
-def _sample(index: int, spec: Spec) -> torch.Tensor:
+def _sample(index: int, spec: Spec, integer: int = 0) -> torch.Tensor:
     if spec.value is not None:
         return spec.value.detach().to(spec.device, spec.dtype, copy=True)
     generator = torch.Generator().manual_seed(index)
@@ -351,7 +372,7 @@ def _sample(index: int, spec: Spec) -> torch.Tensor:
     elif spec.dtype.is_complex:
         value = torch.randn(spec.shape, generator=generator, dtype=torch.complex64)
     else:
-        value = torch.zeros(spec.shape)
+        value = torch.full(spec.shape, float(integer))
     return value.to(spec.device, spec.dtype)
 
 
