@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import gc
 import os
 import threading
+import time
 from collections import Counter
 from typing import Any
 
@@ -114,4 +116,22 @@ os.register_at_fork(
 jax.ffi.register_ffi_target(TARGET, _ext.cpu_handler(), platform="cpu")
 for _platform in ("CUDA", "ROCM"):
     jax.ffi.register_ffi_target(TARGET, _ext.gpu_handler(), platform=_platform)
-atexit.register(_ext.begin_shutdown)
+
+
+def _shut_down() -> None:
+    """Let what was dispatched end, 5 s at most, then refuse calls.
+
+    A program that is still running while the interpreter goes has ended some processes by abort.
+    """
+    deadline = time.monotonic() + 5
+    if _names:  # something was lowered, so JAX has a backend
+        with contextlib.suppress(Exception):
+            for array in jax.live_arrays():
+                while not (array.is_deleted() or array.is_ready()):
+                    if time.monotonic() > deadline:
+                        break
+                    time.sleep(0.001)
+    _ext.begin_shutdown()
+
+
+atexit.register(_shut_down)
