@@ -342,21 +342,6 @@ def test_a_call_before_the_import_of_the_rest() -> None:
     assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
 
 
-def test_daemon_threads_that_call_for_ever() -> None:
-    run_python("""
-        f = torch2jax(lambda a: (a @ a).sin())
-        g = jax.jit(jax.grad(lambda a: f(a).sum()))
-        a = jnp.ones((32, 32))
-        def work():
-            while True:
-                g(a)
-        for _ in range(3):
-            threading.Thread(target=work, daemon=True).start()
-        time.sleep(0.3)
-        right()
-    """)
-
-
 def test_exit_with_work_pending() -> None:
     run_python("""
         f = torch2jax(lambda a: (time.sleep(0.05), a + 1)[1], output_shapes=Size([300, 300]))
