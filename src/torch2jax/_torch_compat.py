@@ -34,3 +34,17 @@ def outside_transforms() -> Any:
 def exchange_api() -> Any:
     """The capsule of torch's DLPack C exchange API, or None where torch has none (before 2.10)."""
     return getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+
+
+def set_up_device(name: str, module: Any) -> None:
+    """Make PyTorch's device for libraries one of Python alone, called ``name``."""
+    try:
+        from torch.utils.backend_registration import (
+            _setup_privateuseone_for_python_backend as set_up,
+        )
+    except ImportError:
+        raise RuntimeError(
+            f"PyTorch {torch.__version__} cannot have a device made in Python, which came with 2.9; "
+            "install a newer one."
+        ) from None
+    set_up(name, backend_module=module)

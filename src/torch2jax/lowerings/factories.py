@@ -1,0 +1,142 @@
+"""Tensors from nothing but sizes and numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+from .registry import carried, cast, kind, lowering
+
+
+def _dtype(dtype: torch.dtype | None) -> Any:
+    return carried(dtype or torch.get_default_dtype())
+
+
+@lowering("empty.memory_format", "zeros", "prims.empty")
+def zeros(size: Any, *, dtype: Any = None, **_: Any) -> Any:
+    # Uninitialised memory is zeros: XLA has no other.
+    return jnp.zeros(tuple(size), _dtype(dtype))
+
+
+@lowering("_efficientzerotensor")
+def efficientzerotensor(size: Any, *, dtype: Any = None, **_: Any) -> Any:
+    return jnp.zeros(tuple(size), _dtype(dtype))
+
+
+@lowering("empty_strided", "empty_permuted", "prims.empty_strided", "prims.empty_permuted")
+def empty_strided(size: Any, stride: Any, *, dtype: Any = None, **_: Any) -> Any:
+    return jnp.zeros(tuple(size), _dtype(dtype))
+
+
+@lowering("ones")
+def ones(size: Any, *, dtype: Any = None, **_: Any) -> Any:
+    return jnp.ones(tuple(size), _dtype(dtype))
+
+
+def _natural(value: Any) -> torch.dtype:
+    if isinstance(value, bool):
+        return torch.bool
+    if isinstance(value, int):
+        return torch.int64
+    default = torch.get_default_dtype()
+    if isinstance(value, complex):
+        return torch.complex128 if default is torch.float64 else torch.complex64
+    return default
+
+
+@lowering("full", "prims.full")
+def full(size: Any, fill_value: Any, *, dtype: Any = None, **_: Any) -> Any:
+    if hasattr(fill_value, "dtype"):
+        wanted = fill_value.dtype if dtype is None else carried(dtype)
+        return jnp.broadcast_to(cast(fill_value, wanted), tuple(size))
+    return jnp.full(tuple(size), fill_value, carried(dtype or _natural(fill_value)))
+
+
+@lowering("scalar_tensor", "prims.scalar_tensor")
+def scalar_tensor(s: Any, *, dtype: Any = None, **_: Any) -> Any:
+    return full((), s, dtype=dtype or torch.get_default_dtype())
+
+
+@lowering("full_like", "prims.full_like")
+def full_like(self: Any, fill_value: Any, *, dtype: Any = None, **_: Any) -> Any:
+    return jnp.full(self.shape, fill_value, self.dtype if dtype is None else carried(dtype))
+
+
+@lowering("zeros_like", "empty_like", "prims.empty_like")
+def zeros_like(self: Any, *, dtype: Any = None, **_: Any) -> Any:
+    return jnp.zeros(self.shape, self.dtype if dtype is None else carried(dtype))
+
+
+@lowering("ones_like")
+def ones_like(self: Any, *, dtype: Any = None, **_: Any) -> Any:
+    return jnp.ones(self.shape, self.dtype if dtype is None else carried(dtype))
+
+
+@lowering("new_zeros", "new_empty")
+def new_zeros(self: Any, size: Any, *, dtype: Any = None, **_: Any) -> Any:
+    return jnp.zeros(tuple(size), self.dtype if dtype is None else carried(dtype))
+
+
+@lowering("new_empty_strided")
+def new_empty_strided(self: Any, size: Any, stride: Any, *, dtype: Any = None, **_: Any) -> Any:
+    return new_zeros(self, size, dtype=dtype)
+
+
+@lowering("new_ones")
+def new_ones(self: Any, size: Any, *, dtype: Any = None, **_: Any) -> Any:
+    return jnp.ones(tuple(size), self.dtype if dtype is None else carried(dtype))
+
+
+@lowering("new_full")
+def new_full(self: Any, size: Any, fill_value: Any, *, dtype: Any = None, **_: Any) -> Any:
+    return jnp.full(tuple(size), fill_value, self.dtype if dtype is None else carried(dtype))
+
+
+@lowering("fill.Scalar", "fill.Tensor", "prims.fill", scalars=True)
+def fill(self: Any, value: Any) -> Any:
+    return jnp.broadcast_to(cast(value, self.dtype), self.shape)
+
+
+@lowering("zero")
+def zero(self: Any) -> Any:
+    return jnp.zeros(self.shape, self.dtype)
+
+
+@lowering("arange", "arange.start", "arange.start_step")
+def arange(*bounds: Any, dtype: Any = None, **_: Any) -> Any:
+    start, end, step = (0, *bounds, 1) if len(bounds) == 1 else (*bounds, 1)[:3]
+    if dtype is None:
+        whole = all(isinstance(x, int) for x in (start, end, step))
+        dtype = torch.int64 if whole else torch.get_default_dtype()
+    out = carried(dtype)
+    if kind(out) == 1:
+        start, end, step = int(start), int(end), int(step)
+    values = torch.arange(start, end, step, dtype=torch.int64 if kind(out) == 1 else torch.float64, device="cpu")  # fmt: skip
+    return jnp.asarray(values.numpy(), out)
+
+
+@lowering("prims.iota")
+def iota(length: int, *, start: int, step: int, dtype: Any, **_: Any) -> Any:
+    return jnp.asarray(np.arange(length) * step + start, carried(dtype))
+
+
+@lowering("linspace")
+def linspace(start: Any, end: Any, steps: int, *, dtype: Any = None, **_: Any) -> Any:
+    values = torch.linspace(start, end, steps, dtype=dtype, device="cpu")
+    return jnp.asarray(values.to(torch.float64).numpy() if values.is_floating_point() else values.numpy(), _dtype(dtype))  # fmt: skip
+
+
+@lowering("logspace")
+def logspace(
+    start: Any, end: Any, steps: int, base: float = 10.0, *, dtype: Any = None, **_: Any
+) -> Any:
+    values = torch.logspace(start, end, steps, base, dtype=dtype, device="cpu")
+    return jnp.asarray(values.to(torch.float64).numpy() if values.is_floating_point() else values.numpy(), _dtype(dtype))  # fmt: skip
+
+
+@lowering("eye", "eye.m")
+def eye(n: int, m: int | None = None, *, dtype: Any = None, **_: Any) -> Any:
+    return jnp.eye(n, n if m is None else m, dtype=_dtype(dtype))
