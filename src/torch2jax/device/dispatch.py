@@ -27,16 +27,13 @@ from jax.core import Tracer
 from torch.utils import _pytree as torch_tree
 
 from .._compat import ArrayImpl, trace_state_clean
-from .._convert import dtype_j2t, j2t, t2j, x64_enabled
-from .._errors import Torch2JaxError, Torch2JaxWarning
-from ..lowerings.registry import TABLE, DataDependentShape, Lowering
+from .._convert import dtype_j2t, j2t, x64_enabled
+from .._errors import Torch2JaxError
+from ..lowerings.registry import TABLE, DataDependentShape
 from . import random
 from .tensor import (
-    Cell,
     Tensor,
-    carried,
     from_torch,
-    get_opaque_trace_state,
     read_cell,
     wrap,
     wrap_view,
@@ -305,6 +302,10 @@ class Program:
         return out, checked
 
 
+class _NoDecompositionHere(Exception):
+    """A decomposition does not cover these arguments, or calls its own operator."""
+
+
 class _Op:
     """An operator whose results have memory of their own."""
 
@@ -334,6 +335,10 @@ class _Op:
         self.scalars = lowered is not None and lowered.scalars
         self.random = lowered is not None and lowered.random
         self.programs: dict[Any, Program] = {}
+        # A result that is a Python value is read from tensors: there is nothing to compile.
+        self.returns_values = self.kind == "decomposed" and any(
+            "Tensor" not in str(r.type) for r in schema.returns
+        )
 
     def mutated_slots(self, args: Any, kwargs: Any) -> list[int]:
         found: list[int] = []
@@ -346,6 +351,33 @@ class _Op:
     # --- a call
 
     def __call__(self, args: Any, kwargs: Any) -> Any:
+        if self.kind == "decomposed" and self.target in state.active:
+            raise _NoDecompositionHere
+        if self.returns_values:
+            return self._fn(*args, **kwargs)
+        device = kwargs.get("device")
+        if device is not None and device.type not in ("jax", "lazy"):
+            return self._elsewhere(device, args, kwargs)
+        try:
+            return self._call(args, kwargs)
+        except _NoDecompositionHere:
+            if self.target in state.active:
+                raise
+            # For this operator from now on; a mixture would need a program for each.
+            self.kind, self._fn, self.programs = "bridge", None, {}
+            return self._call(args, kwargs)
+
+    def _elsewhere(self, device: torch.device, args: Any, kwargs: Any) -> Any:
+        """``zeros_like(x, device="cpu")``: a tensor of another device, like one of ours."""
+
+        def like(x: Any) -> Any:
+            if not isinstance(x, torch.Tensor):
+                return x
+            return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)
+
+        return self.func(*[like(a) for a in args], **kwargs)
+
+    def _call(self, args: Any, kwargs: Any) -> Any:
         operands: list[Any] = []
         key: list[Any] = []
         scalars = self.scalars
@@ -425,9 +457,10 @@ class _Op:
     def _call_traced(self, program: Program, operands: list[Any], words: Any) -> Any:
         values = [value_of(x) if type(x) is Tensor else x for x in operands]
         out, new = program.compute(values, words)
-        if state.lowering and not torch.is_grad_enabled():
-            out, new = jax.tree.map(jax.lax.stop_gradient, (out, new))
         slots = program.mutated
+        if state.lowering and not torch.is_grad_enabled():
+            out = jax.tree.map(jax.lax.stop_gradient, out)
+            new = [_unseen(values[s], x) for s, x in zip(slots, new, strict=True)]
         for slot, value in zip(slots, new, strict=True):
             write(operands[slot], value)
         if slots:
@@ -460,8 +493,12 @@ class _Op:
                 return out, new
         if not self.mutable:
             return out, []
-        new = [x for x in jax.tree.leaves(out)][: len(program.mutated)]
-        return (None if self.returns_mutated else out), new
+        if self.returns_mutated or not self.func._schema.returns:
+            return None, jax.tree.leaves(out)[: len(program.mutated)]
+        # The functional form returns what is written to after the results.
+        n = len(self.func._schema.returns)
+        program.torch_dtypes = program.torch_dtypes[:n]
+        return (out[0] if n == 1 else tuple(out[:n])), list(out[n:])
 
     def _native(self, args: Any, kwargs: Any, key: Any) -> Any:
         kwargs = {k: v for k, v in kwargs.items() if k not in self.drop and k not in _IGNORED}
@@ -478,8 +515,6 @@ class _Op:
         ]
         args = _fill(program.args, tensors)
         kwargs = {k: _fill(v, tensors) for k, v in program.kwargs.items() if k not in self.drop}
-        if self.target in state.active:
-            raise Torch2JaxError(f"the decomposition of {self.target} calls itself")
         before = state.active
         state.active = (*before, self.target)
         state.composite += 1
@@ -488,6 +523,8 @@ class _Op:
         finally:
             state.composite -= 1
             state.active = before
+        if out is NotImplemented:
+            raise _NoDecompositionHere
         leaves = [x for x in torch_tree.tree_leaves(out) if x is not None]
         program.torch_dtypes = [
             x.dtype if isinstance(x, torch.Tensor) else _PYTHON[type(x)] for x in leaves
@@ -539,6 +576,17 @@ class _Op:
             return None, list(out)
         program.torch_dtypes = seen[-1] if seen else program.torch_dtypes
         return out, None
+
+
+@jax.custom_jvp
+def _unseen(old: Any, new: Any) -> Any:
+    """The values of a write under ``no_grad``: the derivative is still that of the old ones."""
+    return new
+
+
+@_unseen.defjvp
+def _unseen_jvp(primals: Any, tangents: Any) -> Any:
+    return primals[1], tangents[0]
 
 
 _PYTHON = {bool: torch.bool, int: torch.int64, float: torch.float32, complex: torch.complex64}

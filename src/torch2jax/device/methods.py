@@ -67,16 +67,18 @@ def _cpu(self: Tensor, memory_format: Any = None) -> torch.Tensor:
 
 def _to(self: Tensor, *args: Any, **kwargs: Any) -> Any:
     """As PyTorch's; the same tensor where device and dtype are already those."""
+    at = 2 if args and isinstance(args[0], torch.dtype | torch.Tensor) else 3
+    copy = kwargs.pop("copy", False) or args[at : at + 1] == (True,)
+    args = args[:at]
     if args and isinstance(args[0], torch.Tensor):
         device, dtype = args[0].device, args[0].dtype
     else:
         device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
-    copy = kwargs.get("copy", False) or (len(args) > 3 and args[3] is True)
     ours = device is None or device.type == "jax"
     if ours and not copy and (dtype is None or dtype is self.dtype):
         return self
     return torch.Tensor.to(
-        self, device=device, dtype=dtype if dtype is not None else self.dtype, copy=copy
+        self, "jax" if device is None else device, self.dtype if dtype is None else dtype, False, copy
     )
 
 

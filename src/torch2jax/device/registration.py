@@ -134,7 +134,14 @@ def _register_factories() -> Any:
             continue
         for key in ("PrivateUse1", "Lazy"):
             library.impl(name, _factory(op), key)
+    for key in ("PrivateUse1", "Lazy"):
+        library.impl("_copy_from", _copy_from, key)
     return library
+
+
+def _copy_from(source: Any, target: Any, non_blocking: bool = False) -> Any:
+    """As which ``torch.tensor(data, device="jax")`` moves its data, past ``__torch_dispatch__``."""
+    return dispatch.dispatch(Tensor, torch.ops.aten.copy_.default, (), (target, source))
 
 
 _FACTORIES = (

@@ -84,7 +84,7 @@ def _lift(args: Any, kwargs: Any) -> Any:
 # --- values --------------------------------------------------------------------------------------
 
 
-@d.special(aten._local_scalar_dense.default)
+@d.special(aten._local_scalar_dense.default, aten.item.default)
 def _item(args: Any, kwargs: Any) -> Any:
     return concrete(args[0], "item()").item()
 
@@ -266,6 +266,8 @@ def _index_put(func: Any) -> Any:
             whole = len(only) == 1 and indices[0] is not None and only[0].dtype is torch.bool
             if whole and not accumulate and values.numel() == 1:
                 return _masked(func, x, _beside(only[0]), values)
+            if whole and not accumulate and isinstance(read(_beside(only[0])), Tracer):
+                return _masked_rows(func, x, _beside(only[0]), values)
             indices = _without_masks(x, indices, "an index that is a mask")
         indices = [i if i is None else _beside(i) for i in indices]
         return plain((x, indices, values, *rest), kwargs)
@@ -280,6 +282,17 @@ def _masked(func: Any, x: Tensor, mask: Tensor, values: Any) -> Any:
     if func._schema.is_mutable:
         return aten.masked_fill_.Tensor(x, mask, number)
     return aten.masked_fill.Tensor(x, mask, number)
+
+
+def _masked_rows(func: Any, x: Tensor, mask: Tensor, values: Any) -> Any:
+    """``x[mask] = values``: the k-th place that is true takes the k-th row."""
+    places = aten.cumsum.default(mask.reshape(-1), 0) - 1
+    rows = values.reshape(-1, *x.shape[mask.ndim :]).expand(-1, *x.shape[mask.ndim :])
+    taken = aten.index_select.default(rows, 0, places.clamp(0, rows.shape[0] - 1))
+    new = aten.where.self(
+        mask.view(*mask.shape, *[1] * (x.ndim - mask.ndim)), taken.reshape(x.shape), x
+    )
+    return aten.copy_.default(x, new) if func._schema.is_mutable else new
 
 
 for _op in (

@@ -75,7 +75,7 @@ _FLOATING: dict[str, Fn] = {
     "cos": jnp.cos,
     "cosh": jnp.cosh,
     "deg2rad": lambda x: x * (math.pi / 180),
-    "digamma": special.digamma,
+    "digamma": lambda x: _digamma(x),
     "erf": lax.erf,
     "erfc": lax.erfc,
     "erfinv": lax.erf_inv,
@@ -106,6 +106,25 @@ _FLOATING: dict[str, Fn] = {
     "tan": _tan,
     "tanh": jnp.tanh,
 }
+
+
+def _digamma(x: Any) -> Any:
+    # Below 0 by reflection, psi(x) = psi(1 - x) - pi / tan(pi x), from the distance to the pole.
+    below = x < 0
+    off = x - jnp.round(x)
+    tangent = jnp.tan(jnp.pi * jnp.where(below, off, 0.25))
+    y = special.digamma(jnp.where(x == 0, 1, jnp.where(below, 1 - x, x)))
+    y = y - jnp.where(below, jnp.pi / tangent, 0)
+    y = jnp.where(below & (off == 0), jnp.nan, y)
+    return jnp.where(x == 0, jnp.copysign(jnp.inf, -x), y)
+
+
+def _trigamma(x: Any) -> Any:
+    # psi'(x) = pi^2 / sin(pi x)^2 - psi'(1 - x).
+    below = x < 0.5
+    sine = jnp.sin(jnp.pi * jnp.where(below, x - jnp.round(x), 0.25))
+    y = special.polygamma(1, jnp.where(below, 1 - x, x))
+    return jnp.where(below, (jnp.pi / sine) ** 2 - y, y)
 
 
 def _erfcx(x: Any) -> Any:
@@ -317,7 +336,9 @@ def copy(self: Any, src: Any, non_blocking: bool = False) -> Any:
 def polygamma(n: int, self: Any) -> Any:
     dtype = floating(self.dtype)
     x = cast(self, wide(dtype))
-    return cast(special.digamma(x) if n == 0 else special.polygamma(n, x), dtype)
+    if n < 2:
+        return cast(_trigamma(x) if n else _digamma(x), dtype)
+    return cast(special.polygamma(n, x), dtype)
 
 
 # --- (Tensor self, Tensor other) -> Tensor -------------------------------------------------------
@@ -450,7 +471,7 @@ def copysign(self: Any, other: Any) -> Any:
 @lowering("nextafter", "prims.nextafter")
 def nextafter(self: Any, other: Any) -> Any:
     a, b = promote(self, other)
-    return jnp.nextafter(a, b)
+    return jnp.nextafter(lax.stop_gradient(a), lax.stop_gradient(b))
 
 
 @lowering("logaddexp")

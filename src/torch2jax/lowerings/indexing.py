@@ -195,8 +195,9 @@ def nonzero(self: Any) -> Any:
 @lowering("masked_select", eager=True)
 def masked_select(self: Any, mask: Any) -> Any:
     _values_of(mask, "masked_select")
-    x, mask = jnp.broadcast_arrays(self, mask)
-    return x.reshape(-1)[np.nonzero(np.asarray(mask).reshape(-1))[0]]
+    shape = jnp.broadcast_shapes(self.shape, mask.shape)
+    places = np.nonzero(np.broadcast_to(np.asarray(mask), shape).reshape(-1))[0]
+    return jnp.broadcast_to(self, shape).reshape(-1)[places]
 
 
 @lowering("repeat_interleave.Tensor", eager=True)

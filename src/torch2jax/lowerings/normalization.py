@@ -84,7 +84,8 @@ def native_layer_norm(
         out = out * cast(weight, x.dtype)
     if bias is not None:
         out = out + cast(bias, x.dtype)
-    return cast(out, input.dtype), mean, rstd
+    # PyTorch's derivative is that of the first result alone.
+    return cast(out, input.dtype), lax.stop_gradient(mean), lax.stop_gradient(rstd)
 
 
 @lowering("native_layer_norm_backward")
@@ -146,7 +147,8 @@ def native_group_norm(
     if bias is not None:
         out = out + cast(_channels(bias, input.ndim), out.dtype)
     dtype = input.dtype
-    return cast(out, dtype), cast(mean.squeeze(2), dtype), cast(rstd.squeeze(2), dtype)
+    mean, rstd = (cast(lax.stop_gradient(s.squeeze(2)), dtype) for s in (mean, rstd))
+    return cast(out, dtype), mean, rstd
 
 
 @lowering("native_group_norm_backward")
@@ -191,9 +193,10 @@ def _batch_norm(
     if training:
         count = x.size // x.shape[1] if x.shape[1] else 0
         out, m, rstd = _standardised(x, axes, eps)
-        saved = m.reshape(-1), rstd.reshape(-1)
+        saved = lax.stop_gradient(m.reshape(-1)), lax.stop_gradient(rstd.reshape(-1))
         if mean is not None:
-            unbiased = jnp.mean((x - m) ** 2, axes) * (count / max(count - 1, 1))
+            variance = lax.stop_gradient(jnp.mean((x - m) ** 2, axes))
+            unbiased = variance * (count / max(count - 1, 1))
             mean = cast((1 - momentum) * mean + momentum * saved[0], mean.dtype)
             var = cast((1 - momentum) * var + momentum * unbiased, var.dtype)
     else:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
+from .elementwise import mul
 from .registry import carried, cast, default_int, is_inexact, kind, lowering, wide
 
 
@@ -114,7 +115,7 @@ def bernoulli(words: Any, self: Any) -> Any:
 
 
 @lowering("bernoulli.p", random=True)
-def bernoulli_p(words: Any, self: Any, p: float) -> Any:
+def bernoulli_p(words: Any, self: Any, p: float = 0.5) -> Any:
     return (jax.random.uniform(_key(words), self.shape) < p).astype(self.dtype)
 
 
@@ -135,7 +136,9 @@ def native_dropout(words: Any, input: Any, p: float, train: bool | None) -> Any:
 
 @lowering("native_dropout_backward")
 def native_dropout_backward(grad_output: Any, mask: Any, scale: float) -> Any:
-    return jnp.where(mask, grad_output * scale, 0).astype(grad_output.dtype)
+    # Integers times a number that is no integer are floating, as in PyTorch.
+    product = mul(grad_output, mask)
+    return mul(product, scale)
 
 
 @lowering("exponential", random=True)

@@ -307,6 +307,22 @@ def median(self: Any) -> Any:
     return median_dim(self.reshape(-1), 0)[0]
 
 
+@lowering("nanmedian.dim")
+def nanmedian_dim(self: Any, dim: int, keepdim: bool = False) -> Any:
+    if self.ndim == 0:
+        return self, jnp.zeros((), default_int())
+    x = jnp.moveaxis(self, dim, -1)
+    count = jnp.sum(~jnp.isnan(x), -1) if is_inexact(x) else jnp.full(x.shape[:-1], x.shape[-1])
+    middle = jnp.maximum(count - 1, 0) // 2
+    place = jnp.take_along_axis(_order(x, False), middle[..., None], -1)[..., 0]
+    return _at_places(self, place, dim, keepdim)
+
+
+@lowering("nanmedian")
+def nanmedian(self: Any) -> Any:
+    return nanmedian_dim(self.reshape(-1), 0)[0]
+
+
 # --- norms ---------------------------------------------------------------------------------------
 
 
@@ -365,7 +381,9 @@ def logcumsumexp(self: Any, dim: int) -> Any:
     if self.ndim == 0:
         return self
     x = cast(self, wide(self.dtype))
-    return cast(lax.associative_scan(jnp.logaddexp, x, axis=dim % x.ndim), self.dtype)
+    if kind(x.dtype) == 3:
+        return lax.associative_scan(jnp.logaddexp, x, axis=dim % x.ndim)
+    return cast(lax.cumlogsumexp(x, dim % x.ndim), self.dtype)
 
 
 def _running(x: Any, dim: int, better: Callable[[Any, Any], Any]) -> Any:

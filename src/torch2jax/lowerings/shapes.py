@@ -66,7 +66,12 @@ def _widths(ndim: int, pad: Any) -> list[tuple[int, int]]:
 
 def _padded(mode: str) -> Any:
     def fn(self: Any, padding: Any) -> Any:
-        return jnp.pad(self, _widths(self.ndim, padding), mode=mode)
+        widths = _widths(self.ndim, padding)
+        # A negative width cuts off.
+        cut = tuple(
+            slice(max(-a, 0), n - max(-b, 0)) for n, (a, b) in zip(self.shape, widths, strict=True)
+        )
+        return jnp.pad(self[cut], [(max(a, 0), max(b, 0)) for a, b in widths], mode=mode)
 
     return fn
 
@@ -182,6 +187,16 @@ def select_scatter(self: Any, src: Any, dim: int, index: int) -> Any:
     from ..device.views import SETTERS
 
     return SETTERS[torch.ops.aten.select.int](self, cast(src, self.dtype), dim, index)
+
+
+@lowering("as_strided_scatter")
+def as_strided_scatter(
+    self: Any, src: Any, size: Any, stride: Any, storage_offset: int | None = None
+) -> Any:
+    from ..device.views import Step
+
+    step = Step(torch.ops.aten.as_strided.default, (tuple(size), tuple(stride), storage_offset), None)
+    return step.set(self, cast(src, self.dtype))
 
 
 @lowering("tril_indices")
