@@ -114,8 +114,15 @@ def failures(op: Any, dtype: torch.dtype, run: Callable[[Any, Sample], None]) ->
     return ran, wrong
 
 
-@pytest.mark.parametrize("mode", [eager, lowered])
-@pytest.mark.parametrize(("op", "dtype"), list(entries()))
+def variants() -> list[Any]:
+    return [
+        pytest.param(*entry.values, mode, id=f"{entry.id}-{mode.__name__}")
+        for entry in entries()
+        for mode in (eager, lowered)
+    ]
+
+
+@pytest.mark.parametrize(("op", "dtype", "mode"), variants())
 def test_operator(op: Any, dtype: torch.dtype, mode: Any, request: Any) -> None:
     ran, wrong = failures(op, dtype, mode)
     name = request.node.callspec.id
@@ -127,3 +134,7 @@ def test_operator(op: Any, dtype: torch.dtype, mode: Any, request: Any) -> None:
     assert not wrong, f"{len(wrong)} of {ran} samples fail\n" + "\n".join(
         text[:2000] for text in wrong
     )
+
+
+def test_exceptions_name_operators() -> None:
+    assert not set(EXCEPTIONS) - {entry.id for entry in variants()}

@@ -33,6 +33,7 @@ from ..lowerings.registry import TABLE, DataDependentShape
 from . import random
 from .tensor import (
     Tensor,
+    ValueNeeded,
     from_torch,
     read_cell,
     wrap,
@@ -65,6 +66,7 @@ class _State(threading.local):
     events: Any = None
     composite = 0  # inside a decomposition
     active: tuple[Any, ...] = ()
+    compiling = False  # a decomposition for eager mode
 
 
 state = _State()
@@ -335,6 +337,7 @@ class _Op:
         self.scalars = lowered is not None and lowered.scalars
         self.random = lowered is not None and lowered.random
         self.programs: dict[Any, Program] = {}
+        self.looks_at_values = False
         # A result that is a Python value is read from tensors: there is nothing to compile.
         self.returns_values = self.kind == "decomposed" and any(
             "Tensor" not in str(r.type) for r in schema.returns
@@ -417,6 +420,11 @@ class _Op:
             return self._call_concrete(program, operands)
         if words is not None:
             arrays.append(words)
+        if self.kind == "decomposed":
+            result = self._call_decomposed(program, operands, arrays, args, kwargs)
+            if result is not _VALUES:
+                return result
+            return self._fn(*args, **kwargs)
         if trace_state_clean():
             out, bases = program.jitted(*arrays)
             recipes = False
@@ -425,6 +433,25 @@ class _Op:
                 out, bases = program.jitted(*arrays)
             recipes = True
         return self._wrapped(program, operands, out, bases, recipes)
+
+    def _call_decomposed(
+        self, program: Program, operands: Any, arrays: Any, args: Any, kwargs: Any
+    ) -> Any:
+        """One compiled program; step by step where the decomposition looks at values."""
+        if self.looks_at_values:
+            return _VALUES
+        before, state.compiling = state.compiling, True
+        try:
+            with jax.ensure_compile_time_eval():
+                out, bases = program.jitted(*arrays)
+        except (ValueNeeded, DataDependentShape):
+            if self.mutable:
+                raise
+            self.looks_at_values = True
+            return _VALUES
+        finally:
+            state.compiling = before
+        return self._wrapped(program, operands, out, bases, not trace_state_clean())
 
     def _wrapped(
         self, program: Program, operands: list[Any], out: Any, bases: list[Any], recipes: bool
@@ -550,10 +577,10 @@ class _Op:
             if "device" in kwargs:
                 kwargs["device"] = "cpu"
             out = target(*args, **kwargs)
-            if not pure:
-                return [full[slot] for slot in program.mutated]
+            if self.returns_mutated:
+                out = None
             seen.append([x.dtype for x in torch_tree.tree_leaves(out) if x is not None])
-            return out
+            return out if pure else (out, [full[slot] for slot in program.mutated])
 
         tensors = [values[i] for i in spots]
         dtypes = [program.dtypes[i] for i in spots]
@@ -572,10 +599,8 @@ class _Op:
                 out = torch_tree.tree_map(
                     lambda x: from_torch(x) if isinstance(x, torch.Tensor) else x, results
                 )
-        if not pure:
-            return None, list(out)
         program.torch_dtypes = seen[-1] if seen else program.torch_dtypes
-        return out, None
+        return (out, None) if pure else (out[0], list(out[1]))
 
 
 @jax.custom_jvp
@@ -589,6 +614,7 @@ def _unseen_jvp(primals: Any, tangents: Any) -> Any:
     return primals[1], tangents[0]
 
 
+_VALUES = object()
 _PYTHON = {bool: torch.bool, int: torch.int64, float: torch.float32, complex: torch.complex64}
 _IGNORED = ("layout", "pin_memory", "memory_format", "non_blocking")
 _DATA_DEPENDENT = (

@@ -12,7 +12,7 @@ from jax.core import Tracer
 from .._errors import Torch2JaxError
 from ..lowerings.registry import DataDependentShape, cast
 from . import dispatch as d
-from .tensor import Tensor, carried, concrete, from_torch, read, to_torch, wrap, write
+from .tensor import Tensor, ValueNeeded, carried, concrete, from_torch, read, to_torch, wrap, write
 
 aten = torch.ops.aten
 
@@ -110,6 +110,18 @@ def _assert_async(args: Any, kwargs: Any) -> Any:
     value = read(args[0])
     if not isinstance(value, Tracer) and not bool(value):
         raise RuntimeError(args[1] if len(args) > 1 else "Expected Tensor with single nonzero value")
+
+
+@d.special(aten._linalg_check_errors.default)
+def _linalg_check_errors(args: Any, kwargs: Any) -> Any:
+    """In a compiled program a singular matrix gives NaN or infinity, as in JAX."""
+    info, name = read(args[0]), args[1]
+    if isinstance(info, Tracer):
+        if d.state.compiling:
+            raise ValueNeeded(name)
+        return
+    if np.any(np.asarray(info)):
+        raise torch.linalg.LinAlgError(f"{name}: the matrix is singular or not positive definite")
 
 
 # --- changes of the tensor itself ----------------------------------------------------------------

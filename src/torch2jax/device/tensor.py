@@ -173,11 +173,15 @@ def from_torch(x: torch.Tensor) -> Any:
     return array
 
 
+class ValueNeeded(Torch2JaxError):
+    """A Python value is asked of a tensor that is being traced."""
+
+
 def concrete(t: Tensor, what: str) -> jax.Array:
     """The values of a tensor, which are asked for as Python or NumPy objects."""
     array = read(t)
     if type(array) is not ArrayImpl and not isinstance(array, ArrayImpl):
-        raise Torch2JaxError(
+        raise ValueNeeded(
             f"{what} asks for the values of a tensor that is being traced ({array.aval}): they are "
             "known when the compiled program runs. Branch with torch.where, keep numbers as "
             "tensors, or move this line out of the traced function."

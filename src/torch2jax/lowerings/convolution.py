@@ -116,7 +116,7 @@ def im2col(self: Any, kernel_size: Any, dilation: Any, padding: Any, stride: Any
     places, h, w = _patch_places(x.shape[2:], kernel_size, dilation, p, stride)
     x = jnp.pad(x, ((0, 0), (0, 0), (p[0], p[0]), (p[1], p[1])))
     patches = x.reshape(*x.shape[:2], h * w)[:, :, places]
-    out = patches.reshape(x.shape[0], -1, places.shape[1])
+    out = patches.reshape(x.shape[0], x.shape[1] * places.shape[0], places.shape[1])
     return out[0] if self.ndim == 3 else out
 
 
@@ -127,7 +127,7 @@ def col2im(
     x = self[None] if self.ndim == 2 else self
     p = padding
     places, h, w = _patch_places(output_size, kernel_size, dilation, p, stride)
-    patches = x.reshape(x.shape[0], -1, *places.shape)
+    patches = x.reshape(x.shape[0], x.shape[1] // places.shape[0], *places.shape)
     image = jnp.zeros((*patches.shape[:2], h * w), x.dtype).at[:, :, places].add(patches)
     image = image.reshape(*patches.shape[:2], h, w)
     image = image[:, :, p[0] : p[0] + output_size[0], p[1] : p[1] + output_size[1]]

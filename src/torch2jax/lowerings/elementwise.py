@@ -338,7 +338,17 @@ def polygamma(n: int, self: Any) -> Any:
     x = cast(self, wide(dtype))
     if n < 2:
         return cast(_trigamma(x) if n else _digamma(x), dtype)
-    return cast(special.polygamma(n, x), dtype)
+    return cast(_polygamma(n, x), dtype)
+
+
+def _polygamma(n: int, x: Any) -> Any:
+    # psi_n(x) = psi_n(x + 1) - (-1)^n n! / x^(n + 1), up to where the series is good (x >= 1).
+    total, y = jnp.zeros_like(x), x
+    for _ in range(32):
+        below = y < 1
+        total = total + jnp.where(below, jnp.where(below, y, 1.0) ** -(n + 1), 0)
+        y = jnp.where(below, y + 1, y)
+    return special.polygamma(n, y) - (-1) ** n * math.factorial(n) * total
 
 
 # --- (Tensor self, Tensor other) -> Tensor -------------------------------------------------------
@@ -471,7 +481,8 @@ def copysign(self: Any, other: Any) -> Any:
 @lowering("nextafter", "prims.nextafter")
 def nextafter(self: Any, other: Any) -> Any:
     a, b = promote(self, other)
-    return jnp.nextafter(lax.stop_gradient(a), lax.stop_gradient(b))
+    fixed = lax.stop_gradient(a)
+    return a + (jnp.nextafter(fixed, lax.stop_gradient(b)) - fixed)
 
 
 @lowering("logaddexp")

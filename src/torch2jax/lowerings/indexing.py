@@ -254,6 +254,45 @@ def embedding_dense_backward(
     return cast(out, grad_output.dtype)
 
 
+@lowering("_embedding_bag", "_embedding_bag_forward_only")
+def embedding_bag(
+    weight: Any,
+    indices: Any,
+    offsets: Any,
+    scale_grad_by_freq: bool = False,
+    mode: int = 0,
+    sparse: bool = False,
+    per_sample_weights: Any = None,
+    include_last_offset: bool = False,
+    padding_idx: int = -1,
+) -> Any:
+    """(bags, bag of each index, size of each bag, place of each maximum); mode: sum, mean, max."""
+    bags = offsets.shape[0] - include_last_offset
+    n = indices.shape[0]
+    bag = jnp.searchsorted(offsets[:bags], jnp.arange(n, dtype=offsets.dtype), side="right") - 1
+    counted = indices != padding_idx
+    size = jnp.zeros((bags,), indices.dtype).at[bag].add(counted.astype(indices.dtype))
+    rows = weight[indices]
+    if per_sample_weights is not None:
+        rows = rows * per_sample_weights[:, None]
+    shape = (bags, weight.shape[1])
+    none = jnp.zeros((0,), indices.dtype)
+    if mode == 2:
+        rows = jnp.where(counted[:, None], rows, -jnp.inf)
+        best = jnp.full(shape, -jnp.inf, rows.dtype).at[bag].max(lax.stop_gradient(rows))
+        first = jnp.where(rows == best[bag], jnp.arange(n)[:, None], n)
+        first = jnp.full(shape, n).at[bag].min(lax.stop_gradient(first))
+        empty = first == n
+        picked = jnp.take_along_axis(rows, jnp.where(empty, 0, first), 0) if n else 0 * best
+        places = jnp.where(empty, 0, indices[jnp.where(empty, 0, first)] if n else 0)
+        return jnp.where(empty, 0, picked).astype(weight.dtype), bag, size, places
+    rows = jnp.where(counted[:, None], rows, 0)
+    out = jnp.zeros(shape, rows.dtype).at[bag].add(rows)
+    if mode == 1:
+        out = out / jnp.maximum(size, 1)[:, None]
+    return out.astype(weight.dtype), bag.astype(indices.dtype), size, none
+
+
 def _label_loss(
     self: Any, target: Any, weight: Any, reduction: int, ignore_index: int
 ) -> tuple[Any, Any]:

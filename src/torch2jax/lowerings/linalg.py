@@ -128,6 +128,9 @@ def eigh(A: Any, UPLO: str = "L", compute_v: bool = True) -> Any:
     diagonal = jnp.diagonal(lower, axis1=-2, axis2=-1).real.astype(A.dtype)
     eye = jnp.eye(A.shape[-1], dtype=A.dtype)
     full = tril + jnp.conj(jnp.swapaxes(tril, -1, -2)) + diagonal[..., None] * eye
+    # The derivative is that of the symmetric part, as PyTorch has it.
+    symmetric = (A + jnp.conj(jnp.swapaxes(A, -1, -2))) / 2
+    full = symmetric + lax.stop_gradient(full - symmetric)
     values, vectors = jnp.linalg.eigh(full, symmetrize_input=False)
     return values, vectors
 

@@ -67,11 +67,10 @@ def _widths(ndim: int, pad: Any) -> list[tuple[int, int]]:
 def _padded(mode: str) -> Any:
     def fn(self: Any, padding: Any) -> Any:
         widths = _widths(self.ndim, padding)
-        # A negative width cuts off.
-        cut = tuple(
-            slice(max(-a, 0), n - max(-b, 0)) for n, (a, b) in zip(self.shape, widths, strict=True)
-        )
-        return jnp.pad(self[cut], [(max(a, 0), max(b, 0)) for a, b in widths], mode=mode)
+        # A negative width cuts off, from what the other side has become.
+        padded = jnp.pad(self, [(max(a, 0), max(b, 0)) for a, b in widths], mode=mode)
+        cut = [slice(max(-a, 0), n - max(-b, 0)) for n, (a, b) in zip(padded.shape, widths, strict=True)]  # fmt: skip
+        return padded[tuple(cut)]
 
     return fn
 
