@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-_VALUE = "its result is a Python value, or it looks at one: an error that says so in a traced function"
+_VALUE = (
+    "its result is a Python value, or it looks at one: an error that says so in a traced function"
+)
 _EQUALS = "which of equal values comes first is left open by PyTorch"
 _SPARSE = "a sparse tensor: JAX's arrays are dense"
 _NOISE = "the gradient is 0, and what is compared is rounding"

@@ -18,8 +18,21 @@ _LOWER = (
 _FLOAT = (
     *("acos", "asin", "cosh", "erfinv", "exp", "expm1", "log", "log10", "log2", "log1p"),
     *("reciprocal", "rsqrt", "sinh", "tan", "pow.Tensor_Scalar", "pow.Tensor_Tensor", "pow.Scalar"),
-    *("softplus", "layer_norm", "native_layer_norm", "group_norm", "nuclear_norm", "cosine_similarity"),
-    *("poisson_nll_loss", "cosine_embedding_loss", "nll_loss", "nll_loss2d", "hinge_embedding_loss"),
+    *(
+        "softplus",
+        "layer_norm",
+        "native_layer_norm",
+        "group_norm",
+        "nuclear_norm",
+        "cosine_similarity",
+    ),
+    *(
+        "poisson_nll_loss",
+        "cosine_embedding_loss",
+        "nll_loss",
+        "nll_loss2d",
+        "hinge_embedding_loss",
+    ),
     *("kl_div", "l1_loss", "smooth_l1_loss", "huber_loss", "mse_loss", "margin_ranking_loss"),
     *("multilabel_margin_loss", "soft_margin_loss", "triplet_margin_loss", "multi_margin_loss"),
     *("binary_cross_entropy_with_logits", "dist", "pdist", "cdist", "renorm", "logsumexp"),
@@ -28,7 +41,10 @@ _FLOAT = (
 )
 
 
-def register_autocast() -> Any:
+def register_autocast() -> list[Any]:
+    """Put the casts in place; they last as long as what is returned."""
+    rest = torch.library.Library("_", "IMPL", "AutocastPrivateUse1")
+    rest.fallback(torch.library.fallthrough_kernel)
     library = torch.library.Library("aten", "IMPL")
     for names, make in ((_LOWER, _lower), (_FLOAT, _float)):
         for name in names:
@@ -36,7 +52,7 @@ def register_autocast() -> Any:
             op = getattr(getattr(torch.ops.aten, packet, None), which or "default", None)
             if op is not None:
                 library.impl(name, make(op), "AutocastPrivateUse1")
-    return library
+    return [rest, library]
 
 
 def _is_float(x: Any) -> bool:
@@ -50,13 +66,9 @@ def _cast(x: Any, dtype: torch.dtype) -> Any:
 
 
 def _redispatch(op: Any, args: Any, kwargs: Any) -> Any:
-    excluded = torch._C._ExcludeDispatchKeyGuard(
-        torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
-    )
-    try:
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
+    with torch._C._ExcludeDispatchKeyGuard(keys):
         return op(*args, **kwargs)
-    finally:
-        del excluded
 
 
 def _lower(op: Any) -> Any:

@@ -53,9 +53,7 @@ def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
         return plain(cls, *args, **kwargs)
     leaves, spec = torch_tree.tree_flatten((args, kwargs))
     places = [
-        i
-        for i, x in enumerate(leaves)
-        if type(x) is Tensor and isinstance(x._cell.array, Tracer)
+        i for i, x in enumerate(leaves) if type(x) is Tensor and isinstance(x._cell.array, Tracer)
     ]
     if not any(leaves[i].is_floating_point() or leaves[i].is_complex() for i in places):
         return plain(cls, *args, **kwargs)
@@ -109,9 +107,12 @@ def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
         if pairs and wanted:
             found = list(
                 torch.autograd.grad(
-                    [x for x, _ in pairs], wanted, [ct.conj() for _, ct in pairs],
-                    create_graph=True, allow_unused=True,
-                )  # fmt: skip
+                    [x for x, _ in pairs],
+                    wanted,
+                    [ct.conj() for _, ct in pairs],
+                    create_graph=True,
+                    allow_unused=True,
+                )
             )
         gradients = []
         for x, a in zip(inputs, arrays, strict=True):
@@ -121,7 +122,9 @@ def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
             g = found.pop(0)
             # PyTorch's gradients of complex values are the conjugates of JAX's.
             gradients.append(
-                jax.numpy.zeros_like(a) if g is None else jax.numpy.conj(value_of(g)).astype(a.dtype)
+                jax.numpy.zeros_like(a)
+                if g is None
+                else jax.numpy.conj(value_of(g)).astype(a.dtype)
             )
         return tuple(gradients)
 

@@ -3,7 +3,7 @@
 An operator goes one of these routes, found once: the native lowering; PyTorch's decomposition, run
 on tensors that hold tracers, so that it is one program as well; the operator itself through the
 bridge. In eager mode a program is one cached ``jax.jit`` function, keyed by the operator, its
-arguments that are not tensors, and the dtypes and view chains of those that are; in-place operations
+arguments that are not tensors, and dtypes and view chains of those that are; in-place operations
 and writes to views are part of it. Where an operand is a tracer the route runs as it is.
 
 NOTE [Constants of a trace]. While a trace is under way, operators of arrays (not tracers) run at
@@ -34,13 +34,14 @@ from . import random
 from .tensor import (
     Tensor,
     ValueNeeded,
+    captures,
     from_torch,
     read_cell,
     wrap,
     wrap_view,
     write,
 )
-from .views import GETTERS, ROOT, geometry
+from .views import GETTERS, OTHER_ELEMENTS, ROOT, geometry
 
 __all__ = ["Events", "dispatch", "forget", "lowering_scope", "recorded", "special"]
 
@@ -179,13 +180,20 @@ def _flatten(x: Any, operands: list[Any], key: list[Any], scalars: bool) -> None
         key += (t, x)
 
 
+def _cells(operands: Sequence[Any]) -> list[int]:
+    """For each operand the first one with the same memory."""
+    first: dict[int, int] = {}
+    return [
+        first.setdefault(id(x._cell if type(x) is Tensor else x), i) for i, x in enumerate(operands)
+    ]
+
+
 def _template(x: Any, count: list[int], scalars: bool) -> Any:
     """The arguments with a slot for each operand, in the order of ``_flatten``."""
     t = type(x)
     if (
         isinstance(x, torch.Tensor)
-        or t is float
-        and scalars
+        or (t is float and scalars)
         or (t is int and scalars and -(2**31) <= x < 2**31)
     ):
         count[0] += 1
@@ -204,7 +212,7 @@ def _fill(x: Any, values: Sequence[Any]) -> Any:
 
 
 def _foreign(x: torch.Tensor) -> Tensor:
-    """A tensor of another device among the operands: a number, or under ``lower=True`` a constant."""
+    """A tensor of another device among the operands: a number, or with ``lower=True`` a constant."""
     if isinstance(x, Tensor):
         return x
     if x.device.type == "meta" or type(x) not in _PLAIN:
@@ -259,13 +267,12 @@ class Program:
         self.chains = [None if t is None else t._chain for t in tensors]
         self.dtypes = [t.dtype if t is not None else None for t in tensors]
         self.mutated = op.mutated_slots(self.args, self.kwargs)
+        self.cells = _cells(operands)
         self.torch_dtypes: list[torch.dtype] = []
         self.jitted = jax.jit(self.run)
 
     def values(self, arrays: Sequence[Any]) -> list[Any]:
-        return [
-            a if c is None else c.get(a) for a, c in zip(arrays, self.chains, strict=True)
-        ]
+        return [a if c is None else c.get(a) for a, c in zip(arrays, self.chains, strict=True)]
 
     def run(self, *arrays: Any) -> tuple[Any, list[Any]]:
         """Results, and the new arrays of the cells that are written to. Traced."""
@@ -273,20 +280,19 @@ class Program:
         if self.op.random:
             key, arrays = arrays[-1], arrays[:-1]
         out, new = self.compute(self.values(arrays), key)
-        bases = []
-        latest = list(arrays)
+        latest: dict[int, Any] = {}
         for slot, value in zip(self.mutated, new, strict=True):
-            chain = self.chains[slot]
-            # Two written operands may be views of one cell.
-            base = latest[slot]
-            after = value if chain is None else chain.set(base, value)
-            latest = [after if a is base else a for a in latest]
-            bases.append(after)
-        return out, bases
+            chain, cell = self.chains[slot], self.cells[slot]
+            base = latest.get(cell, arrays[slot])
+            latest[cell] = value if chain is None else chain.set(base, value)
+        return out, [latest[self.cells[slot]] for slot in self.mutated]
 
     def compute(self, values: list[Any], key: Any) -> tuple[Any, list[Any]]:
         """Results and new values of what is written to, from the values of all operands."""
-        args, kwargs = _fill(self.args, values), {k: _fill(v, values) for k, v in self.kwargs.items()}
+        args, kwargs = (
+            _fill(self.args, values),
+            {k: _fill(v, values) for k, v in self.kwargs.items()},
+        )
         out, new = self.op.route(self, args, kwargs, values, key)
         checked = []
         for slot, value in zip(self.mutated, new, strict=True):
@@ -323,6 +329,9 @@ class _Op:
             for a in schema.arguments
             if a.is_out and a.alias_info is not None and a.alias_info.is_write
         ]
+        self.writes_several = len(self.mutable) > 1 or any(
+            a.name in self.mutable and "List" in str(a.type) for a in schema.arguments
+        )
         self.returns_mutated = bool(schema.returns) and all(
             r.alias_info is not None for r in schema.returns
         )
@@ -399,12 +408,16 @@ class _Op:
             _flatten(kwargs[name], operands, key, scalars)
         if state.events is not None and not state.composite:
             state.events.add(self.func, self.kind)
+        if self.writes_several:  # which may be views of one cell
+            key += _cells(operands)
         hashed = (x64_enabled(), *key)
         program = self.programs.get(hashed)
         if program is None:
             program = self.programs[hashed] = Program(self, args, kwargs, operands)
         traced = False
         arrays = []
+        if captures:
+            note_read(operands)
         for x in operands:
             a = x._cell.array if type(x) is Tensor else x
             arrays.append(a)
@@ -491,7 +504,9 @@ class _Op:
         for slot, value in zip(slots, new, strict=True):
             write(operands[slot], value)
         if slots:
-            return self._wrapped(program, operands, out, [operands[s]._cell.array for s in slots], False)
+            return self._wrapped(
+                program, operands, out, [operands[s]._cell.array for s in slots], False
+            )
         return _Wrapper(program.torch_dtypes)(out)
 
     def _call_concrete(self, program: Program, operands: list[Any]) -> Any:
@@ -592,9 +607,7 @@ class _Op:
             out = torch2jax(run, arg_dtypes=tuple(dtypes))(*tensors)
         else:
             with torch.no_grad(), torch.utils._python_dispatch._disable_current_modes():
-                host = [
-                    j2t(np.asarray(t)).to(d) for t, d in zip(tensors, dtypes, strict=True)
-                ]
+                host = [j2t(np.asarray(t)).to(d) for t, d in zip(tensors, dtypes, strict=True)]
                 results = run(*host)
                 out = torch_tree.tree_map(
                     lambda x: from_torch(x) if isinstance(x, torch.Tensor) else x, results
@@ -612,6 +625,14 @@ def _unseen(old: Any, new: Any) -> Any:
 @_unseen.defjvp
 def _unseen_jvp(primals: Any, tangents: Any) -> Any:
     return primals[1], tangents[0]
+
+
+def note_read(operands: Sequence[Any]) -> None:
+    """What ``device.jit`` traces sees memory from before as an input, not as a constant."""
+    for x in operands:
+        if type(x) is Tensor:
+            for capture in captures:
+                capture.read(x._cell)
 
 
 _VALUES = object()
@@ -738,9 +759,7 @@ def _dtypes_of(
     if x64_enabled() or torch.int32 not in found:
         return found
     narrow = torch.int64
-    if op._fn.int32:
-        narrow = torch.int32
-    elif torch.int32 in (*args, *kwargs.values()):
+    if op._fn.int32 or torch.int32 in (*args, *kwargs.values()):
         narrow = torch.int32
     elif torch.int64 in (*args, *kwargs.values()):
         narrow = torch.int64
@@ -826,27 +845,13 @@ class _View:
         """It addresses the memory itself, whatever part of it the operand sees."""
         offset = rest[2] if len(rest) > 2 and rest[2] is not None else x.storage_offset()
         steps = x._chain.steps if x._chain is not None else ()
-        if any(s.op in _NEW_ELEMENTS for s in steps):
+        if any(s.op in OTHER_ELEMENTS for s in steps):
             raise Torch2JaxError(
                 "as_strided of a view with another dtype is not supported on device jax; clone() "
                 "the view first."
             )
         chain = ROOT.then(self.func, (rest[0], rest[1], offset))
         return wrap_view(x, chain, *found)
-
-
-_NEW_ELEMENTS = {
-    torch.ops.aten.view.dtype,
-    torch.ops.aten.view_as_real.default,
-    torch.ops.aten.view_as_complex.default,
-    torch.ops.aten._conj.default,
-    torch.ops.aten._neg_view.default,
-}
-
-
-def materialised(t: Tensor) -> Tensor:
-    """A tensor with memory of its own and the values of ``t``."""
-    return wrap(value_of(t), t.dtype)
 
 
 Tensor.__torch_dispatch__ = classmethod(dispatch)  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""``torch2jax(fn, lower=True)``: ``fn`` runs once on tensors that hold tracers; what is left is JAX."""
+"""``torch2jax(fn, lower=True)``: ``fn`` runs once, on tensors that hold tracers; the rest is JAX."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from .._errors import SignatureError, Torch2JaxError, Torch2JaxWarning
 from .._flat import Arguments, flatten_result
 from .._function import TorchFunction
 from .._options import Config, Operands
+from .._replica import Forward, Layout
 from .._sharding import Shards
 from . import dispatch, random
 from .custom import differentiable_by_jax
@@ -33,7 +34,7 @@ class LoweredFunction(TorchFunction):
         self, fn: Function[..., Any], run: Function[..., Any], label: str, config: Config
     ) -> None:
         super().__init__(fn, run, label, config)
-        self._run = run
+        self._run = _on_replica(fn) if isinstance(fn, torch.nn.Module) else run
         self._noted: set[str] = set()
         if config.out_arg is not None:
             raise SignatureError(
@@ -118,6 +119,22 @@ class LoweredFunction(TorchFunction):
         return values if result is None else (result, values)
 
 
+def _on_replica(module: torch.nn.Module) -> Function[..., Any]:
+    """A module whose parameters and buffers are constants, and which is not changed."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        layout = Layout(module)
+        variables = {
+            group: {k: wrap(from_torch(x), x.dtype) for k, x in tensors.items()}
+            for group, tensors in layout.tensors.items()
+        }
+        forward = Forward(layout, module.training, lambda replica: replica, True)
+        out = forward(variables, *args, **kwargs)
+        return out[0] if module.training else out
+
+    return run
+
+
 def _argument(x: Any, dtype: torch.dtype) -> Tensor:
     want = canonical(dtype)
     return wrap(x if x.dtype == want else x.astype(want), dtype)
@@ -190,9 +207,8 @@ def lowering_report(fn: Function[..., Any], *args: Any, **kwargs: Any) -> Report
     from .._module import Apply
     from .._wrap import torch2jax
 
-    if isinstance(fn, torch.nn.Module | Apply) or not isinstance(fn, LoweredFunction):
-        if not isinstance(fn, Apply):
-            fn = torch2jax(fn, lower=True, stochastic="rng" in kwargs)
+    if not isinstance(fn, Apply | LoweredFunction):
+        fn = torch2jax(fn, lower=True, stochastic="rng" in kwargs)
     with dispatch.recorded() as events:
         # A fresh function each time: a cached trace would run nothing.
         jax.eval_shape(lambda *a, **k: _untraced(fn)(*a, **k), *args, **kwargs)
@@ -209,5 +225,3 @@ def _untraced(fn: Any) -> Any:
     if isinstance(fn, Apply):
         return Apply(fn.layout, fn._wrap, fn._own_keywords, {**fn._options, "name": "report"})
     return LoweredFunction(fn.__wrapped__, fn._run, fn._label, fn._config)
-
-

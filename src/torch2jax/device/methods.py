@@ -1,4 +1,4 @@
-"""The everyday methods of a tensor on device "jax" that PyTorch cannot derive from its operators."""
+"""Everyday methods of a tensor on device "jax" that PyTorch does not derive from operators."""
 
 from __future__ import annotations
 
@@ -55,9 +55,7 @@ def _tolist(self: Tensor) -> Any:
 
 def _item(self: Tensor) -> Any:
     if self.numel() != 1:
-        raise RuntimeError(
-            f"a Tensor with {self.numel()} elements cannot be converted to Scalar"
-        )
+        raise RuntimeError(f"a Tensor with {self.numel()} elements cannot be converted to Scalar")
     return concrete(self, "item()").item()
 
 
@@ -78,7 +76,11 @@ def _to(self: Tensor, *args: Any, **kwargs: Any) -> Any:
     if ours and not copy and (dtype is None or dtype is self.dtype):
         return self
     return torch.Tensor.to(
-        self, "jax" if device is None else device, self.dtype if dtype is None else dtype, False, copy
+        self,
+        "jax" if device is None else device,
+        self.dtype if dtype is None else dtype,
+        False,
+        copy,
     )
 
 
@@ -107,7 +109,7 @@ def _deepcopy(self: Tensor, memo: dict[int, Any]) -> Any:
 
 
 def _reduce(self: Tensor, protocol: int) -> Any:
-    """A saved tensor is one of PyTorch's own, on the CPU: files load anywhere, with weights_only."""
+    """A saved tensor is one of PyTorch's own, on the CPU: files load anywhere."""
     host = to_torch(self.detach(), "pickling")
     if getattr(self, "_is_param", False):
         host = torch.nn.Parameter(host, self.requires_grad)
@@ -149,6 +151,10 @@ def _index(self: Tensor) -> int:
     return int(value)
 
 
+def _format(self: Tensor, spec: str) -> str:
+    return _item(self).__format__(spec) if self.dim() == 0 else object.__format__(self, spec)
+
+
 def _block(self: Tensor) -> Tensor:
     """Wait until the values are computed."""
     jax.block_until_ready(read(self))
@@ -171,6 +177,7 @@ def install() -> None:
         ("__dlpack__", _dlpack),
         ("__dlpack_device__", _dlpack_device),
         ("__index__", _index),
+        ("__format__", _format),
         ("block_until_ready", _block),
         ("data", property(_get_data, _set_data)),
         ("is_jax", property(lambda self: True)),

@@ -20,7 +20,7 @@ from .._compat import trace_state_clean
 from .._errors import SignatureError
 from .._random import seed_of
 
-__all__ = ["Stream", "device_generator", "get_state", "key_of", "next_words", "seed", "set_state"]
+__all__ = ["Stream", "current", "drawing_from", "get_state", "next_words", "seed", "set_state"]
 
 
 class Stream:
@@ -112,11 +112,6 @@ _NO_KEY = (
     "of the program. Pass rng=, a JAX key: torch2jax(fn, lower=True, stochastic=True) and "
     "from_module(module, lower=True) take it, and device.jit."
 )
-
-
-def key_of(words: Any) -> Any:
-    """The key of words."""
-    return jax.random.wrap_key_data(words)
 
 
 def current() -> Stream | None:

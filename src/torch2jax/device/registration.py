@@ -185,5 +185,3 @@ def _factory(op: Any) -> Any:
         return dispatch.dispatch(Tensor, op, (), args, kwargs)
 
     return make
-
-

@@ -1,4 +1,4 @@
-"""Operators that are more than a function of arrays: they move, ask for values, or change a tensor."""
+"""Operators that are no function of arrays: they move, ask for values, or change a tensor."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _astype: list[Any] = []
 def _cast(x: Tensor, dtype: torch.dtype) -> Any:
     carried(dtype)
     if not _astype:
-        import torch._prims  # noqa: F401  registers the operator
+        import torch._prims
 
         _astype.append(torch.ops.prims.convert_element_type.default)
     return _astype[0](x, dtype)
@@ -59,6 +59,7 @@ def _copy_(args: Any, kwargs: Any) -> Any:
         if source.device.type == "meta":
             raise RuntimeError("copy_ from a meta tensor, which has no values")
         same = source.shape == target.shape and target._chain is None
+        source = source.detach().to(target.dtype)
         value = wrap(from_torch(source), source.dtype)
         if same and source.dtype == target.dtype:
             write(target, value._cell.array)
@@ -109,7 +110,9 @@ def _is_pinned(args: Any, kwargs: Any) -> Any:
 def _assert_async(args: Any, kwargs: Any) -> Any:
     value = read(args[0])
     if not isinstance(value, Tracer) and not bool(value):
-        raise RuntimeError(args[1] if len(args) > 1 else "Expected Tensor with single nonzero value")
+        raise RuntimeError(
+            args[1] if len(args) > 1 else "Expected Tensor with single nonzero value"
+        )
 
 
 @d.special(aten._linalg_check_errors.default)

@@ -1,13 +1,14 @@
 """The tensor: a cell that holds one JAX array, and the view steps from there to what is seen.
 
 NOTE [The wrapper's C++ device is lazy]. To C++ a tensor is on "lazy:0", to Python on "jax:0".
-PyTorch's autograd engine gives every accelerator's backward a thread of its own, where JAX's tracers
+PyTorch's autograd engine gives each accelerator's backward a thread of its own, where JAX's tracers
 do not work, and asks its device guard there, which must not raise; for "lazy" backward stays on the
 caller's thread without a guard. Kernels are registered for both keys.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,6 +31,16 @@ _KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
 _make = torch.Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
 
 
+_serials = itertools.count()
+captures: list[Any] = []
+"""What ``device.jit`` is tracing, on all threads; see ``jitted``."""
+
+
+def note_born(cell: Cell) -> None:
+    for capture in captures:
+        capture.born(cell)
+
+
 class Cell:
     """Memory: one array, in row-major order, which in-place operations replace.
 
@@ -37,10 +48,13 @@ class Cell:
     the program: see ``dispatch``.
     """
 
-    __slots__ = ("__weakref__", "array", "owner", "recipe", "version")
+    __slots__ = ("__weakref__", "array", "recipe", "serial", "version")
 
     def __init__(self, array: Any, recipe: Any = None) -> None:
-        self.array, self.recipe, self.version, self.owner = array, recipe, 0, None
+        self.array, self.recipe, self.version = array, recipe, 0
+        self.serial = next(_serials)
+        if captures:
+            note_born(self)
 
 
 class Tensor(torch.Tensor):
@@ -91,9 +105,7 @@ def wrap_view(
     offset: int,
 ) -> Tensor:
     """A new tensor on the memory of ``base``."""
-    t = _make(
-        Tensor, size, stride, offset, dtype=dtype, device=LAZY, _extra_dispatch_keys=_KEYS
-    )
+    t = _make(Tensor, size, stride, offset, dtype=dtype, device=LAZY, _extra_dispatch_keys=_KEYS)
     t._cell, t._chain, t._memo = base._cell, chain, None
     return t
 
@@ -169,8 +181,7 @@ def from_torch(x: torch.Tensor) -> Any:
     if x.layout is not torch.strided:
         x = x.to_dense()
     # An alias would see what torch writes later, so the memory has to be the array's own.
-    array = t2j(x.resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format))
-    return array
+    return t2j(x.resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format))
 
 
 class ValueNeeded(Torch2JaxError):

@@ -59,6 +59,11 @@ class Chain:
         return array
 
     def set(self, array: Any, value: Any) -> Any:
+        if any(step.op not in SETTERS for step in self.steps):
+            # Elements may be seen several times (unfold): only what the view sees is written.
+            old = [i for i, step in enumerate(self.steps) if step.op in OTHER_ELEMENTS]
+            if not old:
+                return _scatter(self.get, array, value)
         seen = [array]
         for step in self.steps[:-1]:
             seen.append(step.get(seen[-1]))
@@ -280,9 +285,9 @@ def _bits(x: Any, dtype: torch.dtype) -> Any:
 def _bitcast(x: Any, dtype: Any) -> Any:
     if x.dtype == dtype:
         return x
-    if x.dtype == bool:
+    if x.dtype == np.bool_:
         return _bitcast(x.astype(np.uint8), dtype)
-    if dtype == bool:
+    if dtype == np.bool_:
         return _bitcast(x, np.dtype(np.uint8)).astype(bool)
     if x.dtype.kind == "c":
         parts = _parts_of_complex(x)
@@ -302,6 +307,10 @@ def _bits_back(x: Any, value: Any, dtype: torch.dtype) -> Any:
     return _bitcast(value.reshape((*x.shape, -1)), old).reshape(x.shape)
 
 
+def _detached(x: Any) -> Any:
+    return x if isinstance(x, np.ndarray) else jax.lax.stop_gradient(x)
+
+
 def _same(x: Any, *_: Any) -> Any:
     return x
 
@@ -312,7 +321,7 @@ def _given(x: Any, value: Any, *_: Any) -> Any:
 
 GETTERS: dict[Any, Get] = {
     aten.alias.default: _same,
-    aten.detach.default: lambda x: jax.lax.stop_gradient(x),  # for JAX's own derivatives
+    aten.detach.default: lambda x: _detached(x),
     aten.view.default: _reshape,
     aten._reshape_alias.default: _reshape,
     aten.t.default: _t,
@@ -363,6 +372,16 @@ SETTERS: dict[Any, Get] = {
     aten._conj.default: lambda x, value: jnp.conj(value),
     aten._neg_view.default: lambda x, value: -value,
 }
+
+
+OTHER_ELEMENTS = {
+    aten.view.dtype,
+    aten.view_as_real.default,
+    aten.view_as_complex.default,
+    aten._conj.default,
+    aten._neg_view.default,
+}
+"""Views that see other values than are in memory, not a part of them."""
 
 
 @functools.lru_cache(16384)

@@ -7,8 +7,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from .registry import cast, lowering, wide
 from .normalization import safe_softmax
+from .registry import cast, lowering, wide
 
 
 @lowering("scaled_dot_product_attention")

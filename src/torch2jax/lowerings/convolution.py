@@ -33,9 +33,7 @@ def convolution(
 ) -> Any:
     single = input.ndim == weight.ndim - 1  # one sample without a batch dimension
     x = input[None] if single else input
-    out = _convolve(
-        x, weight, stride, padding, dilation, transposed, output_padding, groups
-    )
+    out = _convolve(x, weight, stride, padding, dilation, transposed, output_padding, groups)
     if bias is not None:
         out = out + bias.reshape((1, -1, *[1] * (out.ndim - 2)))
     return out[0] if single else out
@@ -61,9 +59,7 @@ def _convolve(
     w = jnp.swapaxes(w, 1, 2).reshape(-1, w.shape[1], *w.shape[3:])
     reach = [d * (k - 1) for d, k in zip(dilation, w.shape[2:], strict=True)]
     pads = [(r - p, r - p + e) for r, p, e in zip(reach, padding, extra, strict=True)]
-    return lax.conv_general_dilated(
-        x, w, (1,) * n, pads, stride, dilation, layout, groups
-    )
+    return lax.conv_general_dilated(x, w, (1,) * n, pads, stride, dilation, layout, groups)
 
 
 @lowering("convolution_backward", "convolution_backward_overrideable")

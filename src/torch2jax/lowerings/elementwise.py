@@ -20,16 +20,12 @@ from jax.scipy import special
 from .registry import (
     carried,
     cast,
-    complex_of,
-    default_float,
     floating,
     is_float,
     is_inexact,
-    is_number,
     kind,
     lowering,
     promote,
-    real_of,
     result_dtype,
     wide,
 )
@@ -373,7 +369,7 @@ def add(self: Any, other: Any, alpha: Any = 1) -> Any:
 
 def _add(a: Any, b: Any, alpha: Any, on_bools: Fn, fn: Fn) -> Any:
     dtype = result_dtype(a, b)
-    if dtype == bool:
+    if dtype == np.bool_:
         return on_bools(cast(a, bool), cast(b, bool))
     compute = wide(dtype)
     a, b = cast(a, compute), cast(b, compute)
@@ -498,9 +494,11 @@ def logaddexp2(self: Any, other: Any) -> Any:
 @lowering("heaviside")
 def heaviside(self: Any, values: Any) -> Any:
     return _arithmetic(
-        lambda a, b: jnp.where(jnp.isnan(a) | (a < 0), 0, jnp.where(a > 0, 1, b)).astype(a.dtype)
-        if is_inexact(a)
-        else jnp.where(a < 0, 0, jnp.where(a > 0, 1, b)).astype(a.dtype),
+        lambda a, b: (
+            jnp.where(jnp.isnan(a) | (a < 0), 0, jnp.where(a > 0, 1, b)).astype(a.dtype)
+            if is_inexact(a)
+            else jnp.where(a < 0, 0, jnp.where(a > 0, 1, b)).astype(a.dtype)
+        ),
         self,
         values,
     )
@@ -694,15 +692,19 @@ def masked_fill(self: Any, mask: Any, value: Any) -> Any:
 
 def _at_most(x: Any, bound: Any) -> Any:
     """``minimum`` whose derivative belongs to ``x`` where both are equal, and NaN stays NaN."""
-    return jnp.where(x > bound, bound, jnp.where(jnp.isnan(bound), bound, x)) if is_inexact(
-        x
-    ) else jnp.minimum(x, bound)
+    return (
+        jnp.where(x > bound, bound, jnp.where(jnp.isnan(bound), bound, x))
+        if is_inexact(x)
+        else jnp.minimum(x, bound)
+    )
 
 
 def _at_least(x: Any, bound: Any) -> Any:
-    return jnp.where(x < bound, bound, jnp.where(jnp.isnan(bound), bound, x)) if is_inexact(
-        x
-    ) else jnp.maximum(x, bound)
+    return (
+        jnp.where(x < bound, bound, jnp.where(jnp.isnan(bound), bound, x))
+        if is_inexact(x)
+        else jnp.maximum(x, bound)
+    )
 
 
 @lowering("clamp", "clamp.Tensor", scalars=True)
@@ -904,5 +906,3 @@ def silu_backward(grad_output: Any, self: Any) -> Any:
     x, g = cast(self, compute), cast(grad_output, compute)
     s = lax.logistic(x)
     return cast(g * s * (1 + x * (1 - s)), self.dtype)
-
-

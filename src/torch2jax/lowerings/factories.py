@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -114,8 +115,23 @@ def arange(*bounds: Any, dtype: Any = None, **_: Any) -> Any:
     out = carried(dtype)
     if kind(out) == 1:
         start, end, step = int(start), int(end), int(step)
-    values = torch.arange(start, end, step, dtype=torch.int64 if kind(out) == 1 else torch.float64, device="cpu")  # fmt: skip
+    if _length(start, end, step) > 1 << 16:  # not as a constant of the program
+        places = jnp.arange(_length(start, end, step), dtype=out)
+        return places * jnp.asarray(step, out) + jnp.asarray(start, out)
+    exact = torch.int64 if kind(out) == 1 else torch.float64
+    values = torch.arange(start, end, step, dtype=exact, device="cpu")
     return jnp.asarray(values.numpy(), out)
+
+
+def _known(values: torch.Tensor, dtype: torch.dtype | None) -> Any:
+    """Values that PyTorch has computed, for few elements: a constant."""
+    if values.is_floating_point():
+        values = values.to(torch.float64)
+    return jnp.asarray(values.numpy(), _dtype(dtype))
+
+
+def _length(start: Any, end: Any, step: Any) -> int:
+    return max(math.ceil((end - start) / step), 0) if step else 0
 
 
 @lowering("prims.iota")
@@ -126,7 +142,7 @@ def iota(length: int, *, start: int, step: int, dtype: Any, **_: Any) -> Any:
 @lowering("linspace")
 def linspace(start: Any, end: Any, steps: int, *, dtype: Any = None, **_: Any) -> Any:
     values = torch.linspace(start, end, steps, dtype=dtype, device="cpu")
-    return jnp.asarray(values.to(torch.float64).numpy() if values.is_floating_point() else values.numpy(), _dtype(dtype))  # fmt: skip
+    return _known(values, dtype)
 
 
 @lowering("logspace")
@@ -134,7 +150,7 @@ def logspace(
     start: Any, end: Any, steps: int, base: float = 10.0, *, dtype: Any = None, **_: Any
 ) -> Any:
     values = torch.logspace(start, end, steps, base, dtype=dtype, device="cpu")
-    return jnp.asarray(values.to(torch.float64).numpy() if values.is_floating_point() else values.numpy(), _dtype(dtype))  # fmt: skip
+    return _known(values, dtype)
 
 
 @lowering("eye", "eye.m")

@@ -88,7 +88,9 @@ for _name in _TERNARY:
 _lerp = TABLE[torch.ops.aten.lerp.Scalar].fn
 _register(
     "_foreach_lerp.Scalar",
-    lambda self, tensors1, weight: [_lerp(x, y, weight) for x, y in zip(self, tensors1, strict=True)],
+    lambda self, tensors1, weight: [
+        _lerp(x, y, weight) for x, y in zip(self, tensors1, strict=True)
+    ],
 )
 _register(
     "_foreach_lerp.List",
@@ -101,9 +103,7 @@ _register(
     "_foreach_norm.Scalar",
     lambda self, ord=2, dtype=None: [_norm(x, ord, dtype=dtype) for x in self],
 )
-TABLE[torch.ops.aten._foreach_norm.Scalar] = Lowering(
-    TABLE[torch.ops.aten._foreach_norm.Scalar].fn
-)
+TABLE[torch.ops.aten._foreach_norm.Scalar] = Lowering(TABLE[torch.ops.aten._foreach_norm.Scalar].fn)
 _copy = TABLE[torch.ops.aten.copy.default].fn
 _register(
     "_foreach_copy",

@@ -70,7 +70,9 @@ def put(self: Any, index: Any, source: Any, accumulate: bool = False) -> Any:
 @lowering("gather")
 def gather(self: Any, dim: int, index: Any, *, sparse_grad: bool = False) -> Any:
     if self.ndim == 0 or index.ndim == 0:
-        return jnp.broadcast_to(self.reshape(-1)[0], index.shape) if index.size else index.astype(self.dtype)  # fmt: skip
+        if not index.size:
+            return index.astype(self.dtype)
+        return jnp.broadcast_to(self.reshape(-1)[0], index.shape)
     return self[_along(index, dim)]
 
 
@@ -205,9 +207,7 @@ def repeat_interleave(repeats: Any, *, output_size: int | None = None) -> Any:
     if output_size is None:
         _values_of(repeats, "repeat_interleave")
     n = repeats.shape[0]
-    return jnp.repeat(
-        jnp.arange(n, dtype=default_int()), repeats, total_repeat_length=output_size
-    )
+    return jnp.repeat(jnp.arange(n, dtype=default_int()), repeats, total_repeat_length=output_size)
 
 
 def _values_of(x: Any, what: str) -> None:
@@ -316,9 +316,7 @@ def _label_loss(
 
 
 @lowering("nll_loss_forward", "nll_loss2d_forward")
-def nll_loss_forward(
-    self: Any, target: Any, weight: Any, reduction: int, ignore_index: int
-) -> Any:
+def nll_loss_forward(self: Any, target: Any, weight: Any, reduction: int, ignore_index: int) -> Any:
     return _label_loss(self, target, weight, reduction, ignore_index)
 
 
@@ -336,5 +334,3 @@ def nll_loss_backward(
         return _label_loss(x, target, weight, reduction, ignore_index)[0]
 
     return jax.linear_transpose(loss, self)(grad_output)[0]
-
-

@@ -12,10 +12,7 @@ from jax import lax
 from .registry import (
     cast,
     complex_of,
-    default_float,
-    floating,
     is_inexact,
-    kind,
     lowering,
     result_dtype,
     wide,
@@ -74,7 +71,7 @@ def addbmm(self: Any, batch1: Any, batch2: Any, *, beta: Any = 1, alpha: Any = 1
 def addr(self: Any, vec1: Any, vec2: Any, *, beta: Any = 1, alpha: Any = 1) -> Any:
     dtype = result_dtype(self, vec1, vec2)
     outer = cast(vec1, dtype)[:, None] * cast(vec2, dtype)[None]
-    if dtype == bool:
+    if dtype == np.bool_:
         outer = outer & bool(alpha)
         return (self & bool(beta)) | outer
     return cast(_added(cast(self, dtype), outer, beta, alpha), dtype)
@@ -215,5 +212,3 @@ def euclidean_dist(x1: Any, x2: Any) -> Any:
 def pdist_forward(self: Any, p: float = 2) -> Any:
     rows, columns = np.triu_indices(self.shape[0], 1)
     return _powered(jnp.abs(self[rows] - self[columns]), p)
-
-

@@ -45,9 +45,7 @@ def safe_softmax(self: Any, dim: int, dtype: Any = None) -> Any:
 
 
 @lowering("_softmax_backward_data")
-def softmax_backward_data(
-    grad_output: Any, output: Any, dim: int, input_dtype: torch.dtype
-) -> Any:
+def softmax_backward_data(grad_output: Any, output: Any, dim: int, input_dtype: torch.dtype) -> Any:
     g = cast(grad_output, wide(grad_output.dtype)) * cast(output, wide(output.dtype))
     total = jnp.sum(g, dim, keepdims=True) if g.ndim else g
     return cast(g - output * total, carried(input_dtype))
@@ -74,9 +72,7 @@ def _standardised(x: Any, axes: tuple[int, ...], eps: float) -> tuple[Any, Any, 
 
 
 @lowering("native_layer_norm")
-def native_layer_norm(
-    input: Any, normalized_shape: Any, weight: Any, bias: Any, eps: float
-) -> Any:
+def native_layer_norm(input: Any, normalized_shape: Any, weight: Any, bias: Any, eps: float) -> Any:
     x = cast(input, wide(input.dtype))
     axes = tuple(range(x.ndim - len(normalized_shape), x.ndim))
     out, mean, rstd = _standardised(x, axes, eps)
@@ -216,9 +212,7 @@ def batch_norm_functional(
     input: Any, weight: Any, bias: Any, running_mean: Any, running_var: Any, training: bool,
     momentum: float, eps: float,
 ) -> Any:  # fmt: skip
-    return _batch_norm(
-        input, weight, bias, running_mean, running_var, training, momentum, eps
-    )
+    return _batch_norm(input, weight, bias, running_mean, running_var, training, momentum, eps)
 
 
 @lowering("_native_batch_norm_legit.no_stats")
@@ -233,9 +227,7 @@ def batch_norm_no_training(
     input: Any, weight: Any, bias: Any, running_mean: Any, running_var: Any, momentum: float,
     eps: float,
 ) -> Any:  # fmt: skip
-    return _batch_norm(
-        input, weight, bias, running_mean, running_var, False, momentum, eps
-    )[:3]
+    return _batch_norm(input, weight, bias, running_mean, running_var, False, momentum, eps)[:3]
 
 
 @lowering("_batch_norm_no_update")

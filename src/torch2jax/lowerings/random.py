@@ -143,7 +143,9 @@ def native_dropout_backward(grad_output: Any, mask: Any, scale: float) -> Any:
 
 @lowering("exponential", random=True)
 def exponential(words: Any, self: Any, lambd: float = 1) -> Any:
-    return cast(jax.random.exponential(_key(words), self.shape, wide(self.dtype)) / lambd, self.dtype)
+    return cast(
+        jax.random.exponential(_key(words), self.shape, wide(self.dtype)) / lambd, self.dtype
+    )
 
 
 @lowering("cauchy", random=True)
@@ -202,5 +204,3 @@ def multinomial(words: Any, self: Any, num_samples: int, replacement: bool = Fal
     # The largest of perturbed logits are a sample without replacement.
     noise = jax.random.gumbel(_key(words), self.shape, wide(self.dtype))
     return jax.lax.top_k(logits + noise, num_samples)[1].astype(default_int())
-
-

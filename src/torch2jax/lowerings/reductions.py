@@ -14,8 +14,6 @@ from jax import lax
 from .registry import (
     carried,
     cast,
-    complex_of,
-    default_float,
     default_int,
     dims_of,
     floating,
@@ -29,10 +27,8 @@ from .registry import (
 
 def _accumulated(x: Any, dtype: torch.dtype | None) -> tuple[Any, Any]:
     """The operand in the dtype that is added up in, and the result's dtype."""
-    if dtype is not None:
-        out = carried(dtype)
-    else:
-        out = x.dtype if is_inexact(x) else default_int()
+    natural = x.dtype if is_inexact(x) else default_int()
+    out = natural if dtype is None else carried(dtype)
     return cast(x, wide(out)), out
 
 
@@ -123,7 +119,8 @@ def var(self: Any, dim: Any = None, *, correction: Any = None, keepdim: bool = F
 
 @lowering("std.correction")
 def std(self: Any, dim: Any = None, *, correction: Any = None, keepdim: bool = False) -> Any:
-    return cast(jnp.sqrt(cast(var(self, dim, correction=correction, keepdim=keepdim), wide(real_of(self.dtype)))), real_of(self.dtype))  # fmt: skip
+    v, _ = _moments(cast(self, wide(self.dtype)), dim, correction, keepdim)
+    return cast(jnp.sqrt(v), real_of(self.dtype))
 
 
 @lowering("var_mean.correction")
@@ -263,9 +260,7 @@ def _order(x: Any, descending: bool) -> Any:
 
 
 @lowering("sort", "sort.stable")
-def sort(
-    self: Any, dim: int = -1, descending: bool = False, *, stable: bool | None = None
-) -> Any:
+def sort(self: Any, dim: int = -1, descending: bool = False, *, stable: bool | None = None) -> Any:
     if self.ndim == 0:
         return self, jnp.zeros((), default_int())
     x = jnp.moveaxis(self, dim, -1)
@@ -400,17 +395,16 @@ def _running(x: Any, dim: int, better: Callable[[Any, Any], Any]) -> Any:
     return jnp.take_along_axis(x, where, dim), where.astype(default_int())
 
 
-def _nan(x: Any) -> Any:
-    return jnp.isnan(x) if is_inexact(x) else False
+def _beats(b: Any, a: Any, better: Any) -> Any:
+    """A NaN stays until another one comes."""
+    return jnp.isnan(b) | (better & ~jnp.isnan(a)) if is_inexact(b) else better
 
 
 @lowering("cummax")
 def cummax(self: Any, dim: int) -> Any:
-    return _running(self, dim, lambda b, a: ((b >= a) | _nan(b)) & (~_nan(a) | _nan(b)) if is_inexact(b) else b >= a)  # fmt: skip
+    return _running(self, dim, lambda b, a: _beats(b, a, b >= a))
 
 
 @lowering("cummin")
 def cummin(self: Any, dim: int) -> Any:
-    return _running(self, dim, lambda b, a: ((b <= a) | _nan(b)) & (~_nan(a) | _nan(b)) if is_inexact(b) else b <= a)  # fmt: skip
-
-
+    return _running(self, dim, lambda b, a: _beats(b, a, b <= a))

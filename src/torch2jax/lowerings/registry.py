@@ -2,8 +2,8 @@
 
 A lowering is a function of an operator's arguments, in the order and with the names of its PyTorch
 signature, with arrays for tensors; it returns an array, or a tuple or list of arrays. Numbers come
-as Python numbers or, where ``scalars=True``, as weakly typed 0-d arrays, so that another value needs
-no other program. What draws random numbers (``random=True``) takes a key in front.
+as Python numbers or, where ``scalars=True``, as weakly typed 0-d arrays, so that another value
+needs no other program. What draws random numbers (``random=True``) takes a key in front.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def register_lowering(op: Any, fn: Callable[..., Any]) -> None:
     """A lowering of your own: for an operator of yours, or a better one for PyTorch's.
 
     Args:
-        op: an operator overload such as ``torch.ops.aten.add.Tensor`` or ``torch.ops.mine.op.default``,
+        op: an operator overload such as ``torch.ops.aten.add.Tensor``,
             or a packet such as ``torch.ops.mine.op``, all of whose overloads are meant; without
             in-place arguments (those follow from the functional form).
         fn: takes what the operator takes, with JAX arrays for tensors and Python values for the
@@ -129,7 +129,7 @@ def carried(dtype: torch.dtype) -> np.dtype[Any]:
     """
     if dtype in _WIDE and not x64_enabled():
         raise UnsupportedDtypeError(
-            f"a tensor of {dtype} on device jax needs 64-bit values, which are switched off in JAX. "
+            f"a tensor of {dtype} on device jax needs 64-bit values, which JAX has switched off. "
             'Switch them on, jax.config.update("jax_enable_x64", True), or use '
             f"{_WIDE[dtype]}."
         )
@@ -145,7 +145,7 @@ _WIDE = {
 
 def kind(dtype: Any) -> int:
     """0 bool, 1 integer, 2 floating, 3 complex: the category in which PyTorch promotes."""
-    if dtype == bool:
+    if dtype == np.bool_:
         return 0
     if jnp.issubdtype(dtype, jnp.integer):
         return 1
@@ -203,7 +203,7 @@ def _number_dtype(x: Any) -> np.dtype[Any]:
 
 
 def result_dtype(*xs: Any) -> np.dtype[Any]:
-    """The dtype that PyTorch computes in: tensors count before 0-d tensors, those before numbers."""
+    """The dtype that PyTorch computes in: tensors before 0-d tensors, those before numbers."""
     ranks: list[np.dtype[Any] | None] = [None, None, None]
     for x in xs:
         number = is_number(x)
@@ -228,7 +228,7 @@ def _combine(high: np.dtype[Any] | None, low: np.dtype[Any] | None) -> np.dtype[
 
 
 def cast(x: Any, dtype: Any) -> Any:
-    """``x`` as an array of ``dtype``: as ``Tensor.to``, complex to real drops the imaginary part."""
+    """``x`` as an array of ``dtype``. Complex to real drops the imaginary part, as in PyTorch."""
     if not hasattr(x, "dtype"):
         return jnp.asarray(x, dtype)
     if x.dtype == dtype:

@@ -69,8 +69,8 @@ def _padded(mode: str) -> Any:
         widths = _widths(self.ndim, padding)
         # A negative width cuts off, from what the other side has become.
         padded = jnp.pad(self, [(max(a, 0), max(b, 0)) for a, b in widths], mode=mode)
-        cut = [slice(max(-a, 0), n - max(-b, 0)) for n, (a, b) in zip(padded.shape, widths, strict=True)]  # fmt: skip
-        return padded[tuple(cut)]
+        sizes = zip(padded.shape, widths, strict=True)
+        return padded[tuple(slice(max(-a, 0), n - max(-b, 0)) for n, (a, b) in sizes)]
 
     return fn
 
@@ -194,7 +194,9 @@ def as_strided_scatter(
 ) -> Any:
     from ..device.views import Step
 
-    step = Step(torch.ops.aten.as_strided.default, (tuple(size), tuple(stride), storage_offset), None)
+    step = Step(
+        torch.ops.aten.as_strided.default, (tuple(size), tuple(stride), storage_offset), None
+    )
     return step.set(self, cast(src, self.dtype))
 
 
@@ -206,5 +208,3 @@ def tril_indices(row: int, col: int, offset: int = 0, *, dtype: Any = torch.int6
 @lowering("triu_indices")
 def triu_indices(row: int, col: int, offset: int = 0, *, dtype: Any = torch.int64) -> Any:
     return jnp.stack([jnp.asarray(x, carried(dtype)) for x in np.triu_indices(row, offset, col)])
-
-
