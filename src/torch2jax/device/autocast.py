@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from .tensor import AUTOCAST
+
 __all__ = ["register_autocast"]
 
 # PyTorch's lists for CUDA: what gains from half precision, and what needs float32.
@@ -66,7 +68,7 @@ def _cast(x: Any, dtype: torch.dtype) -> Any:
 
 
 def _redispatch(op: Any, args: Any, kwargs: Any) -> Any:
-    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
+    keys = torch._C.DispatchKeySet(AUTOCAST)
     with torch._C._ExcludeDispatchKeyGuard(keys):
         return op(*args, **kwargs)
 
@@ -74,15 +76,15 @@ def _redispatch(op: Any, args: Any, kwargs: Any) -> Any:
 def _lower(op: Any) -> Any:
     def kernel(*args: Any, **kwargs: Any) -> Any:
         dtype = torch.get_autocast_dtype("jax")
-        args = [_cast(a, dtype) for a in args]
-        return _redispatch(op, args, {k: _cast(v, dtype) for k, v in kwargs.items()})
+        given = [_cast(a, dtype) for a in args]
+        return _redispatch(op, given, {k: _cast(v, dtype) for k, v in kwargs.items()})
 
     return kernel
 
 
 def _float(op: Any) -> Any:
     def kernel(*args: Any, **kwargs: Any) -> Any:
-        args = [_cast(a, torch.float32) for a in args]
-        return _redispatch(op, args, {k: _cast(v, torch.float32) for k, v in kwargs.items()})
+        given = [_cast(a, torch.float32) for a in args]
+        return _redispatch(op, given, {k: _cast(v, torch.float32) for k, v in kwargs.items()})
 
     return kernel

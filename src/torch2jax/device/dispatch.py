@@ -25,6 +25,8 @@ import numpy as np
 import torch
 from jax.core import Tracer
 from torch.utils import _pytree as torch_tree
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .._compat import ArrayImpl, trace_state_clean
 from .._convert import dtype_j2t, j2t, x64_enabled
@@ -212,7 +214,7 @@ def _fill(x: Any, values: Sequence[Any]) -> Any:
 
 
 def _foreign(x: torch.Tensor) -> Tensor:
-    """A tensor of another device among the operands: a number, or with ``lower=True`` a constant."""
+    """A tensor of another device: a number, or with ``lower=True`` a constant."""
     if isinstance(x, Tensor):
         return x
     if x.device.type == "meta" or type(x) not in _PLAIN:
@@ -237,7 +239,7 @@ def _foreign(x: torch.Tensor) -> Tensor:
 
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
-_constants: Any = torch.utils.weak.WeakIdKeyDictionary()
+_constants: Any = WeakIdKeyDictionary()
 
 
 def _allow_foreign() -> bool:
@@ -297,6 +299,7 @@ class Program:
         checked = []
         for slot, value in zip(self.mutated, new, strict=True):
             old, dtype = values[slot], self.dtypes[slot]
+            assert dtype is not None
             if value.shape != old.shape:
                 value = jax.numpy.broadcast_to(value, old.shape)
             if value.dtype != old.dtype:
@@ -341,6 +344,8 @@ class _Op:
             if functional is not None:
                 self.target, self.drop = functional, tuple(self.outs)
         self.pure = self.target is not func or not self.mutable
+        self.kind: str
+        self._fn: Any
         self.kind, self._fn = _find_route(self.target)
         lowered = self._fn if self.kind == "native" else None
         self.scalars = lowered is not None and lowered.scalars
@@ -606,7 +611,7 @@ class _Op:
                 raise DataDependentShape(_DATA_DEPENDENT.format(self.func))
             out = torch2jax(run, arg_dtypes=tuple(dtypes))(*tensors)
         else:
-            with torch.no_grad(), torch.utils._python_dispatch._disable_current_modes():
+            with torch.no_grad(), _disable_current_modes():
                 host = [j2t(np.asarray(t)).to(d) for t, d in zip(tensors, dtypes, strict=True)]
                 results = run(*host)
                 out = torch_tree.tree_map(
@@ -785,7 +790,7 @@ def _asked(
     if "device" in kwargs:
         kwargs["device"] = "meta"
     try:
-        with torch.utils._python_dispatch._disable_current_modes():
+        with _disable_current_modes():
             out = target(*_fill(program.args, metas), **kwargs)
     except Exception:  # it has no kernel for meta tensors
         return None
@@ -810,7 +815,7 @@ class _View:
         self.detach = func is torch.ops.aten.detach.default
 
     def __call__(self, args: Any, kwargs: Any) -> Any:
-        x = args[0]
+        x: Any = args[0]
         if type(x) is not Tensor:
             return self.func(_foreign(x), *args[1:], **kwargs)
         if state.events is not None and not state.composite:
@@ -819,7 +824,7 @@ class _View:
         if kwargs:
             rest = self._positional(rest, kwargs)
         chain = x._chain
-        size, stride, offset = tuple(x.shape), x.stride(), x.storage_offset()
+        size, stride, offset = tuple(x.shape), x.stride(), int(x.storage_offset())
         if self.plain:
             if self.detach and state.lowering and isinstance(x._cell.array, Tracer):
                 chain = (chain or ROOT).then(self.func, ())
@@ -841,7 +846,7 @@ class _View:
             full.append(_frozen(kwargs.get(argument.name, argument.default_value)))
         return tuple(full)
 
-    def _as_strided(self, x: Tensor, rest: tuple[Any, ...], found: Any) -> Any:
+    def _as_strided(self, x: Any, rest: Any, found: Any) -> Any:
         """It addresses the memory itself, whatever part of it the operand sees."""
         offset = rest[2] if len(rest) > 2 and rest[2] is not None else x.storage_offset()
         steps = x._chain.steps if x._chain is not None else ()

@@ -7,9 +7,11 @@ from typing import Any
 
 import jax
 import torch
+from jax.core import Tracer
 
 from .._errors import SignatureError
-from .lower import _running
+from .dispatch import state
+from .lower import running
 from .registration import enable
 from .tensor import Tensor, read, tensor, wrap
 
@@ -151,6 +153,8 @@ def call_jax(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         inner, named = structure.unflatten(full)
         return fn(*inner, **named)
 
+    if state.lowering and not any(leaves[i].requires_grad for i in places):
+        return torch_view(flat([read(leaves[i]) for i in places]))  # JAX differentiates it
     box: list[Any] = []
     outs = _CallJax.apply(flat, structure, box, *[leaves[i] for i in places])
     return box[0].unflatten(outs)
@@ -175,13 +179,13 @@ def call_torch(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     enable()
     given = jax.tree.map(lambda x: tensor(x) if isinstance(x, jax.Array) else x, (args, kwargs))
     inner, named = given
-    traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((args, kwargs)))
+    traced = any(isinstance(x, Tracer) for x in jax.tree.leaves((args, kwargs)))
     if not traced:
         return jax_view(fn(*inner, **named))
     from . import random
 
     stream = random.current()
-    with _running(torch.get_default_dtype(), None if stream is None else stream.next()):
+    with running(torch.get_default_dtype(), None if stream is None else stream.next()):
         return jax_view(fn(*inner, **named))
 
 
@@ -252,7 +256,7 @@ def extract(module: torch.nn.Module) -> tuple[Any, Any]:
 
     def fn(state: Any, args: Any, kwargs: Any = None) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
-            tensors = {k: wrap(x, dtypes[k]) for k, x in state.items()}
+            tensors: dict[str, torch.Tensor] = {k: wrap(x, dtypes[k]) for k, x in state.items()}
             return torch.func.functional_call(module, tensors, args, kwargs)
 
         return call_torch(call, *args, **(kwargs or {}))

@@ -1,8 +1,8 @@
 """``device.jit``: a function of tensors as one compiled program, with what it closes over.
 
 NOTE [What a compiled function closes over]. A PyTorch function reads and writes tensors that are
-not among its arguments: a module's parameters, an optimizer's state. While it is traced, memory (cells)
-from before the trace is taken for an input when it is first read; what is written to becomes an
+not among its arguments: a module's parameters, an optimizer's state. While it is traced, memory
+(cells) from before the trace becomes an input when it is first read; what is written to becomes an
 output, and so does memory that was made in the trace and outlives it (``p.grad``). After each call
 the outputs are put into their cells. The first call runs step by step, so that state that is made
 lazily (an optimizer's) is there when the second one is traced.
@@ -357,6 +357,8 @@ class JittedModule(torch.nn.Module):
     def __init__(self, module: torch.nn.Module, **options: Any) -> None:
         super().__init__()
         # Not a submodule: names in state_dict are the original's.
+        self._original: Any
+        self._jitted: Any
         self.__dict__["_original"] = module
         self.__dict__["_jitted"] = JittedFunction(module, module, options)
         self._parameters = module._parameters

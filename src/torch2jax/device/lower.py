@@ -1,4 +1,4 @@
-"""``torch2jax(fn, lower=True)``: ``fn`` runs once, on tensors that hold tracers; the rest is JAX."""
+"""``torch2jax(fn, lower=True)``: ``fn`` runs once, on tensors that hold tracers."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class LoweredFunction(TorchFunction):
     ) -> Any:
         tensors = [_argument(x, d) for x, d in zip(arrays, dtypes, strict=True)]
         args, kwargs = arguments.unflatten(tensors)
-        with _running(self._config.default_dtype, key):
+        with running(self._config.default_dtype, key):
             out = _lease.scoped(lambda: self._run(*args, **kwargs))()
             if inplace and out is None:
                 result = None
@@ -124,7 +124,7 @@ def _on_replica(module: torch.nn.Module) -> Function[..., Any]:
 
     def run(*args: Any, **kwargs: Any) -> Any:
         layout = Layout(module)
-        variables = {
+        variables: dict[str, dict[str, torch.Tensor]] = {
             group: {k: wrap(from_torch(x), x.dtype) for k, x in tensors.items()}
             for group, tensors in layout.tensors.items()
         }
@@ -145,7 +145,7 @@ def _result(t: torch.Tensor) -> Any:
 
 
 @contextlib.contextmanager
-def _running(default_dtype: torch.dtype, key: Any) -> Any:
+def running(default_dtype: torch.dtype, key: Any) -> Any:
     """The state in which ``fn`` is traced: device jax, JAX's derivatives, draws from the key."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(_state.clean(default_dtype))

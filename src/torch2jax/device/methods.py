@@ -13,6 +13,8 @@ from .tensor import Tensor, concrete, read, to_torch
 
 __all__ = ["install"]
 
+_parse_to: Any = torch._C._nn._parse_to  # type: ignore[attr-defined]
+
 
 def _repr(self: Tensor, *, tensor_contents: Any = None) -> str:
     array = self._cell.array
@@ -32,6 +34,10 @@ def _repr(self: Tensor, *, tensor_contents: Any = None) -> str:
     return text
 
 
+def _plain(self: Tensor) -> Any:
+    return self.detach()
+
+
 def _host(self: Tensor, what: str) -> torch.Tensor:
     if self.requires_grad:
         raise RuntimeError(
@@ -41,8 +47,7 @@ def _host(self: Tensor, what: str) -> torch.Tensor:
 
 
 def _numpy(self: Tensor, *, force: bool = False) -> np.ndarray[Any, Any]:
-    x = self.detach() if force else self
-    return _host(x, "numpy()").numpy()
+    return _host(_plain(self) if force else self, "numpy()").numpy()
 
 
 def _array(self: Tensor, dtype: Any = None, copy: Any = None) -> Any:
@@ -50,7 +55,7 @@ def _array(self: Tensor, dtype: Any = None, copy: Any = None) -> Any:
 
 
 def _tolist(self: Tensor) -> Any:
-    return to_torch(self.detach(), "tolist()").tolist()
+    return to_torch(_plain(self), "tolist()").tolist()
 
 
 def _item(self: Tensor) -> Any:
@@ -71,7 +76,7 @@ def _to(self: Tensor, *args: Any, **kwargs: Any) -> Any:
     if args and isinstance(args[0], torch.Tensor):
         device, dtype = args[0].device, args[0].dtype
     else:
-        device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
+        device, dtype, _, _ = _parse_to(*args, **kwargs)
     ours = device is None or device.type == "jax"
     if ours and not copy and (dtype is None or dtype is self.dtype):
         return self
@@ -110,7 +115,7 @@ def _deepcopy(self: Tensor, memo: dict[int, Any]) -> Any:
 
 def _reduce(self: Tensor, protocol: int) -> Any:
     """A saved tensor is one of PyTorch's own, on the CPU: files load anywhere."""
-    host = to_torch(self.detach(), "pickling")
+    host: Any = to_torch(_plain(self), "pickling")
     if getattr(self, "_is_param", False):
         host = torch.nn.Parameter(host, self.requires_grad)
     else:
@@ -125,17 +130,22 @@ def _get_data(self: Tensor) -> Any:
 def _set_data(self: Tensor, other: Any) -> None:
     from .specials import become
 
-    become(self, other if type(other) is Tensor else torch.Tensor.to(other, "jax"))
+    new: Any = other if type(other) is Tensor else torch.Tensor.to(other, "jax")
+    become(self, new)
+
+
+def _exported(self: Tensor) -> Any:
+    return concrete(self, "__dlpack__")
 
 
 def _dlpack(self: Tensor, **kwargs: Any) -> Any:
     if self.requires_grad:
         raise BufferError("Can't export tensors that require gradient, use tensor.detach()")
-    return concrete(self, "__dlpack__").__dlpack__(**kwargs)
+    return _exported(self).__dlpack__(**kwargs)
 
 
 def _dlpack_device(self: Tensor) -> Any:
-    return concrete(self, "__dlpack__").__dlpack_device__()
+    return _exported(self).__dlpack_device__()
 
 
 def _contiguous(self: Tensor, memory_format: Any = torch.contiguous_format) -> Any:

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .._compat import trace_state_clean
 from .._errors import SignatureError
@@ -89,7 +90,7 @@ def set_state(state: torch.Tensor) -> None:
 def next_words(generator: torch.Generator | None = None) -> Any:
     """The words of a key that has not been used: uint32[2]."""
     if generator is not None:
-        with torch.utils._python_dispatch._disable_current_modes():
+        with _disable_current_modes():
             drawn = torch.randint(0, 2**32, (2,), generator=generator, device="cpu")
         return drawn.numpy().astype(np.uint32)
     if _streams.stack:

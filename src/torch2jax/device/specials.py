@@ -259,7 +259,7 @@ def _index_tensor(args: Any, kwargs: Any) -> Any:
     return _index((x, [i if i is None else _beside(i) for i in indices]), kwargs)
 
 
-def _beside(x: Any) -> Tensor:
+def _beside(x: Any) -> Any:
     """An index may be on the CPU, as it may beside CUDA tensors."""
     if type(x) is Tensor:
         return x
@@ -290,7 +290,7 @@ def _index_put(func: Any) -> Any:
     return handler
 
 
-def _masked(func: Any, x: Tensor, mask: Tensor, values: Any) -> Any:
+def _masked(func: Any, x: Any, mask: Any, values: Any) -> Any:
     """``x[mask] = number`` needs no places, so it works on tracers as well."""
     mask = mask.view(*mask.shape, *[1] * (x.ndim - mask.ndim))
     number = values.reshape(()).to(x.dtype)
@@ -299,7 +299,7 @@ def _masked(func: Any, x: Tensor, mask: Tensor, values: Any) -> Any:
     return aten.masked_fill.Tensor(x, mask, number)
 
 
-def _masked_rows(func: Any, x: Tensor, mask: Tensor, values: Any) -> Any:
+def _masked_rows(func: Any, x: Any, mask: Any, values: Any) -> Any:
     """``x[mask] = values``: the k-th place that is true takes the k-th row."""
     places = aten.cumsum.default(mask.reshape(-1), 0) - 1
     rows = values.reshape(-1, *x.shape[mask.ndim :]).expand(-1, *x.shape[mask.ndim :])

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import torch
 from jax.extend.core import get_opaque_trace_state
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .._compat import ArrayImpl, trace_state_clean
 from .._convert import dtype_j2t, j2t, t2j
@@ -27,7 +28,8 @@ __all__ = ["Cell", "Tensor", "from_torch", "read", "tensor", "to_torch", "wrap",
 
 LAZY = torch.device("lazy", 0)
 # Autocast's kernels are found by a key of their own, which "lazy" does not bring.
-_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
+AUTOCAST: Any = torch._C.DispatchKey.AutocastPrivateUse1  # type: ignore[attr-defined]
+_KEYS = torch._C.DispatchKeySet(AUTOCAST)
 _make = torch.Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
 
 
@@ -171,7 +173,9 @@ def tensor(array: Any, requires_grad: bool = False) -> Tensor:
 
     enable()
     t = wrap(array, dtype_j2t(array.dtype))
-    return t.requires_grad_() if requires_grad else t
+    if requires_grad:
+        t.requires_grad_()
+    return t
 
 
 def from_torch(x: torch.Tensor) -> Any:
@@ -203,6 +207,6 @@ def concrete(t: Tensor, what: str) -> jax.Array:
 def to_torch(t: Tensor, what: str = "cpu()") -> torch.Tensor:
     """A copy of the values in PyTorch's own CPU memory, in the tensor's dtype."""
     array = concrete(t, what)
-    with torch.utils._python_dispatch._disable_current_modes():
+    with _disable_current_modes():
         host = np.asarray(array)
         return j2t(host).to(t.dtype)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .._convert import dtype_t2j
 
@@ -160,11 +161,11 @@ def _at(x: Any, dim: int, item: Any) -> tuple[Any, ...]:
 
 def _bounds(x: Any, dim: int, start: int | None, end: int | None, step: int) -> slice:
     n = x.shape[dim]
-    start = 0 if start is None else start
-    end = n if end is None else end
-    start = min(max(start + n if start < 0 else start, 0), n)
-    end = min(max(end + n if end < 0 else end, start), n)
-    return slice(start, end, step)
+    first = 0 if start is None else start
+    last = n if end is None else end
+    first = min(max(first + n if first < 0 else first, 0), n)
+    last = min(max(last + n if last < 0 else last, first), n)
+    return slice(first, last, step)
 
 
 def _slice(
@@ -394,7 +395,7 @@ def geometry(
     offset: int,
 ) -> Any:
     """(dtype, sizes, strides, offset) of what a view operator returns, one or a list, by torch."""
-    with torch.utils._python_dispatch._disable_current_modes(), torch.no_grad():
+    with _disable_current_modes(), torch.no_grad():
         room = offset + 1 + sum((n - 1) * s for n, s in zip(size, stride, strict=True) if n)
         base = torch.empty(room, dtype=dtype, device="meta").as_strided(size, stride, offset)
         out = op(base, *args)

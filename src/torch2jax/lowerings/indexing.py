@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 
 from .registry import cast, default_int, is_inexact, lowering, wide
 
@@ -197,7 +198,7 @@ def nonzero(self: Any) -> Any:
 @lowering("masked_select", eager=True)
 def masked_select(self: Any, mask: Any) -> Any:
     _values_of(mask, "masked_select")
-    shape = jnp.broadcast_shapes(self.shape, mask.shape)
+    shape: Any = jnp.broadcast_shapes(self.shape, mask.shape)
     places = np.nonzero(np.broadcast_to(np.asarray(mask), shape).reshape(-1))[0]
     return jnp.broadcast_to(self, shape).reshape(-1)[places]
 
@@ -211,7 +212,7 @@ def repeat_interleave(repeats: Any, *, output_size: int | None = None) -> Any:
 
 
 def _values_of(x: Any, what: str) -> None:
-    if isinstance(x, jax.core.Tracer):
+    if isinstance(x, Tracer):
         from ..device.dispatch import _DATA_DEPENDENT
         from .registry import DataDependentShape
 
