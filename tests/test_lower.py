@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
+import re
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -348,6 +352,34 @@ def test_to_state_dict_and_frozen() -> None:
     apply, variables = from_module(module, lower=True)
     assert "0.weight" in variables["frozen"]
     module.load_state_dict(to_state_dict(variables, apply))
+
+
+PAGE = Path(__file__).parent.parent / "docs" / "pytorch_on_jax.md"
+
+
+@pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL))
+def test_the_page(block: str) -> None:
+    exec(compile(block, str(PAGE), "exec"), {})
+
+
+def test_the_example(tmp_path: Path) -> None:
+    script = PAGE.parent.parent / "examples" / "gpt_on_jax.py"
+    done = subprocess.run([sys.executable, str(script), "--smoke"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+MODULES_WITH_EXAMPLES = (
+    "device.interop", "device.jitted", "device.lower", "device.registration", "device.tensor",
+    "lowerings.registry",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODULES_WITH_EXAMPLES)
+def test_docstrings(name: str) -> None:
+    module = importlib.import_module(f"torch2jax.{name}")
+    result = doctest.testmod(module)
+    assert result.attempted
+    assert not result.failed
 
 
 def test_the_bridge_does_not_import_it() -> None:

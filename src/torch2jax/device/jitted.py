@@ -318,17 +318,17 @@ def jit(fn: Any, **options: Any) -> Any:
     """A function of tensors on device "jax", or a module, as one compiled program.
 
     Args:
-      fn: a function, a whole training step (forward, ``backward()``, the optimizer's ``step()``),
-        or an ``nn.Module``. Its arguments are pytrees; tensors are operands, everything else selects a
-        program. Tensors that it closes over, such as parameters, are inputs too, and may be written
-        to; other Python state is read when it is traced. Optimizers need ``capturable=True`` where
-        they have it.
-      **options: of ``jax.jit``. For a module ``donate_state=True`` donates what it closes over:
-        parameters that a step updates are then updated in their memory.
+      fn: a function, a whole training step (forward, ``backward()``, ``step()`` of an optimizer), or
+        an ``nn.Module``. Its arguments are pytrees; tensors are operands, everything else selects
+        a program. Tensors that it closes over, such as parameters, are inputs too, and may be
+        written to; other Python state is read when it is traced. Optimizers need
+        ``capturable=True`` where they have it.
+      **options: of ``jax.jit``. ``donate_state=True`` donates what it closes over: parameters that
+        a step updates are then updated in their memory.
 
     Returns:
-      A function like ``fn``; for a module a module with the same parameters, whose ``state_dict`` is
-      the original's. Results have gradients where the original's have.
+      A function like ``fn``; for a module a module with the same parameters and the same
+      ``state_dict``. Results have gradients where the original's have.
 
     Raises:
       Torch2JaxError: the function asks for a value (``.item()``), or writes to a tensor that is on

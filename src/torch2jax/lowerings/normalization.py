@@ -143,8 +143,8 @@ def native_group_norm(
     if bias is not None:
         out = out + cast(_channels(bias, input.ndim), out.dtype)
     dtype = input.dtype
-    mean, rstd = (cast(lax.stop_gradient(s.squeeze(2)), dtype) for s in (mean, rstd))
-    return cast(out, dtype), mean, rstd
+    # Unlike those of the other norms, PyTorch's derivative counts these statistics.
+    return cast(out, dtype), cast(mean.squeeze(2), dtype), cast(rstd.squeeze(2), dtype)
 
 
 @lowering("native_group_norm_backward")
