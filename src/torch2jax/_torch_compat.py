@@ -44,7 +44,7 @@ def set_up_device(name: str, module: Any) -> None:
         )
     except ImportError:
         raise RuntimeError(
-            f"PyTorch {torch.__version__} cannot have a device made in Python, which came with 2.9; "
-            "install a newer one."
+            "this PyTorch cannot have a device made in Python; install a newer one for "
+            " torch2jax(..., lower=True) and device.enable()."
         ) from None
     set_up(name, backend_module=module)
