@@ -318,11 +318,11 @@ def jit(fn: Any, **options: Any) -> Any:
     """A function of tensors on device "jax", or a module, as one compiled program.
 
     Args:
-      fn: a function, a whole training step (forward, ``backward()``, ``step()`` of an optimizer), or
-        an ``nn.Module``. Its arguments are pytrees; tensors are operands, everything else selects
-        a program. Tensors that it closes over, such as parameters, are inputs too, and may be
-        written to; other Python state is read when it is traced. Optimizers need
-        ``capturable=True`` where they have it.
+      fn: a function, a whole training step (forward, backward and update) or an ``nn.Module``.
+        Its arguments are pytrees; tensors are operands, everything else selects a program. Tensors
+        that it closes over, such as parameters, are inputs too, and may be written to; other
+        Python state is read when it is traced. Optimizers need ``capturable=True`` where they have
+        it.
       **options: of ``jax.jit``. ``donate_state=True`` donates what it closes over: parameters that
         a step updates are then updated in their memory.
 
