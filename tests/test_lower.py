@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import os
 import re
 import subprocess
 import sys
@@ -344,6 +345,36 @@ def test_shard_map() -> None:
     mapped = jax.shard_map(f, mesh=mesh, in_specs=jax.P("x"), out_specs=jax.P("x"))
     x = jnp.arange(6.0).reshape(2, 3)
     close(jax.jit(mapped)(x), jax.nn.softmax(x, -1))
+
+
+def test_constants_are_read_at_each_trace() -> None:
+    w = torch.ones(3)
+    f = torch2jax(lambda x: x * w, lower=True)
+    close(f(jnp.ones(3)), np.ones(3))
+    w.data.fill_(5)
+    close(f(jnp.ones((1, 3))), np.full((1, 3), 5.0))
+
+
+def test_automatic_sharding() -> None:
+    program = """
+import jax, jax.numpy as jnp, numpy as np, torch
+from torch2jax import from_module
+net = torch.nn.TransformerEncoderLayer(8, 4, 16, dropout=0.0, batch_first=True)
+apply, variables = from_module(net, lower=True)
+x = jnp.asarray(torch.randn(4, 5, 8).numpy())
+expected = apply(variables, x)
+mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+def put(a):
+    spec = jax.P("x") if a.ndim and a.shape[0] % 4 == 0 else jax.P()
+    return jax.device_put(a, jax.NamedSharding(mesh, spec))
+out = jax.jit(apply)(jax.tree.map(put, variables), put(x))
+assert len(out.sharding.device_set) == 4
+np.testing.assert_allclose(out, expected, 1e-5, 1e-5)
+print("equal")
+"""
+    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=env)
+    assert done.stdout == "equal\n", done.stderr
 
 
 def test_to_state_dict_and_frozen() -> None:

@@ -26,7 +26,6 @@ import torch
 from jax.core import Tracer
 from torch.utils import _pytree as torch_tree
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils.weak import WeakIdKeyDictionary
 
 from .._compat import ArrayImpl, trace_state_clean
 from .._convert import dtype_j2t, j2t, x64_enabled
@@ -67,6 +66,7 @@ def special(*ops: Any) -> Callable[[Any], Any]:
 class _State(threading.local):
     lowering = 0  # inside torch2jax(..., lower=True), whose derivatives are JAX's
     events: Any = None
+    constants: Any = None  # tensors of other devices that the trace under way has met
     composite = 0  # inside a decomposition
     active: tuple[Any, ...] = ()
     compiling = False  # a decomposition for eager mode
@@ -78,11 +78,13 @@ state = _State()
 @contextlib.contextmanager
 def lowering_scope() -> Iterator[None]:
     """While PyTorch code runs on tracers whose derivatives JAX takes."""
+    before, state.constants = state.constants, {}
     state.lowering += 1
     try:
         yield
     finally:
         state.lowering -= 1
+        state.constants = before
 
 
 def dispatch(cls: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -230,16 +232,16 @@ def _foreign(x: torch.Tensor) -> Tensor:
     if x.ndim == 0 and x.dtype in (torch.float64, torch.complex128) and not x64_enabled():
         # Beside tensors it does not decide the dtype, and torch makes such numbers by itself.
         x = x.detach().to(torch.float32 if x.dtype is torch.float64 else torch.complex64)
-    cached = _constants.get(x)
-    if cached is None or cached[0] != x._version:
-        cached = (x._version, from_torch(x))
-        if x.ndim:
-            _constants[x] = cached
-    return wrap(cached[1], x.dtype)
+    # Within one trace a constant that is used often is one constant; the tensor is kept for its id.
+    cached = state.constants.get(id(x)) if state.lowering else None
+    if cached is None or cached[0] is not x or cached[1] != x._version:
+        cached = (x, x._version, from_torch(x))
+        if state.lowering:
+            state.constants[id(x)] = cached
+    return wrap(cached[2], x.dtype)
 
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
-_constants: Any = WeakIdKeyDictionary()
 
 
 def _allow_foreign() -> bool:
