@@ -17,6 +17,7 @@ NEEDS = {
     "equinox_digits": ["equinox", "sklearn", "rich", "matplotlib"],
     "feature_extractor": ["flax", "sklearn", "rich", "matplotlib"],
     "force_field": ["rich", "matplotlib"],
+    "gpt_on_jax": ["transformers"],
     "jax_in_pytorch": [],
     "numpyro_nuts": ["numpyro", "sklearn", "rich", "matplotlib"],
     "physics_informed": ["optax", "rich", "matplotlib"],
@@ -30,7 +31,12 @@ PRINTS = {
     "jax_in_pytorch": ["ms an update"],
     "train_digits": ["Test accuracy", "native PyTorch"],
 }
-SUFFIXES = {"equinox_digits": ".eqx", "jax_in_pytorch": None, "specifications": None}
+SUFFIXES = {
+    "equinox_digits": ".eqx",
+    "gpt_on_jax": None,
+    "jax_in_pytorch": None,
+    "specifications": None,
+}
 """Of what an example writes; the others draw a picture."""
 
 NOT_RUN = 77

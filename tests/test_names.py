@@ -405,6 +405,8 @@ def test_directions_of_the_layers(path: Path) -> None:
         {"_wrap", "_jax_module"},
         {"_module"},
         {"flax", "equinox", "_doctor", "__main__"},
+        {"lowerings", "device"},
+        {"torchax"},
     ]
     layers = {name: i for i, names in enumerate(order, 1) for name in names}
     own = layers.get(relative(path).split("/")[0].removesuffix(".py"), 0)

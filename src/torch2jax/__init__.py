@@ -56,6 +56,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("equinox", "flax"):  # imported on use: their libraries are optional
+    # Imported on use: libraries that are optional, and what only lower=True and device need.
+    if name in ("device", "equinox", "flax", "torchax"):
         return importlib.import_module(f".{name}", __name__)
+    if name == "lowering_report":
+        return importlib.import_module(".device.lower", __name__).lowering_report
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

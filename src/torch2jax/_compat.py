@@ -17,6 +17,9 @@ from jax._src import effects as _effects
 # The concrete class of arrays: public jax.Array is an ABC whose instance check costs a microsecond.
 from jax._src.array import ArrayImpl
 
+# Whether a transform is under way has no public question that takes less than a microsecond.
+from jax._src.core import trace_state_clean
+
 # Rules for dead code have no public registration.
 from jax._src.interpreters import partial_eval
 
@@ -35,6 +38,7 @@ __all__ = [
     "register_dce_rule",
     "result_aval",
     "torch_effect",
+    "trace_state_clean",
     "varying_axes",
     "varying_everywhere",
     "varying_together",

@@ -126,3 +126,20 @@ def nonstrict_trace(function: Any) -> Any:
 
     mark: Any = getattr(dynamo, "nonstrict_trace", dynamo.allow_in_graph)  # torch < 2.7
     return mark(function)
+
+
+# --- the device jax ----------------------------------------------------------------------------
+
+
+def set_up_device(name: str, module: Any) -> None:
+    """Make PyTorch's device for libraries one of Python alone, called ``name``."""
+    try:
+        from torch.utils.backend_registration import (
+            _setup_privateuseone_for_python_backend as set_up,
+        )
+    except ImportError:
+        raise RuntimeError(
+            "this PyTorch cannot have a device made in Python; install a newer one for "
+            " torch2jax(..., lower=True) and device.enable()."
+        ) from None
+    set_up(name, backend_module=module)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import threading
 import warnings
 import weakref
@@ -48,6 +49,7 @@ def torch2jax(
     out_specs: Any = None,
     mesh: Any = None,
     output_sharding_spec: Any = None,
+    lower: bool = False,
     name: str | None = None,
     use_torch_vjp: bool | None = None,
     use_zeros: bool | None = None,
@@ -99,6 +101,10 @@ def torch2jax(
         Without it, call the function inside ``jax.shard_map``, or on arguments that are whole.
       mesh: the mesh of the specs; None: that of the arguments' types, or of ``jax.set_mesh``.
       output_sharding_spec: deprecated name of ``out_specs``.
+      lower: ``fn`` becomes a JAX program, operator by operator, instead of running in PyTorch:
+        plain JAX, compiled by XLA for any hardware, with JAX's own derivatives.
+        ``lowering_report`` says what becomes of each operator; one without a lowering goes through
+        the bridge. Tensors that ``fn`` closes over are constants. Options that only concern the bridge are without effect.
       name: stable name of the call in HLO, profiles, caches and exports; otherwise the qualified
         name of ``fn`` and a counter.
       use_torch_vjp: accepted for compatibility with older bridges, without effect.
@@ -177,11 +183,14 @@ def torch2jax(
     )
     if isinstance(fn, JaxFunction) and fn.is_plain() and config.changes_nothing():
         return fn.__wrapped__  # type: ignore[return-value]  # a JAX function as it was
-    key = (_identity(fn), *config.key(label))
+    kind = TorchFunction
+    if lower:  # on use: the bridge does not need it
+        kind = importlib.import_module(".device.lower", __package__).LoweredFunction
+    key = (kind, _identity(fn), *config.key(label))
     with _wrapped_lock:
         wrapped = _wrapped.get(key)
         if wrapped is None:
-            wrapped = _wrapped[key] = TorchFunction(fn, _prepared(fn, config), label, config)
+            wrapped = _wrapped[key] = kind(fn, _prepared(fn, config), label, config)
     return wrapped
 
 

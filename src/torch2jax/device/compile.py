@@ -1,0 +1,70 @@
+"""``torch.compile(model, backend="torch2jax")``: forward and backward graphs as JAX programs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import torch
+
+from .._convert import j2t, t2j
+from .lower import LoweredFunction
+from .tensor import Tensor, wrap
+
+__all__ = ["backend"]
+
+
+def backend(graph: torch.fx.GraphModule, examples: list[torch.Tensor]) -> Callable[..., Any]:
+    """The backend that ``torch.compile(..., backend="torch2jax")`` calls, once for each graph.
+
+    Forward and backward graphs become programs of their own, for tensors of any device; tensors are
+    shared with JAX where their memory allows, as in ``t2j``.
+    """
+    from torch._dynamo.backends.common import aot_autograd
+
+    return aot_autograd(fw_compiler=_compiled, bw_compiler=_compiled)(graph, examples)
+
+
+def _compiled(graph: torch.fx.GraphModule, examples: list[Any]) -> Callable[..., Any]:
+    from functorch.compile import make_boxed_func
+
+    from .._wrap import torch2jax
+
+    spots = [i for i, x in enumerate(examples) if isinstance(x, torch.Tensor)]
+    dtypes: list[list[Any]] = []
+
+    def run(tensors: list[Any], numbers: tuple[Any, ...]) -> Any:
+        full = list(numbers)
+        for i, x in zip(spots, tensors, strict=True):
+            full[i] = x
+        outs = graph(*full)
+        dtypes[:] = [[x.dtype if isinstance(x, torch.Tensor) else None for x in outs]]
+        return [x for x in outs if isinstance(x, torch.Tensor)]
+
+    programs: dict[Any, LoweredFunction] = {}
+
+    def call(*args: Any) -> list[Any]:
+        numbers = tuple(None if i in spots else x for i, x in enumerate(args))
+        tensors = [args[i] for i in spots]
+        given = tuple(x.dtype for x in tensors)
+        program = programs.get((numbers, given))
+        if program is None:
+            program = programs[numbers, given] = torch2jax(  # type: ignore[assignment]
+                lambda *t: run(list(t), numbers), arg_dtypes=given, lower=True
+            )
+        ours = any(isinstance(x, Tensor) for x in tensors)
+        # XLA reads shared memory later than it returns: results are waited for.
+        arrays = [x.jax() if isinstance(x, Tensor) else t2j(x) for x in tensors]
+        out = jax.block_until_ready(program(*arrays))
+        made = iter(out)
+        result: list[Any] = []
+        for dtype in dtypes[0]:
+            if dtype is None:
+                result.append(None)
+                continue
+            array = next(made)
+            result.append(wrap(array, dtype) if ours else j2t(array).to(dtype))
+        return result
+
+    return make_boxed_func(call)

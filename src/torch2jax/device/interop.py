@@ -1,0 +1,264 @@
+"""JAX functions called from PyTorch programs and back, on the same arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import torch
+from jax.core import Tracer
+
+from .._errors import SignatureError
+from .dispatch import state
+from .lower import running
+from .registration import enable
+from .tensor import Tensor, read, tensor, wrap
+
+__all__ = [
+    "call_jax",
+    "call_torch",
+    "checkpoint",
+    "extract",
+    "jax_view",
+    "torch_view",
+    "value_and_grad",
+]
+
+
+def _is_tensor(x: Any) -> bool:
+    return isinstance(x, torch.Tensor)
+
+
+def jax_view(tree: Any) -> Any:
+    """Tensors on device "jax" as their arrays, a function of tensors as a function of arrays.
+
+    Args:
+      tree: a pytree, whose leaves that are tensors on device "jax" become arrays without a copy,
+        other leaves stay; or a callable.
+
+    Returns:
+      The same structure; for a callable a function that takes and returns arrays.
+
+    Raises:
+      SignatureError: for a tensor on another device.
+
+    >>> import torch, torch2jax
+    >>> torch2jax.device.enable()
+    >>> torch2jax.device.jax_view({"w": torch.ones(2, device="jax")})
+    {'w': Array([1., 1.], dtype=float32)}
+    """
+    if callable(tree) and not _is_tensor(tree):
+        return lambda *args, **kwargs: call_torch(tree, *args, **kwargs)
+    return jax.tree.map(_array, tree, is_leaf=_is_tensor)
+
+
+def _array(x: Any) -> Any:
+    if not _is_tensor(x):
+        return x
+    if not isinstance(x, Tensor):
+        raise SignatureError(f'a tensor on {x.device} is not on device jax: use tensor.to("jax").')
+    return read(x)
+
+
+def torch_view(tree: Any) -> Any:
+    """Arrays as tensors on device "jax", a function of arrays as a function of tensors.
+
+    The other way of ``jax_view``, without a copy. A function that it returns has gradients, JAX's.
+
+    >>> import jax.numpy as jnp, torch2jax
+    >>> sin = torch2jax.device.torch_view(jnp.sin)
+    >>> sin(torch2jax.device.tensor(jnp.zeros(2)))
+    tensor([0., 0.], device='jax:0')
+    """
+    if callable(tree) and not isinstance(tree, jax.Array):
+        return lambda *args, **kwargs: call_jax(tree, *args, **kwargs)
+    return jax.tree.map(lambda x: tensor(x) if isinstance(x, jax.Array) else x, tree)
+
+
+class _CallJax(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, fn: Any, structure: Any, box: list[Any], *tensors: Any) -> Any:  # type: ignore[override]
+        differentiable = [i for i, x in enumerate(tensors) if ctx.needs_input_grad[3 + i]]
+        arrays = [read(x) for x in tensors]
+
+        def of(*chosen: Any) -> Any:
+            full = list(arrays)
+            for i, x in zip(differentiable, chosen, strict=True):
+                full[i] = x
+            return fn(full)
+
+        if differentiable:
+            out, ctx.pull = jax.vjp(of, *[arrays[i] for i in differentiable])
+        else:
+            out = of()
+        leaves, box[:] = jax.tree.leaves(out), [jax.tree.structure(out)]
+        ctx.places, ctx.out = differentiable, [jax.typeof(x) for x in leaves]
+        ctx.structure = box[0]
+        outs = tuple(tensor(jax.numpy.asarray(x)) for x in leaves)
+        ctx.mark_non_differentiable(
+            *[x for x in outs if not (x.is_floating_point() or x.is_complex())]
+        )
+        return outs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:  # type: ignore[override]
+        cotangents = []
+        for g, aval in zip(grads, ctx.out, strict=True):
+            if not jax.numpy.issubdtype(aval.dtype, jax.numpy.inexact):
+                cotangents.append(jax.numpy.zeros(aval.shape, jax.dtypes.float0))
+            elif g is None:
+                cotangents.append(jax.numpy.zeros(aval.shape, aval.dtype))
+            else:
+                cotangents.append(jax.numpy.conj(read(g)))
+        found = ctx.pull(jax.tree.unflatten(ctx.structure, cotangents))
+        out: list[Any] = [None] * (len(ctx.needs_input_grad) - 3)
+        for i, g in zip(ctx.places, found, strict=True):
+            out[i] = tensor(jax.numpy.conj(g))
+        return (None, None, None, *out)
+
+
+def call_jax(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a JAX function with tensors on device "jax".
+
+    Args:
+      fn: takes and returns pytrees of arrays.
+      *args: pytrees of tensors on device "jax", and of whatever ``fn`` takes besides.
+      **kwargs: the same by keyword.
+
+    Returns:
+      What ``fn`` returns, with tensors for arrays, without a copy. ``backward()`` goes through it,
+      with JAX's derivative.
+
+    Raises:
+      SignatureError: for a tensor on another device.
+
+    >>> import torch, torch2jax, jax.numpy as jnp
+    >>> torch2jax.device.enable()
+    >>> x = torch.ones(2, device="jax", requires_grad=True)
+    >>> torch2jax.device.call_jax(jnp.square, x).sum().backward()
+    >>> x.grad
+    tensor([2., 2.], device='jax:0')
+    """
+    enable()
+    leaves, structure = jax.tree.flatten((args, kwargs), is_leaf=_is_tensor)
+    places = [i for i, x in enumerate(leaves) if _is_tensor(x)]
+    for i in places:
+        _array(leaves[i])
+
+    def flat(arrays: Any) -> Any:
+        full = list(leaves)
+        for i, x in zip(places, arrays, strict=True):
+            full[i] = x
+        inner, named = structure.unflatten(full)
+        return fn(*inner, **named)
+
+    if state.lowering and not any(leaves[i].requires_grad for i in places):
+        return torch_view(flat([read(leaves[i]) for i in places]))  # JAX differentiates it
+    box: list[Any] = []
+    outs = _CallJax.apply(flat, structure, box, *[leaves[i] for i in places])
+    return box[0].unflatten(outs)
+
+
+def call_torch(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a PyTorch function with arrays, or tracers: it runs on device "jax".
+
+    Args:
+      fn: takes and returns pytrees of tensors.
+      *args: pytrees of arrays, and of whatever ``fn`` takes besides.
+      **kwargs: the same by keyword.
+
+    Returns:
+      What ``fn`` returns, with arrays for tensors, without a copy. It can be traced by any
+      transform of JAX; ``torch2jax(fn, lower=True)`` is the same as a compiled function.
+
+    >>> import torch, torch2jax, jax, jax.numpy as jnp
+    >>> jax.grad(lambda x: torch2jax.device.call_torch(torch.sin, x).sum())(jnp.zeros(2))
+    Array([1., 1.], dtype=float32)
+    """
+    enable()
+    given = jax.tree.map(lambda x: tensor(x) if isinstance(x, jax.Array) else x, (args, kwargs))
+    inner, named = given
+    traced = any(isinstance(x, Tracer) for x in jax.tree.leaves((args, kwargs)))
+    if not traced:
+        return jax_view(fn(*inner, **named))
+    from . import random
+
+    stream = random.current()
+    with running(torch.get_default_dtype(), None if stream is None else stream.next()):
+        return jax_view(fn(*inner, **named))
+
+
+def value_and_grad(fn: Callable[..., Any], argnums: Any = 0, has_aux: bool = False) -> Any:
+    """``jax.value_and_grad`` of a function of tensors on device "jax".
+
+    Args:
+      fn: takes pytrees of tensors, returns a 0-d tensor, with ``has_aux`` and something else.
+      argnums: positions of the arguments whose gradients are wanted.
+      has_aux: as in JAX.
+
+    Returns:
+      A function of the same arguments, which returns the value and gradients as tensors.
+
+    >>> import torch, torch2jax
+    >>> torch2jax.device.enable()
+    >>> f = torch2jax.device.value_and_grad(lambda p: (p["w"] ** 2).sum())
+    >>> value, grads = f({"w": torch.ones(2, device="jax")})
+    >>> grads["w"]
+    tensor([2., 2.], device='jax:0')
+    """
+    inner = jax.value_and_grad(jax_view(fn), argnums, has_aux)
+    return lambda *args, **kwargs: torch_view(inner(*jax_view(args), **jax_view(kwargs)))
+
+
+def checkpoint(fn: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """``jax.checkpoint`` of a function of tensors: backward runs it again, nothing is kept.
+
+    Args:
+      fn: takes and returns pytrees of tensors on device "jax".
+      **options: of ``jax.checkpoint``.
+
+    Returns:
+      The same function.
+
+    >>> import torch, torch2jax
+    >>> torch2jax.device.enable()
+    >>> x = torch.ones(2, device="jax", requires_grad=True)
+    >>> torch2jax.device.checkpoint(torch.sin)(x).sum().backward()
+    >>> x.grad
+    tensor([0.5403, 0.5403], device='jax:0')
+    """
+    inner = jax.checkpoint(jax_view(fn), **options)
+    return lambda *args, **kwargs: call_jax(inner, *args, **kwargs)
+
+
+def extract(module: torch.nn.Module) -> tuple[Any, Any]:
+    """A module as ``(state, fn)``: arrays by name, and a JAX function ``fn(state, args, kwargs)``.
+
+    Args:
+      module: on device "jax" or the CPU; it is not changed.
+
+    Returns:
+      ``state``, ``{name: array}`` of parameters and buffers, and ``fn(state, args, kwargs=None)``,
+      in the mode (train or eval) of the module.
+
+    >>> import torch, torch2jax, jax.numpy as jnp
+    >>> state, fn = torch2jax.device.extract(torch.nn.Linear(3, 2))
+    >>> fn(state, (jnp.ones((4, 3)),)).shape
+    (4, 2)
+    """
+    enable()
+    from .tensor import from_torch
+
+    found = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    state = {k: read(x) if isinstance(x, Tensor) else from_torch(x) for k, x in found.items()}
+    dtypes = {k: x.dtype for k, x in found.items()}
+
+    def fn(state: Any, args: Any, kwargs: Any = None) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            tensors: dict[str, torch.Tensor] = {k: wrap(x, dtypes[k]) for k, x in state.items()}
+            return torch.func.functional_call(module, tensors, args, kwargs)
+
+        return call_torch(call, *args, **(kwargs or {}))
+
+    return state, fn

@@ -1,0 +1,120 @@
+"""Random numbers on device "jax": from words that a seed and a counter give, or from a JAX key.
+
+In eager mode each draw takes the next words of a generator, PyTorch's for the device (seeded by
+``torch.manual_seed``) or the caller's own. In a traced function draws take keys that are split from
+its key, so none is a constant of the program.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+from .._compat import trace_state_clean
+from .._errors import SignatureError
+from .._random import seed_of
+
+__all__ = ["Stream", "current", "drawing_from", "get_state", "next_words", "seed", "set_state"]
+
+
+class Stream:
+    """Keys for the draws of one traced call, in the order of the draws."""
+
+    def __init__(self, key: Any) -> None:
+        self.key, self.count = key, 0
+
+    def next(self) -> Any:
+        self.count += 1
+        return jax.random.key_data(jax.random.fold_in(self.key, self.count - 1))
+
+
+class _Streams(threading.local):
+    def __init__(self) -> None:
+        self.stack: list[Stream | None] = []
+
+
+_streams = _Streams()
+_lock = threading.Lock()
+_state = {"seed": 0, "count": 0, "seeded": False}
+
+
+@contextlib.contextmanager
+def drawing_from(key: Any, words: bool = False) -> Iterator[Stream | None]:
+    """Draws of this thread come from ``key``; with None they are an error."""
+    if key is not None and (words or not jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key)):
+        key = jax.random.wrap_key_data(key)
+    stream = None if key is None else Stream(key)
+    _streams.stack.append(stream)
+    try:
+        yield stream
+    finally:
+        _streams.stack.pop()
+
+
+def seed(value: int) -> None:
+    """Seed the device's generator, as ``torch.manual_seed`` does."""
+    with _lock:
+        _state.update(seed=value & (2**64 - 1), count=0, seeded=True)
+
+
+def initial_seed() -> int:
+    _ensure_seeded()
+    return int(_state["seed"])
+
+
+def _ensure_seeded() -> None:
+    if not _state["seeded"]:  # as torch's own generators: from its seed
+        seed(torch.initial_seed())
+
+
+def get_state() -> torch.Tensor:
+    """Seed and counter, as the bytes that ``set_state`` takes."""
+    _ensure_seeded()
+    words = np.array([_state["seed"], _state["count"]], np.uint64)
+    return torch.from_numpy(words.view(np.uint8).copy())
+
+
+def set_state(state: torch.Tensor) -> None:
+    words = state.detach().cpu().numpy().copy().view(np.uint64)
+    with _lock:
+        _state.update(seed=int(words[0]), count=int(words[1]), seeded=True)
+
+
+def next_words(generator: torch.Generator | None = None) -> Any:
+    """The words of a key that has not been used: uint32[2]."""
+    if generator is not None:
+        with _disable_current_modes():
+            drawn = torch.randint(0, 2**32, (2,), generator=generator, device="cpu")
+        return drawn.numpy().astype(np.uint32)
+    if _streams.stack:
+        stream = _streams.stack[-1]
+        if stream is None:
+            raise SignatureError(_NO_KEY)
+        return stream.next()
+    if not trace_state_clean():
+        raise SignatureError(_NO_KEY)
+    _ensure_seeded()
+    with _lock:
+        count = _state["count"]
+        _state["count"] = count + 1
+    mixed = seed_of([int(_state["seed"]) & (2**32 - 1), int(_state["seed"]) >> 32, count])
+    return np.array([mixed & (2**32 - 1), mixed >> 32], np.uint32)
+
+
+_NO_KEY = (
+    "random numbers are drawn in a traced function without a key, which would make them constants "
+    "of the program. Pass rng=, a JAX key: torch2jax(fn, lower=True, stochastic=True) and "
+    "from_module(module, lower=True) take it, and device.jit."
+)
+
+
+def current() -> Stream | None:
+    """The keys of the traced call under way on this thread."""
+    return _streams.stack[-1] if _streams.stack else None

@@ -1,0 +1,319 @@
+"""Operators that are no function of arrays: they move, ask for values, or change a tensor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+from jax.core import Tracer
+
+from .._errors import Torch2JaxError
+from ..lowerings.registry import DataDependentShape, cast
+from . import dispatch as d
+from .tensor import Tensor, ValueNeeded, carried, concrete, from_torch, read, to_torch, wrap, write
+
+aten = torch.ops.aten
+
+
+def _is_ours(device: Any) -> bool:
+    return device is None or torch.device(device).type in ("jax", "lazy")
+
+
+# --- to and from other devices -------------------------------------------------------------------
+
+
+@d.special(aten._to_copy.default)
+def _to_copy(args: Any, kwargs: Any) -> Any:
+    x = args[0]
+    dtype = kwargs.get("dtype") or x.dtype
+    device = kwargs.get("device")
+    if type(x) is not Tensor:
+        return wrap(cast(from_torch(x), carried(dtype)), dtype)
+    if _is_ours(device):
+        return _cast(x, dtype)
+    if torch.device(device).type == "meta":
+        return torch.empty(x.shape, dtype=dtype, device="meta")
+    return to_torch(x, f"to({device})").to(device=device, dtype=dtype)
+
+
+_astype: list[Any] = []
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Any:
+    carried(dtype)
+    if not _astype:
+        import torch._prims
+
+        _astype.append(torch.ops.prims.convert_element_type.default)
+    return _astype[0](x, dtype)
+
+
+@d.special(aten.copy_.default)
+def _copy_(args: Any, kwargs: Any) -> Any:
+    target, source = args[0], args[1]
+    if type(target) is not Tensor:
+        return target.copy_(to_torch(source, "copy_ into a CPU tensor"))
+    if type(source) is not Tensor:
+        if source.device.type == "meta":
+            raise RuntimeError("copy_ from a meta tensor, which has no values")
+        same = source.shape == target.shape and target._chain is None
+        source = source.detach().to(target.dtype)
+        value = wrap(from_torch(source), source.dtype)
+        if same and source.dtype == target.dtype:
+            write(target, value._cell.array)
+            return target
+        source = value
+    return _copy_op(target, source)
+
+
+_copy_op_cache: list[Any] = []
+
+
+def _copy_op(target: Tensor, source: Tensor) -> Any:
+    if not _copy_op_cache:
+        _copy_op_cache.append(d._Op(aten.copy_.default))
+    return _copy_op_cache[0]((target, source), {})
+
+
+@d.special(aten.lift_fresh.default, aten.lift.default)
+def _lift(args: Any, kwargs: Any) -> Any:
+    return args[0]
+
+
+# --- values --------------------------------------------------------------------------------------
+
+
+@d.special(aten._local_scalar_dense.default, aten.item.default)
+def _item(args: Any, kwargs: Any) -> Any:
+    return concrete(args[0], "item()").item()
+
+
+@d.special(aten.equal.default)
+def _equal(args: Any, kwargs: Any) -> Any:
+    a, b = args
+    if a.shape != b.shape:
+        return False
+    return bool(concrete(aten.all.default(aten.eq.Tensor(a, b)), "torch.equal"))
+
+
+@d.special(aten.is_pinned.default)
+def _is_pinned(args: Any, kwargs: Any) -> Any:
+    return False
+
+
+@d.special(
+    getattr(aten._assert_async, "default", None),
+    getattr(aten._assert_async, "msg", None),
+)
+def _assert_async(args: Any, kwargs: Any) -> Any:
+    value = read(args[0])
+    if not isinstance(value, Tracer) and not bool(value):
+        raise RuntimeError(
+            args[1] if len(args) > 1 else "Expected Tensor with single nonzero value"
+        )
+
+
+@d.special(aten._linalg_check_errors.default)
+def _linalg_check_errors(args: Any, kwargs: Any) -> Any:
+    """In a compiled program a singular matrix gives NaN or infinity, as in JAX."""
+    info, name = read(args[0]), args[1]
+    if isinstance(info, Tracer):
+        if d.state.compiling:
+            raise ValueNeeded(name)
+        return
+    if np.any(np.asarray(info)):
+        raise torch.linalg.LinAlgError(f"{name}: the matrix is singular or not positive definite")
+
+
+# --- changes of the tensor itself ----------------------------------------------------------------
+
+
+def become(x: Tensor, other: Tensor) -> Tensor:
+    """Make ``x`` what ``other`` is: sizes, dtype and memory."""
+    torch.Tensor.data.__set__(x, other)  # type: ignore[attr-defined]
+    x._cell, x._chain, x._memo = other._cell, other._chain, None
+    return x
+
+
+@d.special(aten.set_.source_Tensor)
+def _set_(args: Any, kwargs: Any) -> Any:
+    if len(args) != 2 or type(args[1]) is not Tensor:
+        raise Torch2JaxError("set_ on device jax takes a tensor on device jax, and no sizes.")
+    return become(args[0], args[1])
+
+
+@d.special(aten.set_.source_Storage, aten.set_.source_Storage_storage_offset, aten.set_.default)
+def _set_storage(args: Any, kwargs: Any) -> Any:
+    raise Torch2JaxError(
+        "set_ on device jax takes a tensor on device jax: a JAX array has no storage to share."
+    )
+
+
+@d.special(aten.resize_.default)
+def _resize_(args: Any, kwargs: Any) -> Any:
+    x, size = args[0], tuple(args[1])
+    if tuple(x.shape) == size:
+        return x
+    count = int(np.prod(size))
+    flat = read(x).reshape(-1)
+    if count > flat.size:
+        flat = jax.numpy.concatenate([flat, jax.numpy.zeros(count - flat.size, flat.dtype)])
+    return become(x, wrap(flat[:count].reshape(size), x.dtype))
+
+
+def _in_place_view(name: str) -> Any:
+    def handler(args: Any, kwargs: Any) -> Any:
+        view = getattr(aten, name)(args[0], *args[1:], **kwargs)
+        return become(args[0], view)
+
+    return handler
+
+
+for _op, _name in (
+    (aten.t_.default, "t"),
+    (aten.transpose_.default, "transpose"),
+    (aten.squeeze_.default, "squeeze"),
+    (aten.squeeze_.dim, "squeeze"),
+    (aten.squeeze_.dims, "squeeze"),
+    (aten.unsqueeze_.default, "unsqueeze"),
+    (aten.as_strided_.default, "as_strided"),
+):
+    d.special(_op)(_in_place_view(_name))
+
+
+# --- batch norm, whose statistics are written to without the schema saying so -------------------
+
+
+@d.special(
+    aten.native_batch_norm.default,
+    aten._native_batch_norm_legit.default,
+)
+def _batch_norm(args: Any, kwargs: Any) -> Any:
+    x, weight, bias, mean, var, training, momentum, eps = args
+    functional = aten._native_batch_norm_legit_functional.default
+    if mean is None:
+        return aten._native_batch_norm_legit.no_stats(x, weight, bias, training, momentum, eps)
+    out, saved_mean, saved_invstd, new_mean, new_var = functional(
+        x, weight, bias, mean, var, training, momentum, eps
+    )
+    if training:
+        aten.copy_.default(mean, new_mean)
+        aten.copy_.default(var, new_var)
+    return out, saved_mean, saved_invstd
+
+
+@d.special(aten._batch_norm_with_update.default)
+def _batch_norm_with_update(args: Any, kwargs: Any) -> Any:
+    x, weight, bias, mean, var, momentum, eps = args
+    out = _batch_norm((x, weight, bias, mean, var, True, momentum, eps), {})
+    return (*out, wrap(jax.numpy.zeros((0,), np.uint8), torch.uint8))
+
+
+# --- masks as indices ----------------------------------------------------------------------------
+
+
+def _without_masks(x: Tensor, indices: Any, what: str) -> list[Any]:
+    """Indices with the places of a mask for the mask, whose values are read."""
+    found: list[Any] = []
+    for index in indices:
+        if index is None:
+            found.append(None)
+            continue
+        index = d._foreign(index) if type(index) is not Tensor else index
+        if index.dtype in (torch.bool, torch.uint8):
+            if isinstance(read(index), Tracer):
+                raise DataDependentShape(d._DATA_DEPENDENT.format(what))
+            places = np.nonzero(np.asarray(read(index)))
+            found += [wrap(jax.numpy.asarray(p, np.int32), torch.int64) for p in places]
+        else:
+            found.append(index)
+    return found
+
+
+def _has_mask(indices: Any) -> bool:
+    return any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in indices)
+
+
+def _ours(func: Any) -> Any:
+    """The ordinary way of an operator that also has a handler."""
+    op: list[Any] = []
+
+    def call(args: Any, kwargs: Any) -> Any:
+        if not op:
+            op.append(d._Op(func))
+        return op[0](args, kwargs)
+
+    return call
+
+
+_index = _ours(aten.index.Tensor)
+
+
+@d.special(aten.index.Tensor)
+def _index_tensor(args: Any, kwargs: Any) -> Any:
+    x, indices = _beside(args[0]), args[1]
+    if _has_mask(indices):
+        indices = _without_masks(x, indices, "an index that is a mask")
+    return _index((x, [i if i is None else _beside(i) for i in indices]), kwargs)
+
+
+def _beside(x: Any) -> Any:
+    """An index may be on the CPU, as it may beside CUDA tensors."""
+    if type(x) is Tensor:
+        return x
+    d.foreign_ok.active += 1
+    try:
+        return d._foreign(x)
+    finally:
+        d.foreign_ok.active -= 1
+
+
+def _index_put(func: Any) -> Any:
+    plain = _ours(func)
+
+    def handler(args: Any, kwargs: Any) -> Any:
+        x, indices, values, *rest = args
+        accumulate = kwargs.get("accumulate", rest[0] if rest else False)
+        if _has_mask(indices):
+            only = [i for i in indices if i is not None]
+            whole = len(only) == 1 and indices[0] is not None and only[0].dtype is torch.bool
+            if whole and not accumulate and values.numel() == 1:
+                return _masked(func, x, _beside(only[0]), values)
+            if whole and not accumulate and isinstance(read(_beside(only[0])), Tracer):
+                return _masked_rows(func, x, _beside(only[0]), values)
+            indices = _without_masks(x, indices, "an index that is a mask")
+        indices = [i if i is None else _beside(i) for i in indices]
+        return plain((x, indices, values, *rest), kwargs)
+
+    return handler
+
+
+def _masked(func: Any, x: Any, mask: Any, values: Any) -> Any:
+    """``x[mask] = number`` needs no places, so it works on tracers as well."""
+    mask = mask.view(*mask.shape, *[1] * (x.ndim - mask.ndim))
+    number = values.reshape(()).to(x.dtype)
+    if func._schema.is_mutable:
+        return aten.masked_fill_.Tensor(x, mask, number)
+    return aten.masked_fill.Tensor(x, mask, number)
+
+
+def _masked_rows(func: Any, x: Any, mask: Any, values: Any) -> Any:
+    """``x[mask] = values``: the k-th place that is true takes the k-th row."""
+    places = aten.cumsum.default(mask.reshape(-1), 0) - 1
+    rows = values.reshape(-1, *x.shape[mask.ndim :]).expand(-1, *x.shape[mask.ndim :])
+    taken = aten.index_select.default(rows, 0, places.clamp(0, rows.shape[0] - 1))
+    new = aten.where.self(
+        mask.view(*mask.shape, *[1] * (x.ndim - mask.ndim)), taken.reshape(x.shape), x
+    )
+    return aten.copy_.default(x, new) if func._schema.is_mutable else new
+
+
+for _op in (
+    aten.index_put.default,
+    aten.index_put_.default,
+    aten._index_put_impl_.default,
+    aten._unsafe_index_put.default,
+):
+    d.special(_op)(_index_put(_op))

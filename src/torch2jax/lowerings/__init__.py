@@ -1,0 +1,14 @@
+"""PyTorch's operators as JAX functions, one file for each family. Importing fills the table."""
+
+from . import attention as attention
+from . import convolution as convolution
+from . import elementwise as elementwise
+from . import factories as factories
+from . import foreach as foreach
+from . import indexing as indexing
+from . import linalg as linalg
+from . import normalization as normalization
+from . import pooling as pooling
+from . import random as random
+from . import reductions as reductions
+from . import shapes as shapes

@@ -1,0 +1,158 @@
+"""Tensors from nothing but sizes and numbers."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+from .registry import carried, cast, kind, lowering
+
+
+def _dtype(dtype: torch.dtype | None) -> Any:
+    return carried(dtype or torch.get_default_dtype())
+
+
+@lowering("empty.memory_format", "zeros", "prims.empty")
+def zeros(size: Any, *, dtype: Any = None, **_: Any) -> Any:
+    # Uninitialised memory is zeros: XLA has no other.
+    return jnp.zeros(tuple(size), _dtype(dtype))
+
+
+@lowering("_efficientzerotensor")
+def efficientzerotensor(size: Any, *, dtype: Any = None, **_: Any) -> Any:
+    return jnp.zeros(tuple(size), _dtype(dtype))
+
+
+@lowering("empty_strided", "empty_permuted", "prims.empty_strided", "prims.empty_permuted")
+def empty_strided(size: Any, stride: Any, *, dtype: Any = None, **_: Any) -> Any:
+    return jnp.zeros(tuple(size), _dtype(dtype))
+
+
+@lowering("ones")
+def ones(size: Any, *, dtype: Any = None, **_: Any) -> Any:
+    return jnp.ones(tuple(size), _dtype(dtype))
+
+
+def _natural(value: Any) -> torch.dtype:
+    if isinstance(value, bool):
+        return torch.bool
+    if isinstance(value, int):
+        return torch.int64
+    default = torch.get_default_dtype()
+    if isinstance(value, complex):
+        return torch.complex128 if default is torch.float64 else torch.complex64
+    return default
+
+
+@lowering("full", "prims.full")
+def full(size: Any, fill_value: Any, *, dtype: Any = None, **_: Any) -> Any:
+    if hasattr(fill_value, "dtype"):
+        wanted = fill_value.dtype if dtype is None else carried(dtype)
+        return jnp.broadcast_to(cast(fill_value, wanted), tuple(size))
+    return jnp.full(tuple(size), fill_value, carried(dtype or _natural(fill_value)))
+
+
+@lowering("scalar_tensor", "prims.scalar_tensor")
+def scalar_tensor(s: Any, *, dtype: Any = None, **_: Any) -> Any:
+    return full((), s, dtype=dtype or torch.get_default_dtype())
+
+
+@lowering("full_like", "prims.full_like")
+def full_like(self: Any, fill_value: Any, *, dtype: Any = None, **_: Any) -> Any:
+    return jnp.full(self.shape, fill_value, self.dtype if dtype is None else carried(dtype))
+
+
+@lowering("zeros_like", "empty_like", "prims.empty_like")
+def zeros_like(self: Any, *, dtype: Any = None, **_: Any) -> Any:
+    return jnp.zeros(self.shape, self.dtype if dtype is None else carried(dtype))
+
+
+@lowering("ones_like")
+def ones_like(self: Any, *, dtype: Any = None, **_: Any) -> Any:
+    return jnp.ones(self.shape, self.dtype if dtype is None else carried(dtype))
+
+
+@lowering("new_zeros", "new_empty")
+def new_zeros(self: Any, size: Any, *, dtype: Any = None, **_: Any) -> Any:
+    return jnp.zeros(tuple(size), self.dtype if dtype is None else carried(dtype))
+
+
+@lowering("new_empty_strided")
+def new_empty_strided(self: Any, size: Any, stride: Any, *, dtype: Any = None, **_: Any) -> Any:
+    return new_zeros(self, size, dtype=dtype)
+
+
+@lowering("new_ones")
+def new_ones(self: Any, size: Any, *, dtype: Any = None, **_: Any) -> Any:
+    return jnp.ones(tuple(size), self.dtype if dtype is None else carried(dtype))
+
+
+@lowering("new_full")
+def new_full(self: Any, size: Any, fill_value: Any, *, dtype: Any = None, **_: Any) -> Any:
+    return jnp.full(tuple(size), fill_value, self.dtype if dtype is None else carried(dtype))
+
+
+@lowering("fill.Scalar", "fill.Tensor", "prims.fill", scalars=True)
+def fill(self: Any, value: Any) -> Any:
+    return jnp.broadcast_to(cast(value, self.dtype), self.shape)
+
+
+@lowering("zero")
+def zero(self: Any) -> Any:
+    return jnp.zeros(self.shape, self.dtype)
+
+
+@lowering("arange", "arange.start", "arange.start_step")
+def arange(*bounds: Any, dtype: Any = None, **_: Any) -> Any:
+    start, end, step = (0, *bounds, 1) if len(bounds) == 1 else (*bounds, 1)[:3]
+    if dtype is None:
+        whole = all(isinstance(x, int) for x in (start, end, step))
+        dtype = torch.int64 if whole else torch.get_default_dtype()
+    out = carried(dtype)
+    if kind(out) == 1:
+        start, end, step = int(start), int(end), int(step)
+    if _length(start, end, step) > 1 << 16:  # not as a constant of the program
+        places = jnp.arange(_length(start, end, step), dtype=out)
+        return places * jnp.asarray(step, out) + jnp.asarray(start, out)
+    exact = torch.int64 if kind(out) == 1 else torch.float64
+    values = torch.arange(start, end, step, dtype=exact, device="cpu")
+    return jnp.asarray(values.numpy(), out)
+
+
+def _known(values: torch.Tensor, dtype: torch.dtype | None) -> Any:
+    """Values that PyTorch has computed, for few elements: a constant."""
+    if values.is_floating_point():
+        values = values.to(torch.float64)
+    return jnp.asarray(values.numpy(), _dtype(dtype))
+
+
+def _length(start: Any, end: Any, step: Any) -> int:
+    return max(math.ceil((end - start) / step), 0) if step else 0
+
+
+@lowering("prims.iota")
+def iota(length: int, *, start: int, step: int, dtype: Any, **_: Any) -> Any:
+    return jnp.asarray(np.arange(length) * step + start, carried(dtype))
+
+
+@lowering("linspace")
+def linspace(start: Any, end: Any, steps: int, *, dtype: Any = None, **_: Any) -> Any:
+    values = torch.linspace(start, end, steps, dtype=dtype, device="cpu")
+    return _known(values, dtype)
+
+
+@lowering("logspace")
+def logspace(
+    start: Any, end: Any, steps: int, base: float = 10.0, *, dtype: Any = None, **_: Any
+) -> Any:
+    values = torch.logspace(start, end, steps, base, dtype=dtype, device="cpu")
+    return _known(values, dtype)
+
+
+@lowering("eye", "eye.m")
+def eye(n: int, m: int | None = None, *, dtype: Any = None, **_: Any) -> Any:
+    return jnp.eye(n, n if m is None else m, dtype=_dtype(dtype))

@@ -1,0 +1,337 @@
+"""Elements by their places: gather, scatter, embeddings, losses of class labels.
+
+Negative places count from the end. A place out of bounds is an error in PyTorch; XLA cannot raise,
+and JAX's rule holds: a read gives NaN or the extreme value, a write is dropped.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.core import Tracer
+
+from .registry import cast, default_int, is_inexact, lowering, wide
+
+
+def _wrapped(index: Any, size: int) -> Any:
+    return jnp.where(index < 0, index + size, index)
+
+
+def _places(self: Any, indices: Any) -> tuple[Any, ...]:
+    """PyTorch's list of indices, None for a whole dimension, as NumPy's.
+
+    Where the indices are not adjacent both put the indexed dimensions first.
+    """
+    full = [slice(None) if i is None else i for i in indices]
+    return tuple(full)
+
+
+@lowering("index.Tensor", "_unsafe_index.Tensor")
+def index(self: Any, indices: Any) -> Any:
+    return self[_places(self, indices)]
+
+
+@lowering("index_put", "_unsafe_index_put")
+def index_put(self: Any, indices: Any, values: Any, accumulate: bool = False) -> Any:
+    at = self.at[_places(self, indices)]
+    values = cast(values, self.dtype)
+    return at.add(values) if accumulate else at.set(values)
+
+
+@lowering("_index_put_impl")
+def index_put_impl(
+    self: Any, indices: Any, values: Any, accumulate: bool = False, unsafe: bool = False
+) -> Any:
+    return index_put(self, indices, values, accumulate)
+
+
+@lowering("index_select")
+def index_select(self: Any, dim: int, index: Any) -> Any:
+    if self.ndim == 0:
+        return self
+    return jnp.take(self, index.reshape(-1), axis=dim)
+
+
+@lowering("take")
+def take(self: Any, index: Any) -> Any:
+    return self.reshape(-1)[index]
+
+
+@lowering("put")
+def put(self: Any, index: Any, source: Any, accumulate: bool = False) -> Any:
+    flat = self.reshape(-1).at[index.reshape(-1)]
+    source = source.reshape(-1)
+    return (flat.add(source) if accumulate else flat.set(source)).reshape(self.shape)
+
+
+@lowering("gather")
+def gather(self: Any, dim: int, index: Any, *, sparse_grad: bool = False) -> Any:
+    if self.ndim == 0 or index.ndim == 0:
+        if not index.size:
+            return index.astype(self.dtype)
+        return jnp.broadcast_to(self.reshape(-1)[0], index.shape)
+    return self[_along(index, dim)]
+
+
+def _along(index: Any, dim: int) -> tuple[Any, ...]:
+    """Indices of all dimensions for places along one: ``index`` may be smaller than the tensor."""
+    dim = dim % index.ndim
+    return tuple(
+        index if k == dim else lax.broadcasted_iota(np.int32, index.shape, k)
+        for k in range(index.ndim)
+    )
+
+
+def _scatter(self: Any, dim: int, index: Any, src: Any, how: str) -> Any:
+    scalar = self.ndim == 0
+    x = self.reshape(1) if scalar else self
+    index = index.reshape(1) if index.ndim == 0 else index
+    if hasattr(src, "shape") and getattr(src, "ndim", 0):
+        src = src[tuple(slice(n) for n in index.shape)]
+    src = jnp.broadcast_to(cast(src, self.dtype), index.shape)
+    at = x.at[_along(index, dim)]
+    return getattr(at, how)(src).reshape(self.shape)
+
+
+@lowering("scatter.src", "scatter.value")
+def scatter(self: Any, dim: int, index: Any, src: Any = None, **named: Any) -> Any:
+    return _scatter(self, dim, index, named.get("value", src), "set")
+
+
+@lowering("scatter.reduce", "scatter.value_reduce")
+def scatter_with(self: Any, dim: int, index: Any, src: Any, *, reduce: str) -> Any:
+    return _scatter(self, dim, index, src, {"add": "add", "multiply": "multiply"}[reduce])
+
+
+@lowering("scatter_add")
+def scatter_add(self: Any, dim: int, index: Any, src: Any) -> Any:
+    return _scatter(self, dim, index, src, "add")
+
+
+_METHODS = {"sum": "add", "mean": "add", "prod": "multiply", "amax": "max", "amin": "min"}
+_START = {"sum": 0, "mean": 0, "prod": 1}
+
+
+def _reduce_start(self: Any, reduce: str) -> Any:
+    if reduce in _START:
+        return _START[reduce]
+    if is_inexact(self):
+        return -jnp.inf if reduce == "amax" else jnp.inf
+    info = jnp.iinfo(self.dtype)
+    return info.min if reduce == "amax" else info.max
+
+
+@lowering("scatter_reduce.two")
+def scatter_reduce(
+    self: Any, dim: int, index: Any, src: Any, reduce: str, *, include_self: bool = True
+) -> Any:
+    if not index.size:
+        return self
+    x = self
+    if not include_self:
+        start = cast(_reduce_start(self, reduce), self.dtype)
+        x = _scatter(self, dim, index, start, "set")
+    out = _scatter(x, dim, index, src, _METHODS[reduce])
+    if reduce != "mean":
+        return out
+    ones = jnp.ones(self.shape, self.dtype) if include_self else jnp.zeros(self.shape, self.dtype)
+    count = _scatter(ones, dim, index, cast(1, self.dtype), "add")
+    count = jnp.maximum(count, 1)
+    return out / count if is_inexact(self) else jnp.floor_divide(out, count)
+
+
+@lowering("index_add")
+def index_add(self: Any, dim: int, index: Any, source: Any, *, alpha: Any = 1) -> Any:
+    return _along_dim(self, dim, index, cast(source, self.dtype) * cast(alpha, self.dtype), "add")
+
+
+@lowering("index_copy")
+def index_copy(self: Any, dim: int, index: Any, source: Any) -> Any:
+    return _along_dim(self, dim, index, source, "set")
+
+
+@lowering("index_fill.int_Scalar", "index_fill.int_Tensor")
+def index_fill(self: Any, dim: int, index: Any, value: Any) -> Any:
+    return _along_dim(self, dim, index, cast(value, self.dtype), "set")
+
+
+def _along_dim(self: Any, dim: int, index: Any, source: Any, how: str) -> Any:
+    if self.ndim == 0:
+        at = self.reshape(1).at[index.reshape(-1)]
+        return getattr(at, how)(source.reshape(-1) if source.ndim else source).reshape(())
+    place = (*([slice(None)] * (dim % self.ndim)), index.reshape(-1))
+    return getattr(self.at[place], how)(source)
+
+
+@lowering("masked_scatter")
+def masked_scatter(self: Any, mask: Any, source: Any) -> Any:
+    mask, x = jnp.broadcast_arrays(mask, self)
+    places = jnp.cumsum(mask.reshape(-1)) - 1
+    taken = source.reshape(-1)[jnp.clip(places, 0, max(source.size - 1, 0))] if source.size else 0
+    return jnp.where(mask.reshape(-1), taken, x.reshape(-1)).reshape(x.shape)
+
+
+@lowering("bucketize.Tensor", "bucketize.Scalar")
+def bucketize(self: Any, boundaries: Any, *, out_int32: bool = False, right: bool = False) -> Any:
+    side = "right" if right else "left"
+    return jnp.searchsorted(boundaries, self, side=side).astype(
+        np.int32 if out_int32 else default_int()
+    )
+
+
+# --- results whose shapes depend on values -------------------------------------------------------
+
+
+@lowering("nonzero", eager=True)
+def nonzero(self: Any) -> Any:
+    _values_of(self, "nonzero")
+    host = np.asarray(self)
+    found = np.nonzero(host) if host.ndim else np.nonzero(host.reshape(1))
+    places = np.stack(found, -1) if host.ndim else np.zeros((len(found[0]), 0))
+    return jnp.asarray(places, default_int())
+
+
+@lowering("masked_select", eager=True)
+def masked_select(self: Any, mask: Any) -> Any:
+    _values_of(mask, "masked_select")
+    shape: Any = jnp.broadcast_shapes(self.shape, mask.shape)
+    places = np.nonzero(np.broadcast_to(np.asarray(mask), shape).reshape(-1))[0]
+    return jnp.broadcast_to(self, shape).reshape(-1)[places]
+
+
+@lowering("repeat_interleave.Tensor", eager=True)
+def repeat_interleave(repeats: Any, *, output_size: int | None = None) -> Any:
+    if output_size is None:
+        _values_of(repeats, "repeat_interleave")
+    n = repeats.shape[0]
+    return jnp.repeat(jnp.arange(n, dtype=default_int()), repeats, total_repeat_length=output_size)
+
+
+def _values_of(x: Any, what: str) -> None:
+    if isinstance(x, Tracer):
+        from ..device.dispatch import _DATA_DEPENDENT
+        from .registry import DataDependentShape
+
+        raise DataDependentShape(_DATA_DEPENDENT.format(what))
+
+
+# --- embeddings and losses of labels -------------------------------------------------------------
+
+
+@lowering("embedding")
+def embedding(
+    weight: Any,
+    indices: Any,
+    padding_idx: int = -1,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Any:
+    out = jnp.take(weight, indices, axis=0)
+    if padding_idx >= 0:  # its row has no gradient
+        out = jnp.where((indices == padding_idx)[..., None], lax.stop_gradient(out), out)
+    return out
+
+
+@lowering("embedding_dense_backward")
+def embedding_dense_backward(
+    grad_output: Any,
+    indices: Any,
+    num_weights: int,
+    padding_idx: int,
+    scale_grad_by_freq: bool,
+) -> Any:
+    flat = indices.reshape(-1)
+    g = cast(grad_output, wide(grad_output.dtype)).reshape(flat.size, grad_output.shape[-1])
+    if scale_grad_by_freq:
+        count = jnp.zeros((num_weights,), g.dtype).at[flat].add(1)
+        g = g / count[flat][:, None]
+    out = jnp.zeros((num_weights, g.shape[-1]), g.dtype).at[flat].add(g)
+    if padding_idx >= 0:
+        out = out.at[padding_idx].set(0)
+    return cast(out, grad_output.dtype)
+
+
+@lowering("_embedding_bag", "_embedding_bag_forward_only")
+def embedding_bag(
+    weight: Any,
+    indices: Any,
+    offsets: Any,
+    scale_grad_by_freq: bool = False,
+    mode: int = 0,
+    sparse: bool = False,
+    per_sample_weights: Any = None,
+    include_last_offset: bool = False,
+    padding_idx: int = -1,
+) -> Any:
+    """(bags, bag of each index, size of each bag, place of each maximum); mode: sum, mean, max."""
+    bags = offsets.shape[0] - include_last_offset
+    n = indices.shape[0]
+    bag = jnp.searchsorted(offsets[:bags], jnp.arange(n, dtype=offsets.dtype), side="right") - 1
+    counted = indices != padding_idx
+    size = jnp.zeros((bags,), indices.dtype).at[bag].add(counted.astype(indices.dtype))
+    rows = weight[indices]
+    if per_sample_weights is not None:
+        rows = rows * per_sample_weights[:, None]
+    shape = (bags, weight.shape[1])
+    none = jnp.zeros((0,), indices.dtype)
+    if mode == 2:
+        rows = jnp.where(counted[:, None], rows, -jnp.inf)
+        best = jnp.full(shape, -jnp.inf, rows.dtype).at[bag].max(lax.stop_gradient(rows))
+        first = jnp.where(rows == best[bag], jnp.arange(n)[:, None], n)
+        first = jnp.full(shape, n).at[bag].min(lax.stop_gradient(first))
+        empty = first == n
+        picked = jnp.take_along_axis(rows, jnp.where(empty, 0, first), 0) if n else 0 * best
+        places = jnp.where(empty, 0, indices[jnp.where(empty, 0, first)] if n else 0)
+        return jnp.where(empty, 0, picked).astype(weight.dtype), bag, size, places
+    rows = jnp.where(counted[:, None], rows, 0)
+    out = jnp.zeros(shape, rows.dtype).at[bag].add(rows)
+    if mode == 1:
+        out = out / jnp.maximum(size, 1)[:, None]
+    return out.astype(weight.dtype), bag.astype(indices.dtype), size, none
+
+
+def _label_loss(
+    self: Any, target: Any, weight: Any, reduction: int, ignore_index: int
+) -> tuple[Any, Any]:
+    """Minus the value at the label of each row, axis 1, weighted; and the total weight."""
+    x = cast(self, wide(self.dtype))
+    axis = 0 if x.ndim == 1 else 1
+    target = target.astype(np.int32)
+    valid = target != ignore_index
+    safe = jnp.where(valid, target, 0)
+    picked = -jnp.take_along_axis(x, jnp.expand_dims(safe, axis), axis).squeeze(axis)
+    w = jnp.ones((), x.dtype) if weight is None else cast(weight, x.dtype)[safe]
+    w = jnp.where(valid, w, 0)
+    losses = jnp.where(valid, picked * w, 0)
+    total = jnp.sum(w)
+    if reduction == 0:
+        return cast(losses, self.dtype), jnp.zeros((), self.dtype)
+    loss = jnp.sum(losses)
+    if reduction == 1:
+        loss = loss / total
+    return cast(loss, self.dtype), cast(total, self.dtype)
+
+
+@lowering("nll_loss_forward", "nll_loss2d_forward")
+def nll_loss_forward(self: Any, target: Any, weight: Any, reduction: int, ignore_index: int) -> Any:
+    return _label_loss(self, target, weight, reduction, ignore_index)
+
+
+@lowering("nll_loss_backward", "nll_loss2d_backward")
+def nll_loss_backward(
+    grad_output: Any,
+    self: Any,
+    target: Any,
+    weight: Any,
+    reduction: int,
+    ignore_index: int,
+    total_weight: Any,
+) -> Any:
+    def loss(x: Any) -> Any:
+        return _label_loss(x, target, weight, reduction, ignore_index)[0]
+
+    return jax.linear_transpose(loss, self)(grad_output)[0]

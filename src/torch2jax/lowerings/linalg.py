@@ -1,0 +1,214 @@
+"""Matrix products and decompositions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from .registry import (
+    cast,
+    complex_of,
+    is_inexact,
+    lowering,
+    result_dtype,
+    wide,
+)
+
+
+def _product(a: Any, b: Any) -> Any:
+    """``a @ b``; half precision is added up in float32, and integers wrap, as in PyTorch."""
+    if a.dtype != b.dtype:
+        raise RuntimeError(
+            f"expected both matrices to have the same dtype, but got {a.dtype} and {b.dtype}"
+        )
+    if wide(a.dtype) != a.dtype:
+        return jnp.matmul(a, b, preferred_element_type=np.float32).astype(a.dtype)
+    return jnp.matmul(a, b)
+
+
+@lowering("mm", "bmm", "matmul", "mv", "dot")
+def mm(self: Any, mat2: Any) -> Any:
+    return _product(self, mat2)
+
+
+@lowering("vdot")
+def vdot(self: Any, other: Any) -> Any:
+    return jnp.vdot(self, other)
+
+
+def _scaled(x: Any, factor: Any) -> Any:
+    if isinstance(factor, int | float) and factor == 1:
+        return x
+    return x * cast(factor, x.dtype)
+
+
+def _added(self: Any, product: Any, beta: Any, alpha: Any) -> Any:
+    product = _scaled(product, alpha)
+    if isinstance(beta, int | float) and beta == 0:  # what is in self does not count, NaN neither
+        return jnp.broadcast_to(product, jnp.broadcast_shapes(self.shape, product.shape))
+    return _scaled(cast(self, product.dtype), beta) + product
+
+
+@lowering("addmm", "baddbmm", "addmv")
+def addmm(self: Any, mat1: Any, mat2: Any, *, beta: Any = 1, alpha: Any = 1) -> Any:
+    half = wide(mat1.dtype) != mat1.dtype
+    if half:
+        product = jnp.matmul(mat1, mat2, preferred_element_type=np.float32)
+        return _added(self, product, beta, alpha).astype(mat1.dtype)
+    return _added(self, _product(mat1, mat2), beta, alpha)
+
+
+@lowering("addbmm")
+def addbmm(self: Any, batch1: Any, batch2: Any, *, beta: Any = 1, alpha: Any = 1) -> Any:
+    return _added(self, jnp.einsum("bij,bjk->ik", batch1, batch2), beta, alpha)
+
+
+@lowering("addr")
+def addr(self: Any, vec1: Any, vec2: Any, *, beta: Any = 1, alpha: Any = 1) -> Any:
+    dtype = result_dtype(self, vec1, vec2)
+    outer = cast(vec1, dtype)[:, None] * cast(vec2, dtype)[None]
+    if dtype == np.bool_:
+        outer = outer & bool(alpha)
+        return (self & bool(beta)) | outer
+    return cast(_added(cast(self, dtype), outer, beta, alpha), dtype)
+
+
+@lowering("linear")
+def linear(input: Any, weight: Any, bias: Any = None) -> Any:
+    out = _product(input, weight.T)
+    return out if bias is None else out + bias
+
+
+@lowering("linalg_cross")
+def cross(self: Any, other: Any, *, dim: int = -1) -> Any:
+    a, b = jnp.broadcast_arrays(self, other)
+    return jnp.cross(a, b, axis=dim)
+
+
+@lowering("trace")
+def trace(self: Any) -> Any:
+    dtype = None if is_inexact(self) else np.int64 if jax.config.jax_enable_x64 else np.int32  # type: ignore[attr-defined]
+    return jnp.trace(self, dtype=dtype)
+
+
+# --- decompositions ------------------------------------------------------------------------------
+
+
+@lowering("linalg_cholesky_ex")
+def cholesky_ex(self: Any, *, upper: bool = False, check_errors: bool = False) -> Any:
+    lower = jnp.linalg.cholesky(self)
+    info = jnp.isnan(lower).any((-2, -1)).astype(np.int32)
+    return jnp.conj(jnp.swapaxes(lower, -1, -2)) if upper else lower, info
+
+
+@lowering("cholesky")
+def cholesky(self: Any, upper: bool = False) -> Any:
+    return cholesky_ex(self, upper=upper)[0]
+
+
+@lowering("linalg_qr")
+def qr(A: Any, mode: str = "reduced") -> Any:
+    if mode == "r":
+        return jnp.zeros((0,), A.dtype), jnp.linalg.qr(A, mode="r")
+    return tuple(jnp.linalg.qr(A, mode=mode))
+
+
+@lowering("linalg_eigh", "_linalg_eigh")
+def eigh(A: Any, UPLO: str = "L", compute_v: bool = True) -> Any:
+    # It reads one triangle and takes the matrix to be what that says.
+    lower = A if UPLO.upper() == "L" else jnp.conj(jnp.swapaxes(A, -1, -2))
+    tril = jnp.tril(lower, -1)
+    diagonal = jnp.diagonal(lower, axis1=-2, axis2=-1).real.astype(A.dtype)
+    eye = jnp.eye(A.shape[-1], dtype=A.dtype)
+    full = tril + jnp.conj(jnp.swapaxes(tril, -1, -2)) + diagonal[..., None] * eye
+    # The derivative is that of the symmetric part, as PyTorch has it.
+    symmetric = (A + jnp.conj(jnp.swapaxes(A, -1, -2))) / 2
+    full = symmetric + lax.stop_gradient(full - symmetric)
+    values, vectors = jnp.linalg.eigh(full, symmetrize_input=False)
+    return values, vectors
+
+
+@lowering("linalg_inv_ex")
+def inv_ex(A: Any, *, check_errors: bool = False) -> Any:
+    inverse = jnp.linalg.inv(A)
+    return inverse, jnp.zeros(A.shape[:-2], np.int32)
+
+
+@lowering("linalg_solve_triangular")
+def solve_triangular(
+    self: Any, B: Any, *, upper: bool, left: bool = True, unitriangular: bool = False
+) -> Any:
+    batch = jnp.broadcast_shapes(self.shape[:-2], B.shape[:-2])
+    a = jnp.broadcast_to(self, (*batch, *self.shape[-2:]))
+    b = jnp.broadcast_to(B, (*batch, *B.shape[-2:]))
+    return lax.linalg.triangular_solve(
+        a, b, left_side=left, lower=not upper, unit_diagonal=unitriangular
+    )
+
+
+@lowering("linalg_matrix_exp")
+def matrix_exp(self: Any) -> Any:
+    return jax.scipy.linalg.expm(self) if self.size else self
+
+
+# --- transforms ----------------------------------------------------------------------------------
+
+
+def _scale(x: Any, dims: Any, normalization: int, sizes: Any) -> Any:
+    """0: none; 1: by the root of the number of elements; 2: by that number."""
+    n = int(np.prod([sizes[d] for d in dims]))
+    return x if normalization == 0 else x / (np.sqrt(n) if normalization == 1 else n)
+
+
+def _fft(x: Any, dims: Any, forward: bool) -> Any:
+    for d in dims:
+        x = jnp.fft.fft(x, axis=d) if forward else jnp.fft.ifft(x, axis=d, norm="forward")
+    return x
+
+
+@lowering("_fft_c2c")
+def fft_c2c(self: Any, dim: Any, normalization: int, forward: bool) -> Any:
+    return _scale(_fft(self, dim, forward), dim, normalization, self.shape).astype(self.dtype)
+
+
+@lowering("_fft_r2c")
+def fft_r2c(self: Any, dim: Any, normalization: int, onesided: bool) -> Any:
+    out = jnp.fft.rfft(self, axis=dim[-1]) if onesided else jnp.fft.fft(self, axis=dim[-1])
+    out = _fft(out, list(dim)[:-1], True)
+    return _scale(out, dim, normalization, self.shape).astype(complex_of(self.dtype))
+
+
+@lowering("_fft_c2r")
+def fft_c2r(self: Any, dim: Any, normalization: int, last_dim_size: int) -> Any:
+    out = _fft(self, list(dim)[:-1], False)
+    out = jnp.fft.irfft(out, last_dim_size, axis=dim[-1], norm="forward")
+    return _scale(out, dim, normalization, out.shape).astype(out.dtype)
+
+
+# --- distances -----------------------------------------------------------------------------------
+
+
+def _powered(size: Any, p: float) -> Any:
+    from .reductions import _norm
+
+    return _norm(size, p, (-1,), False)
+
+
+@lowering("_cdist_forward")
+def cdist_forward(x1: Any, x2: Any, p: float, compute_mode: int | None = None) -> Any:
+    return _powered(jnp.abs(x1[..., :, None, :] - x2[..., None, :, :]), p)
+
+
+@lowering("_euclidean_dist")
+def euclidean_dist(x1: Any, x2: Any) -> Any:
+    return cdist_forward(x1, x2, 2.0)
+
+
+@lowering("_pdist_forward")
+def pdist_forward(self: Any, p: float = 2) -> Any:
+    rows, columns = np.triu_indices(self.shape[0], 1)
+    return _powered(jnp.abs(self[rows] - self[columns]), p)

@@ -1,0 +1,210 @@
+"""Arrangement: joining, repeating, padding, turning, and copies of views."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import torch
+from jax import lax
+
+from .registry import carried, cast, dims_of, lowering, result_dtype
+
+
+@lowering("cat", "concat", "prims.cat")
+def cat(tensors: Any, dim: int = 0) -> Any:
+    dtype = result_dtype(*tensors)
+    # PyTorch skips empty tensors of one dimension whatever the others' shapes are.
+    kept = [x for x in tensors if x.shape != (0,)] or list(tensors)
+    return jnp.concatenate([cast(x, dtype) for x in kept], axis=dim)
+
+
+@lowering("stack")
+def stack(tensors: Any, dim: int = 0) -> Any:
+    dtype = result_dtype(*tensors)
+    return jnp.stack([cast(x, dtype) for x in tensors], axis=dim)
+
+
+@lowering("flip", "prims.rev")
+def flip(self: Any, dims: Any) -> Any:
+    return jnp.flip(self, dims_of(self, dims)) if dims and self.ndim else self
+
+
+@lowering("roll")
+def roll(self: Any, shifts: Any, dims: Any = ()) -> Any:
+    shifts = [shifts] if isinstance(shifts, int) else list(shifts)
+    dims = [dims] if isinstance(dims, int) else list(dims)
+    if not self.size:
+        return self
+    return jnp.roll(self, shifts, dims) if dims else jnp.roll(self, shifts[0])
+
+
+@lowering("repeat")
+def repeat(self: Any, repeats: Any) -> Any:
+    return jnp.tile(self, repeats) if repeats else self
+
+
+@lowering("repeat_interleave.self_int")
+def repeat_interleave(
+    self: Any, repeats: int, dim: int | None = None, *, output_size: Any = None
+) -> Any:
+    return jnp.repeat(self, repeats, axis=dim)
+
+
+@lowering("constant_pad_nd")
+def constant_pad_nd(self: Any, pad: Any, value: Any = 0) -> Any:
+    widths = _widths(self.ndim, pad)
+    return lax.pad(self, cast(value, self.dtype), [(a, b, 0) for a, b in widths])
+
+
+def _widths(ndim: int, pad: Any) -> list[tuple[int, int]]:
+    """PyTorch lists the padding of the last dimension first."""
+    pairs = [(pad[i], pad[i + 1]) for i in range(0, len(pad), 2)]
+    return [(0, 0)] * (ndim - len(pairs)) + pairs[::-1]
+
+
+def _padded(mode: str) -> Any:
+    def fn(self: Any, padding: Any) -> Any:
+        widths = _widths(self.ndim, padding)
+        # A negative width cuts off, from what the other side has become.
+        padded = jnp.pad(self, [(max(a, 0), max(b, 0)) for a, b in widths], mode=mode)
+        sizes = zip(padded.shape, widths, strict=True)
+        return padded[tuple(slice(max(-a, 0), n - max(-b, 0)) for n, (a, b) in sizes)]
+
+    return fn
+
+
+for _d in "123":
+    lowering(f"reflection_pad{_d}d")(_padded("reflect"))
+    lowering(f"replication_pad{_d}d")(_padded("edge"))
+
+
+@lowering("tril")
+def tril(self: Any, diagonal: int = 0) -> Any:
+    return jnp.tril(self, diagonal)
+
+
+@lowering("triu")
+def triu(self: Any, diagonal: int = 0) -> Any:
+    return jnp.triu(self, diagonal)
+
+
+@lowering("diag_embed")
+def diag_embed(self: Any, offset: int = 0, dim1: int = -2, dim2: int = -1) -> Any:
+    n = self.shape[-1] + abs(offset)
+    rows = np.arange(self.shape[-1]) + max(-offset, 0)
+    columns = np.arange(self.shape[-1]) + max(offset, 0)
+    out = jnp.zeros((*self.shape[:-1], n, n), self.dtype).at[..., rows, columns].set(self)
+    return jnp.moveaxis(out, (-2, -1), (dim1, dim2))
+
+
+@lowering("_unsafe_view", "reshape", "view_copy", "prims.reshape")
+def unsafe_view(self: Any, size: Any) -> Any:
+    from ..device.views import resolved
+
+    return self.reshape(resolved(size, self.size))
+
+
+@lowering("prims.broadcast_in_dim")
+def broadcast_in_dim(a: Any, shape: Any, broadcast_dimensions: Any) -> Any:
+    return lax.broadcast_in_dim(a, tuple(shape), tuple(broadcast_dimensions))
+
+
+@lowering("prims.squeeze")
+def prims_squeeze(a: Any, dimensions: Any) -> Any:
+    return jnp.squeeze(a, tuple(dimensions))
+
+
+@lowering("prims.transpose")
+def prims_transpose(a: Any, permutation: Any) -> Any:
+    return jnp.transpose(a, tuple(permutation))
+
+
+@lowering("prims.collapse_view", "prims.collapse")
+def collapse(a: Any, start: int, end: int) -> Any:
+    n = int(np.prod(a.shape[start : end + 1]))
+    return a.reshape((*a.shape[:start], n, *a.shape[end + 1 :]))
+
+
+@lowering("prims.split_dim")
+def split_dim(a: Any, dim: int, outer_length: int) -> Any:
+    inner = a.shape[dim] // outer_length
+    return a.reshape((*a.shape[:dim], outer_length, inner, *a.shape[dim + 1 :]))
+
+
+@lowering("prims.view_of")
+def view_of(a: Any) -> Any:
+    return a
+
+
+@lowering("unfold_backward")
+def unfold_backward(grad_in: Any, input_sizes: Any, dim: int, size: int, step: int) -> Any:
+    from ..device.views import GETTERS
+
+    places = GETTERS[torch.ops.aten.unfold.default](
+        np.arange(int(np.prod(input_sizes))).reshape(input_sizes), dim, size, step
+    )
+    flat = jnp.zeros((int(np.prod(input_sizes)),), grad_in.dtype)
+    return flat.at[places].add(grad_in).reshape(input_sizes)
+
+
+@lowering("slice_backward")
+def slice_backward(
+    grad_output: Any, input_sizes: Any, dim: int, start: int, end: int, step: int
+) -> Any:
+    from ..device.views import SETTERS
+
+    zeros = jnp.zeros(input_sizes, grad_output.dtype)
+    return SETTERS[torch.ops.aten.slice.Tensor](zeros, grad_output, dim, start, end, step)
+
+
+@lowering("select_backward")
+def select_backward(grad_output: Any, input_sizes: Any, dim: int, index: int) -> Any:
+    from ..device.views import SETTERS
+
+    zeros = jnp.zeros(input_sizes, grad_output.dtype)
+    return SETTERS[torch.ops.aten.select.int](zeros, grad_output, dim, index)
+
+
+@lowering("slice_scatter")
+def slice_scatter(
+    self: Any,
+    src: Any,
+    dim: int = 0,
+    start: int | None = None,
+    end: int | None = None,
+    step: int = 1,
+) -> Any:
+    from ..device.views import SETTERS
+
+    return SETTERS[torch.ops.aten.slice.Tensor](self, cast(src, self.dtype), dim, start, end, step)
+
+
+@lowering("select_scatter")
+def select_scatter(self: Any, src: Any, dim: int, index: int) -> Any:
+    from ..device.views import SETTERS
+
+    return SETTERS[torch.ops.aten.select.int](self, cast(src, self.dtype), dim, index)
+
+
+@lowering("as_strided_scatter")
+def as_strided_scatter(
+    self: Any, src: Any, size: Any, stride: Any, storage_offset: int | None = None
+) -> Any:
+    from ..device.views import Step
+
+    step = Step(
+        torch.ops.aten.as_strided.default, (tuple(size), tuple(stride), storage_offset), None
+    )
+    return step.set(self, cast(src, self.dtype))
+
+
+@lowering("tril_indices")
+def tril_indices(row: int, col: int, offset: int = 0, *, dtype: Any = torch.int64) -> Any:
+    return jnp.stack([jnp.asarray(x, carried(dtype)) for x in np.tril_indices(row, offset, col)])
+
+
+@lowering("triu_indices")
+def triu_indices(row: int, col: int, offset: int = 0, *, dtype: Any = torch.int64) -> Any:
+    return jnp.stack([jnp.asarray(x, carried(dtype)) for x in np.triu_indices(row, offset, col)])

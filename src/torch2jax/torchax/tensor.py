@@ -1,0 +1,5 @@
+"""The tensor under torchax's name."""
+
+from ..device.tensor import Tensor
+
+__all__ = ["Tensor"]

@@ -1,0 +1,140 @@
+"""PyTorch's operator samples (`op_db`) as JAX programs: on device "jax", and with `lower=True`.
+
+Two samples of each operator, variant and dtype; all with T2J_ALL_OP_SAMPLES=1. Values and gradients
+are PyTorch's own on CPU: in eager mode by `backward`, under `jit` by JAX's derivatives.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+import torch
+from harness import precision
+from lowering_exceptions import EXCEPTIONS, RANDOM, UNDEFINED_GRADIENTS
+from op_exceptions import UNDEFINED_VALUES
+from test_ops import Sample, compare, entries, is_inexact, samples, to_numpy
+
+from torch2jax import device, t2j, torch2jax
+from torch2jax.lowerings.registry import DataDependentShape
+
+
+def eager(op: Any, sample: Sample) -> None:
+    """Values and gradients on the device, through PyTorch's own autograd."""
+    device.enable()
+    moved = [x.to("jax") for x in sample.operands]
+    with torch.no_grad():
+        values = sample.function(*[x.clone() for x in moved])
+    compare("values", list(map(as_array, values)), sample.expected, values=op.name not in LOOSE)
+    derived = sample.gradients() if sample.differentiable else None
+    if derived is None or op.name in LOOSE:
+        return
+    cotangents, gradients = derived
+    inputs = [x.clone() for x in moved]
+    for i in sample.differentiable:
+        inputs[i].requires_grad_()
+    outs = [x for x in sample.smooth(*inputs) if is_inexact(x)]
+    pairs = [
+        (x, device.tensor(jnp.conj(ct)).to(x.dtype))
+        for x, ct in zip(outs, cotangents, strict=True)
+        if x.requires_grad
+    ]
+    wanted = [inputs[i] for i in sample.differentiable]
+    found: Any = [None] * len(wanted)
+    if pairs:
+        found = torch.autograd.grad(
+            [x for x, _ in pairs], wanted, [ct for _, ct in pairs], allow_unused=True
+        )
+    found = [torch.zeros_like(x) if g is None else g for x, g in zip(wanted, found, strict=True)]
+    if op.name not in UNDEFINED_GRADIENTS:
+        compare("gradients", [as_array(g.conj()) for g in found], gradients)
+
+
+def lowered(op: Any, sample: Sample) -> None:
+    """One jitted program with the call and its pullback."""
+    arrays = [t2j(x) for x in sample.operands]
+    derived = sample.gradients() if sample.differentiable and op.name not in LOOSE else None
+    cotangents, gradients = derived or ([], [])
+    function = torch2jax(sample.function, lower=True, stochastic=True)
+    smooth_function = torch2jax(sample.smooth, lower=True, stochastic=True)
+    key = jax.random.key(0)
+
+    def program(arrays: list[jax.Array], cotangents: Any) -> Any:
+        values = function(*arrays, rng=key)
+        if not derived:
+            return values, []
+
+        def smooth(*chosen: jax.Array) -> list[jax.Array]:
+            full = list(arrays)
+            for i, x in zip(sample.differentiable, chosen, strict=True):
+                full[i] = x
+            outs = smooth_function(*full, rng=key)
+            return [out for out in outs if jnp.issubdtype(out.dtype, jnp.inexact)]
+
+        _, pull = jax.vjp(smooth, *[arrays[i] for i in sample.differentiable])
+        return values, pull(cotangents)
+
+    try:
+        values, found = jax.jit(program)(arrays, cotangents)
+    except DataDependentShape:
+        assert sample.shapes_depend_on_values, "the shape does not depend on values"
+        return
+    compare("values", values, sample.expected, values=op.name not in LOOSE)
+    if op.name not in UNDEFINED_GRADIENTS:
+        compare("gradients", list(found), gradients)
+
+
+LOOSE = UNDEFINED_VALUES | RANDOM
+
+
+def as_array(x: Any) -> Any:
+    return x.detach().jax() if isinstance(x, device.Tensor) else jnp.asarray(to_numpy(x))
+
+
+def failures(op: Any, dtype: torch.dtype, run: Callable[[Any, Sample], None]) -> Any:
+    """How many samples torch itself can run, and what went wrong with which."""
+    ran, wrong = 0, []
+    torch.manual_seed(0)
+    with precision(True), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for i, drawn in enumerate(samples(op, dtype)):
+            try:
+                sample = Sample.of(op, drawn)
+            except (RuntimeError, ValueError, TypeError, AssertionError):
+                continue
+            ran += 1
+            try:
+                run(op, sample)
+            except Exception as error:
+                wrong.append(f"sample {i} ({drawn}): {type(error).__name__}: {error}")
+    return ran, wrong
+
+
+def variants() -> list[Any]:
+    return [
+        pytest.param(*entry.values, mode, id=f"{entry.id}-{mode.__name__}")
+        for entry in entries()
+        for mode in (eager, lowered)
+    ]
+
+
+@pytest.mark.parametrize(("op", "dtype", "mode"), variants())
+def test_operator(op: Any, dtype: torch.dtype, mode: Any, request: Any) -> None:
+    ran, wrong = failures(op, dtype, mode)
+    name = request.node.callspec.id
+    if not ran:
+        pytest.skip(f"torch runs no sample of {name} on this CPU")
+    if name in EXCEPTIONS:
+        assert wrong, f"{name} passes: take it out of lowering_exceptions.py"
+        pytest.xfail(EXCEPTIONS[name])
+    assert not wrong, f"{len(wrong)} of {ran} samples fail\n" + "\n".join(
+        text[:2000] for text in wrong
+    )
+
+
+def test_exceptions_name_operators() -> None:
+    assert not set(EXCEPTIONS) - {entry.id for entry in variants()}
