@@ -42,6 +42,7 @@ __all__ = [
     "j2t",
     "jax2torch",
     "jax_module",
+    "lowering_report",
     "register",
     "set_tape_budget",
     "t2j",

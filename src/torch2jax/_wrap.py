@@ -104,7 +104,8 @@ def torch2jax(
       lower: ``fn`` becomes a JAX program, operator by operator, instead of running in PyTorch:
         plain JAX, compiled by XLA for any hardware, with JAX's own derivatives.
         ``lowering_report`` says what becomes of each operator; one without a lowering goes through
-        the bridge. Tensors that ``fn`` closes over are constants. Options that only concern the bridge are without effect.
+        the bridge. Tensors that ``fn`` closes over are constants. Options that only concern the
+        bridge are without effect.
       name: stable name of the call in HLO, profiles, caches and exports; otherwise the qualified
         name of ``fn`` and a counter.
       use_torch_vjp: accepted for compatibility with older bridges, without effect.
