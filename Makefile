@@ -32,11 +32,12 @@ help: ## list the targets
 demo: $(VENV)/.demo ## train a PyTorch CNN with JAX on handwritten digits (one minute)
 	$(PY) examples/train_digits.py --output build/train_digits.png --require 0.97
 
-test: $(VENV)/.test $(VENV)/.demo ## run the tests
-	$(PY) -m pytest -n $(JOBS) --dist loadfile $(PYTEST)
+test: $(VENV)/.test $(VENV)/.demo ## run the tests, less the operator samples through the lowerings (test-ops)
+	$(PY) -m pytest -n $(JOBS) --dist loadfile --ignore=tests/test_lowerings.py $(PYTEST)
 
 test-ops: $(VENV)/.test ## run all of PyTorch's own operator samples, not two of each (half an hour)
 	T2J_ALL_OP_SAMPLES=1 $(PY) -m pytest -n $(JOBS) tests/test_ops.py $(PYTEST)
+	$(PY) -m pytest -n $(JOBS) tests/test_lowerings.py $(PYTEST)
 
 soak: $(VENV)/.package ## long runs before a release: memory is flat, nothing hangs (20 minutes)
 	$(PY) tools/soak.py $(SOAK)
