@@ -14,6 +14,8 @@ os.environ["XLA_FLAGS"] = (
 import jax
 import pytest
 
+from torch2jax import clear_tape
+
 
 @pytest.fixture(params=[False, True], ids=["x32", "x64"])
 def x64(request: pytest.FixtureRequest) -> bool:
@@ -27,3 +29,4 @@ def _bounded_memory() -> Iterator[None]:
     yield
     jax.clear_caches()
     gc.collect()
+    clear_tape()
