@@ -105,12 +105,13 @@ MAPPED = {
 def test_inside_shard_map(mapping: str, transform: str) -> None:
     f = torch2jax(torch_layer)
     run = TRANSFORMS[transform]
+    kept = tape_info().entries
     if mapping == "partly_manual":  # which jax has under jit alone
         sharded = jax.jit(jax.shard_map(f, **MAPPED[mapping]))
     else:
         sharded = jax.shard_map(f, **MAPPED[mapping])
     close(run(sharded), run(layer))
-    assert tape_info().entries == 0
+    assert tape_info().entries <= kept
 
 
 @pytest.mark.parametrize("jit", [False, True])
