@@ -518,8 +518,8 @@ def test_wrong_results(first: Any, second: Any, declare: bool, jit: bool) -> Non
                 got = jax.block_until_ready(call(x))
             except errors:
                 continue
-            if not jax.tree.leaves(got):
-                continue  # XLA calls nothing
+            if not any(y.size for y in jax.tree.leaves(got)):
+                continue  # XLA drops a call without any element in its results
             check_all(got, made(kind, right))
 
 

@@ -94,8 +94,9 @@ class TorchFunction:
             return call.jitted(*operands)
         except _RUNTIME_ERRORS as error:
             _raise_original(error, self._label)
+            self._check_operands(call, operands)
             raise
-        except TypeError:
+        except (TypeError, OverflowError):
             self._check_operands(call, operands)
             raise
 
@@ -191,9 +192,14 @@ class TorchFunction:
         """Raise where an operand is nothing that JAX takes."""
         labels = [*call.arguments.labels, "rng"]
         for where, x in zip(labels, operands, strict=False):
+            if isinstance(x, int) and x.bit_length() > (63 if x64_enabled() else 31):
+                raise SignatureError(
+                    f"{where} of {self._label} is {x}, which does not fit JAX's integers; pass a "
+                    "float, or name the argument in static_argnums or static_argnames."
+                )
             try:
                 jax.typeof(x)
-            except TypeError:
+            except (TypeError, ValueError):  # the latter for a masked array
                 raise SignatureError(
                     f"{where} of {self._label} is a {type(x).__name__}, which is no JAX value; "
                     "pass an array or a number, or name the argument in static_argnums or "
