@@ -198,6 +198,8 @@ class TorchFunction:
                     "float, or name the argument in static_argnums or static_argnames."
                 )
             try:
+                if isinstance(x, jax.ShapeDtypeStruct):  # has a type, and no value
+                    raise TypeError
                 jax.typeof(x)
             except (TypeError, ValueError):  # the latter for a masked array
                 raise SignatureError(
