@@ -21,7 +21,7 @@ import pytest
 import torch
 from harness import precision
 
-from torch2jax import _ext, _state
+from torch2jax import _ext, _ffi
 
 TARGET = f"{_ext.__name__.partition('.')[0]}_test_extension"
 jax.ffi.register_ffi_target(TARGET, _ext.cpu_handler(), platform="cpu")
@@ -33,15 +33,8 @@ ERRORS = (jax.errors.JaxRuntimeError, ValueError)
 
 
 def setup(**changes: Any) -> None:
-    options: dict[str, Any] = {
-        "exchange_api": EXCHANGE_API,
-        "torch": torch,
-        "ambient_clean": _state.ambient_clean,
-        "run_guarded": _state.run_guarded,
-        "describe_exception": _state.describe_exception,
-        "collect": lambda: gc.collect(1),
-    }
-    _ext.setup(**(options | changes))
+    """What the package hands to the handler, with changes."""
+    _ffi.set_up(**changes)
 
 
 @pytest.fixture(params=["default", "capsules"], autouse=True)

@@ -92,7 +92,8 @@ def name_of(callable: Callable) -> str:
     return name
 
 
-def _set_up(**others: Any) -> None:
+def set_up(**others: Any) -> None:
+    """Give the handler what it uses of PyTorch and of the package, or others of it."""
     hooks = {
         "ambient_clean": _state.ambient_clean,
         "run_guarded": _state.run_guarded,
@@ -106,10 +107,10 @@ def _set_up(**others: Any) -> None:
     _ext.setup(exchange_api=exchange_api(), torch=torch, rocm=rocm, **{**hooks, **others})
 
 
-_set_up()
+set_up()
 # In a forked process the handler refuses: what it asks before a call raises.
 os.register_at_fork(
-    after_in_child=lambda: _set_up(
+    after_in_child=lambda: set_up(
         ambient_clean=_state.refuse_forked, run_on_stream=_state.refuse_forked
     )
 )
