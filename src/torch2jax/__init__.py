@@ -1,7 +1,7 @@
 """PyTorch functions as JAX functions. See ``torch2jax``."""
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Size
 
@@ -55,11 +55,18 @@ __all__ = [
     "tree_t2j",
 ]
 
+if TYPE_CHECKING:
+    from . import device as device
+    from . import equinox as equinox
+    from . import flax as flax
+    from . import torchax as torchax
+    from .device.lower import lowering_report
+else:
 
-def __getattr__(name: str) -> Any:
-    # Imported on use: libraries that are optional, and what only lower=True and device need.
-    if name in ("device", "equinox", "flax", "torchax"):
-        return importlib.import_module(f".{name}", __name__)
-    if name == "lowering_report":
-        return importlib.import_module(".device.lower", __name__).lowering_report
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name: str) -> Any:
+        # Imported on use: libraries that are optional, and what only lower=True and device need.
+        if name in ("device", "equinox", "flax", "torchax"):
+            return importlib.import_module(f".{name}", __name__)
+        if name == "lowering_report":
+            return importlib.import_module(".device.lower", __name__).lowering_report
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

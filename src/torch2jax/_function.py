@@ -100,12 +100,12 @@ class TorchFunction:
             self._check_operands(call, operands)
             raise
 
-    def lower(self, *args: Any, **kwargs: Any) -> Any:
+    def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
         """``jax.stages.Lowered`` for these arguments; ``jax.ShapeDtypeStruct``s do."""
         call, operands = self._flatten(args, kwargs)
         return call.jitted.lower(*operands)
 
-    def trace(self, *args: Any, **kwargs: Any) -> Any:
+    def trace(self, *args: Any, **kwargs: Any) -> jax.stages.Traced:
         """``jax.stages.Traced`` for these arguments; ``jax.ShapeDtypeStruct``s do."""
         call, operands = self._flatten(args, kwargs)
         return call.jitted.trace(*operands)

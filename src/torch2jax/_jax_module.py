@@ -22,7 +22,7 @@ def jax_module(
     *,
     trainable: Callable[[str], bool] | None = None,
     **options: Any,
-) -> torch.nn.Module:
+) -> JaxModule:
     """A JAX model as a ``torch.nn.Module`` that PyTorch's optimizers train.
 
     Args:

@@ -9,7 +9,7 @@ import warnings
 import weakref
 from collections.abc import Callable as Function
 from collections.abc import Hashable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -22,7 +22,7 @@ from ._function import TorchFunction
 from ._names import label_of
 from ._options import Config
 from ._reverse import JaxFunction
-from ._rules.batching import METHODS
+from ._rules.batching import METHODS, VmapMethod
 
 _CPU = torch.device("cpu")
 
@@ -35,8 +35,8 @@ def torch2jax(
     depth: int | None = None,
     nondiff_argnums: int | Sequence[int] | None = None,
     nondiff_mask: Any = None,
-    residuals: str = "tape",
-    vmap_method: str = "auto",
+    residuals: Literal["tape", "recompute"] = "tape",
+    vmap_method: VmapMethod = "auto",
     arg_dtypes: Any = None,
     inplace_argnums: int | Sequence[int] = (),
     out_arg: str | None = None,
@@ -237,7 +237,9 @@ def _struct(x: Any) -> Any:
     return x
 
 
-def torch2jax_without_vjp(fn: Function[..., Any], *example_args: Any, **options: Any):
+def torch2jax_without_vjp(
+    fn: Function[..., Any], *example_args: Any, **options: Any
+) -> TorchFunction:
     """``torch2jax(fn, ..., depth=0)``: forward only.
 
     Examples:
@@ -248,7 +250,9 @@ def torch2jax_without_vjp(fn: Function[..., Any], *example_args: Any, **options:
     return torch2jax(fn, *example_args, **{**options, "depth": 0})
 
 
-def torch2jax_with_vjp(fn: Function[..., Any], *example_args: Any, **options: Any):
+def torch2jax_with_vjp(
+    fn: Function[..., Any], *example_args: Any, **options: Any
+) -> TorchFunction:
     """Deprecated: ``torch2jax`` defines derivatives by itself.
 
     Examples:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ from .._norms import in_parts
 from .._primitive import TOKEN, call, torch_call_p
 from .._tape import is_keep, is_vjp, kept, with_token
 
-METHODS = (
+VmapMethod = Literal[
     "auto",
     "torch",
     "sequential",
@@ -38,7 +38,8 @@ METHODS = (
     "expand_dims",
     "broadcast_all",
     "legacy_vectorized",
-)
+]
+METHODS = get_args(VmapMethod)
 
 
 def _batch(
