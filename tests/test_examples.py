@@ -1,4 +1,4 @@
-"""The examples run in their short form, `--smoke`, and draw what they promise."""
+"""The examples run in their short form, `--smoke`, and draw what they promise; so do notebooks."""
 
 from __future__ import annotations
 
@@ -80,3 +80,31 @@ def test_example(name: str, tmp_path: Path) -> None:
     if suffix:
         assert suffix != ".png" or output.read_bytes().startswith(b"\x89PNG")
         assert output.stat().st_size > 10_000
+
+
+# -- notebooks -------------------------------------------------------------------------------------
+
+NOTEBOOKS = sorted((ROOT / "examples" / "notebooks").glob("*.ipynb"))
+
+
+def test_notebooks_are_what_their_scripts_say(tmp_path: Path) -> None:
+    assert len(NOTEBOOKS) == 2
+    run(str(ROOT / "tools" / "notebooks.py"), "--check", cwd=tmp_path)
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.stem)
+def test_notebook(notebook: Path, tmp_path: Path) -> None:
+    for library in ["nbclient", "ipykernel", *NEEDS[notebook.stem]]:
+        pytest.importorskip(
+            library, reason="the extras `test` and `demo` are not installed", exc_type=ImportError
+        )
+    import nbclient
+    import nbformat
+
+    cells = nbformat.read(notebook, as_version=4)
+    (options,) = [cell for cell in cells.cells if cell.source.startswith("options")]
+    options.source = 'options = ["--smoke"]'
+    resources = {"metadata": {"path": str(tmp_path)}}
+    nbclient.NotebookClient(cells, timeout=300, resources=resources).execute()
+    (shown,) = cells.cells[-1].outputs
+    assert len(shown.data["image/png"]) > 10_000
