@@ -17,20 +17,23 @@ LIBRARY = Path(_ext.__file__)
 ROOT = Path(__file__).parents[1]
 
 
-def needed() -> list[str]:
+SYSTEM = r"(libstdc\+\+|libgcc_s|libc|libm|libdl|libpthread|ld-linux-[\w-]+)\.so\.\d+"
+"""What may be linked."""
+
+
+def needed(library: Path) -> list[str]:
     readelf = shutil.which("readelf")
     if readelf is None:
         pytest.skip("readelf is not installed")
     text = subprocess.run(
-        [readelf, "-d", str(LIBRARY)], capture_output=True, text=True, check=True
+        [readelf, "-d", str(library)], capture_output=True, text=True, check=True
     ).stdout
     return re.findall(r"\(NEEDED\).*\[(.*)\]", text)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="readelf reads ELF files")
 def test_links_only_the_system() -> None:
-    allowed = r"(libstdc\+\+|libgcc_s|libc|libm|libdl|libpthread|ld-linux-[\w-]+)\.so\.\d+"
-    assert [name for name in needed() if not re.fullmatch(allowed, name)] == []
+    assert [name for name in needed(LIBRARY) if not re.fullmatch(SYSTEM, name)] == []
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="nm reads ELF files")
@@ -70,3 +73,16 @@ def test_needs_nothing_installed_to_build() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     names = {re.match(r"[\w-]+", r)[0] for r in project["build-system"]["requires"]}  # type: ignore[index]
     assert names == {"scikit-build-core", "nanobind", "jaxlib"}
+
+
+def test_pre_commit_has_the_versions_of_lint() -> None:
+    if not (ROOT / ".pre-commit-config.yaml").exists():
+        pytest.skip("not in a source tree")
+    hooks = re.findall(
+        r"additional_dependencies: \[(.*)\]", (ROOT / ".pre-commit-config.yaml").read_text()
+    )
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    assert hooks
+    assert set(hooks) <= set(extras["lint"])

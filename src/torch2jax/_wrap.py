@@ -250,9 +250,7 @@ def torch2jax_without_vjp(
     return torch2jax(fn, *example_args, **{**options, "depth": 0})
 
 
-def torch2jax_with_vjp(
-    fn: Function[..., Any], *example_args: Any, **options: Any
-) -> TorchFunction:
+def torch2jax_with_vjp(fn: Function[..., Any], *example_args: Any, **options: Any) -> TorchFunction:
     """Deprecated: ``torch2jax`` defines derivatives by itself.
 
     Examples:
