@@ -10,6 +10,10 @@ JOBS   ?= 2
 # More options for pytest: make test PYTEST="-x tests/test_convert.py"
 PYTEST ?=
 
+# The other bridges' environment, and options of the benchmarks: make bench BENCH="--only size"
+PEERS ?= .venv-peers
+BENCH ?=
+
 # Options of the soak: make soak SOAK="--scale 0.1 --only hangs"
 SOAK ?=
 
@@ -24,7 +28,7 @@ PIP := $(PY) -m pip --disable-pip-version-check install --quiet
 CPP     := $(wildcard cpp/*.cc cpp/*.h)
 PYTHONS := src tests examples tools $(wildcard benchmarks) install_package_aliased.py
 
-.PHONY: help demo docs test test-ops test-fuzz test-matrix soak lint format clean
+.PHONY: help demo docs test test-ops test-fuzz test-matrix soak bench gpu-check wheel lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -32,8 +36,8 @@ help: ## list the targets
 demo: $(VENV)/.demo ## train a PyTorch CNN with JAX on handwritten digits (one minute)
 	$(PY) examples/train_digits.py --output build/train_digits.png --require 0.97
 
-test: $(VENV)/.test $(VENV)/.demo ## run the tests, less the operator samples through the lowerings (test-ops)
-	$(PY) -m pytest -n $(JOBS) --dist loadfile --ignore=tests/test_lowerings.py $(PYTEST)
+test: $(VENV)/.test $(VENV)/.demo ## run the tests, less those of wheels (wheel) and of lowered operators (test-ops)
+	$(PY) -m pytest -n $(JOBS) --dist loadfile --ignore=tests/test_lowerings.py --ignore=tests/test_wheel.py $(PYTEST)
 
 test-ops: $(VENV)/.test ## run all of PyTorch's own operator samples, not two of each (half an hour)
 	T2J_ALL_OP_SAMPLES=1 $(PY) -m pytest -n $(JOBS) tests/test_ops.py $(PYTEST)
@@ -46,10 +50,20 @@ test-fuzz: $(VENV)/.test ## 20,000 random calls, right and wrong (half an hour)
 	T2J_FUZZ_EXAMPLES=20000 $(PY) -m pytest tests/test_fuzz.py $(PYTEST)
 
 test-matrix: $(VENV)/.test ## run the core tests on the oldest and the newest jax, and on Python 3.13
-	$(PY) tools/matrix.py --torch '$(TORCH)' -- $(PYTEST)
+	$(PY) tools/matrix.py --torch '$(TORCH)' $(if $(PYTEST),,--output README.md) -- $(PYTEST)
 
 docs: $(VENV)/.docs ## build the site, strictly, into build/site
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build
+
+bench: $(VENV)/.demo $(PEERS)/.peers ## run all benchmarks beside the other bridges; write their pages and plots
+	$(PY) benchmarks/run.py --peers $(PEERS)/bin/python $(BENCH)
+
+gpu-check: ## GPU tests and benchmarks into docs/gpu.md (8 minutes; by PYTHON, which has torch and jax)
+	$(PYTHON) benchmarks/gpu.py $(GPU)
+
+wheel: $(VENV)/.test $(VENV)/.wheel ## build sdist and wheels into dist/, audit them, install and call them
+	$(PY) tools/wheel.py
+	$(PY) -m pytest tests/test_wheel.py $(PYTEST)
 
 lint: $(VENV)/.lint ## ruff, pyright and clang-format
 	$(VENV)/bin/ruff check $(PYTHONS)
@@ -63,7 +77,7 @@ format: $(VENV)/.lint ## let ruff and clang-format rewrite the sources
 	$(VENV)/bin/clang-format -i $(CPP)
 
 clean: ## remove the environments and all that was built
-	rm -rf $(VENV) .venv-matrix build dist .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(PEERS) .venv-matrix build dist .pytest_cache .ruff_cache
 	find src tests examples tools -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # -- the environment: one stamp for each step, so that a second run starts at once -------------------
@@ -74,6 +88,14 @@ $(VENV)/.torch:
 	  exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) '$(TORCH)'
+	@touch $@
+
+# The PyTorch and the jax of the package's own environment: only the bridges differ.
+$(PEERS)/.peers: $(VENV)/.torch benchmarks/requirements-peers.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip --disable-pip-version-check install --quiet '$(TORCH)'
+	$(PEERS)/bin/python -m pip --disable-pip-version-check install --quiet \
+	  -r benchmarks/requirements-peers.txt
 	@touch $@
 
 # Editable: changes under src/ count at once, and what the extension is built of builds it again. In
@@ -88,6 +110,6 @@ $(VENV)/.test: $(VENV)/.package tools/requirements.py
 	$(PY) tools/requirements.py test --build | $(PIP) -r /dev/stdin
 	@touch $@
 
-$(VENV)/.demo $(VENV)/.docs $(VENV)/.lint: $(VENV)/.%: $(VENV)/.package tools/requirements.py
+$(VENV)/.demo $(VENV)/.docs $(VENV)/.lint $(VENV)/.wheel: $(VENV)/.%: $(VENV)/.package tools/requirements.py
 	$(PY) tools/requirements.py $* | $(PIP) -r /dev/stdin
 	@touch $@

@@ -1,6 +1,6 @@
 """What works through which bridge: a table of small programs, each compared with ``jax.numpy``.
 
-    python benchmarks/features.py --peers .venv-peers/bin/python    # prints the table, in Markdown
+    python benchmarks/features.py --peers .venv-peers/bin/python --output README.md
 
 Every bridge runs in a process of its own. A cell says what came out: "yes" for the result that the
 same function has in ``jax.numpy``, "wrong" for another one, "no" for an exception.
@@ -11,16 +11,20 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+from page import measured, write_section
+from peers import versions
 
 BRIDGES = ("torch2jax", "wrap_torch2jax", "buffer_callback", "pure_callback")
 PEERS = BRIDGES[1:]
@@ -154,21 +158,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--peers", metavar="PYTHON", help="interpreter of the peers' environment")
     parser.add_argument("--bridge", choices=BRIDGES, help="run this one here, and print JSON")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="replace the table of FILE")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     if arguments.bridge:
-        print(json.dumps(run_all(arguments.bridge)))
+        print(json.dumps({"cells": run_all(arguments.bridge), "versions": versions()}))
         return
 
-    columns = {}
+    columns, load, found = {}, os.getloadavg()[0], versions()
     for name in BRIDGES:
         python = (arguments.peers or sys.executable) if name in PEERS else sys.executable
         command = [python, __file__, "--bridge", name]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        columns[name] = json.loads(done.stdout.splitlines()[-1])
-    print(f"| | {' | '.join(BRIDGES)} |\n| --- | {' | '.join(['---'] * len(BRIDGES))} |")
-    for program in PROGRAMS:
-        print(f"| {program} | {' | '.join(column[program] for column in columns.values())} |")
+        told = json.loads(done.stdout.splitlines()[-1])
+        columns[name], found = told["cells"], {**told["versions"], **found}
+    lines = [["", *BRIDGES], ["---"] * (len(BRIDGES) + 1)]
+    lines += [[program, *(column[program] for column in columns.values())] for program in PROGRAMS]
+    rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    text = f"{measured(load, found)}\n\n{rows}"
+    print(text)
+    if arguments.output:
+        write_section(arguments.output, "features", text)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import contextlib
 import datetime
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -25,8 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from cases import CASES, WIDTHS
+from page import machine, shown_command, write_section
 from peers import PEERS, SUBJECTS
-from report import Budget, Figure, Report, markdown, print_tables, write_section
+from report import Budget, Figure, Report, markdown, print_tables
 from rich.progress import Progress
 
 HERE = Path(__file__).resolve().parent
@@ -221,28 +221,6 @@ def budgets(samples: Samples, startup: Samples) -> list[Budget]:
 # --- the run -------------------------------------------------------------------------------------
 
 
-def cpu_model() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def shown_command() -> str:
-    """The command, without the paths of this machine."""
-    words = ["python", "benchmarks/overhead.py"]
-    paths = {"--peers": "PYTHON", "--wheel": "WHEEL", "--json": "FILE"}
-    previous = ""
-    for word in sys.argv[1:]:
-        option, equals, _ = word.partition("=")
-        if equals and option in paths:
-            word = f"{option}={paths[option]}"
-        words.append(paths.get(previous, word))
-        previous = word
-    return " ".join(words)
-
-
 def main() -> None:
     args = arguments()
     names = args.only or list(CASES)
@@ -267,7 +245,7 @@ def main() -> None:
 
     report = Report(
         date=datetime.date.today().isoformat(),
-        machine=f"{cpu_model()}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}",
+        machine=machine(),
         load=load,
         versions=versions,
         command=shown_command(),
@@ -291,7 +269,7 @@ def main() -> None:
         raw = {"samples_us": samples, "startup_s": startup}
         args.json.write_text(json.dumps({**report.as_dict(), **raw}, indent=1) + "\n")
     if args.output:
-        write_section(args.output, markdown(report))
+        write_section(args.output, "overhead", markdown(report))
 
 
 if __name__ == "__main__":

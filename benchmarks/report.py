@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
+from page import number, table
 from peers import SUBJECTS
 from rich.console import Console
 from rich.table import Table
-
-BEGIN, END = "<!-- overhead: begin -->", "<!-- overhead: end -->"
 
 
 @dataclass(frozen=True)
@@ -52,13 +50,6 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         return {**asdict(self), "verdicts": {b.title: b.verdict for b in self.budgets}}
-
-
-def number(value: float) -> str:
-    """Three digits."""
-    if abs(value) >= 100:
-        return f"{value:,.0f}"
-    return f"{value:.{1 if abs(value) >= 10 else 2 if abs(value) >= 1 else 3}f}"
 
 
 def figure(f: Figure) -> str:
@@ -135,13 +126,13 @@ def print_tables(report: Report) -> None:
     console = Console()
     console.width = max(console.width, 120)
     for title, (head, *rows) in tables(report):
-        table = Table(title=title)
+        shown = Table(title=title)
         for i, column in enumerate(head):
-            table.add_column(column, justify="right" if i else "left", overflow="fold")
+            shown.add_column(column, justify="right" if i else "left", overflow="fold")
         for row in rows:
             colour = {"met": "green", "missed": "red", "borderline": "yellow"}.get(row[-1], "")
-            table.add_row(*row[:-1], f"[{colour}]{row[-1]}[/]" if colour else row[-1])
-        console.print(table)
+            shown.add_row(*row[:-1], f"[{colour}]{row[-1]}[/]" if colour else row[-1])
+        console.print(shown)
     for note in notes(report):
         console.print(f"no figure: {note}", markup=False, highlight=False)
 
@@ -155,18 +146,7 @@ def markdown(report: Report) -> str:
     for name, versions in report.versions.items():
         parts.append(f"- {name}: " + ", ".join(f"{k} {v}" for k, v in versions.items()))
     for title, (head, *rows) in tables(report):
-        parts += ["", f"### {title}", ""]
-        parts += ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
-        parts += ["| " + " | ".join(row) + " |" for row in rows]
+        parts += ["", f"### {title}", "", table(head, rows)]
     if notes(report):
         parts += ["", "No figure:", "", *(f"- {note}" for note in notes(report))]
     return "\n".join(parts)
-
-
-def write_section(page: Path, text: str) -> None:
-    """Replace what stands between the two marks of ``page``."""
-    before, begin, rest = page.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise SystemExit(f"{page} has no section between {BEGIN} and {END}")
-    page.write_text(f"{before}{begin}\n{text}\n{end}{after}")

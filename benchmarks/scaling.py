@@ -10,11 +10,9 @@ share of the process's CPU time that is not spent inside the function.
 from __future__ import annotations
 
 import argparse
-import datetime
 import functools
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -23,7 +21,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-BEGIN, END = "<!-- scaling: begin -->", "<!-- scaling: end -->"
+from page import measured, table, write_section
+from peers import versions
+
 DEVICES = (1, 2, 4, 8)
 GLOBAL, EACH = 512, 128
 POPULATIONS = (1, 10, 100, 1_000, 10_000)
@@ -148,17 +148,13 @@ def in_process(*arguments: str, devices: int = 1) -> Any:
     return json.loads(out.splitlines()[-1])
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def draw(fixed: list[Any], grown: list[Any], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    matplotlib.rcParams["svg.hashsalt"] = "scaling"  # the same picture is the same file
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for label, found in (
         (f"{GLOBAL} rows in all", fixed),
@@ -170,7 +166,7 @@ def draw(fixed: list[Any], grown: list[Any], path: Path) -> None:
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    figure.savefig(path, metadata={"Date": None})
 
 
 def main() -> None:
@@ -184,21 +180,17 @@ def main() -> None:
         found = step_seconds if kind == "step" else call_seconds
         print(json.dumps(found(*map(int, numbers))))
         return
-    rounds = str(arguments.rounds)
+    rounds, load = str(arguments.rounds), os.getloadavg()[0]
     fixed = [in_process("step", str(n), str(GLOBAL), rounds, devices=n) for n in DEVICES]
     grown = [in_process("step", str(n), str(EACH * n), rounds, devices=n) for n in DEVICES]
     calls = in_process("call", rounds)
-    import jax
-    import torch
 
     def cells(found: list[Any]) -> list[str]:
         return [f"{1e3 * r['seconds']:.2f} ({r['outside']:.0%})" for r in found]
 
     text = "\n".join(
         [
-            f"Measured {datetime.date.today()} on {os.cpu_count()} cores of {platform.machine()}, "
-            f"torch {torch.__version__}, jax {jax.__version__}, by",
-            f"`benchmarks/scaling.py`: medians of {rounds} rounds.",
+            f"{measured(load, versions())} Medians of {rounds} rounds.",
             "",
             table(
                 ["ms for a step (share outside torch)", *map(str, DEVICES)],
@@ -219,12 +211,8 @@ def main() -> None:
     )
     print(text)
     if arguments.output:
-        page = arguments.output.read_text(encoding="utf-8")
-        before, begin, rest = page.partition(BEGIN)
-        _, end, after = rest.partition(END)
-        if not begin or not end:
-            raise SystemExit(f"{arguments.output} has no section {BEGIN} ... {END}")
-        arguments.output.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+        text += "\n\n![Milliseconds of a step, by devices](images/scaling.svg)"
+        write_section(arguments.output, "scaling", text)
         draw(fixed, grown, arguments.output.parent / "images" / "scaling.svg")
 
 

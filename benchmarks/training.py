@@ -37,7 +37,6 @@ BUDGET = 1.05
 WARM_UP = 3
 DIGITS_ROUNDS = 20
 """Rounds of the digits for each round of the transformer: they are that much shorter."""
-BEGIN, END = "<!-- training: begin -->", "<!-- training: end -->"
 
 Step = Callable[[], float]
 """One training step, complete when it returns; returns the loss."""
@@ -309,7 +308,7 @@ HEAD = ["subject", "ms, median", "ms, least", "x PyTorch", "x PyTorch, least"]
 
 
 def cells(table: Table) -> list[list[str]]:
-    from report import number
+    from page import number
 
     return [
         [name, number(r.median), number(r.least), f"{r.ratio:.3f}", f"{r.least_ratio:.3f}"]
@@ -334,6 +333,8 @@ def print_tables(tables: list[Table]) -> None:
 
 
 def markdown(facts: dict[str, Any], tables: list[Table], plot: str | None) -> str:
+    from page import table as markdown_table
+
     parts = [
         f"Measured {facts['date']} on {facts['machine']} (load {facts['load']:.1f} at the start,",
         f"{facts['load_end']:.1f} at the end; threads of PyTorch: {facts['threads']}), by",
@@ -343,22 +344,12 @@ def markdown(facts: dict[str, Any], tables: list[Table], plot: str | None) -> st
     for name, versions in facts["versions"].items():
         parts.append(f"- {name}: " + ", ".join(f"{k} {v}" for k, v in versions.items()))
     for table in tables:
-        parts += ["", f"### {table.title}", ""]
-        parts += ["| " + " | ".join(HEAD) + " |", "| --- |" + " ---: |" * (len(HEAD) - 1)]
-        parts += ["| " + " | ".join(row) + " |" for row in cells(table)]
+        parts += ["", f"### {table.title}", "", markdown_table(HEAD, cells(table))]
         if table is tables[0]:
             parts += ["", budget_line(table)]
     if plot:
         parts += ["", f"![Milliseconds of a training step, by subject]({plot})"]
     return "\n".join(parts)
-
-
-def write_section(page: Path, text: str) -> None:
-    before, begin, rest = page.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise SystemExit(f"{page} has no section between {BEGIN} and {END}")
-    page.write_text(f"{before}{begin}\n{text}\n{end}{after}")
 
 
 def draw(tables: list[Table], path: Path) -> None:
@@ -391,20 +382,6 @@ def draw(tables: list[Table], path: Path) -> None:
     plt.close(figure)
 
 
-def shown_command() -> str:
-    """The command, without the paths of this machine."""
-    words = ["python", "benchmarks/training.py"]
-    paths = {"--peers": "PYTHON", "--json": "FILE"}
-    previous = ""
-    for word in sys.argv[1:]:
-        option, equals, _ = word.partition("=")
-        if equals and option in paths:
-            word = f"{option}={paths[option]}"
-        words.append(paths.get(previous, word))
-        previous = word
-    return " ".join(words)
-
-
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
@@ -429,7 +406,7 @@ def main() -> None:
     if args.serve:
         serve()
         return
-    from overhead import cpu_model
+    from page import machine, shown_command, write_section
     from peers import versions
     from rich.progress import Progress
 
@@ -463,8 +440,7 @@ def main() -> None:
     ]
     facts = {
         "date": datetime.date.today().isoformat(),
-        "machine": f"{cpu_model()}, {os.cpu_count()} cores, {os.uname().sysname}"
-        f" {os.uname().machine}",
+        "machine": machine(),
         "load": load,
         "load_end": os.getloadavg()[0],
         "threads": torch.get_num_threads(),
@@ -479,7 +455,7 @@ def main() -> None:
         draw(tables, args.plot)
     if args.output:
         plot = os.path.relpath(args.plot, args.output.parent) if args.plot else None
-        write_section(args.output, markdown(facts, tables, plot))
+        write_section(args.output, "training", markdown(facts, tables, plot))
 
 
 if __name__ == "__main__":

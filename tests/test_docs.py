@@ -177,3 +177,37 @@ def test_the_extra_docs_builds_the_site() -> None:
     extra = " ".join(settings["project"]["optional-dependencies"]["docs"])
     assert "mkdocs-material" in extra
     assert "mkdocstrings" in extra
+
+
+# -- figures ---------------------------------------------------------------------------------------
+
+
+def section(page: Path, mark: str) -> str:
+    (found,) = re.findall(
+        rf"<!-- {mark}: begin -->\n(.*?)<!-- {mark}: end -->", page.read_text("utf-8"), re.DOTALL
+    )
+    return found
+
+
+def test_the_figures_of_the_readme_are_those_of_the_page() -> None:
+    printed = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "summary.py")],
+        stdout=subprocess.PIPE,
+        encoding="utf-8",
+        check=True,
+    ).stdout
+    assert section(README, "summary") == printed
+
+
+def test_every_benchmark_has_its_section() -> None:
+    path = ROOT / "benchmarks" / "run.py"
+    spec = importlib.util.spec_from_file_location("run", path)
+    assert spec is not None
+    assert spec.loader is not None
+    run = importlib.util.module_from_spec(spec)
+    sys.modules["run"] = run  # a NamedTuple looks for its module
+    spec.loader.exec_module(run)
+    del sys.modules["run"]
+    for program in run.PROGRAMS:
+        assert (path.parent / f"{program.name}.py").exists()
+        assert section(ROOT / program.page, program.name).strip(), program.name

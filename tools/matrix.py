@@ -1,8 +1,8 @@
 """Run the core tests on the oldest and the newest supported jax, and on Python 3.13.
 
-    make test-matrix                              # all of it
+    make test-matrix                              # all of it; writes the README's table
     T2J_MATRIX_PY313=0 make test-matrix           # without Python 3.13
-    make test-matrix PYTEST=tests/test_convert.py
+    make test-matrix PYTEST=tests/test_convert.py # these tests alone, written nowhere
 
 The two jax of this Python are installed beside the environment, into .venv-matrix, and put first
 on PYTHONPATH: the same binary of the package meets both, as it does at a user's. Python 3.13 gets
@@ -14,23 +14,37 @@ several GB of CUDA libraries into it. T2J_MATRIX_PY313 names the interpreter, or
 from __future__ import annotations
 
 import argparse
+import datetime
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import tomllib
+import xml.etree.ElementTree as xml
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from page import write_section  # noqa: E402
+
 FOLDER = ROOT / ".venv-matrix"
 
-# These are about PyTorch's operators, the installer and the examples: their result does not depend
-# on the version of jax, or they need the libraries of the demo.
-NOT_CORE = ("test_ops.py", "test_alias.py", "test_examples.py")
+# These are about PyTorch's operators, the installer, wheels and the examples: their result
+# does not depend on the version of jax, or they need the libraries of the demo.
+NOT_CORE = ("test_ops.py", "test_alias.py", "test_examples.py", "test_wheel.py")
+
+VERSIONS = """
+import importlib.metadata as m, json, platform
+found = {name: m.version(name) for name in ("jax", "jaxlib", "torch", "numpy")}
+import jax, torch  # what is told is what can be imported
+print(json.dumps({"Python": platform.python_version(), **found}))
+"""
 
 
 class Cell(NamedTuple):
@@ -45,13 +59,17 @@ class Result(NamedTuple):
     label: str
     outcome: str
     passed: bool
+    versions: dict[str, str] = {}  # noqa: RUF012
+    counts: dict[str, int] = {}  # noqa: RUF012
+
+
+def environment(beside: Path | None = None) -> dict[str, str]:
+    without = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    return without if beside is None else {**without, "PYTHONPATH": str(beside)}
 
 
 def run(*command: str | Path, beside: Path | None = None) -> int:
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    if beside is not None:
-        environment["PYTHONPATH"] = str(beside)
-    return subprocess.run([str(c) for c in command], cwd=ROOT, env=environment).returncode
+    return subprocess.run([str(c) for c in command], cwd=ROOT, env=environment(beside)).returncode
 
 
 def pip(python: Path, *arguments: str | Path) -> None:
@@ -81,23 +99,27 @@ def jax_beside(python: Path, version: str | None) -> Path:
     return folder
 
 
-def find_python313() -> Path | str:
-    """A Python 3.13 that runs, or the reason why there is none."""
-    choice = os.environ.get("T2J_MATRIX_PY313", "")
-    if choice == "0":
-        return "T2J_MATRIX_PY313=0"
+def find_python(version: str, choice: str = "") -> Path | str:
+    """An interpreter of this version that runs, or the reason why there is none."""
     pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
-    candidates = [choice] if choice else ["python3.13", *map(str, pyenv.glob("3.13*/bin/python3"))]
+    pattern, numbers = f"{version}.*/bin/python3", tuple(map(int, version.split(".")))
+    candidates = [choice] if choice else [f"python{version}", *map(str, pyenv.glob(pattern))]
     for candidate in candidates:
         # A shim on the PATH may be there and refuse to run.
         found = shutil.which(candidate)
-        if found and run(found, "-c", "import sys; sys.exit(sys.version_info[:2] != (3, 13))") == 0:
+        check = f"import sys; sys.exit(sys.version_info[:2] != {numbers})"
+        if found and subprocess.run([found, "-c", check], capture_output=True).returncode == 0:
             return Path(found)
-    return f"{choice} is not Python 3.13" if choice else "no such interpreter here"
+    return f"{choice} is not Python {version}" if choice else f"no Python {version} here"
+
+
+def find_python313() -> Path | str:
+    choice = os.environ.get("T2J_MATRIX_PY313", "")
+    return "T2J_MATRIX_PY313=0" if choice == "0" else find_python("3.13", choice)
 
 
 def python313_environment(base: Path, torch: str) -> Path:
-    """An environment of Python 3.13 with the newest jax and the package as it is now."""
+    """An environment of Python 3.13 with PyTorch and jax; made when it is missing."""
     folder = FOLDER / "python3.13"
     python = folder / "bin" / "python"
     if not python.exists():
@@ -108,30 +130,63 @@ def python313_environment(base: Path, torch: str) -> Path:
         if run(base, "-m", "venv", folder) != 0:
             sys.exit(f"{base} cannot make a virtual environment.")
         pip(python, torch)
-    pip(python, "--upgrade", "jax", "jaxlib")
-    pip(python, f"{ROOT}[test]")
+        pip(python, "jax", "jaxlib")
     return python
 
 
 def test(cell: Cell, pytest_args: Sequence[str]) -> Result:
-    versions = (
-        "import sys, jax, jaxlib, torch;"
-        "print('Python', sys.version.split()[0], '/ jax', jax.__version__,"
-        " '/ jaxlib', jaxlib.__version__, '/ torch', torch.__version__)"
-    )
     print(f"\n== {cell.label}", flush=True)
-    if run(cell.python, "-c", versions, beside=cell.beside) != 0:
+    command = [str(cell.python), "-c", VERSIONS]
+    told = subprocess.run(
+        command, cwd=ROOT, env=environment(cell.beside), stdout=subprocess.PIPE, text=True
+    )
+    if told.returncode != 0:
         return Result(cell.label, "jax or torch cannot be imported", False)
+    versions = json.loads(told.stdout)
+    print(" / ".join(f"{name} {version}" for name, version in versions.items()), flush=True)
     ignored = [f"--ignore=tests/{name}" for name in NOT_CORE]
     started = time.monotonic()
-    status = run(cell.python, "-m", "pytest", "-q", *ignored, *pytest_args, beside=cell.beside)
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        options = ["-q", f"--junit-xml={report}", *ignored, *pytest_args]
+        status = run(cell.python, "-m", "pytest", *options, beside=cell.beside)
+        counts = counts_of(report)
     outcome = "passed" if status == 0 else f"failed (pytest's exit status {status})"
-    return Result(cell.label, f"{outcome} in {time.monotonic() - started:.0f} s", status == 0)
+    outcome += f" in {time.monotonic() - started:.0f} s"
+    return Result(cell.label, outcome, status == 0, versions, counts)
+
+
+def counts_of(report: Path) -> dict[str, int]:
+    """How many tests passed, failed and were skipped; empty where pytest did not get to it."""
+    if not report.exists():
+        return {}
+    suites = list(xml.parse(report).getroot().iter("testsuite"))
+    total, failed, errors, skipped = (
+        sum(int(suite.get(name, 0)) for suite in suites)
+        for name in ("tests", "failures", "errors", "skipped")
+    )
+    return {
+        "passed": total - failed - errors - skipped,
+        "failed": failed + errors,
+        "skipped": skipped,
+    }
+
+
+def markdown(results: Sequence[Result]) -> str:
+    """The README's table: what was run, and nothing else."""
+    heads = ["Python", "jax", "jaxlib", "torch", "numpy", "passed", "failed", "skipped"]
+    lines = [heads, ["---"] * 5 + ["---:"] * 3]
+    for r in results:
+        cells = {**r.versions, **{name: f"{n:,}" for name, n in r.counts.items()}}
+        if cells:
+            lines.append([cells.get(head, "-") for head in heads])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--torch", default="torch", help="the PyTorch for Python 3.13")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="replace the table of FILE")
     parser.add_argument("pytest_args", nargs="*", metavar="-- PYTEST ARGUMENTS")
     arguments = parser.parse_args()
 
@@ -145,6 +200,8 @@ def main() -> int:
     found = find_python313()
     if isinstance(found, Path):
         python = python313_environment(found, arguments.torch)
+        pip(python, "--upgrade", "jax", "jaxlib")
+        pip(python, f"{ROOT}[test]")
         results.append(test(Cell("Python 3.13, newest jax", python), arguments.pytest_args))
     else:
         results.append(Result("Python 3.13, newest jax", f"SKIPPED: {found}", True))
@@ -152,6 +209,12 @@ def main() -> int:
     print("\n== The matrix")
     for result in results:
         print(f"{result.label:<26} {result.outcome}")
+    tests = ["--", *arguments.pytest_args] if arguments.pytest_args else []
+    words = " ".join(["python tools/matrix.py", *tests])
+    text = f"Run on {datetime.date.today()} by `{words}`:\n\n{markdown(results)}"
+    print(f"\n{text}")
+    if arguments.output:
+        write_section(arguments.output, "versions", text)
     return 0 if all(result.passed for result in results) else 1
 
 
