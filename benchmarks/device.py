@@ -77,7 +77,7 @@ def main() -> None:
     text = f"{measured(load, versions())}\n\n{table(['µs', 'median'], rows)}"
     print(text)
     if arguments.output:
-        write_section(arguments.output, "device", text)
+        write_section(arguments.output, text, "device")
 
 
 if __name__ == "__main__":

@@ -178,7 +178,7 @@ def main() -> None:
     text = f"{measured(load, found)}\n\n{rows}"
     print(text)
     if arguments.output:
-        write_section(arguments.output, "features", text)
+        write_section(arguments.output, text, "features")
 
 
 if __name__ == "__main__":

@@ -177,7 +177,7 @@ def main() -> int:
     if arguments.rehearse:
         print(f"\n{text}")
     else:
-        write_section(PAGE, "gpu", text)
+        write_section(PAGE, text, "gpu")
         print(f"\nWritten to {PAGE.relative_to(ROOT)}.")
     return int(any(line.verdict == "FAILED" for line in lines))
 

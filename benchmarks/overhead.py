@@ -269,7 +269,7 @@ def main() -> None:
         raw = {"samples_us": samples, "startup_s": startup}
         args.json.write_text(json.dumps({**report.as_dict(), **raw}, indent=1) + "\n")
     if args.output:
-        write_section(args.output, "overhead", markdown(report))
+        write_section(args.output, markdown(report), "overhead")
 
 
 if __name__ == "__main__":

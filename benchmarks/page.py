@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 
-def write_section(page: Path, mark: str, text: str) -> None:
+def write_section(page: Path, text: str, mark: str) -> None:
     """Replace what stands between ``<!-- mark: begin -->`` and ``<!-- mark: end -->``."""
     begin, end = f"<!-- {mark}: begin -->", f"<!-- {mark}: end -->"
     before, found_begin, rest = page.read_text(encoding="utf-8").partition(begin)

@@ -212,7 +212,7 @@ def main() -> None:
     print(text)
     if arguments.output:
         text += "\n\n![Milliseconds of a step, by devices](images/scaling.svg)"
-        write_section(arguments.output, "scaling", text)
+        write_section(arguments.output, text, "scaling")
         draw(fixed, grown, arguments.output.parent / "images" / "scaling.svg")
 
 

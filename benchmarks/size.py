@@ -310,7 +310,7 @@ def main() -> None:
     if options.plot:
         draw(sections, options.plot)
     if options.output:
-        write_section(options.output, "size", text)
+        write_section(options.output, text, "size")
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def main() -> None:
     text = summary(PAGE.read_text(encoding="utf-8"))
     print(text)
     if arguments.output:
-        write_section(arguments.output, "summary", text)
+        write_section(arguments.output, text, "summary")
 
 
 if __name__ == "__main__":

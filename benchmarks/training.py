@@ -455,7 +455,7 @@ def main() -> None:
         draw(tables, args.plot)
     if args.output:
         plot = os.path.relpath(args.plot, args.output.parent) if args.plot else None
-        write_section(args.output, "training", markdown(facts, tables, plot))
+        write_section(args.output, markdown(facts, tables, plot), "training")
 
 
 if __name__ == "__main__":

@@ -214,7 +214,7 @@ def main() -> int:
     text = f"Run on {datetime.date.today()} by `{words}`:\n\n{markdown(results)}"
     print(f"\n{text}")
     if arguments.output:
-        write_section(arguments.output, "versions", text)
+        write_section(arguments.output, text, "versions")
     return 0 if all(result.passed for result in results) else 1
 
 
