@@ -337,10 +337,12 @@ def relative(path: Path) -> str:
 TORCH_SIDE = {
     "_callable",
     "_infer",
+    "_keep",
     "_lease",
     "_norms",
     "_random",
     "_replica",
+    "_saved",
     "_state",
     "_tape",
     "_torch_compat",

@@ -22,7 +22,7 @@ import jax.export
 from . import _ffi
 from ._callable import Callable, Jvp, Vjp, Vmap
 from ._errors import SignatureError
-from ._tape import kept, with_token
+from ._keep import kept, with_token
 
 Avals = Sequence[tuple[tuple[int, ...], Any]]
 
