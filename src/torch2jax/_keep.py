@@ -19,8 +19,8 @@ import torch
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from . import _lease, _random
-from ._callable import (
-    Callable,
+from ._callable import Callable
+from ._programs import (
     Indices,
     Program,
     Tensor,

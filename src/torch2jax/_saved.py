@@ -25,7 +25,11 @@ import torch
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
 from . import _lease
-from ._callable import Indices, Tensor, Tensors
+from ._programs import (
+    Indices,
+    Tensor,
+    Tensors,
+)
 
 if TYPE_CHECKING:
     from ._keep import Keep

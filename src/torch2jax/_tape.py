@@ -16,8 +16,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ._callable import Tensor, Tensors
 from ._errors import Torch2JaxWarning
+from ._programs import (
+    Tensor,
+    Tensors,
+)
 from ._saved import Cell
 
 if TYPE_CHECKING:

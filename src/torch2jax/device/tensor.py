@@ -18,7 +18,8 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .._compat import ArrayImpl, get_opaque_trace_state, trace_state_clean
-from .._convert import dtype_j2t, j2t, t2j
+from .._convert import j2t, t2j
+from .._dtypes import dtype_j2t
 from .._errors import SignatureError, Torch2JaxError
 from ..lowerings.registry import carried
 from .views import Chain
