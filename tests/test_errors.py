@@ -617,3 +617,10 @@ def test_warnings_of_fn_are_not_its_exceptions() -> None:
 
     with pytest.warns(UserWarning, match="look here"):
         same(torch2jax(fn)(X), 2 * X)
+
+
+def test_what_an_operator_refuses_is_not_logged_beside(caplog: pytest.LogCaptureFixture) -> None:
+    """torch logs each refusal of a fake tensor with its traceback: the exception says it once."""
+    with pytest.raises(TorchCallError, match="mat1 and mat2 shapes cannot be multiplied"):
+        torch2jax(lambda a, b: a @ b)(jnp.ones((3, 4)), jnp.ones((3, 4)))
+    assert not caplog.records

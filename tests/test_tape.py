@@ -460,6 +460,13 @@ def test_lower_budget_takes_effect_at_once(x):
         close(pull(x), jax.vjp(twin, x * k)[1](x))
 
 
+def test_a_budget_of_zero_keeps_no_graph_without_activations(x):
+    set_tape_budget(0)
+    _, pull = jax.vjp(torch2jax(lambda x: x + x), x)
+    assert tape_info().entries == 0
+    close(pull(x)[0], 2 * x)
+
+
 @pytest.mark.parametrize("bad", [-1, 1.5, "1GB"])
 def test_budget_refuses(bad):
     with pytest.raises(ValueError, match="bytes"):

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import re
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -121,13 +123,30 @@ class _Refused(Exception):
 def _infer_fake(
     fn: Callable[..., Any], specs: Sequence[Spec], describe: Callable[[Any], Any]
 ) -> tuple[_Recorder, Inference]:
-    # Loading fake tensors takes most of a second.
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with _fake_tensors():
         operands = [torch.empty(s.shape, dtype=s.dtype, device=s.device) for s in specs]
         recorder = _Recorder(operands, probe_int32=any(s.dtype is torch.int32 for s in specs))
         return recorder, _record(fn, operands, recorder, describe)
+
+
+@contextlib.contextmanager
+def _fake_tensors(**options: Any) -> Iterator[None]:
+    """Every new tensor is fake. What an operator refuses is raised, and not logged beside."""
+    # Loading fake tensors takes most of a second.
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    thread = threading.get_ident()
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+
+    def of_others(record: logging.LogRecord) -> bool:
+        return record.thread != thread
+
+    logger.addFilter(of_others)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True, **options):
+            yield
+    finally:
+        logger.removeFilter(of_others)
 
 
 class _NoSymbols(Exception):
@@ -138,10 +157,9 @@ def _infer_symbolic(
     fn: Callable[..., Any], specs: Sequence[Spec], describe: Callable[[Any], Any]
 ) -> Inference:
     """An operator's size depends on values: a symbol stands for it, and shows in the result."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-    with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()):
+    with _fake_tensors(shape_env=ShapeEnv()):
         operands = [torch.empty(s.shape, dtype=s.dtype, device=s.device) for s in specs]
         try:
             return _record(fn, operands, _Recorder(operands), describe)
@@ -221,13 +239,11 @@ def runs_on_fakes(
     roots: Iterable[Any],
 ) -> str | None:
     """None if ``run`` runs on fake tensors; else why not, with the operator where it stopped."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     recorder = None
     with _state.clean(default_dtype), preserved(roots), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns of slow batching rules: no refusal
         try:
-            with FakeTensorMode(allow_non_fake_inputs=True):
+            with _fake_tensors():
                 operands = [torch.empty(s.shape, dtype=s.dtype, device=s.device) for s in specs]
                 recorder = _Recorder(operands)
                 # Gradients are on so that a checkpoint, which vmap cannot run again, shows itself.

@@ -120,8 +120,10 @@ class Tape:
 
     def _evict(self, device: torch.device) -> None:
         budget = default_budget(device) if self._budget is None else self._budget
-        while self._bytes[device] > budget:
-            oldest = next(t for t, c in self._cells.items() if c.device == device)
+        while self._bytes[device] > budget or budget == 0:
+            oldest = next((t for t, c in self._cells.items() if c.device == device), None)
+            if oldest is None:  # a budget of 0 keeps no graph, not even one without activations
+                return
             self._remove(oldest)
             self._evicted(budget)
 
