@@ -62,9 +62,14 @@ class Source:
         self.versions: list[int] = []
         """Of the operands at the end of the forward pass."""
 
-    def version(self, operand: int) -> int:
-        """Of an operand: the forward pass may still be under way."""
-        return self.versions[operand] if self.versions else self.operands[operand]._version
+    def unchanged(self, operand: int, saved: int) -> Tensor:
+        """An operand, if its version is still the one that was saved."""
+        x = self.operands[operand]
+        # The forward pass may still be under way.
+        version = self.versions[operand] if self.versions else x._version
+        if version != saved:
+            raise _modified(x, saved, version)
+        return x
 
 
 class Hooks:
@@ -122,11 +127,7 @@ class _Operand(NamedTuple):
     version: int
 
     def unpack(self) -> Tensor:
-        x = self.source.operands[self.operand]
-        version = self.source.version(self.operand)
-        if version != self.version:
-            raise _modified(x, self.version, version)
-        return x
+        return self.source.unchanged(self.operand, self.version)
 
 
 class _View(NamedTuple):
@@ -143,10 +144,7 @@ class _View(NamedTuple):
     version: int
 
     def unpack(self) -> Tensor:
-        x = self.source.operands[self.operand]
-        version = self.source.version(self.operand)
-        if version != self.version:
-            raise _modified(x, self.version, version)
+        x = self.source.unchanged(self.operand, self.version)
         if x.dtype is self.dtype:
             t = x.as_strided(self.size, self.stride, self.offset)
         else:
@@ -179,7 +177,7 @@ def packing(hooks: Hooks) -> saved_tensors_hooks:
 @functools.cache
 def _leave_alone(dynamo: Any) -> None:
     """Have torch.compile not compile the hooks where a compiled function calls them."""
-    for f in (Hooks.pack, Source.version, _unpack, _Saved.unpack, _Operand.unpack, _View.unpack):
+    for f in (Hooks.pack, Source.unchanged, _unpack, _Saved.unpack, _Operand.unpack, _View.unpack):
         dynamo.skip_code(f.__code__)
 
 
