@@ -419,11 +419,10 @@ std::string Resolve(const Torch& torch, std::string_view name) {
       Owned::Steal(PyUnicode_FromStringAndSize(name.data(), static_cast<Py_ssize_t>(name.size())));
   Owned refusal = text ? CallFunction(torch.resolve.get(), text.get()) : Owned();
   const char* reason = refusal ? PyUnicode_AsUTF8AndSize(refusal.get(), nullptr) : nullptr;
-  if (reason == nullptr) {
-    PyErr_Clear();
-    return unknown;
-  }
-  return reason;
+  if (reason != nullptr) return reason;
+  Owned exception = TakeException();
+  return exception ? unknown + " (looking it up raised " + TypeNameOf(exception.get()) + ")"
+                   : unknown;
 }
 
 ffi::Error Dispatch(bool gpu, void* stream, int64_t run_id, const ffi::RemainingArgs& args,

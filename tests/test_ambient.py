@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -210,26 +211,18 @@ def test_from_python_threads_with_their_own_state(name: str) -> None:
     seen, fn = observer()
     f = torch2jax(fn)
     expected = plain_state()
-    failures: list[BaseException] = []
 
-    def work() -> None:
-        try:
-            with STATES[name]():
-                before = state()
-                for _ in range(3):
-                    np.testing.assert_allclose(np.asarray(jax.jit(f)(X)), X @ X + 1)
-                assert state() == before
-        except BaseException as error:
-            failures.append(error)
+    def work(_: int) -> None:
+        with STATES[name]():
+            before = state()
+            for _ in range(3):
+                np.testing.assert_allclose(np.asarray(jax.jit(f)(X)), X @ X + 1)
+            assert state() == before
 
     # The default dtype belongs to the process, so that state is not for many threads at once.
-    threads = [threading.Thread(target=work) for _ in range(1 if name == "default_dtype" else 4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if failures:
-        raise failures[0]
+    count = 1 if name == "default_dtype" else 4
+    with ThreadPoolExecutor(count) as threads:
+        list(threads.map(work, range(count)))
     assert seen
     assert all(s == expected for s in seen)
 

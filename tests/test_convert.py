@@ -28,6 +28,7 @@ from torch2jax import (
     Torch2JaxError,
     UnsupportedDtypeError,
     _convert,
+    _dtypes,
     dtype_j2t,
     dtype_t2j,
     j2t,
@@ -114,10 +115,10 @@ def test_spellings_of_numpy(spelling: Any, expected: torch.dtype) -> None:
 def test_canonical_is_what_jax_makes_of_it(name: str, x64: bool) -> None:
     with precision(x64):
         assert (
-            _convert.canonical(getattr(torch, name))
+            _dtypes.canonical(getattr(torch, name))
             == jnp.asarray(np.zeros(3, numpy_dtype(name))).dtype
         )
-        assert _convert.x64_enabled() is x64
+        assert _dtypes.x64_enabled() is x64
 
 
 UNKNOWN_TO_JAX = [
@@ -201,7 +202,7 @@ SHAPES = [(4, 6), (), (0,), (3, 0, 2), (1, 1, 5)]
 def float8_route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As the installed torch and jax do it, and as if their DLPack did not know float8."""
     if request.param:
-        monkeypatch.setattr(_convert, "_float8_carrier", lambda dtype: torch.uint8)
+        monkeypatch.setattr(_dtypes, "_float8_carrier", lambda dtype: torch.uint8)
     return
 
 
@@ -381,7 +382,7 @@ def test_t2j_shares_every_dtype(name: str, x64: bool) -> None:
     with precision(x64):
         if not x64 and name in NEEDS_X64:
             return  # refused: test_values_both_ways
-        by_uint8 = name in FLOAT8 and _convert._float8_carrier(tensor.dtype) is not None
+        by_uint8 = name in FLOAT8 and _dtypes._float8_carrier(tensor.dtype) is not None
         assert shares(t2j(tensor), tensor) is not (by_uint8 or (name == "int64" and not x64))
 
 
@@ -400,12 +401,12 @@ def test_float8_is_shared_where_dlpack_has_it_and_copied_where_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     tensor = torch_values("float8_e5m2")
-    monkeypatch.setattr(_convert, "_float8_carrier", lambda dtype: None)
+    monkeypatch.setattr(_dtypes, "_float8_carrier", lambda dtype: None)
     with contextlib.suppress(
         RuntimeError
     ):  # an older torch: float8 types are not supported by dlpack
         assert shares(t2j(tensor), tensor)
-    monkeypatch.setattr(_convert, "_float8_carrier", lambda dtype: torch.uint8)
+    monkeypatch.setattr(_dtypes, "_float8_carrier", lambda dtype: torch.uint8)
     array = t2j(tensor)
     assert not shares(array, tensor)
     assert not shares(array, j2t(array))
@@ -416,7 +417,7 @@ def test_j2t_shares_every_dtype(name: str) -> None:
     with precision(True):
         array = jnp.asarray(numpy_values(name))
         tensor = j2t(array)
-    by_uint8 = name in FLOAT8 and _convert._float8_carrier(tensor.dtype) is not None
+    by_uint8 = name in FLOAT8 and _dtypes._float8_carrier(tensor.dtype) is not None
     assert shares(array, tensor) is not by_uint8
 
 
@@ -774,9 +775,10 @@ def test_errors_in_a_tree_name_the_leaf() -> None:
 
 def test_examples_in_docstrings_run() -> None:
     with precision(False):
-        result = doctest.testmod(_convert)
-    assert result.attempted >= 14
-    assert result.failed == 0
+        examples = {"jnp": jnp}
+        results = [doctest.testmod(m, extraglobs=examples) for m in (_convert, _dtypes)]
+    assert sum(result.attempted for result in results) >= 14
+    assert not any(result.failed for result in results)
 
 
 def test_errors_are_what_the_contract_says() -> None:

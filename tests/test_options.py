@@ -8,6 +8,7 @@ import enum
 import functools
 import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -719,21 +720,13 @@ def test_the_process_lock_is_one_for_all() -> None:
         return torch2jax(fn, lock=True)
 
     f, g = make("f"), make("g")
-    failures: list[BaseException] = []
 
     def work(h: Any) -> None:
-        try:
-            for _ in range(30):
-                jax.block_until_ready(h(X))
-        except BaseException as error:
-            failures.append(error)
+        for _ in range(30):
+            jax.block_until_ready(h(X))
 
-    threads = [threading.Thread(target=work, args=(h,)) for h in (f, g, f, g)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(work, (f, g, f, g)))
 
 
 def test_the_same_wrap_is_the_same_object() -> None:
@@ -1092,24 +1085,15 @@ def test_in_programs(transform: str) -> None:
 
 def test_concurrent_calls() -> None:
     f = torch2jax(lambda a, b: torch.sin(a) @ b)
-    failures: list[BaseException] = []
 
     def work(i: int) -> None:
-        try:
-            a, b = np.full((4 + i % 3, 4), i, np.float32), np.ones((4, 2), np.float32)
-            for _ in range(10):
-                same(f(a, b), np.sin(a) @ b)
-                same(jax.grad(lambda a: f(a, b).sum())(a), 2 * np.cos(a))
-        except BaseException as error:
-            failures.append(error)
+        a, b = np.full((4 + i % 3, 4), i, np.float32), np.ones((4, 2), np.float32)
+        for _ in range(10):
+            same(f(a, b), np.sin(a) @ b)
+            same(jax.grad(lambda a: f(a, b).sum())(a), 2 * np.cos(a))
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if failures:
-        raise failures[0]
+    with ThreadPoolExecutor(6) as threads:
+        list(threads.map(work, range(6)))
 
 
 @pytest.mark.parametrize(

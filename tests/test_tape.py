@@ -31,6 +31,8 @@ from torch2jax import (
     tape_info,
     torch2jax,
 )
+from torch2jax import _keep as keeping
+from torch2jax import _saved as saved
 from torch2jax import _tape as internals
 
 ERRORS = (jax.errors.JaxRuntimeError, RuntimeError, ValueError)
@@ -458,6 +460,13 @@ def test_lower_budget_takes_effect_at_once(x):
         close(pull(x), jax.vjp(twin, x * k)[1](x))
 
 
+def test_a_budget_of_zero_keeps_no_graph_without_activations(x):
+    set_tape_budget(0)
+    _, pull = jax.vjp(torch2jax(lambda x: x + x), x)
+    assert tape_info().entries == 0
+    close(pull(x)[0], 2 * x)
+
+
 @pytest.mark.parametrize("bad", [-1, 1.5, "1GB"])
 def test_budget_refuses(bad):
     with pytest.raises(ValueError, match="bytes"):
@@ -808,17 +817,17 @@ def same_dtype_only(hooks: Any, t: torch.Tensor) -> Any:
     """Finds views of the operands' own dtypes alone."""
     index = hooks.by_address.get(t.untyped_storage().data_ptr())
     if index is not None and t.dtype is not hooks.dtypes[index]:
-        return internals._Saved(t, t._version)
+        return saved._Saved(t, t._version)
     return pack(hooks, t)
 
 
-pack = internals._Hooks.pack
+pack = saved.Hooks.pack
 
 
 @pytest.mark.parametrize("name", ["conj", "neg", "neg_slice", "conj_t"])
 def test_trap_a_naive_bits(name, monkeypatch):
     fn, expected, carry, step = VIEWS[name]
-    monkeypatch.setattr(internals._View, "unpack", ignoring_bits)
+    monkeypatch.setattr(saved._View, "unpack", ignoring_bits)
     want = scanned(expected, carry, step)(REAL)
     naive_is_wrong(lambda: scanned(wrapped_anew(fn), carry, step)(REAL), want)
 
@@ -826,15 +835,15 @@ def test_trap_a_naive_bits(name, monkeypatch):
 @pytest.mark.parametrize("name", ["view_as_complex", "int32"])
 def test_trap_a_naive_dtypes(name, monkeypatch):
     fn, expected, carry, step = VIEWS[name]
-    monkeypatch.setattr(internals, "_held", lambda *_: False)
+    monkeypatch.setattr(keeping, "held", lambda *_: False)
 
     def init(hooks: Any, operands: Any, source: Any, storages: Any) -> None:
         made(hooks, operands, source, storages)
         hooks.dtypes = [t.dtype for t in operands]
 
-    made = internals._Hooks.__init__
-    monkeypatch.setattr(internals._Hooks, "__init__", init)
-    monkeypatch.setattr(internals._Hooks, "pack", same_dtype_only)
+    made = saved.Hooks.__init__
+    monkeypatch.setattr(saved.Hooks, "__init__", init)
+    monkeypatch.setattr(saved.Hooks, "pack", same_dtype_only)
     want = scanned(expected, carry, step)(REAL)
     naive_is_wrong(lambda: scanned(wrapped_anew(fn), carry, step)(REAL), want)
 
@@ -873,7 +882,7 @@ def test_trap_b_inplace_after_save(x, fn, jit):
 
 @pytest.mark.parametrize("fn", [exp_then_add, saved_input_then_mul, saved_view_then_fill])
 def test_trap_b_naive(x, fn, monkeypatch):
-    monkeypatch.setattr(internals._Saved, "unpack", lambda saved: saved.tensor)
+    monkeypatch.setattr(saved._Saved, "unpack", lambda saved: saved.tensor)
     jax.block_until_ready(jax.grad(total(wrapped_anew(fn)))(x))  # no error: silently wrong
 
 
@@ -981,7 +990,7 @@ def test_trap_c_held_outside_of_saved_tensors(name):
 @pytest.mark.parametrize("name", [name for name in HELD if name != "reentrant_arg"])
 @pytest.mark.usefixtures("quiet")
 def test_trap_c_naive(name, monkeypatch):
-    monkeypatch.setattr(internals, "_held", lambda *_: False)
+    monkeypatch.setattr(keeping, "held", lambda *_: False)
     expected = scanned(lambda c, w: c * w, REAL, grown)(REAL)
     naive_is_wrong(lambda: scanned(wrapped_anew(HELD[name]), REAL, grown)(REAL), expected)
 

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Size
 
 from . import _rules as _rules  # registers the primitive's rules
-from ._convert import dtype_j2t, dtype_t2j, j2t, t2j, tree_j2t, tree_t2j
+from ._convert import j2t, t2j, tree_j2t, tree_t2j
+from ._dtypes import dtype_j2t, dtype_t2j
 from ._errors import (
     DifferentiationError,
     SignatureError,

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import torch
 
-from ._convert import dtype_j2t
+from ._dtypes import dtype_j2t
 from ._infer import Spec
 
 # Made here, where no mode of a caller sees it.

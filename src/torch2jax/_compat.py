@@ -17,8 +17,9 @@ from jax._src import effects as _effects
 # The concrete class of arrays: public jax.Array is an ABC whose instance check costs a microsecond.
 from jax._src.array import ArrayImpl
 
-# Whether a transform is under way has no public question that takes less than a microsecond.
-from jax._src.core import trace_state_clean
+# Whether a transform is under way has no public question that takes less than a microsecond; which
+# one, has a public question from jax 0.7.1 on.
+from jax._src.core import get_opaque_trace_state, trace_state_clean
 
 # Rules for dead code have no public registration.
 from jax._src.interpreters import partial_eval
@@ -32,6 +33,7 @@ __all__ = [
     "TorchEffect",
     "device_count",
     "export_capsule",
+    "get_opaque_trace_state",
     "import_capsule",
     "precision",
     "random_effect",

@@ -1,4 +1,4 @@
-"""Tensors, arrays and dtypes from PyTorch to JAX and back, without a copy where the memory allows.
+"""Tensors and arrays from PyTorch to JAX and back, without a copy where the memory allows.
 
 NOTE [When t2j and j2t copy]. Both go through DLPack, which hands over a pointer. `j2t` never copies
 a `jax.Array`. `t2j` copies what XLA cannot read in place: strides other than row-major, lazy
@@ -11,180 +11,25 @@ it, is in docs/conversions.md.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import torch
 from jax.core import Tracer
 
+from ._dtypes import NARROWED, TO_JAX, carrier_of, dtype_j2t, dtype_t2j, type_name, x64_enabled
 from ._errors import SignatureError, Torch2JaxError, UnsupportedDtypeError
 from ._state import check_may_call_jax
 
-__all__ = [
-    "canonical",
-    "dtype_j2t",
-    "dtype_t2j",
-    "j2t",
-    "t2j",
-    "tree_j2t",
-    "tree_t2j",
-    "x64_enabled",
-]
+__all__ = ["j2t", "t2j", "tree_j2t", "tree_t2j"]
 
-DType: TypeAlias = "np.dtype[Any]"
 NDArray: TypeAlias = "np.ndarray[Any, Any]"
 
-# --- dtypes --------------------------------------------------------------------------------------
-
-_NAMES = (  # the same on both sides
-    *("bool_", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
-    *("float16", "bfloat16", "float32", "float64", "complex64", "complex128"),
-    *("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz"),
-    "float8_e8m0fnu",  # torch has it since 2.7
-)
-_TO_JAX: dict[torch.dtype, DType] = {
-    getattr(torch, name.rstrip("_")): np.dtype(getattr(jnp, name))
-    for name in _NAMES
-    if hasattr(torch, name.rstrip("_"))
-}
-_TO_TORCH: dict[DType, torch.dtype] = {dtype: key for key, dtype in _TO_JAX.items()}
-
-# What JAX makes of 64-bit dtypes while x64 is off.
-_NARROWED = {
-    torch.int64: torch.int32,
-    torch.uint64: torch.uint32,
-    torch.float64: torch.float32,
-    torch.complex128: torch.complex64,
-}
 _INT32 = torch.iinfo(torch.int32)
 
 _ENABLE_X64 = 'jax.config.update("jax_enable_x64", True)'
-
-
-def x64_enabled() -> bool:
-    """Whether JAX carries 64-bit values now, in this thread."""
-    return bool(jax.config.jax_enable_x64)  # type: ignore[attr-defined]
-
-
-def dtype_t2j(torch_dtype: torch.dtype) -> DType:
-    """The JAX dtype of the same name as a PyTorch dtype.
-
-    64-bit dtypes stay 64-bit, whatever `jax_enable_x64` says.
-
-    Args:
-        torch_dtype: a `torch.dtype`.
-
-    Returns:
-        The `numpy.dtype` that JAX uses for it.
-
-    Raises:
-        UnsupportedDtypeError: JAX has no such dtype (quantized, `torch.complex32`, sub-byte).
-        SignatureError: not a `torch.dtype`.
-
-    Examples:
-        >>> dtype_t2j(torch.bfloat16) == jnp.bfloat16
-        True
-        >>> dtype_t2j(torch.float64)
-        dtype('float64')
-    """
-    try:
-        return _TO_JAX[torch_dtype]
-    except (KeyError, TypeError):  # TypeError: not hashable
-        pass
-    if not isinstance(torch_dtype, torch.dtype):
-        raise SignatureError(
-            f"dtype_t2j takes a torch.dtype, got {torch_dtype!r} of type "
-            f"{_type_name(torch_dtype)}. dtype_j2t goes the other way."
-        )
-    raise UnsupportedDtypeError(
-        f"JAX has no counterpart of {torch_dtype}. {_supported('torch.')} Convert the tensor "
-        f"first: tensor.dequantize() if it is quantized, tensor.to(dtype) otherwise."
-    )
-
-
-def dtype_j2t(jax_dtype: Any) -> torch.dtype:
-    """The PyTorch dtype of the same name as a JAX dtype.
-
-    Args:
-        jax_dtype: whatever `numpy.dtype` accepts: a dtype, a scalar type (`jnp.float32`,
-            `np.float32`), a name (`"bfloat16"`, `"f4"`). `float` and `int` are 64-bit, as in NumPy.
-
-    Returns:
-        The `torch.dtype`.
-
-    Raises:
-        UnsupportedDtypeError: PyTorch has no such dtype (`int4`, random keys, `float0`, strings).
-        SignatureError: not a dtype at all.
-
-    Examples:
-        >>> dtype_j2t(jnp.float32), dtype_j2t("bfloat16"), dtype_j2t(np.dtype("int8"))
-        (torch.float32, torch.bfloat16, torch.int8)
-    """
-    try:
-        return _TO_TORCH[jax_dtype]  # the common case: a numpy.dtype
-    except (KeyError, TypeError):
-        pass
-    if _is_key_dtype(jax_dtype):
-        raise UnsupportedDtypeError(
-            f"PyTorch has no counterpart of {jax_dtype}, the dtype of JAX's random keys. "
-            f"{_supported()} Convert the bits of the key: jax.random.key_data(key)."
-        )
-    dtype = _as_numpy_dtype(jax_dtype)
-    if dtype is None:
-        remedy = " dtype_t2j goes the other way." if isinstance(jax_dtype, torch.dtype) else ""
-        raise SignatureError(
-            f"dtype_j2t takes a JAX or NumPy dtype, a scalar type or the name of a dtype, "
-            f"got {jax_dtype!r} of type {_type_name(jax_dtype)}.{remedy}"
-        )
-    if dtype in _TO_TORCH:
-        return _TO_TORCH[dtype]
-    if dtype == jax.dtypes.float0:
-        raise UnsupportedDtypeError(
-            f"PyTorch has no counterpart of float0, the dtype of JAX's gradients of integers and "
-            f"bools. {_supported()} Leave such a gradient out: it is zero."
-        )
-    raise UnsupportedDtypeError(
-        f"PyTorch has no counterpart of {dtype}. {_supported()} "
-        f"Convert the array first: array.astype(dtype)."
-    )
-
-
-def canonical(torch_dtype: torch.dtype) -> DType:
-    """The dtype in which JAX carries values of a PyTorch dtype: not a 64-bit one while x64 is off.
-
-    Raises:
-        UnsupportedDtypeError: as in `dtype_t2j`.
-
-    Examples:
-        >>> canonical(torch.float64)  # with x64 off, as JAX starts
-        dtype('float32')
-    """
-    return dtype_t2j(torch_dtype if x64_enabled() else _NARROWED.get(torch_dtype, torch_dtype))
-
-
-def _as_numpy_dtype(x: Any) -> DType | None:
-    if x is None:  # NumPy reads None as float64
-        return None
-    try:
-        return np.dtype(x).newbyteorder("=")
-    except TypeError:
-        return None
-
-
-def _is_key_dtype(x: Any) -> bool:
-    try:
-        return bool(jnp.issubdtype(x, jax.dtypes.extended))
-    except TypeError:
-        return False
-
-
-def _supported(prefix: str = "") -> str:
-    return f"Supported: {', '.join(prefix + dtype.name for dtype in _TO_TORCH)}."
-
 
 # --- tensor to array -----------------------------------------------------------------------------
 
@@ -231,7 +76,7 @@ def t2j(tensor: torch.Tensor) -> jax.Array:
     """
     check_may_call_jax("t2j")
     _check_tensor(tensor)
-    if tensor.dtype in _NARROWED and not x64_enabled():
+    if tensor.dtype in NARROWED and not x64_enabled():
         tensor = _narrowed(tensor)
     if tensor.requires_grad or type(tensor) is not torch.Tensor:
         tensor = tensor.detach().as_subclass(torch.Tensor)
@@ -250,12 +95,12 @@ def t2j(tensor: torch.Tensor) -> jax.Array:
 
 
 def _array(tensor: torch.Tensor) -> jax.Array:
-    carrier = _carrier(tensor.dtype)
+    carrier = carrier_of(tensor.dtype)
     if carrier is None:
         return jax.dlpack.from_dlpack(tensor)
     bits = jax.dlpack.from_dlpack(tensor.view(carrier))
     with jax.ensure_compile_time_eval():  # an array, also while a function is traced
-        return jax.lax.bitcast_convert_type(bits, _TO_JAX[tensor.dtype])
+        return jax.lax.bitcast_convert_type(bits, TO_JAX[tensor.dtype])
 
 
 def _narrowed(tensor: torch.Tensor) -> torch.Tensor:
@@ -264,7 +109,7 @@ def _narrowed(tensor: torch.Tensor) -> torch.Tensor:
         raise UnsupportedDtypeError(
             f"t2j got a tensor of {tensor.dtype}, and 64-bit values are switched off in JAX. "
             f"Switch them on, {_ENABLE_X64}, or convert the tensor first: "
-            f"tensor.to({_NARROWED[tensor.dtype]})."
+            f"tensor.to({NARROWED[tensor.dtype]})."
         )
     if tensor.is_cpu and tensor.numel():
         low, high = (int(x) for x in tensor.detach().aminmax())
@@ -286,7 +131,7 @@ def _check_tensor(tensor: object) -> None:
                 "jnp.asarray makes arrays of numbers, lists and NumPy arrays; "
                 "tree_t2j takes trees of tensors."
             )
-        raise SignatureError(f"t2j takes a torch.Tensor, got {_type_name(tensor)}. {remedy}")
+        raise SignatureError(f"t2j takes a torch.Tensor, got {type_name(tensor)}. {remedy}")
     dtype_t2j(tensor.dtype)
     without_memory = _without_memory(tensor)
     if without_memory is not None:
@@ -326,7 +171,7 @@ def _without_memory(tensor: torch.Tensor) -> str | None:
             "of its own. Convert outside of the transform; jax2torch calls a JAX function in it."
         )
     return (
-        f"a tensor of type {_type_name(tensor)} that holds no memory of its own. "
+        f"a tensor of type {type_name(tensor)} that holds no memory of its own. "
         f"Convert the tensors that it wraps, or a dense copy."
     )
 
@@ -386,17 +231,17 @@ def j2t(array: jax.Array | NDArray) -> torch.Tensor:
         return _from_numpy(array)
     _check_array(array)
     dtype = dtype_j2t(array.dtype)
-    carrier = _carrier(dtype)
+    carrier = carrier_of(dtype)
     if carrier is None:
         return torch.from_dlpack(array)
     with jax.ensure_compile_time_eval():
-        bits = jax.lax.bitcast_convert_type(array, _TO_JAX[carrier])
+        bits = jax.lax.bitcast_convert_type(array, TO_JAX[carrier])
     return torch.from_dlpack(bits).view(dtype)
 
 
 def _from_numpy(array: NDArray) -> torch.Tensor:
     dtype = dtype_j2t(array.dtype)
-    native = np.array(array, dtype=_TO_JAX[dtype], order="C", copy=True)
+    native = np.array(array, dtype=TO_JAX[dtype], order="C", copy=True)
     if native.dtype.isbuiltin == 1:
         return torch.from_numpy(native)
     return torch.from_numpy(native.view(f"i{native.itemsize}")).view(dtype)  # bfloat16, float8
@@ -411,7 +256,7 @@ def _check_array(array: object) -> None:
                 "torch.tensor makes tensors of numbers and lists; tree_j2t takes trees of arrays."
             )
         raise SignatureError(
-            f"j2t takes a jax.Array or a NumPy array, got {_type_name(array)}. {remedy}"
+            f"j2t takes a jax.Array or a NumPy array, got {type_name(array)}. {remedy}"
         )
     if isinstance(array, Tracer):
         raise SignatureError(
@@ -446,26 +291,6 @@ def _check_array(array: object) -> None:
             f"j2t got an array, {array.aval}, on {device}, which PyTorch does not reach here. "
             f'Move it first: jax.device_put(array, jax.devices("cpu")[0]).'
         )
-
-
-# --- float8 --------------------------------------------------------------------------------------
-
-
-def _carrier(dtype: torch.dtype) -> torch.dtype | None:
-    """The dtype whose bits stand for dtype's in DLPack; None where DLPack carries dtype itself."""
-    return None if dtype.itemsize > 1 or not dtype.is_floating_point else _float8_carrier(dtype)
-
-
-@functools.cache
-def _float8_carrier(dtype: torch.dtype) -> torch.dtype | None:
-    # torch and jax learnt each of these with another release: ask them, both ways.
-    probe = torch.zeros(1, dtype=torch.uint8).view(dtype)
-    try:
-        array = jax.dlpack.from_dlpack(probe)
-        carried = array.dtype == _TO_JAX[dtype] and torch.from_dlpack(array).dtype is dtype
-    except Exception:  # each library and each version refuses with a type of its own
-        carried = False
-    return None if carried else torch.uint8
 
 
 # --- trees ---------------------------------------------------------------------------------------
@@ -524,8 +349,3 @@ def _convert_leaves(convert: Callable[[Any], Any], kind: type | tuple[type, ...]
                 f"{jax.tree_util.keystr(path)}: {error}" if path else str(error)
             ) from None
     return jax.tree_util.tree_unflatten(structure, converted)
-
-
-def _type_name(x: object) -> str:
-    kind = type(x)
-    return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"

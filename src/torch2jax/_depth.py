@@ -12,9 +12,9 @@ from typing import Any
 import jax
 
 from ._callable import Callable
+from ._keep import keepable, kept, with_token
 from ._primitive import TOKEN, call
 from ._rules.autodiff import is_inexact, untaped
-from ._tape import keepable, kept, with_token
 
 ShapeDtype = tuple[tuple[int, ...], Any]
 

@@ -20,9 +20,14 @@ from typing import Any
 import jax.export
 
 from . import _ffi
-from ._callable import Callable, Jvp, Vjp, Vmap
+from ._callable import Callable
 from ._errors import SignatureError
-from ._tape import kept, with_token
+from ._keep import kept, with_token
+from ._programs import (
+    Jvp,
+    Vjp,
+    Vmap,
+)
 
 Avals = Sequence[tuple[tuple[int, ...], Any]]
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from jax.tree_util import keystr, tree_flatten, tree_flatten_with_path
 
-from ._convert import canonical, dtype_j2t, x64_enabled
+from ._dtypes import canonical, dtype_j2t, x64_enabled
 from ._errors import SignatureError, UnsupportedDtypeError
 from ._infer import ShapeDependsOnValues
 

@@ -15,8 +15,8 @@ from . import _signature as sig
 from . import _state
 from ._callable import Callable
 from ._compat import ArrayImpl, varying_everywhere
-from ._convert import x64_enabled
 from ._depth import call_to_depth
+from ._dtypes import x64_enabled
 from ._errors import SignatureError, TorchCallError
 from ._flat import Static
 from ._options import Config, Operands, mark_static

@@ -2,17 +2,17 @@
 
 ``fn`` runs on fake tensors (shapes and dtypes, no values). Where fake tensors cannot run it
 (``.item()``, ``.numpy()``), it runs on the example values, or on seeded random normals: zeros break
-``cholesky``, ``inv`` and norms. Either way the user's objects are as before: see ``_preserved`` and
+``cholesky``, ``inv`` and norms. Either way the user's objects are as before: see ``preserved`` and
 ``_Recorder.restoring``.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import gc
+import logging
 import re
-import types
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves, tree_map
 
 from . import _state
+from ._reach import preserved, reachable_modules
 
 _NATIVE_NAMESPACES = ("aten", "prims", "prim", "c10d", "profiler")
 
@@ -74,7 +75,7 @@ def infer(
 
     Raises ``FakeSurvived``, ``ShapeDependsOnValues``, or the exception of ``fn`` itself.
     """
-    with _state.clean(default_dtype), _preserved(roots):
+    with _state.clean(default_dtype), preserved(roots):
         try:
             recorder, found = _infer_fake(fn, specs, describe)
         except _Refused as refused:
@@ -122,13 +123,30 @@ class _Refused(Exception):
 def _infer_fake(
     fn: Callable[..., Any], specs: Sequence[Spec], describe: Callable[[Any], Any]
 ) -> tuple[_Recorder, Inference]:
-    # Loading fake tensors takes most of a second.
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with _fake_tensors():
         operands = [torch.empty(s.shape, dtype=s.dtype, device=s.device) for s in specs]
         recorder = _Recorder(operands, probe_int32=any(s.dtype is torch.int32 for s in specs))
         return recorder, _record(fn, operands, recorder, describe)
+
+
+@contextlib.contextmanager
+def _fake_tensors(**options: Any) -> Iterator[None]:
+    """Every new tensor is fake. What an operator refuses is raised, and not logged beside."""
+    # Loading fake tensors takes most of a second.
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    thread = threading.get_ident()
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+
+    def of_others(record: logging.LogRecord) -> bool:
+        return record.thread != thread
+
+    logger.addFilter(of_others)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True, **options):
+            yield
+    finally:
+        logger.removeFilter(of_others)
 
 
 class _NoSymbols(Exception):
@@ -139,10 +157,9 @@ def _infer_symbolic(
     fn: Callable[..., Any], specs: Sequence[Spec], describe: Callable[[Any], Any]
 ) -> Inference:
     """An operator's size depends on values: a symbol stands for it, and shows in the result."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-    with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()):
+    with _fake_tensors(shape_env=ShapeEnv()):
         operands = [torch.empty(s.shape, dtype=s.dtype, device=s.device) for s in specs]
         try:
             return _record(fn, operands, _Recorder(operands), describe)
@@ -222,13 +239,11 @@ def runs_on_fakes(
     roots: Iterable[Any],
 ) -> str | None:
     """None if ``run`` runs on fake tensors; else why not, with the operator where it stopped."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     recorder = None
-    with _state.clean(default_dtype), _preserved(roots), warnings.catch_warnings():
+    with _state.clean(default_dtype), preserved(roots), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns of slow batching rules: no refusal
         try:
-            with FakeTensorMode(allow_non_fake_inputs=True):
+            with _fake_tensors():
                 operands = [torch.empty(s.shape, dtype=s.dtype, device=s.device) for s in specs]
                 recorder = _Recorder(operands)
                 # Gradients are on so that a checkpoint, which vmap cannot run again, shows itself.
@@ -374,102 +389,3 @@ def _sample(index: int, spec: Spec, integer: int = 0) -> torch.Tensor:
     else:
         value = torch.full(spec.shape, float(integer))
     return value.to(spec.device, spec.dtype)
-
-
-# --- leaving no trace --------------------------------------------------------------------------
-
-
-def reachable_modules(roots: Iterable[Any]) -> list[torch.nn.Module]:
-    """Modules that a function can reach: see ``_reachable``."""
-    return _reachable(roots)[0]
-
-
-def reachable_leaves(roots: Iterable[Any]) -> list[torch.Tensor]:
-    """Tensors with gradients of their own that a function can reach."""
-    modules, tensors = _reachable(roots)
-    parameters = [p for m in modules for p in m.parameters(recurse=False)]
-    return list({id(t): t for t in (*parameters, *tensors)}.values())
-
-
-def _reachable(roots: Iterable[Any]) -> tuple[list[torch.nn.Module], list[torch.Tensor]]:
-    """Modules and leaf tensors that a function can reach.
-
-    The function itself, what it is bound to, a partial's arguments, closures and the globals that
-    its code names; in plain objects and containers one level down.
-    """
-    modules: dict[int, torch.nn.Module] = {}
-    tensors: list[torch.Tensor] = []
-    seen: set[int] = set()
-
-    def visit(x: Any, depth: int) -> None:
-        if id(x) in seen or depth > 4:
-            return
-        seen.add(id(x))
-        if isinstance(x, torch.Tensor):
-            if x.requires_grad and x.is_leaf:
-                tensors.append(x)
-        elif isinstance(x, torch.nn.Module):
-            for m in x.modules():
-                modules[id(m)] = m
-        elif isinstance(x, types.MethodType):
-            visit(x.__self__, depth + 1)
-            visit(x.__func__, depth + 1)
-        elif isinstance(x, functools.partial):
-            for y in (x.func, *x.args, *x.keywords.values()):
-                visit(y, depth + 1)
-        elif isinstance(x, types.FunctionType):
-            for cell in x.__closure__ or ():
-                with contextlib.suppress(ValueError):  # an empty cell
-                    visit(cell.cell_contents, depth + 1)
-            for name in _global_names(x.__code__):
-                if name in x.__globals__:
-                    visit(x.__globals__[name], depth + 1)
-            for y in (*(x.__defaults__ or ()), *(x.__kwdefaults__ or {}).values()):
-                visit(y, depth + 1)
-            visit(getattr(x, "__wrapped__", None), depth + 1)
-        elif isinstance(x, list | tuple | set):
-            for y in x:
-                if isinstance(y, _FOLLOWED):
-                    visit(y, depth + 1)
-        elif isinstance(x, dict):
-            visit(list(x.values()), depth)
-        elif hasattr(x, "__dict__") and not isinstance(x, types.ModuleType | type):
-            visit(list(vars(x).values()), depth + 1)
-
-    for root in roots:
-        visit(root, 0)
-    return list(modules.values()), tensors
-
-
-_FOLLOWED = (torch.Tensor, torch.nn.Module, types.FunctionType, types.MethodType)
-
-
-def _global_names(code: types.CodeType) -> set[str]:
-    names = set(code.co_names)
-    for const in code.co_consts:
-        if isinstance(const, types.CodeType):
-            names |= _global_names(const)
-    return names
-
-
-@contextlib.contextmanager
-def _preserved(roots: Iterable[Any]) -> Iterator[None]:
-    """Restore attributes and containers of reachable modules, and torch's random state."""
-    attributes = [(vars(m), dict(vars(m))) for m in reachable_modules(roots)]
-    containers = [
-        (c, c.copy())
-        for _, copy in attributes
-        for c in copy.values()
-        if isinstance(c, dict | list | set)
-    ]
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices):
-        try:
-            yield
-        finally:
-            for live, copy in attributes:
-                live.clear()
-                live.update(copy)
-            for live, copy in containers:
-                live.clear()
-                live.extend(copy) if isinstance(live, list) else live.update(copy)

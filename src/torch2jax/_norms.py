@@ -16,7 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from ._callable import Jvp, Vjp, Vmap
+from ._programs import (
+    Jvp,
+    Vjp,
+    Vmap,
+)
 
 Tensor = torch.Tensor
 

@@ -15,7 +15,8 @@ from jax.sharding import PartitionSpec
 from jax.tree_util import tree_flatten
 
 from . import _signature as sig
-from ._convert import dtype_j2t, j2t
+from ._convert import j2t
+from ._dtypes import dtype_j2t
 from ._errors import SignatureError
 from ._flat import Arguments, Static
 

@@ -15,8 +15,8 @@ from jax.tree_util import tree_flatten_with_path
 
 from . import _signature as sig
 from ._avals import default_device
-from ._callable import Callable, Flat, Options
-from ._convert import dtype_j2t, x64_enabled
+from ._callable import Callable, Options
+from ._dtypes import dtype_j2t, x64_enabled
 from ._errors import (
     SignatureError,
     Torch2JaxError,
@@ -36,6 +36,9 @@ from ._flat import (
 from ._infer import FakeSurvived, Inference, ShapeDependsOnValues, Spec, infer
 from ._names import qualified_name
 from ._options import Config, Operands
+from ._programs import (
+    Flat,
+)
 from ._random import draw_seed, refusing, seeded
 from ._replica import Forward
 from ._shards import Shards

@@ -15,7 +15,7 @@ from jax.core import Tracer
 from jax.tree_util import keystr, tree_flatten, tree_flatten_with_path
 
 from . import _signature as sig
-from ._convert import dtype_j2t
+from ._dtypes import dtype_j2t
 from ._errors import SignatureError, Torch2JaxError, UnsupportedDtypeError
 from ._flat import Static
 from ._function import TorchFunction

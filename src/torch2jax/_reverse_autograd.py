@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from ._compat import precision
-from ._convert import x64_enabled
+from ._dtypes import x64_enabled
 from ._jax_program import Dims, Plan, Program, Traced
 from ._torch_compat import (
     asks_for_gradient,

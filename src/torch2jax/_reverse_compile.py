@@ -22,7 +22,7 @@ import jax
 import torch
 
 from ._compat import precision
-from ._convert import canonical, dtype_j2t, dtype_t2j, x64_enabled
+from ._dtypes import canonical, dtype_j2t, dtype_t2j, x64_enabled
 from ._errors import Torch2JaxError, UnsupportedDtypeError
 from ._jax_program import Program, Traced
 from ._reverse import named

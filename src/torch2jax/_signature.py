@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from jax.tree_util import keystr, tree_flatten_with_path
 
-from ._convert import canonical, dtype_j2t
+from ._dtypes import canonical, dtype_j2t
 from ._errors import SignatureError, UnsupportedDtypeError
 from ._flat import Result, ResultLeaf
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from ._compat import export_capsule, import_capsule
-from ._convert import dtype_t2j, j2t, t2j, x64_enabled
+from ._convert import j2t, t2j
+from ._dtypes import dtype_t2j, x64_enabled
 from ._errors import Torch2JaxError
 from ._state import check_may_call_jax
 from ._torch_compat import from_capsule, to_capsule

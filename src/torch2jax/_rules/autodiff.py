@@ -25,8 +25,8 @@ from jax.interpreters import ad
 from .._callable import Callable
 from .._compat import register_dce_rule
 from .._errors import DifferentiationError
+from .._keep import is_keep, keepable, kept, with_token
 from .._primitive import TOKEN, call, torch_call_p
-from .._tape import is_keep, keepable, kept, with_token
 
 
 def is_inexact(dtype: Any) -> bool:

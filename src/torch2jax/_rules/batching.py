@@ -26,9 +26,9 @@ from .._avals import specs_of
 from .._callable import Callable
 from .._errors import SignatureError, Torch2JaxError, Torch2JaxWarning
 from .._infer import runs_on_fakes
+from .._keep import is_keep, is_vjp, kept, with_token
 from .._norms import in_parts
 from .._primitive import TOKEN, call, torch_call_p
-from .._tape import is_keep, is_vjp, kept, with_token
 
 VmapMethod = Literal[
     "auto",

@@ -28,7 +28,8 @@ from torch.utils import _pytree as torch_tree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .._compat import ArrayImpl, trace_state_clean
-from .._convert import dtype_j2t, j2t, x64_enabled
+from .._convert import j2t
+from .._dtypes import dtype_j2t, x64_enabled
 from .._errors import Torch2JaxError
 from ..lowerings.registry import TABLE, DataDependentShape
 from . import random

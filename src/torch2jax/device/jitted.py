@@ -22,7 +22,7 @@ from jax.core import Tracer
 from torch.utils import _pytree as torch_tree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .._convert import x64_enabled
+from .._dtypes import x64_enabled
 from .._errors import SignatureError, Torch2JaxError
 from . import dispatch, random
 from .registration import enable

@@ -12,7 +12,7 @@ import jax
 import torch
 
 from .. import _lease, _state
-from .._convert import canonical, dtype_j2t, x64_enabled
+from .._dtypes import canonical, dtype_j2t, x64_enabled
 from .._errors import SignatureError, Torch2JaxError, Torch2JaxWarning
 from .._flat import Arguments, flatten_result
 from .._function import TorchFunction

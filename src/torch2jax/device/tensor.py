@@ -15,11 +15,11 @@ from typing import Any
 import jax
 import numpy as np
 import torch
-from jax.extend.core import get_opaque_trace_state
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .._compat import ArrayImpl, trace_state_clean
-from .._convert import dtype_j2t, j2t, t2j
+from .._compat import ArrayImpl, get_opaque_trace_state, trace_state_clean
+from .._convert import j2t, t2j
+from .._dtypes import dtype_j2t
 from .._errors import SignatureError, Torch2JaxError
 from ..lowerings.registry import carried
 from .views import Chain

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .._convert import dtype_t2j
+from .._dtypes import dtype_t2j
 
 aten = torch.ops.aten
 Get = Callable[..., Any]

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from .._convert import canonical, dtype_j2t, x64_enabled
+from .._dtypes import canonical, dtype_j2t, x64_enabled
 from .._errors import Torch2JaxError, UnsupportedDtypeError
 
 __all__ = [

@@ -1,0 +1,314 @@
+"""Programs that keep the graph of a call and take it back. Imports torch, never JAX.
+
+A differentiated call of ``f`` is a call of ``Keep(f, S)``: it returns the outputs and a token, and
+keeps its autograd graph in the tape under that token. ``Pull`` takes the graph and runs only the
+backward pass. A token that is not in the tape (evicted, used up, from another process) is a miss:
+``Pull`` then runs forward from the primals, so no result depends on the tape.
+
+What a kept graph may hold: see the NOTE in ``_saved.py``.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from . import _lease, _random
+from ._callable import Callable
+from ._programs import (
+    Indices,
+    Program,
+    Tensor,
+    Tensors,
+    Vjp,
+    Vmap,
+    conj,
+    gradients_by_backward,
+    refuses_grad,
+    roots_of,
+)
+from ._saved import Cell, Hooks, held, nothing, packing, refuses_hooks, saved_tensors, storages_of
+from ._tape import no_token, tape
+
+
+class Keep:
+    """``x -> (f(x), token)``, with the graph of the forward pass kept under the token."""
+
+    def __init__(self, parent: Program, wrt: Indices, label: str, seeded: bool) -> None:
+        self.parent, self.wrt, self.label, self.seeded = parent, wrt, label, seeded
+        self.copies = False
+        """Whether the function works on copies of its operands."""
+        self.unhooked = False
+        """Whether it refuses hooks on saved tensors."""
+        self.by_backward = False
+        """Whether its graph refuses ``autograd.grad``, so that ``backward()`` must do."""
+
+    def functional(self, *args: Tensor) -> Tensors:
+        return (*self.parent.functional(*args), no_token(args))
+
+    graph = functional
+
+    def run(self, *args: Tensor) -> Tensors:
+        out, cell = self.forward(args)
+        if cell is None:
+            return (*out, no_token(args))
+        return (*out, tape.add(cell))
+
+    def forward(self, args: Tensors) -> tuple[Tensors, Cell | None]:
+        """Outputs and a graph to keep; None where the graph cannot be kept this time."""
+        before = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(True)
+        try:
+            if not self.copies:
+                try:
+                    out, cell = self._on_views(args)
+                except RuntimeError as error:
+                    if not refuses_hooks(error):
+                        raise
+                    self.copies = self.unhooked = True
+                else:
+                    if cell is None:
+                        gc.collect()  # the refused graph may lie in cycles, and it holds views
+                    return out, cell
+            if not self.unhooked:
+                try:
+                    return self._on_copies(args)
+                except RuntimeError as error:
+                    if not refuses_hooks(error):
+                        raise
+                    self.unhooked = True
+            return self._on_copies(args)
+        finally:
+            torch._C._set_grad_enabled(before)
+
+    def _on_views(self, args: Tensors) -> tuple[Tensors, Cell | None]:
+        cell = Cell(self, args[0].device)
+        cell.source.operands = args  # fn may run a backward pass of its own
+        leaves = [x.detach() for x in args]
+        for i in self.wrt:
+            leaves[i].requires_grad_()
+        hooks = Hooks(args, cell.source, cell.storages)
+        with packing(hooks):
+            out = self.parent.graph(*leaves)
+        cell.outputs = [_edge(y) for y in out]
+        cell.inputs = [leaves[i] for i in self.wrt]
+        cell.source.versions = [x._version for x in args]
+        cell.source.operands = hooks.operands = ()  # the graph keeps its hooks
+        out = _detached(out)
+        self.copies = _lease.held() or held(args, leaves, self.wrt)
+        # The graph's leaves are these tensor objects: they must not keep XLA's memory, nor where
+        # the graph is refused and lies in a cycle.
+        for leaf in leaves if self.copies else cell.inputs:
+            leaf.data = nothing(leaf.dtype, leaf.device)
+        return out, None if self.copies else cell
+
+    def _on_copies(self, args: Tensors) -> tuple[Tensors, Cell]:
+        cell = Cell(self, args[0].device)
+        leaves = [x.clone() for x in args]
+        for i in self.wrt:
+            leaves[i].requires_grad_()
+        if self.unhooked:
+            out = self.parent.graph(*leaves)
+        else:  # nothing is a view of an operand here: the hooks count
+            with packing(Hooks((), cell.source, cell.storages)):
+                out = self.parent.graph(*leaves)
+        cell.leases = _lease.take()
+        cell.outputs = [_edge(y) for y in out]
+        cell.inputs = [leaves[i] for i in self.wrt]
+        cell.owned = True
+        saved = saved_tensors(out) if self.unhooked else ()
+        cell.storages.update(storages_of((*leaves, *out, *saved)))
+        return _detached(out), cell
+
+
+def _edge(y: Tensor) -> GradientEdge | None:
+    if not y.requires_grad:
+        return None
+    node = y.grad_fn
+    return get_gradient_edge(y) if node is None else GradientEdge(node, y.output_nr)
+
+
+def _detached(out: Tensors) -> Tensors:
+    return tuple(y.detach() for y in out)
+
+
+class Pull:
+    """``(x, token, c) -> c · ∂f_D/∂x_S(x)``: the ``Vjp``, by the graph under the token if there.
+
+    ``batched``: every cotangent has leading rows, and so have the results.
+    """
+
+    def __init__(self, vjp: Vjp, keep: Keep, batched: bool, otherwise: Program) -> None:
+        self.vjp, self.keep, self.batched = vjp, keep, batched
+        self.otherwise = otherwise
+
+    def _untaped(self, args: Tensors) -> tuple[Tensors, Tensor, Tensors]:
+        at = len(args) - len(self.vjp.of) - 1
+        return args[:at], args[at], args[at + 1 :]
+
+    def functional(self, *args: Tensor) -> Tensors:
+        primals, _, cotangents = self._untaped(args)
+        return self.otherwise.functional(*primals, *cotangents)
+
+    def graph(self, *args: Tensor) -> Tensors:
+        primals, _, cotangents = self._untaped(args)
+        return self.otherwise.graph(*primals, *cotangents)
+
+    def run(self, *args: Tensor) -> Tensors:
+        primals, token, cotangents = self._untaped(args)
+        key = tuple(token.tolist())
+        cell = tape.take(key, self.keep, token.device)
+        if cell is None:
+            if not tape.used_up(key):
+                return self.otherwise.run(*primals, *cotangents)
+            # Merged or hoisted by XLA, and used again: keep what is rebuilt for the next use.
+            _, cell = self.keep.forward(primals)
+            if cell is None:
+                return self.otherwise.run(*primals, *cotangents)
+            cell.reused = True
+            tape.restore(key, cell)
+        return self._pull(cell, primals, cotangents)
+
+    def _pull(self, cell: Cell, primals: Tensors, cotangents: Tensors) -> Tensors:
+        seeds = conj(cotangents)
+        edges = tuple(cell.outputs[i] for i in self.vjp.of)
+        if None in edges:  # an output that depends on no input
+            seeds = tuple(c for c, e in zip(seeds, edges, strict=True) if e is not None)
+            edges = tuple(e for e in edges if e is not None)
+        grads: Sequence[Tensor | None] = [None] * len(self.keep.wrt)
+        if edges:
+            with cell.lock:
+                cell.source.operands = primals
+                try:
+                    if self.keep.seeded:  # a checkpointed block draws again in its backward pass
+                        with _random.lock:
+                            grads = self._gradients(cell, edges, seeds)
+                    else:
+                        grads = self._gradients(cell, edges, seeds)
+                except RuntimeError as error:
+                    if not refuses_grad(error):
+                        raise
+                    self.keep.copies = self.keep.by_backward = True
+                    return self.otherwise.run(*primals, *cotangents)
+                finally:
+                    cell.source.operands = ()
+        if self.vjp.wrt != self.keep.wrt:
+            by_input = dict(zip(self.keep.wrt, grads, strict=True))
+            grads = [by_input[i] for i in self.vjp.wrt]
+        rows = (cotangents[0].shape[0],) if self.batched else ()
+        return conj(
+            primals[i].new_zeros(rows + primals[i].shape) if g is None else g
+            for i, g in zip(self.vjp.wrt, grads, strict=True)
+        )
+
+    def _gradients(
+        self, cell: Cell, edges: tuple[Any, ...], seeds: Tensors
+    ) -> Sequence[Tensor | None]:
+        if self.keep.by_backward and cell.owned and not (self.batched or cell.reused):
+            leaves = tuple(cell.inputs)
+            return gradients_by_backward(edges, leaves, seeds, roots_of(self.keep))
+        if not self.batched:
+            # torch.autograd.grad without its checks of shapes, which are the handler's.
+            return _run_backward(
+                edges,
+                seeds,
+                cell.reused,
+                False,
+                tuple(cell.inputs),
+                allow_unreachable=True,
+                accumulate_grad=False,
+            )
+        return torch.autograd.grad(
+            edges,
+            cell.inputs,
+            seeds,
+            allow_unused=True,
+            retain_graph=cell.reused,
+            is_grads_batched=True,
+        )
+
+
+_run_backward = torch.autograd.Variable._execution_engine.run_backward  # type: ignore[attr-defined]
+
+
+class Popped:
+    """A program that takes a token before its last ``after`` operands, and drops its graph."""
+
+    def __init__(self, program: Program, after: int, keep: Keep) -> None:
+        self.program, self.after, self.keep = program, after, keep
+
+    def _without_token(self, args: Tensors) -> Tensors:
+        at = len(args) - self.after - 1
+        return args[:at] + args[at + 1 :]
+
+    def functional(self, *args: Tensor) -> Tensors:
+        return self.program.functional(*self._without_token(args))
+
+    def graph(self, *args: Tensor) -> Tensors:
+        return self.program.graph(*self._without_token(args))
+
+    def run(self, *args: Tensor) -> Tensors:
+        token = args[len(args) - self.after - 1]
+        tape.take(tuple(token.tolist()), self.keep, token.device)
+        return self.program.run(*self._without_token(args))
+
+
+def keepable(callable: Callable) -> bool:
+    """Whether graphs of this callable are kept: the user's function and its batched form."""
+    while isinstance(callable.program, Vmap) and callable.parent is not None:
+        callable = callable.parent
+    return callable.options.tape and callable.parent is None
+
+
+def is_keep(callable: Callable) -> bool:
+    """Whether this callable returns a token as its last output."""
+    return isinstance(callable.program, Keep)
+
+
+def is_vjp(callable: Callable) -> bool:
+    """Whether this callable is a pullback."""
+    return isinstance(callable.program, Vjp)
+
+
+def kept(callable: Callable, wrt: Indices) -> Callable:
+    """``x -> (outputs, token)``: the call that keeps its graph for derivatives in ``wrt``."""
+    label = callable.options.label + callable.path
+    child = callable.derive(
+        f"/keep({','.join(map(str, wrt))})",
+        lambda: Keep(callable.program, wrt, label, callable.options.rng is not None),
+        list(callable.inputs),
+        [*callable.outputs, "the token"],
+    )
+    if "forget" not in child.memo:
+        # When no wrapper and no executable is left, nor are graphs whose backward never ran.
+        child.memo["forget"] = weakref.finalize(child, tape.forget, id(child.program))
+        child.memo["forget"].atexit = False
+    return child
+
+
+def with_token(callable: Callable, after: int, keep: Callable) -> Callable:
+    """``callable``, a derivative, with a token of ``keep`` before its last ``after`` operands."""
+    at = len(callable.inputs) - after
+    program: Any = callable.program
+    batched = isinstance(program, Vmap)
+    vjp = program.parent if batched else program
+    assert isinstance(keep.program, Keep)
+    keeper = keep.program
+
+    def make() -> Program:
+        if isinstance(vjp, Vjp):
+            dims = vjp.split(program.dims) if batched else ((), ())
+            if all(d is None for d in dims[0]) and all(d == 0 for d in dims[1]):
+                return Pull(vjp, keeper, batched, program)
+        return Popped(program, after, keeper)
+
+    inputs = [*callable.inputs[:at], "the token", *callable.inputs[at:]]
+    suffix = f"/tape({','.join(map(str, keeper.wrt))})"
+    child = callable.derive(suffix, make, inputs, list(callable.outputs))
+    child.keep = keep  # the graphs of a token are found by the program that kept them
+    return child
