@@ -94,7 +94,7 @@ def test_blocks_are_closed_and_printed(page: Path) -> None:
 
 # -- docstrings ------------------------------------------------------------------------------------
 
-LIBRARIES = {"flax": "flax", "equinox": "equinox"}
+LIBRARIES = ("flax", "equinox")
 
 
 def examples_of(thing: Any, name: str, module: ModuleType) -> list[doctest.DocTest]:
@@ -103,13 +103,16 @@ def examples_of(thing: Any, name: str, module: ModuleType) -> list[doctest.DocTe
 
 
 def public() -> list[str]:
-    return [*package.__all__, "flax.TorchModule", "equinox.TorchModule", "equinox.trainable"]
+    on_device = [f"device.{name}" for name in package.device.__all__ if name != "Tensor"]
+    adapters = ["flax.TorchModule", "equinox.TorchModule", "equinox.trainable"]
+    return [*package.__all__, *on_device, *adapters]
 
 
 def found(name: str) -> tuple[Any, ModuleType]:
     library, _, attribute = name.rpartition(".")
     if library:
-        pytest.importorskip(library, reason="the extra `test` is not installed")
+        if library in LIBRARIES:
+            pytest.importorskip(library, reason="the extra `test` is not installed")
         module = importlib.import_module(f"{package.__name__}.{library}")
         return getattr(module, attribute), module
     thing = getattr(package, name)

@@ -220,6 +220,7 @@ def j2t(array: jax.Array | NDArray) -> torch.Tensor:
         Torch2JaxError: the array is deleted or donated, or PyTorch does not have its device.
 
     Examples:
+        >>> import jax.numpy as jnp
         >>> a = jnp.arange(3.)
         >>> t = j2t(a)
         >>> t
@@ -332,6 +333,7 @@ def tree_j2t(tree: Any) -> Any:
         Torch2JaxError: what `j2t` raises, with the path of the leaf in front.
 
     Examples:
+        >>> import jax.numpy as jnp
         >>> tree_j2t([jnp.ones(2), "name", None])
         [tensor([1., 1.]), 'name', None]
     """

@@ -85,6 +85,13 @@ class _Module:
 
 
 def is_enabled() -> bool:
+    """Whether "jax" is a PyTorch device in this process.
+
+    >>> import torch2jax
+    >>> torch2jax.device.enable()
+    >>> torch2jax.device.is_enabled()
+    True
+    """
     return bool(_libraries)
 
 
