@@ -96,9 +96,11 @@ def tests(name: str, seconds: float) -> Line:
 
 def no_gpu() -> str | None:
     """Why nothing can be run here."""
-    import jax
-    import torch
-
+    try:
+        import jax
+        import torch
+    except ImportError as error:
+        return f"{sys.executable}: {error}. PYTHON= names a Python that has torch and jax"
     missing = []
     if not torch.cuda.is_available():
         missing.append(f"torch {torch.__version__} sees no NVIDIA GPU")
