@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from torch2jax import SignatureError, Torch2JaxError, TorchCallError, torch2jax
+from torch2jax import SignatureError, Torch2JaxError, Torch2JaxWarning, TorchCallError, torch2jax
 
 X = np.arange(4, dtype=np.float32)
 
@@ -409,3 +409,31 @@ def test_a_result_from_item_is_read_at_every_call() -> None:
 def test_arrays_of_numpy_are_refused_with_their_remedy() -> None:
     with pytest.raises(SignatureError, match="from_numpy"):
         torch2jax(lambda a: a.numpy())(X)
+
+
+@pytest.mark.parametrize("name", ["batch_norm", "instance_norm"])
+def test_running_statistics_of_the_caller_are_not_changed(name: str) -> None:
+    """torch's kernel writes those of batch_norm without saying so: a copy of them is written."""
+    norm = getattr(torch.nn.functional, name)
+    f = torch2jax(lambda x, mean, var: norm(x, mean, var, momentum=0.5, **{STATISTICS[name]: True}))
+    x = jnp.arange(24.0).reshape(4, 3, 2)
+    mean, var = jnp.zeros(3), jnp.ones(3)
+    with pytest.warns(Torch2JaxWarning, match=r"args\[1\], args\[2\] in place"):
+        out = jax.jit(jax.grad(lambda x: (f(x, mean, var) ** 2).sum()))(x)
+    f(x, mean, var).block_until_ready()
+    np.testing.assert_array_equal(mean, np.zeros(3))
+    np.testing.assert_array_equal(var, np.ones(3))
+    assert np.isfinite(out).all()
+
+
+STATISTICS = {"batch_norm": "training", "instance_norm": "use_input_stats"}
+
+
+def test_running_statistics_updated_in_place() -> None:
+    def fn(x: torch.Tensor, mean: torch.Tensor, var: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.batch_norm(x, mean, var, training=True, momentum=0.5)
+
+    x = jnp.arange(24.0).reshape(4, 3, 2)
+    _, (mean, var) = torch2jax(fn, inplace_argnums=(1, 2))(x, jnp.zeros(3), jnp.ones(3))
+    np.testing.assert_allclose(mean, x.mean((0, 2)) / 2, rtol=1e-6)
+    np.testing.assert_allclose(var, 0.5 + x.var((0, 2), ddof=1) / 2, rtol=1e-6)

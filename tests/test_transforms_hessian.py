@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
+import torch
 from cases import Case
 from harness import (
     CORE_TWICE,
@@ -14,9 +16,12 @@ from harness import (
     agree_on_differentiable,
     every,
     like,
+    precision,
     weigh,
     weighed,
 )
+
+from torch2jax import torch2jax
 
 SMALL = [case for case in CORE_TWICE if case.size <= 40]
 MODES = {
@@ -86,3 +91,18 @@ def test_linearized_grad(case: Case) -> None:
         return hvp(*like(xs)), jax.linear_transpose(hvp, *xs)(tuple(like(xs)))
 
     agree_on_differentiable(case, transform, x64=True)
+
+
+def test_an_operator_whose_third_pullback_torch_lacks() -> None:
+    """The Hessian of a transposed convolution goes by forward over reverse mode."""
+    rng = np.random.default_rng(0)
+    x, w = rng.normal(size=(1, 4, 3)), rng.normal(size=(4, 2, 2))
+
+    def fn(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.conv_transpose1d(x, w, stride=2, output_padding=1).pow(3).sum()
+
+    tensor, weight = torch.from_numpy(x), torch.from_numpy(w)
+    expected = torch.autograd.functional.hessian(lambda x: fn(x, weight), tensor)
+    with precision(True):
+        hessian = jax.jit(jax.hessian(torch2jax(fn)))(x, w)
+    np.testing.assert_allclose(hessian, expected.numpy(), rtol=1e-10)

@@ -291,7 +291,7 @@ class _Recorder(TorchDispatchMode):
                 self._generators.append((generator, generator.get_state()))
         if func.namespace not in _NATIVE_NAMESPACES:
             self.custom = True
-        if func._schema.is_mutable:
+        if func._schema.is_mutable or func._schema.name in _STATISTICS_WRITERS:
             self._note_writes(func._schema, args, kwargs)
         if self._probed is not None:
             self._probe_int32(func, args, kwargs)
@@ -305,9 +305,10 @@ class _Recorder(TorchDispatchMode):
 
     def _note_writes(self, schema: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for i, argument in enumerate(schema.arguments):
-            if argument.alias_info is None or not argument.alias_info.is_write:
-                continue
             value = args[i] if i < len(args) else kwargs.get(argument.name)
+            declared = argument.alias_info is not None and argument.alias_info.is_write
+            if not declared and not _writes_statistics(schema, argument.name, args):
+                continue
             for t in tree_leaves(value):
                 if not isinstance(t, torch.Tensor) or t.layout is not torch.strided:
                     continue
@@ -361,6 +362,25 @@ class _Recorder(TorchDispatchMode):
         if any(r() is not None for r in self._results):
             gc.collect()
         return any(r() is not None for r in self._results)
+
+
+def _writes_statistics(schema: Any, argument: str, args: tuple[Any, ...]) -> bool:
+    """Whether an argument is among the statistics that some normalisations write undeclared."""
+    if schema.name not in _STATISTICS_WRITERS or not argument.startswith("running_"):
+        return False
+    training = _STATISTICS_WRITERS[schema.name]
+    return training is None or bool(args[training])
+
+
+_STATISTICS_WRITERS = {
+    "aten::native_batch_norm": 5,
+    "aten::cudnn_batch_norm": 5,
+    "aten::miopen_batch_norm": 5,
+    "aten::batch_norm_update_stats": None,
+    "aten::batch_norm_gather_stats": None,
+    "aten::batch_norm_gather_stats_with_counts": None,
+}
+"""Where their argument ``training`` stands; None: they always write."""
 
 
 def _draws(schema: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -89,7 +89,17 @@ class Jvp:
         return self._two_pullbacks_graph(*self._split(args))
 
     def run(self, *args: Tensor) -> Tensors:
-        return self.outermost(*args) if self.first_order else self.graph(*args)
+        if self.first_order:
+            return self.outermost(*args)
+        try:
+            return self.graph(*args)
+        except Exception as error:
+            # torch cannot pull back twice what it can push forward and pull back:
+            # conv_transpose with output_padding.
+            try:
+                return self._by_forward_mode(self.parent.functional, *self._split(args))
+            except Exception:
+                raise error from None
 
     def outermost(self, *args: Tensor) -> Tensors:
         """By forward mode, where nothing differentiates the result and ``f`` is no derivative.
@@ -121,13 +131,7 @@ class Jvp:
         if not self.forward_ad:
             return reverse(primals, tangents)
         try:
-            f = _restrict(forward_form, primals, self.wrt, self.of)
-            # Under no_grad, forward mode over reverse mode is silently wrong for what saves its
-            # factorisation (linalg.solve, logdet). See NOTE [One forward mode].
-            with _forward_mode, torch.enable_grad():
-                out, pushed = torch.func.jvp(f, take(primals, self.wrt), tangents)  # type: ignore[misc]
-            # torch promotes the tangent of a 0-d tensor beside a Python number to float64.
-            return tuple(t.to(y.dtype) for t, y in zip(pushed, out, strict=True))
+            return self._by_forward_mode(forward_form, primals, tangents)
         except Exception as forward_error:
             try:
                 out = reverse(primals, tangents)
@@ -135,6 +139,17 @@ class Jvp:
                 raise forward_error from None
             self.forward_ad = False
             return out
+
+    def _by_forward_mode(
+        self, form: Function[..., Tensors], primals: Tensors, tangents: Tensors
+    ) -> Tensors:
+        f = _restrict(form, primals, self.wrt, self.of)
+        # Under no_grad, forward mode over reverse mode is silently wrong for what saves its
+        # factorisation (linalg.solve, logdet). See NOTE [One forward mode].
+        with _forward_mode, torch.enable_grad():
+            out, pushed = torch.func.jvp(f, take(primals, self.wrt), tangents)  # type: ignore[misc]
+        # torch promotes the tangent of a 0-d tensor beside a Python number to float64.
+        return tuple(t.to(y.dtype) for t, y in zip(pushed, out, strict=True))
 
     def _two_pullbacks_functional(self, primals: Tensors, tangents: Tensors) -> Tensors:
         f = _restrict(self.parent.functional, primals, self.wrt, self.of)
