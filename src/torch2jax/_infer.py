@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves, tree_map
 
 from . import _state
-from ._reach import preserved, reachable_modules
+from ._reach import preserved
 
 _NATIVE_NAMESPACES = ("aten", "prims", "prim", "c10d", "profiler")
 
@@ -49,7 +49,7 @@ class Inference:
     mutated: frozenset[int] = frozenset()
     """Operands that it changed in place."""
     forward_ad: bool = True
-    """False where it calls an operator that has an autograd formula but no forward-mode one."""
+    """False where it calls an operator whose forward-mode formula may be missing, or is wrong."""
     draws: str | None = None
     """An operator that draws random numbers."""
     refuses_int32: str | None = None
@@ -81,7 +81,7 @@ def infer(
         except _Refused as refused:
             raise refused.error from None
         except Exception as error:
-            return _infer_otherwise(fn, specs, describe, roots, error)
+            return _infer_otherwise(fn, specs, describe, error)
     if recorder.any_alive():
         raise FakeSurvived
     return found
@@ -91,7 +91,6 @@ def _infer_otherwise(
     fn: Callable[..., Any],
     specs: Sequence[Spec],
     describe: Callable[[Any], Any],
-    roots: Iterable[Any],
     fake_error: Exception,
 ) -> Inference:
     """What fake tensors could not tell: with symbols for sizes that depend on values, or values."""
@@ -99,7 +98,7 @@ def _infer_otherwise(
         if type(fake_error).__name__ == "DynamicOutputShapeException":
             with contextlib.suppress(_NoSymbols):
                 return _infer_symbolic(fn, specs, describe)
-        return _infer_real(fn, specs, describe, roots)
+        return _infer_real(fn, specs, describe)
     except _Refused as refused:
         raise refused.error from None
     except Exception as error:
@@ -170,18 +169,18 @@ def _infer_symbolic(
 
 
 def _infer_real(
-    fn: Callable[..., Any],
-    specs: Sequence[Spec],
-    describe: Callable[[Any], Any],
-    roots: Iterable[Any],
+    fn: Callable[..., Any], specs: Sequence[Spec], describe: Callable[[Any], Any]
 ) -> Inference:
-    found = _run_real(fn, [_sample(i, s) for i, s in enumerate(specs)], describe, roots)
+    def run(**others: int) -> Inference:
+        operands = [_sample(i, s, **others) for i, s in enumerate(specs)]
+        return _record(fn, operands, _Recorder(operands), describe)
+
+    found = run()
     if any(s.value is None and not _inexact(s.dtype) for s in specs):
         # Other integers, too: a shape that follows them is not known.
-        others = [_sample(i, s, integer=1) for i, s in enumerate(specs)]
         again = None
         with contextlib.suppress(Exception):  # an index beyond its end, say
-            again = _run_real(fn, others, describe, roots)
+            again = run(integer=1)
         if again is not None and again.result != found.result:
             raise ShapeDependsOnValues
     return found
@@ -189,23 +188,6 @@ def _infer_real(
 
 def _inexact(dtype: torch.dtype) -> bool:
     return dtype.is_floating_point or dtype.is_complex
-
-
-def _run_real(
-    fn: Callable[..., Any],
-    operands: list[torch.Tensor],
-    describe: Callable[[Any], Any],
-    roots: Iterable[Any],
-) -> Inference:
-    # Batch normalisation writes its statistics without saying so in its schema.
-    buffers = [b for m in reachable_modules(roots) for b in m.buffers(recurse=False)]
-    copies = [b.detach().clone() for b in buffers]
-    try:
-        return _record(fn, operands, _Recorder(operands), describe)
-    finally:
-        with torch.no_grad():
-            for live, copy in zip(buffers, copies, strict=True):
-                live.copy_(copy)
 
 
 def _record(
@@ -226,7 +208,7 @@ def _record(
         return Inference(
             result,
             frozenset(changed | recorder.written),
-            not recorder.custom,
+            not recorder.no_forward,
             recorder.draws,
             recorder.refuses_int32,
         )
@@ -267,7 +249,7 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self.last: str | None = None
         self.draws: str | None = None
-        self.custom = False
+        self.no_forward = False
         self.refuses_int32: str | None = None
         self.written: set[int] = set()
         """Operands written, whatever their version counters say: ``_foreach`` moves none."""
@@ -289,8 +271,8 @@ class _Recorder(TorchDispatchMode):
             generator = kwargs.get("generator")
             if generator is not None:
                 self._generators.append((generator, generator.get_state()))
-        if func.namespace not in _NATIVE_NAMESPACES:
-            self.custom = True
+        if func.namespace not in _NATIVE_NAMESPACES or _pushes_wrong(func, args, kwargs):
+            self.no_forward = True
         if func._schema.is_mutable or func._schema.name in _STATISTICS_WRITERS:
             self._note_writes(func._schema, args, kwargs)
         if self._probed is not None:
@@ -362,6 +344,18 @@ class _Recorder(TorchDispatchMode):
         if any(r() is not None for r in self._results):
             gc.collect()
         return any(r() is not None for r in self._results)
+
+
+def _pushes_wrong(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether torch's forward mode is silently wrong where its reverse mode is right.
+
+    Products of ``scatter_reduce`` have a tangent of zero. The others take a tangent for symmetric
+    or triangular, as they take the operand, and read of it what reverse mode leaves out.
+    """
+    name = func._schema.name
+    if name in ("aten::scatter_reduce", "aten::scatter_reduce_"):
+        return "prod" in (*args[4:], *kwargs.values())
+    return name in ("aten::linalg_cholesky_ex", "aten::_linalg_eigh", "aten::triangular_solve")
 
 
 def _writes_statistics(schema: Any, argument: str, args: tuple[Any, ...]) -> bool:

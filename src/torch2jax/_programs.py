@@ -74,8 +74,9 @@ class Flat:
 class Jvp:
     """``(x, t) -> ∂f_D/∂x_S(x) · t``, by forward mode or, where it is missing, by two pullbacks.
 
-    The pullback ``u -> Jᴴ u`` is linear in ``u`` for any ``u``; its own pullback at ``t`` is
-    ``J t``. Old-style ``autograd.Function``s and operators without a forward formula need this.
+    The pullback ``u -> Jᴴ u`` is linear in ``u``; its own pullback at ``t``, for any ``u``, is
+    ``J t``. (Ones, because torch pulls back through ``logcumsumexp`` by way of the logarithm of
+    ``u``.) Old-style ``autograd.Function``s and operators without a forward formula need this.
     """
 
     def __init__(self, parent: Program, wrt: Indices, of: Indices) -> None:
@@ -154,15 +155,15 @@ class Jvp:
     def _two_pullbacks_functional(self, primals: Tensors, tangents: Tensors) -> Tensors:
         f = _restrict(self.parent.functional, primals, self.wrt, self.of)
         out, pullback = torch.func.vjp(f, *take(primals, self.wrt))  # type: ignore[misc]
-        zeros = map(torch.zeros_like, out)
-        _, push = torch.func.vjp(lambda *u: pullback(u), *zeros)  # type: ignore[misc]
+        u = map(torch.ones_like, out)
+        _, push = torch.func.vjp(lambda *u: pullback(u), *u)  # type: ignore[misc]
         return push(tangents)
 
     def _two_pullbacks_graph(self, primals: Tensors, tangents: Tensors) -> Tensors:
         with torch.enable_grad():
             primals = _watch(primals, self.wrt)
             out = take(self.parent.graph(*primals), self.of)
-            u = tuple(torch.zeros_like(o, requires_grad=True) for o in out)
+            u = tuple(torch.ones_like(o, requires_grad=True) for o in out)
             pulled = _gradients(out, take(primals, self.wrt), u, create_graph=True)
             return _gradients(pulled, u, tangents, create_graph=True)
 
