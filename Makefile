@@ -28,7 +28,7 @@ PIP := $(PY) -m pip --disable-pip-version-check install --quiet
 CPP     := $(wildcard cpp/*.cc cpp/*.h)
 PYTHONS := src tests examples tools $(wildcard benchmarks) install_package_aliased.py
 
-.PHONY: help demo docs test test-ops test-fuzz test-matrix soak bench gpu-check wheel lint format clean
+.PHONY: help demo docs test test-ops test-fuzz test-matrix asan tsan soak bench gpu-check wheel lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -42,6 +42,12 @@ test: $(VENV)/.test $(VENV)/.demo ## run the tests, less those of wheels (wheel)
 test-ops: $(VENV)/.test ## run all of PyTorch's own operator samples, not two of each (half an hour)
 	T2J_ALL_OP_SAMPLES=1 $(PY) -m pytest -n $(JOBS) tests/test_ops.py $(PYTEST)
 	$(PY) -m pytest -n $(JOBS) tests/test_lowerings.py $(PYTEST)
+
+asan: $(VENV)/.test ## the extension under AddressSanitizer and UBSan, with leaks and injected faults
+	$(PY) tools/sanitize.py address -- $(PYTEST)
+
+tsan: $(VENV)/.test ## the handler and the registry under ThreadSanitizer
+	$(PY) tools/sanitize.py thread -- $(PYTEST)
 
 soak: $(VENV)/.package ## long runs before a release: memory is flat, nothing hangs (20 minutes)
 	$(PY) tools/soak.py $(SOAK)

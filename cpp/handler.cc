@@ -180,7 +180,7 @@ class StreamOrder {
   std::string error_;
 };
 
-ffi::Error Call::Run() {
+ffi::Error Call::Run() try {
   ran_ = true;
   if (ffi::Error error = CheckCounts(); error.failure()) return error;
   StreamOrder order(torch_stream_, target_);
@@ -199,6 +199,8 @@ ffi::Error Call::Run() {
   }
   if (ffi::Error error = CheckInPlace(&views, number); error.failure()) return error;
   return CheckEscaped(&views);
+} catch (const std::exception& error) {  // std::bad_alloc
+  return ffi::Error::Internal(callable_.label + " failed: " + error.what());
 }
 
 ffi::Error Call::CheckCounts() const {
@@ -302,6 +304,9 @@ ffi::Error Call::CheckInPlace(Views* views, uint64_t number) {
   for (size_t i = 0; i < args_.size(); ++i) {
     if (callable_.inplace[i]) continue;
     Owned version = Owned::Steal(PyObject_GetAttr((*views)[i], torch_.name_version.get()));
+    if (!version && PyErr_ExceptionMatches(PyExc_RuntimeError) == 0) {
+      return PythonError(torch_, callable_);
+    }
     if (!version) PyErr_Clear();  // an inference tensor has none
     if (!version || version.get() == torch_.zero.get()) continue;
     return ffi::Error(ffi::ErrorCode::kFailedPrecondition,
@@ -389,11 +394,7 @@ ffi::Error Call::RunInside(PyObject* python, PyObject* extra0, PyObject* extra1,
 PyObject* Call::Body(PyObject* self, PyObject* /*unused*/) {
   auto* call = static_cast<Call*>(PyCapsule_GetPointer(self, "call"));
   if (call == nullptr) return nullptr;
-  try {
-    call->outcome_ = call->Run();
-  } catch (const std::exception& error) {
-    call->outcome_ = ffi::Error::Internal(error.what());
-  }
+  call->outcome_ = call->Run();
   Py_RETURN_NONE;
 }
 
@@ -498,7 +499,8 @@ XLA_FFI_Error* GpuHandler(XLA_FFI_CallFrame* call_frame) {
   return handler->Call(call_frame);
 }
 
-void SetTorch(const Torch* torch) noexcept {
+void SetTorch(Torch* torch) noexcept {
+  torch->previous = current_torch.load(std::memory_order_acquire);
   current_torch.store(torch, std::memory_order_release);
 }
 

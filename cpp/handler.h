@@ -12,8 +12,8 @@ namespace bridge {
 XLA_FFI_Error* CpuHandler(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* GpuHandler(XLA_FFI_CallFrame* call_frame);
 
-// Takes ownership. Later calls use it; calls under way keep the one they have.
-void SetTorch(const Torch* torch) noexcept;
+// Takes ownership. Later calls use it; calls under way keep the one they have. Needs the GIL.
+void SetTorch(Torch* torch) noexcept;
 const Torch* GetTorch() noexcept;
 
 // From now on calls are refused. Waits, without the GIL, up to some seconds for those under way.

@@ -14,6 +14,9 @@
 #include "cuda_driver.h"
 #include "handler.h"
 #include "tensors.h"
+#ifdef T2J_TESTING
+#include "testing.h"
+#endif
 
 namespace nb = nanobind;
 
@@ -102,6 +105,9 @@ void Setup(nb::object exchange_api, nb::module_ module, nb::object ambient_clean
            bool force_capsules, bool rocm) {
   auto torch = std::make_unique<Torch>();
   torch->api = force_capsules ? nullptr : ExchangeApiOf(exchange_api);
+#ifdef T2J_TESTING
+  torch->api = testing::Watched(torch->api);
+#endif
   torch->rocm = rocm;
   nb::object tensor_type = module.attr("Tensor"), internals = module.attr("_C");
   torch->tensor_type = ToOwned(tensor_type);
@@ -228,4 +234,12 @@ NB_MODULE(_ext, m) {
       "How tensors travel: \"c-exchange-api\", \"capsules\", or \"none\" before setup().");
   m.def("dtype_routes", &DtypeRoutes,
         "dtype name -> name of the dtype as which PyTorch's DLPack carries it.");
+
+#ifdef T2J_TESTING
+  m.def("arm", &testing::Arm, nb::arg("fails") = testing::kNever,
+        "From now on steps of the handler count, from 0, and the step `fails` fails.");
+  m.def("disarm", &testing::Disarm, "The names of the steps since arm().");
+  m.def("stress_registry", &testing::StressRegistry, nb::arg("threads"), nb::arg("rounds"),
+        "Uses the registry in threads without the GIL. Raises RuntimeError where it errs.");
+#endif
 }

@@ -237,8 +237,8 @@ GradMode::GradMode(const Torch& torch, bool enabled) : torch_(torch) {
     before_ = before.get() == Py_True;
     if (!before) return;
   }
-  ok_ = before_ == enabled || Set(enabled);
-  changed_ = ok_ && before_ != enabled;
+  changed_ = before_ != enabled;  // restored too where the switch reports an error
+  ok_ = !changed_ || Set(enabled);
 }
 
 GradMode::~GradMode() {
@@ -293,7 +293,10 @@ Owned Views::Import(const Torch& torch, void* data, dl::Device device, dl::DataT
   managed.deleter = Arena::Release<dl::ManagedTensor>;
   Fill(&managed.dl_tensor, dims, data, device, dtype, shape, rank);
   Owned capsule = Owned::Steal(PyCapsule_New(&managed, kCapsuleName, ReleaseCapsule));
-  if (!capsule) return Owned();
+  if (!capsule) {
+    arena_->Drop();  // PyTorch never saw it
+    return Owned();
+  }
   return CallFunction(torch.from_dlpack.get(), capsule.get());
 }
 

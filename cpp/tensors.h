@@ -23,8 +23,9 @@ struct DtypeRoute {
 };
 
 // What the handler uses of PyTorch and of the package's Python half. Immutable after setup(). A new
-// setup() puts a new one in its place and leaks the old one: calls may be using it.
+// setup() puts a new one in its place and keeps the old one: calls may be using it.
 struct Torch {
+  const Torch* previous = nullptr;
   const dl::ExchangeApi* api = nullptr;  // null: tensors travel in DLPack capsules
   bool rocm = false;
   Owned tensor_type, set_grad_enabled, is_grad_enabled, from_dlpack, to_dlpack;

@@ -21,6 +21,7 @@ import torch
 import torch.utils.checkpoint as checkpoints
 
 from torch2jax import (
+    DifferentiationError,
     Size,
     Torch2JaxWarning,
     TorchCallError,
@@ -161,6 +162,20 @@ def test_functions_are_freed_after_exceptions() -> None:
 
     assert freed(Raises, at_trace)
     assert freed(Raises, at_run)
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_functions_are_freed_after_derivatives_beyond_depth(depth: int) -> None:
+    """A rule that holds tracers would never be freed: JAX keeps traces that failed."""
+
+    def beyond(fn: Any) -> None:
+        g = total(torch2jax(fn, depth=depth))
+        for _ in range(depth + 1):
+            g = total(jax.grad(g))
+        with pytest.raises(DifferentiationError):
+            jax.jit(g)(X)
+
+    assert freed(Fn, beyond)
 
 
 def test_an_executable_keeps_its_function() -> None:

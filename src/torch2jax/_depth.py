@@ -36,7 +36,7 @@ def call_to_depth(
 
     if depth == 0:
         return run(*operands)
-    avals = [(x.shape, x.dtype) for x in map(jax.typeof, operands)]
+    avals = [(x.shape, x.dtype) for x in map(jax.typeof, operands)]  # the rules hold these alone
     f, _, _ = untaped(callable, operands, ())
     at = callable.inputs.index("the token") if callable.keep is not None else len(operands)
     wrt = tuple(i for i, (_, d) in enumerate(avals) if is_inexact(d) and i not in nondiff)
@@ -60,7 +60,7 @@ def call_to_depth(
         shapes = [avals[i] for i in wrt]
         grads = call_to_depth(pullback, [*saved, *seeds], shapes, depth - 1, nondiff)
         by_index = dict(zip(wrt, grads, strict=True))
-        return tuple(by_index.get(i) for i in range(len(operands)))
+        return tuple(by_index.get(i) for i in range(len(avals)))
 
     def run_keeping(*xs: Any) -> list[Any]:
         return call(keep or callable, xs, (*results, TOKEN), differentiable=False)

@@ -29,7 +29,10 @@ class DifferentiationError(Torch2JaxError, TypeError):
 
 
 class TorchCallError(Torch2JaxError, RuntimeError):
-    """The PyTorch function raised during an eager call; `__cause__` is its exception."""
+    """The PyTorch function raised during an eager call; `__cause__` is its exception.
+
+    Not for `KeyboardInterrupt` and `SystemExit`, which an eager call lets through.
+    """
 
 
 class Torch2JaxWarning(UserWarning):

@@ -298,12 +298,18 @@ _RUNTIME_ERRORS = (jax.errors.JaxRuntimeError, ValueError)
 """As which an error of XLA comes: the latter from jit's C++ path."""
 
 
+_NOT_CAUGHT = (KeyboardInterrupt, SystemExit)
+"""What asks the process to end: `except Exception` would swallow a TorchCallError in its place."""
+
+
 def _raise_original(error: Exception, label: str) -> None:
     """Raise what the user should meet in place of an error of XLA that carries one of ours."""
     text = str(error)
     found = _state.take_exception(text)
     if found is not None:
         message, original = found
+        if isinstance(original, _NOT_CAUGHT):
+            raise original from original.__cause__  # a cause hides the error of XLA
         raise TorchCallError(message) from original
     # The handler's own checks; INTERNAL is an exception that was not kept: too many came since.
     for status in ("INVALID_ARGUMENT: ", "FAILED_PRECONDITION: ", "INTERNAL: "):

@@ -121,6 +121,7 @@ def torch2jax(
       DifferentiationError: for a derivative beyond ``depth``.
       TorchCallError: for an exception in ``fn``, from an eager call; its ``__cause__`` is that
         exception. Under your own ``jax.jit`` it is JAX's runtime error with the same text.
+        ``KeyboardInterrupt`` and ``SystemExit`` leave an eager call as themselves.
 
     Examples:
       >>> import jax, jax.numpy as jnp, torch
