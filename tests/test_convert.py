@@ -589,6 +589,9 @@ REFUSED: dict[str, tuple[type[Torch2JaxError], Callable[[], Any], str]] = {
         lambda: torch.zeros(3, dtype=torch.complex32),
         r"torch\.complex32.*Supported",
     ),
+    "module": (SignatureError, lambda: torch.nn.Linear(2, 2), "Linear.*from_module"),
+    "function": (SignatureError, lambda: torch.sin, r"torch2jax\(fn\)"),
+    "dtype": (SignatureError, lambda: torch.float32, "dtype_t2j"),
 }
 
 
@@ -598,6 +601,16 @@ def test_t2j_refuses(label: str) -> None:
     value = quietly(make)
     with pytest.raises(error, match=words):
         t2j(value)
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [(jnp.sin, r"jax2torch\(fn\)"), (jnp.float32, "dtype_j2t"), (np.dtype("int8"), "dtype_j2t")],
+    ids=str,
+)
+def test_j2t_says_what_converts_the_rest(value: Any, words: str) -> None:
+    with pytest.raises(SignatureError, match=words):
+        j2t(value)
 
 
 @pytest.mark.parametrize("transform", ["vmap", "grad", "jvp", "nested"])

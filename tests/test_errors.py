@@ -239,6 +239,23 @@ def test_which_of_many_results_disagrees() -> None:
         jax.block_until_ready(f(X))
 
 
+@pytest.mark.parametrize(
+    ("declared", "returned"),
+    [([0, 0], (0, 0)), ((0, 0), [0, 0]), ({"y": [0, (0,)]}, {"y": (0, [0])})],
+    ids=str,
+)
+def test_declared_lists_and_tuples_are_one(declared: Any, returned: Any) -> None:
+    shapes = jax.tree.map(lambda _: Size([4]), declared)
+    f = torch2jax(lambda a: jax.tree.map(lambda _: a + 1, returned), output_shapes=shapes)
+    for call in (f, f, jax.jit(f)):
+        out = call(X)
+        assert jax.tree.structure(out) == jax.tree.structure(declared)
+        for leaf in jax.tree.leaves(out):
+            same(leaf, X + 1)
+    with pytest.raises(TorchCallError, match="another structure"):
+        jax.block_until_ready(torch2jax(lambda a: (a, {"b": a}), output_shapes=shapes)(X))
+
+
 def test_disagreements_of_an_eager_call_are_of_this_package() -> None:
     """The user who catches Torch2JaxError catches this one too."""
     for fn in (lambda a: a[:2], lambda a: (a, a), lambda a: "text"):

@@ -274,6 +274,46 @@ def test_random_numbers_come_from_the_key() -> None:
         torch2jax(lambda x: torch.dropout(x, 0.5, True), lower=True)(x)
 
 
+DRAWS: dict[str, tuple[Any, float, float]] = {  # with the mean and the deviation of what is drawn
+    "normal of numbers": (lambda: torch.normal(1.0, 2.5, (4000,)), 1.0, 2.5),
+    "normal of numbers, size=": (lambda: torch.normal(mean=1.0, std=2.5, size=[4000]), 1.0, 2.5),
+    "normal of a tensor": (lambda: torch.normal(torch.ones(4000), 2.5), 1.0, 2.5),
+    "binomial": (
+        lambda: torch.binomial(torch.full((4000,), 10.0), torch.full((4000,), 0.3)), 3.0, 2.1**0.5,
+    ),
+    "rrelu": (
+        lambda: torch.nn.functional.rrelu(-torch.ones(4000), 0.2, 0.4, training=True),
+        -0.3, 0.2 / 12**0.5,
+    ),
+    "rrelu_": (
+        lambda: torch.nn.functional.rrelu(-torch.ones(4000), 0.2, 0.4, True, inplace=True),
+        -0.3, 0.2 / 12**0.5,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_no_draw_is_a_constant_of_the_program(name: str) -> None:
+    draw, mean, deviation = DRAWS[name]
+    f = jax.jit(torch2jax(draw, lower=True, stochastic=True))
+    a, b = f(rng=jax.random.key(0)), f(rng=jax.random.key(1))
+    assert (a == f(rng=jax.random.key(0))).all()
+    assert (a != b).any()
+    close(a.mean(), mean, 5 * deviation / 4000**0.5)
+    close(a.std(), deviation, 0.1 * deviation)
+    with pytest.raises(SignatureError, match="rng="):
+        torch2jax(draw, lower=True)()
+
+
+def test_rrelu_without_training() -> None:
+    x = np.linspace(-2, 2, 9, dtype=np.float32)
+    expected = torch.nn.functional.rrelu(torch.from_numpy(x), 0.2, 0.5).numpy()
+    f = torch2jax(lambda x: torch.nn.functional.rrelu(x, 0.2, 0.5), lower=True, stochastic=True)
+    close(f(x, rng=jax.random.key(0)), expected)
+    slopes = jax.grad(lambda x: f(x, rng=jax.random.key(0)).sum())(x)
+    close(slopes, np.where(x > 0, 1, 0.35))
+
+
 def test_shapes_that_depend_on_values_say_so() -> None:
     with pytest.raises(Exception, match="depends on the values"):
         jax.jit(torch2jax(lambda x: x[x > 0], lower=True))(jnp.ones(3))

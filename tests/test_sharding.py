@@ -248,6 +248,36 @@ def test_explicit_operands_without_specs() -> None:
     close(jax.jit(lambda x, w: f(x, w) + x)(whole, w), layer(X, W) + X)
 
 
+@pytest.mark.parametrize("depth", [None, 1, 2])
+def test_replicated_operands_to_any_depth(depth: int | None) -> None:
+    """What every shard says of an operand that all share is summed over the shards."""
+    grads = jax.jit(jax.grad(loss(given(depth=depth)), (0, 1)))(X, W)
+    close(grads, jax.grad(loss(layer), (0, 1))(X, W))
+    local = jax.shard_map(
+        jax.grad(loss(torch2jax(torch_layer, depth=depth)), (0, 1)),
+        mesh=AUTO, in_specs=(P("data"), P()), out_specs=(P("data"), P()),
+    )  # fmt: skip
+    close(local(X, W), jax.grad(loss(layer), (0, 1))(X, W))
+
+
+@pytest.mark.parametrize("spec", [P("data"), P()], ids=str)
+@pytest.mark.parametrize("declared", [False, True])
+def test_examples_over_several_devices(spec: P, declared: bool) -> None:
+    """Their types are read, and their values are not gathered."""
+    x = jax.device_put(X, NamedSharding(EXPLICIT, spec))
+    shapes = jax.ShapeDtypeStruct((8, 4), jnp.float32) if declared else None
+    f = torch2jax(torch_layer, x, W, out_specs=P("data") if spec else None, output_shapes=shapes)
+    with entered_mesh(EXPLICIT):
+        close(f(x, W), layer(X, W))
+
+
+def test_a_donated_example() -> None:
+    x = jnp.array(X)
+    f = torch2jax(torch_layer, x, W)
+    x.delete()
+    close(f(X, W), layer(X, W))
+
+
 def test_specs_inside_shard_map() -> None:
     sharded = jax.shard_map(given(), mesh=AUTO, in_specs=(P("data"), P()), out_specs=P("data"))
     close(sharded(X, W), layer(X, W))

@@ -126,6 +126,12 @@ def _check_tensor(tensor: object) -> None:
     if not isinstance(tensor, torch.Tensor):
         if isinstance(tensor, jax.Array):
             remedy = "It is a JAX array already; j2t goes the other way."
+        elif isinstance(tensor, torch.nn.Module):
+            remedy = "from_module(module) makes a JAX function and its variables of a module."
+        elif isinstance(tensor, torch.dtype):
+            remedy = "dtype_t2j converts dtypes."
+        elif callable(tensor):
+            remedy = "torch2jax(fn) makes a JAX function of a PyTorch function."
         else:
             remedy = (
                 "jnp.asarray makes arrays of numbers, lists and NumPy arrays; "
@@ -252,6 +258,10 @@ def _check_array(array: object) -> None:
     if not isinstance(array, jax.Array):
         if isinstance(array, torch.Tensor):
             remedy = "It is a tensor already; t2j goes the other way."
+        elif isinstance(array, np.dtype | type):
+            remedy = "dtype_j2t converts dtypes."
+        elif callable(array):
+            remedy = "jax2torch(fn) makes a PyTorch function of a JAX function."
         else:
             remedy = (
                 "torch.tensor makes tensors of numbers and lists; tree_j2t takes trees of arrays."

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from ._callable import Callable
+from ._compat import varying_together
 from ._keep import keepable, kept, with_token
 from ._primitive import TOKEN, call
 from ._rules.autodiff import is_inexact, untaped
@@ -36,6 +37,8 @@ def call_to_depth(
 
     if depth == 0:
         return run(*operands)
+    # Outside of the rules: a cotangent must vary over the mesh as its operand does.
+    operands = varying_together(operands)
     avals = [(x.shape, x.dtype) for x in map(jax.typeof, operands)]  # the rules hold these alone
     f, _, _ = untaped(callable, operands, ())
     at = callable.inputs.index("the token") if callable.keep is not None else len(operands)

@@ -243,29 +243,46 @@ _SINGLE = jax.tree.structure(0)
 
 def _collector(result: Result, label: str) -> Callable[[Any], Tensors]:
     """A function from what ``fn`` returns to a flat tuple of tensors."""
-    expected = result.treedef
-    single = expected == _SINGLE
+    met = result.treedef  # the structure that fn returned last
+    single = met == _SINGLE
 
     def collect(out: Any) -> Tensors:
+        nonlocal met
         if single and isinstance(out, Tensor):
             return (out,)
         leaves, treedef = tree_flatten(out)
-        if treedef == expected and all(isinstance(t, Tensor) for t in leaves):
+        if treedef == met and all(isinstance(t, Tensor) for t in leaves):
             return tuple(leaves)
         labelled, treedef = flatten_result(out, label)
-        _check_structure(treedef, expected, label)
+        _check_structure(treedef, result, label)
+        met = treedef
         return tuple(t for _, t in labelled)
 
     return collect
 
 
-def _check_structure(got: Any, expected: Any, label: str) -> None:
-    if got != expected:
-        raise SignatureError(
-            f"{label} returned another structure than when it was traced: got {got}, expected "
-            f"{expected}. A result's structure may depend on shapes, dtypes and static arguments "
-            "only; output_shapes= must describe it where it is given."
+def _check_structure(got: Any, result: Result, label: str) -> None:
+    expected = result.treedef
+    if got == expected or (result.declared and _with_tuples(got) == _with_tuples(expected)):
+        return
+    raise SignatureError(
+        f"{label} returned another structure than when it was traced: got {got}, expected "
+        f"{expected}. A result's structure may depend on shapes, dtypes and static arguments "
+        "only; output_shapes= must describe it where it is given."
+    )
+
+
+def _with_tuples(treedef: Any) -> Any:
+    """The structure with tuples for its lists, which ``output_shapes=`` does not tell apart."""
+
+    def convert(tree: Any) -> Any:
+        return jax.tree.map(
+            lambda x: tuple(map(convert, x)) if type(x) is list else x,
+            tree,
+            is_leaf=lambda x: type(x) is list,
         )
+
+    return jax.tree.structure(convert(treedef.unflatten(range(treedef.num_leaves))))
 
 
 def _cast(leaves: Tensors, casts: Sequence[tuple[int, torch.dtype]]) -> Tensors:

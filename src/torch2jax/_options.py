@@ -187,7 +187,8 @@ class Operands:
         """The value of an operand's example, if it has one and fits."""
         x = self.examples.get(index)
         if isinstance(x, jax.Array) and not isinstance(x, Tracer):
-            x = j2t(x)
+            # A donated array has no value left, and one over several devices none for one tensor.
+            x = None if x.is_deleted() or len(x.devices()) > 1 else j2t(x)
         elif isinstance(x, np.ndarray):
             x = torch.from_numpy(x)
         if isinstance(x, torch.Tensor) and tuple(x.shape) == shape and x.device.type != "meta":

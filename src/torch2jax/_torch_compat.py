@@ -24,6 +24,7 @@ from torch._functorch.vmap import (
     vmap_increment_nesting,
 )
 from torch.autograd import forward_ad
+from torch.utils._device import DeviceContext as DeviceContext
 
 unwrap_if_dead: Any = _unwrap_if_dead
 add_batch_dim: Any = _add_batch_dim

@@ -70,7 +70,8 @@ def torch2jax(
         x64 off: ``fn`` gets int64), not shapes: those are read at every trace.
       example_kw: example keyword arguments. Keyword arguments always work, with gradients.
       output_shapes: pytree of ``jax.ShapeDtypeStruct``, arrays, tensors or ``torch.Size``. Given,
-        ``fn`` is never evaluated to infer its result, and a result that differs is an error.
+        ``fn`` is never evaluated to infer its result, and a result that differs is an error; a
+        list and a tuple do not.
       depth: None for derivatives of any order in both modes; ``k >= 1`` for ``k`` nested
         ``jax.custom_vjp`` rules, reverse mode only; 0 for none.
       nondiff_argnums: positional arguments that get zero cotangents without torch work.

@@ -485,8 +485,9 @@ class _Op:
                 cell.version += 1
                 cell.recipe = None
             if self.returns_mutated:
+                n = len(self.func._schema.returns)  # of what is written to, the first
                 found = [operands[slot] for slot in slots]
-                return found[0] if len(found) == 1 else tuple(found)
+                return found[0] if n == 1 else tuple(found[:n])
             if not self.func._schema.returns:
                 return None
         if isinstance(out, jax.Array):

@@ -19,6 +19,7 @@ from .._function import TorchFunction
 from .._options import Config, Operands
 from .._replica import Forward, Layout
 from .._shards import Shards
+from .._torch_compat import DeviceContext
 from . import dispatch, random
 from .custom import differentiable_by_jax
 from .registration import enable
@@ -144,6 +145,19 @@ def _result(t: torch.Tensor) -> Any:
     return dispatch.value_of(t) if isinstance(t, Tensor) else from_torch(t)
 
 
+class _OnJax(DeviceContext):
+    """``with torch.device("jax")``, for ``torch.normal(0.0, 1.0, size)`` too.
+
+    PyTorch's default device leaves that one out: it would be drawn on the CPU, as a constant.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.normal and (len(args) > 2 or "size" in kwargs):
+            kwargs = {"device": self.device, **kwargs}
+        return super().__torch_function__(func, types, args, kwargs)
+
+
 @contextlib.contextmanager
 def running(default_dtype: torch.dtype, key: Any) -> Any:
     """The state in which ``fn`` is traced: device jax, JAX's derivatives, draws from the key."""
@@ -151,7 +165,7 @@ def running(default_dtype: torch.dtype, key: Any) -> Any:
         stack.enter_context(_state.clean(default_dtype))
         # So that what fn differentiates itself (forces, torch.func) has its graph.
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(torch.device("jax"))
+        stack.enter_context(_OnJax(torch.device("jax")))
         stack.enter_context(random.drawing_from(key, words=True))
         stack.enter_context(dispatch.lowering_scope())
         stack.enter_context(differentiable_by_jax())

@@ -183,6 +183,29 @@ def poisson(words: Any, self: Any) -> Any:
     return jax.random.poisson(_key(words), self).astype(self.dtype)
 
 
+@lowering("binomial", random=True)
+def binomial(words: Any, count: Any, prob: Any) -> Any:
+    dtype = wide(count.dtype)
+    drawn = jax.random.binomial(_key(words), cast(count, dtype), cast(prob, dtype), dtype=dtype)
+    return cast(drawn, count.dtype)
+
+
+@lowering("rrelu_with_noise", "rrelu_with_noise_functional", random=True)
+def rrelu_with_noise(
+    words: Any,
+    self: Any,
+    noise: Any,
+    lower: float = 0.125,
+    upper: float = 1 / 3,
+    training: bool = False,
+) -> Any:
+    if not training:
+        return jnp.where(self > 0, self, self * ((lower + upper) / 2)).astype(self.dtype), noise
+    drawn = _uniform(words, self.shape, self.dtype) * (upper - lower) + lower
+    slope = jnp.where(self > 0, 1, drawn).astype(noise.dtype)
+    return (self * slope).astype(self.dtype), slope
+
+
 @lowering("_standard_gamma", random=True)
 def standard_gamma(words: Any, self: Any) -> Any:
     return cast(jax.random.gamma(_key(words), cast(self, wide(self.dtype))), self.dtype)
