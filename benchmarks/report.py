@@ -11,8 +11,6 @@ from peers import SUBJECTS
 from rich.console import Console
 from rich.table import Table
 
-BEGIN, END = "<!-- overhead: begin -->", "<!-- overhead: end -->"
-
 
 @dataclass(frozen=True)
 class Figure:
@@ -163,10 +161,10 @@ def markdown(report: Report) -> str:
     return "\n".join(parts)
 
 
-def write_section(page: Path, text: str) -> None:
-    """Replace what stands between the two marks of ``page``."""
-    before, begin, rest = page.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
+def write_section(page: Path, text: str, name: str = "overhead") -> None:
+    """Replace what stands between the two marks of a section of ``page``."""
+    before, begin, rest = page.read_text().partition(f"<!-- {name}: begin -->")
+    _, end, after = rest.partition(f"<!-- {name}: end -->")
     if not begin or not end:
-        raise SystemExit(f"{page} has no section between {BEGIN} and {END}")
+        raise SystemExit(f"{page} has no section called {name}")
     page.write_text(f"{before}{begin}\n{text}\n{end}{after}")

@@ -44,10 +44,6 @@ _add("PyTorch wants these indices on the CPU", "tensor_split-float32", "tensor_s
 _add("PyTorch wants these scales beside the operands", "torch__scaled_mm-float8_e4m3fn-eager")
 _add("PyTorch wants these scales beside the operands", "torch__scaled_mm_v2-float8_e4m3fn-eager")
 _add("JAX has no derivative of a scattered product", "scatter_reduce_prod-float32-lowered")
-_add(
-    "it asks requires_grad whether to compute a gradient, which a traced tensor does not have",
-    "nn_functional_linear_cross_entropy_chunked-float32-lowered",
-)
 
 # They draw: other numbers than PyTorch's. Shapes and dtypes are compared, values are not.
 RANDOM = {

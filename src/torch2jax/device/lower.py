@@ -58,6 +58,12 @@ class LoweredFunction(TorchFunction):
             for i, x in enumerate(operands)
         ]
         avals = [jax.typeof(x) for x in arrays]
+        for label, a in zip(labels, avals, strict=True):
+            if not all(isinstance(n, int) for n in a.shape):
+                raise SignatureError(
+                    f"{label} of {self._label} has the shape {a.shape}: PyTorch code needs sizes "
+                    "that are numbers. Export one program for each size."
+                )
         casts = dict(facts.casts([a.dtype for a in avals]))
         dtypes = [casts.get(i) or dtype_j2t(a.dtype) for i, a in enumerate(avals)]
         narrow = [i for i, d in enumerate(dtypes) if d is torch.int32 and i not in casts]

@@ -10,6 +10,7 @@ from . import factories as factories
 from . import foreach as foreach
 from . import indexing as indexing
 from . import linalg as linalg
+from . import losses as losses
 from . import normalization as normalization
 from . import pooling as pooling
 from . import random as random

@@ -12,7 +12,6 @@ import torch
 from .._compat import trace_state_clean
 from .registry import carried, cast, kind, lowering
 
-
 FEW = 1 << 16
 """Elements up to which a tensor without operands may be a constant of a program."""
 
