@@ -108,7 +108,10 @@ def close(actual: Any, expected: Any, where: str) -> None:
     # Deep convolution nets add up long sums in other orders: measured beside the largest value.
     expected = expected.detach().numpy()
     scale = max(float(np.abs(expected).max(initial=0)), 1e-3)
-    np.testing.assert_allclose(np.asarray(actual) / scale, expected / scale, 0, 2e-3, err_msg=where)
+    off = np.abs(np.asarray(actual) - expected) / scale
+    # A unit before a ReLU that is 0 but for rounding passes its gradient on in one of the two.
+    assert np.sum(off > 2e-3) <= off.size // 100, f"{where}: {np.sum(off > 2e-3)} of {off.size}"
+    assert off.max(initial=0) < 3e-2, f"{where}: {off.max()}"
 
 
 def agrees(model: nn.Module, inputs: dict[str, Any], train: bool) -> None:
