@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 # The PyTorch that is put into .venv; before the package, which is content with any from 2.6 on.
 TORCH  ?= torch==2.13.0
+# The torchvision that belongs to it, for test-ops.
+TORCHVISION ?= torchvision==0.28.0
 # Processes that run the tests; a file stays in one.
 JOBS   ?= 2
 # More options for pytest: make test PYTEST="-x tests/test_convert.py"
@@ -36,12 +38,13 @@ help: ## list the targets
 demo: $(VENV)/.demo ## train a PyTorch CNN with JAX on handwritten digits (one minute)
 	$(PY) examples/train_digits.py --output build/train_digits.png --require 0.97
 
-test: $(VENV)/.test $(VENV)/.demo ## run the tests, less those of wheels (wheel) and of lowered operators (test-ops)
-	$(PY) -m pytest -n $(JOBS) --dist loadfile --ignore=tests/test_lowerings.py --ignore=tests/test_wheel.py $(PYTEST)
+test: $(VENV)/.test $(VENV)/.demo ## run the tests; of the operators through the lowerings a part (test-ops: all)
+	$(PY) -m pytest -n $(JOBS) --dist loadfile --ignore=tests/test_lower_vision.py --ignore=tests/test_wheel.py $(PYTEST)
 
-test-ops: $(VENV)/.test ## run all of PyTorch's own operator samples, not two of each (half an hour)
+test-ops: $(VENV)/.test $(VENV)/.vision ## all of PyTorch's own operator samples, and all lowerings (two hours)
 	T2J_ALL_OP_SAMPLES=1 $(PY) -m pytest -n $(JOBS) tests/test_ops.py $(PYTEST)
-	$(PY) -m pytest -n $(JOBS) tests/test_lowerings.py $(PYTEST)
+	T2J_ALL_LOWERINGS=1 $(PY) -m pytest -n $(JOBS) tests/test_lowerings.py tests/test_lower_models.py $(PYTEST)
+	T2J_ALL_LOWERINGS=1 PYTHONPATH=$(VENV)/vision $(PY) -m pytest -n $(JOBS) tests/test_lower_vision.py $(PYTEST)
 
 asan: $(VENV)/.test ## the extension under AddressSanitizer and UBSan, with leaks and injected faults
 	$(PY) tools/sanitize.py address -- $(PYTEST)
@@ -114,6 +117,11 @@ $(VENV)/.package: $(VENV)/.torch pyproject.toml CMakeLists.txt $(CPP)
 # build it once without isolation, with the newest headers.
 $(VENV)/.test: $(VENV)/.package tools/requirements.py
 	$(PY) tools/requirements.py test --build | $(PIP) -r /dev/stdin
+	@touch $@
+
+# Beside the environment: transformers would import it, and this wheel is built for CUDA.
+$(VENV)/.vision: $(VENV)/.test
+	$(PIP) --no-deps --target $(VENV)/vision '$(TORCHVISION)' && $(PIP) pillow
 	@touch $@
 
 $(VENV)/.demo $(VENV)/.docs $(VENV)/.lint $(VENV)/.wheel: $(VENV)/.%: $(VENV)/.package tools/requirements.py

@@ -39,6 +39,7 @@ PROGRAMS = (
     Program("size", PAGE, "--plot docs/images/size.svg", "--rounds 3 --bytes 4000000"),
     Program("reverse", PAGE, quick="--rounds 3 --sizes 4"),
     Program("device", PAGE, quick="--rounds 1"),
+    Program("lowering", PAGE, quick="--rounds 2 --processes 1"),
     Program("scaling", "docs/devices.md", quick="--rounds 3"),
     Program("summary", "README.md"),  # last: it reads what the others wrote
 )

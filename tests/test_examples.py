@@ -19,23 +19,29 @@ NEEDS = {
     "force_field": ["rich", "matplotlib"],
     "gpt_on_jax": ["transformers"],
     "jax_in_pytorch": [],
+    "llama_sharded": ["transformers"],
     "numpyro_nuts": ["numpyro", "sklearn", "rich", "matplotlib"],
     "physics_informed": ["optax", "rich", "matplotlib"],
     "resnet_features": ["sklearn", "rich", "matplotlib"],
     "specifications": ["rich"],
+    "stablehlo_without_torch": [],
     "train_digits": ["optax", "sklearn", "rich", "matplotlib"],
 }
 """What an example imports beside jax and torch."""
 
 PRINTS = {
     "jax_in_pytorch": ["ms an update"],
+    "llama_sharded": ["(8, 64) on each of 8 devices", "those of one device"],
+    "stablehlo_without_torch": ["ran", "the results are PyTorch's"],
     "train_digits": ["Test accuracy", "native PyTorch"],
 }
 SUFFIXES = {
     "equinox_digits": ".eqx",
     "gpt_on_jax": None,
     "jax_in_pytorch": None,
+    "llama_sharded": None,
     "specifications": None,
+    "stablehlo_without_torch": None,
 }
 """Of what an example writes; the others draw a picture."""
 

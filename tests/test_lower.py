@@ -321,6 +321,43 @@ def test_shapes_that_depend_on_values_say_so() -> None:
         torch2jax(lambda x: x if x.sum() > 0 else -x, lower=True)(jnp.ones(3))
 
 
+def test_symbolic_sizes_say_so() -> None:
+    shape = jax.export.symbolic_shape("n, 3")
+    with pytest.raises(SignatureError, match="sizes that are numbers"):
+        jax.export.export(jax.jit(torch2jax(torch.sin, lower=True)))(
+            jax.ShapeDtypeStruct(shape, jnp.float32)
+        )
+
+
+def test_the_report_takes_flags_as_they_are() -> None:
+    def fn(x: torch.Tensor, mode: str, twice: bool) -> torch.Tensor:
+        y = getattr(x, mode)()
+        return y + y if twice else y
+
+    report = lowering_report(fn, jnp.ones(3), "sin", twice=True)
+    assert {op for op, _ in report.native} == {"aten.sin.default", "aten.add.Tensor"}
+
+
+def test_a_loss_that_asks_requires_grad_for_its_gradients() -> None:
+    options = torch.nn.modules.linear_cross_entropy_options.LinearCrossEntropyOptions
+    labels = torch.tensor([0, 3, -100, 1, 2])
+
+    def fn(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        chunks = options(batch_chunk_size=2)
+        return nn.functional.linear_cross_entropy(x, w, labels, ignore_index=-100, options=chunks)
+
+    x, w = torch.randn(5, 3, requires_grad=True), torch.randn(4, 3, requires_grad=True)
+    expected = fn(x, w)
+    expected.backward()
+    f = torch2jax(fn, lower=True)
+    value, (dx, dw) = jax.jit(jax.value_and_grad(f, (0, 1)))(
+        jnp.asarray(x.detach().numpy()), jnp.asarray(w.detach().numpy())
+    )
+    close(value, expected)
+    close(dx, x.grad)
+    close(dw, w.grad)
+
+
 def test_constants_of_a_trace_are_values() -> None:
     def fn(x: torch.Tensor) -> torch.Tensor:
         mask = torch.ones(3, 3, dtype=torch.bool).tril()

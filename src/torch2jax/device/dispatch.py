@@ -451,7 +451,8 @@ class _Op:
             recipes = False
         else:
             with jax.ensure_compile_time_eval():
-                out, bases = program.jitted(*arrays)
+                # What has no operands is soon made; a compilation takes some 20 ms.
+                out, bases = (program.jitted if arrays else program.run)(*arrays)
             recipes = True
         return self._wrapped(program, operands, out, bases, recipes)
 

@@ -59,6 +59,12 @@ class LoweredFunction(TorchFunction):
             for i, x in enumerate(operands)
         ]
         avals = [jax.typeof(x) for x in arrays]
+        for label, a in zip(labels, avals, strict=True):
+            if not all(isinstance(n, int) for n in a.shape):
+                raise SignatureError(
+                    f"{label} of {self._label} has the shape {a.shape}: PyTorch code needs sizes "
+                    "that are numbers. Export one program for each size."
+                )
         casts = dict(facts.casts([a.dtype for a in avals]))
         dtypes = [casts.get(i) or dtype_j2t(a.dtype) for i, a in enumerate(avals)]
         narrow = [i for i, d in enumerate(dtypes) if d is torch.int32 and i not in casts]
@@ -223,9 +229,19 @@ def lowering_report(fn: Function[..., Any], *args: Any, **kwargs: Any) -> Report
 
     if not isinstance(fn, Apply | LoweredFunction):
         fn = torch2jax(fn, lower=True, stochastic="rng" in kwargs)
-    with dispatch.recorded() as events:
+    leaves, treedef = jax.tree.flatten((args, kwargs))
+    places = [i for i, x in enumerate(leaves) if hasattr(x, "shape")]
+
+    def call(*arrays: Any) -> Any:
+        full = list(leaves)  # numbers, flags and strings are what they are in a call
+        for i, x in zip(places, arrays, strict=True):
+            full[i] = x
+        a, k = treedef.unflatten(full)
         # A fresh function each time: a cached trace would run nothing.
-        jax.eval_shape(lambda *a, **k: _untraced(fn)(*a, **k), *args, **kwargs)
+        return _untraced(fn)(*a, **k)
+
+    with dispatch.recorded() as events:
+        jax.eval_shape(call, *[leaves[i] for i in places])
     groups: dict[str, dict[tuple[str, str], int]] = {"native": {}, "decomposed": {}, "bridge": {}}
     for (op, route, where), count in events.counts.items():
         groups[route][op, where] = count

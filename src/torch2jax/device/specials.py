@@ -317,3 +317,9 @@ for _op in (
     aten._unsafe_index_put.default,
 ):
     d.special(_op)(_index_put(_op))
+
+
+@d.special(getattr(aten._nested_tensor_from_mask_left_aligned, "default", None))
+def _no_nested_tensor(args: Any, kwargs: Any) -> bool:
+    """``nn.TransformerEncoder`` asks whether a padded batch can be a nested tensor."""
+    return False

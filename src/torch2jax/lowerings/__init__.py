@@ -1,14 +1,20 @@
 """PyTorch's operators as JAX functions, one file for each family. Importing fills the table."""
 
+from . import activations as activations
 from . import attention as attention
+from . import binary as binary
+from . import choices as choices
+from . import comparisons as comparisons
 from . import convolution as convolution
-from . import elementwise as elementwise
 from . import factories as factories
 from . import foreach as foreach
 from . import indexing as indexing
 from . import linalg as linalg
+from . import losses as losses
 from . import normalization as normalization
 from . import pooling as pooling
 from . import random as random
 from . import reductions as reductions
 from . import shapes as shapes
+from . import special as special
+from . import unary as unary

@@ -9,32 +9,44 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
+from .._compat import trace_state_clean
 from .registry import carried, cast, kind, lowering
+
+FEW = 1 << 16
+"""Elements up to which a tensor without operands may be a constant of a program."""
 
 
 def _dtype(dtype: torch.dtype | None) -> Any:
     return carried(dtype or torch.get_default_dtype())
 
 
+def _filled(size: Any, value: Any, dtype: Any) -> Any:
+    """A new tensor: from NumPy where it is small and at once, which needs no compilation."""
+    size = tuple(size)
+    if math.prod(size) <= FEW and trace_state_clean():
+        return jnp.asarray(np.full(size, value, dtype))
+    return jnp.full(size, value, dtype)
+
+
 @lowering("empty.memory_format", "zeros", "prims.empty")
 def zeros(size: Any, *, dtype: Any = None, **_: Any) -> Any:
     # Uninitialised memory is zeros: XLA has no other.
-    return jnp.zeros(tuple(size), _dtype(dtype))
+    return _filled(size, 0, _dtype(dtype))
 
 
 @lowering("_efficientzerotensor")
 def efficientzerotensor(size: Any, *, dtype: Any = None, **_: Any) -> Any:
-    return jnp.zeros(tuple(size), _dtype(dtype))
+    return _filled(size, 0, _dtype(dtype))
 
 
 @lowering("empty_strided", "empty_permuted", "prims.empty_strided", "prims.empty_permuted")
 def empty_strided(size: Any, stride: Any, *, dtype: Any = None, **_: Any) -> Any:
-    return jnp.zeros(tuple(size), _dtype(dtype))
+    return _filled(size, 0, _dtype(dtype))
 
 
 @lowering("ones")
 def ones(size: Any, *, dtype: Any = None, **_: Any) -> Any:
-    return jnp.ones(tuple(size), _dtype(dtype))
+    return _filled(size, 1, _dtype(dtype))
 
 
 def _natural(value: Any) -> torch.dtype:
@@ -53,7 +65,7 @@ def full(size: Any, fill_value: Any, *, dtype: Any = None, **_: Any) -> Any:
     if hasattr(fill_value, "dtype"):
         wanted = fill_value.dtype if dtype is None else carried(dtype)
         return jnp.broadcast_to(cast(fill_value, wanted), tuple(size))
-    return jnp.full(tuple(size), fill_value, carried(dtype or _natural(fill_value)))
+    return _filled(size, fill_value, carried(dtype or _natural(fill_value)))
 
 
 @lowering("scalar_tensor", "prims.scalar_tensor")
@@ -115,19 +127,19 @@ def arange(*bounds: Any, dtype: Any = None, **_: Any) -> Any:
     out = carried(dtype)
     if kind(out) == 1:
         start, end, step = int(start), int(end), int(step)
-    if _length(start, end, step) > 1 << 16:  # not as a constant of the program
+    if _length(start, end, step) > FEW:  # not as a constant of the program
         places = jnp.arange(_length(start, end, step), dtype=out)
         return places * jnp.asarray(step, out) + jnp.asarray(start, out)
     exact = torch.int64 if kind(out) == 1 else torch.float64
     values = torch.arange(start, end, step, dtype=exact, device="cpu")
-    return jnp.asarray(values.numpy(), out)
+    return jnp.asarray(values.numpy().astype(out))
 
 
 def _known(values: torch.Tensor, dtype: torch.dtype | None) -> Any:
     """Values that PyTorch has computed, for few elements: a constant."""
     if values.is_floating_point():
         values = values.to(torch.float64)
-    return jnp.asarray(values.numpy(), _dtype(dtype))
+    return jnp.asarray(values.numpy().astype(_dtype(dtype)))
 
 
 def _length(start: Any, end: Any, step: Any) -> int:
@@ -136,7 +148,7 @@ def _length(start: Any, end: Any, step: Any) -> int:
 
 @lowering("prims.iota")
 def iota(length: int, *, start: int, step: int, dtype: Any, **_: Any) -> Any:
-    return jnp.asarray(np.arange(length) * step + start, carried(dtype))
+    return jnp.asarray((np.arange(length) * step + start).astype(carried(dtype)))
 
 
 @lowering("linspace")

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from . import elementwise, factories, reductions  # noqa: F401  whose lowerings are used here
+# They fill the table that is read here.
+from . import binary, choices, factories, reductions, special, unary  # noqa: F401
 from .registry import TABLE, Lowering, overload
 
 _UNARY = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -40,8 +41,24 @@ def log_softmax_int(self: Any, dim: int, dtype: Any = None) -> Any:
 @lowering("_safe_softmax")
 def safe_softmax(self: Any, dim: int, dtype: Any = None) -> Any:
     x = cast(self, carried(dtype) if dtype else floating(self.dtype))
-    masked = jnp.all(jnp.isneginf(x), dim, keepdims=True)
-    return jnp.where(masked, 0, softmax(jnp.where(masked, 0, x), dim, False))
+    return cast(_safe_softmax(cast(x, wide(x.dtype)), dim), x.dtype)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _safe_softmax(x: Any, dim: int) -> Any:
+    """Softmax in which a row of -inf alone is 0, not NaN."""
+    top = jnp.max(x, dim, keepdims=True, initial=-jnp.inf)
+    e = jnp.exp(x - jnp.where(top == -jnp.inf, 0, top))
+    total = jnp.sum(e, dim, keepdims=True)
+    return e / jnp.where(top == -jnp.inf, 1, total)
+
+
+@_safe_softmax.defjvp
+def _safe_softmax_jvp(dim: int, primals: Any, tangents: Any) -> Any:
+    # dy = y (dx - sum(y dx))
+    (x,), (dx,) = primals, tangents
+    y = _safe_softmax(x, dim)
+    return y, y * (dx - jnp.sum(y * dx, dim, keepdims=True))
 
 
 @lowering("_softmax_backward_data")

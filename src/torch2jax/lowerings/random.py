@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from .elementwise import mul
+from .binary import mul
 from .registry import carried, cast, default_int, is_inexact, kind, lowering, wide
 
 

@@ -8,6 +8,7 @@ needs no other program. What draws random numbers (``random=True``) takes a key 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 from collections.abc import Callable
@@ -55,13 +56,18 @@ UNKNOWN: list[str] = []
 """Names of lowerings that the installed PyTorch has no operator for."""
 
 
+_SPACES = {"prims": "torch._prims", "torch_nn": "torch.nn.modules.linear_cross_entropy"}
+"""Other namespaces of operators, and the modules that register them."""
+
+
 def overload(name: str) -> Any:
     """The operator called "add.Tensor", "relu" (its default overload) or "prims.sin"."""
     space: Any = torch.ops.aten
-    if name.startswith("prims."):
-        importlib.import_module("torch._prims")  # registers them
-
-        space, name = torch.ops.prims, name.removeprefix("prims.")
+    for other, module in _SPACES.items():
+        if name.startswith(f"{other}."):
+            with contextlib.suppress(ImportError):  # a PyTorch without it
+                importlib.import_module(module)
+            space, name = getattr(torch.ops, other), name.removeprefix(f"{other}.")
     packet, _, which = name.partition(".")
     return getattr(getattr(space, packet, None), which or "default", None)
 

@@ -1,0 +1,245 @@
+"""One value from two: arithmetic and powers, in the dtype of PyTorch's promotion."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from .registry import (
+    cast,
+    floating,
+    is_inexact,
+    kind,
+    lowering,
+    promote,
+    result_dtype,
+    wide,
+)
+from .unary import unary
+
+Fn = Callable[..., Any]
+
+
+def both(name: str) -> tuple[str, ...]:
+    return (f"{name}.Tensor", f"{name}.Scalar")
+
+
+def arithmetic(fn: Fn, a: Any, b: Any, to_float: bool = False) -> Any:
+    """``fn`` in the dtype of PyTorch's promotion."""
+    dtype = result_dtype(a, b)
+    dtype = floating(dtype) if to_float else dtype
+    compute = wide(dtype)
+    return cast(fn(cast(a, compute), cast(b, compute)), dtype)
+
+
+@lowering(*both("add"), scalars=True)
+def add(self: Any, other: Any, alpha: Any = 1) -> Any:
+    return _add(self, other, alpha, jnp.logical_or, lambda a, b: a + b)
+
+
+def _add(a: Any, b: Any, alpha: Any, on_bools: Fn, fn: Fn) -> Any:
+    dtype = result_dtype(a, b)
+    if dtype == np.bool_:
+        return on_bools(cast(a, bool), cast(b, bool))
+    compute = wide(dtype)
+    a, b = cast(a, compute), cast(b, compute)
+    if not (isinstance(alpha, int) and alpha == 1):
+        b = b * cast(alpha, compute)
+    return cast(fn(a, b), dtype)
+
+
+@lowering(*both("sub"), scalars=True)
+def sub(self: Any, other: Any, alpha: Any = 1) -> Any:
+    return _add(self, other, alpha, jnp.logical_xor, lambda a, b: a - b)
+
+
+@lowering(*both("rsub"), scalars=True)
+def rsub(self: Any, other: Any, alpha: Any = 1) -> Any:
+    return sub(other, self, alpha)
+
+
+@lowering(*both("mul"), "prims.mul", scalars=True)
+def mul(self: Any, other: Any) -> Any:
+    return arithmetic(lambda a, b: a * b, self, other)
+
+
+@lowering(*both("div"), scalars=True)
+def div(self: Any, other: Any) -> Any:
+    return arithmetic(lambda a, b: a / b, self, other, True)
+
+
+@lowering("div.Tensor_mode", "div.Scalar_mode", scalars=True)
+def div_mode(self: Any, other: Any, *, rounding_mode: str | None) -> Any:
+    if rounding_mode is None:
+        return div(self, other)
+    if rounding_mode == "trunc":
+        return arithmetic(_trunc_divide, self, other)
+    return arithmetic(_floor_divide, self, other)
+
+
+def _trunc_divide(a: Any, b: Any) -> Any:
+    return jnp.trunc(a / b) if is_inexact(a) else lax.div(*jnp.broadcast_arrays(a, b))
+
+
+def _floor_divide(a: Any, b: Any) -> Any:
+    if not is_inexact(a):
+        return jnp.floor_divide(a, b)
+    # PyTorch's own formula, which differs from floor(a / b) where that is rounded up.
+    mod = lax.rem(*jnp.broadcast_arrays(a, b))
+    quotient = (a - mod) / b
+    quotient = jnp.where((mod != 0) & ((b < 0) != (mod < 0)), quotient - 1, quotient)
+    down = jnp.floor(quotient)
+    rounded = jnp.where(quotient - down > 0.5, down + 1, down)
+    rounded = jnp.where(quotient != 0, rounded, jnp.copysign(jnp.zeros_like(a), a / b))
+    return jnp.where(b == 0, a / b, rounded)
+
+
+@lowering("floor_divide", "floor_divide.Scalar", scalars=True)
+def floor_divide(self: Any, other: Any) -> Any:
+    return arithmetic(_floor_divide, self, other)
+
+
+@lowering("remainder.Tensor", "remainder.Scalar", "remainder.Scalar_Tensor", scalars=True)
+def remainder(self: Any, other: Any) -> Any:
+    return arithmetic(jnp.remainder, self, other)
+
+
+@lowering(*both("fmod"), "prims.fmod", scalars=True)
+def fmod(self: Any, other: Any) -> Any:
+    return arithmetic(jnp.fmod, self, other)
+
+
+@lowering("atan2", "prims.atan2")
+def atan2(self: Any, other: Any) -> Any:
+    return arithmetic(jnp.arctan2, self, other, True)
+
+
+@lowering("maximum", "prims.maximum")
+def maximum(self: Any, other: Any) -> Any:
+    return arithmetic(jnp.maximum, self, other)
+
+
+@lowering("minimum", "prims.minimum")
+def minimum(self: Any, other: Any) -> Any:
+    return arithmetic(jnp.minimum, self, other)
+
+
+@lowering("fmax", "prims.fmax")
+def fmax(self: Any, other: Any) -> Any:
+    return arithmetic(jnp.fmax, self, other)
+
+
+@lowering("fmin", "prims.fmin")
+def fmin(self: Any, other: Any) -> Any:
+    return arithmetic(jnp.fmin, self, other)
+
+
+@lowering("hypot", "prims.hypot")
+def hypot(self: Any, other: Any) -> Any:
+    return arithmetic(jnp.hypot, self, other)
+
+
+@lowering("copysign.Tensor", "copysign.Scalar")
+def copysign(self: Any, other: Any) -> Any:
+    return arithmetic(jnp.copysign, self, other, True)
+
+
+@lowering("nextafter", "prims.nextafter")
+def nextafter(self: Any, other: Any) -> Any:
+    a, b = promote(self, other)
+    fixed = lax.stop_gradient(a)
+    return a + (jnp.nextafter(fixed, lax.stop_gradient(b)) - fixed)
+
+
+@lowering("logaddexp")
+def logaddexp(self: Any, other: Any) -> Any:
+    return arithmetic(jnp.logaddexp, self, other)
+
+
+@lowering("logaddexp2")
+def logaddexp2(self: Any, other: Any) -> Any:
+    return arithmetic(jnp.logaddexp2, self, other)
+
+
+@lowering("heaviside")
+def heaviside(self: Any, values: Any) -> Any:
+    return arithmetic(
+        lambda a, b: (
+            jnp.where(jnp.isnan(a) | (a < 0), 0, jnp.where(a > 0, 1, b)).astype(a.dtype)
+            if is_inexact(a)
+            else jnp.where(a < 0, 0, jnp.where(a > 0, 1, b)).astype(a.dtype)
+        ),
+        self,
+        values,
+    )
+
+
+@lowering("gcd", "prims.gcd")
+def gcd(self: Any, other: Any) -> Any:
+    return arithmetic(jnp.gcd, self, other)
+
+
+@lowering("lcm")
+def lcm(self: Any, other: Any) -> Any:
+    return arithmetic(jnp.lcm, self, other)
+
+
+@lowering("ldexp.Tensor")
+def ldexp(self: Any, other: Any) -> Any:
+    return mul(self, unary(jnp.exp2, True)(other))
+
+
+# --- powers: exponents are static, x ** 2 is a product --------------------------------------------
+
+
+@lowering("pow.Tensor_Scalar")
+def pow_scalar(self: Any, exponent: Any) -> Any:
+    dtype = result_dtype(self, exponent)
+    x = cast(self, wide(dtype))
+    if not is_inexact(x) and exponent < 0:
+        raise RuntimeError("Integers to negative integer powers are not allowed.")
+    if kind(dtype) == 2 and exponent == 0.5:
+        return cast(jnp.sqrt(x), dtype)
+    if isinstance(exponent, float) and exponent.is_integer() and abs(exponent) < 64:
+        exponent = int(exponent)
+    if isinstance(exponent, int) and not isinstance(exponent, bool):
+        return cast(lax.integer_pow(x, exponent), dtype)
+    return cast(jnp.power(x, cast(exponent, x.dtype)), dtype)
+
+
+@lowering("pow.Tensor_Tensor", "pow.Scalar", "prims.pow", "float_power.Tensor_Tensor")
+def pow_(self: Any, exponent: Any) -> Any:
+    return arithmetic(_power, self, exponent)
+
+
+def _power(x: Any, y: Any) -> Any:
+    if not is_inexact(x):
+        # A negative exponent gives 0 but for bases of 1 and -1.
+        up = jnp.power(x, jnp.maximum(y, 0))
+        unit = jnp.where(x == 1, 1, jnp.where(x == -1, 1 - 2 * (y & 1), 0))
+        return jnp.where(y < 0, unit.astype(up.dtype), up)
+    if kind(x.dtype) == 3:
+        return jnp.power(x, y)
+    return _real_power(*jnp.broadcast_arrays(x, y))
+
+
+@jax.custom_jvp
+def _real_power(x: Any, y: Any) -> Any:
+    return lax.pow(x, y)
+
+
+@_real_power.defjvp
+def _real_power_jvp(primals: Any, tangents: Any) -> Any:
+    # d x**y = y x**(y-1) dx + x**y log(x) dy, with 0 for the terms at y = 0 and at x = 0, y >= 0.
+    (x, y), (dx, dy) = primals, tangents
+    out = _real_power(x, y)
+    flat = y == 0
+    by_x = jnp.where(flat, 0, y * _real_power(x, jnp.where(flat, 1, y - 1)))
+    quiet = (x == 0) & (y >= 0)
+    by_y = jnp.where(quiet, 0, out * jnp.log(jnp.where(quiet, 1, x)))
+    return out, by_x * dx + by_y * dy

@@ -1,0 +1,107 @@
+"""One of several values, bounds, and what is between."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+
+from .registry import (
+    cast,
+    is_inexact,
+    kind,
+    lowering,
+    promote,
+    result_dtype,
+    wide,
+)
+
+Fn = Callable[..., Any]
+
+
+@lowering(
+    "where.self", "where.ScalarSelf", "where.ScalarOther", "where.Scalar", "prims.where",
+    scalars=True,
+)  # fmt: skip
+def where(condition: Any, self: Any, other: Any) -> Any:
+    return jnp.where(condition != 0, *promote(self, other))
+
+
+@lowering("masked_fill.Scalar", "masked_fill.Tensor", scalars=True)
+def masked_fill(self: Any, mask: Any, value: Any) -> Any:
+    return jnp.where(mask, cast(value, self.dtype), self)
+
+
+def _at_most(x: Any, bound: Any) -> Any:
+    """``minimum`` whose derivative belongs to ``x`` where both are equal, and NaN stays NaN."""
+    return (
+        jnp.where(x > bound, bound, jnp.where(jnp.isnan(bound), bound, x))
+        if is_inexact(x)
+        else jnp.minimum(x, bound)
+    )
+
+
+def _at_least(x: Any, bound: Any) -> Any:
+    return (
+        jnp.where(x < bound, bound, jnp.where(jnp.isnan(bound), bound, x))
+        if is_inexact(x)
+        else jnp.maximum(x, bound)
+    )
+
+
+@lowering("clamp", "clamp.Tensor", scalars=True)
+def clamp(self: Any, min: Any = None, max: Any = None) -> Any:
+    given = [x for x in (min, max) if x is not None]
+    dtype = result_dtype(self, *given)
+    x = cast(self, dtype)
+    if min is not None:
+        x = _at_least(x, cast(min, dtype))
+    if max is not None:
+        x = _at_most(x, cast(max, dtype))
+    return x
+
+
+@lowering("clamp_min", "clamp_min.Tensor", scalars=True)
+def clamp_min(self: Any, min: Any) -> Any:
+    return clamp(self, min)
+
+
+@lowering("clamp_max", "clamp_max.Tensor", scalars=True)
+def clamp_max(self: Any, max: Any) -> Any:
+    return clamp(self, None, max)
+
+
+@lowering("lerp.Scalar", "lerp.Tensor", scalars=True)
+def lerp(self: Any, end: Any, weight: Any) -> Any:
+    compute = wide(result_dtype(self, end))
+    a, b = cast(self, compute), cast(end, compute)
+    w = cast(weight, compute)
+    return cast(jnp.where(abs(w) < 0.5, a + w * (b - a), b - (b - a) * (1 - w)), self.dtype)
+
+
+@lowering("addcmul", scalars=True)
+def addcmul(self: Any, tensor1: Any, tensor2: Any, *, value: Any = 1) -> Any:
+    dtype = result_dtype(self, tensor1, tensor2)
+    a, b, c, v = (cast(x, wide(dtype)) for x in (self, tensor1, tensor2, value))
+    return cast(a + v * b * c, dtype)
+
+
+@lowering("addcdiv", scalars=True)
+def addcdiv(self: Any, tensor1: Any, tensor2: Any, *, value: Any = 1) -> Any:
+    dtype = result_dtype(self, tensor1, tensor2)
+    if kind(dtype) < 2:
+        raise RuntimeError("Integer division with addcdiv is no longer supported.")
+    a, b, c, v = (cast(x, wide(dtype)) for x in (self, tensor1, tensor2, value))
+    return cast(a + v * (b / c), dtype)
+
+
+@lowering("complex")
+def complex_(real: Any, imag: Any) -> Any:
+    return lax.complex(*jnp.broadcast_arrays(*promote(real, imag)))
+
+
+@lowering("polar")
+def polar(abs: Any, angle: Any) -> Any:
+    return lax.complex(abs * jnp.cos(angle), abs * jnp.sin(angle))
