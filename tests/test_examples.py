@@ -20,6 +20,7 @@ NEEDS = {
     "gpt_on_jax": ["transformers"],
     "jax_in_pytorch": [],
     "numpyro_nuts": ["numpyro", "sklearn", "rich", "matplotlib"],
+    "ode_layer": ["diffrax"],
     "physics_informed": ["optax", "rich", "matplotlib"],
     "resnet_features": ["sklearn", "rich", "matplotlib"],
     "specifications": ["rich"],
@@ -29,12 +30,14 @@ NEEDS = {
 
 PRINTS = {
     "jax_in_pytorch": ["ms an update"],
+    "ode_layer": ["error of the rates"],
     "train_digits": ["Test accuracy", "native PyTorch"],
 }
 SUFFIXES = {
     "equinox_digits": ".eqx",
     "gpt_on_jax": None,
     "jax_in_pytorch": None,
+    "ode_layer": None,
     "specifications": None,
 }
 """Of what an example writes; the others draw a picture."""
