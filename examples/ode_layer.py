@@ -1,6 +1,6 @@
 """A solver of differential equations, diffrax, as a layer of a PyTorch network.
 
-    python examples/ode_layer.py                # two minutes
+    python examples/ode_layer.py                # a few minutes
     python examples/ode_layer.py --smoke        # a few seconds: does everything work?
 
 A network of PyTorch looks at noisy counts of predators and prey and says which rates rule them; the
@@ -99,7 +99,7 @@ def error(rates: torch.Tensor, true: torch.Tensor) -> float:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--updates", type=int, default=1500, help="steps of Adam (1500)")
+    parser.add_argument("--updates", type=int, default=1000, help="steps of Adam (1000)")
     parser.add_argument("--batch", type=int, default=64, help="curves in a batch (64)")
     parser.add_argument("--smoke", action="store_true", help="20 updates of 16 curves, and a check")
     arguments = parser.parse_args(argv)

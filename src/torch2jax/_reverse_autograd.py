@@ -231,7 +231,7 @@ class Direct(torch.autograd.Function):
         tensors = [x for x in operands if isinstance(x, Tensor)]
         kept = plan.kept
         ctx.save_for_backward(*tensors, *[outs[j] for j in kept])
-        ctx.call, ctx.on_cpu = call, on_cpu
+        ctx.call, ctx.n_operands, ctx.on_cpu = call, len(operands), on_cpu
         ctx.others = None if len(tensors) == len(operands) else _others(operands)
         ctx.read = plan.read(arrays)
         ctx.held = [*[results[j] for j in kept], *traced.residuals]
@@ -241,7 +241,7 @@ class Direct(torch.autograd.Function):
     @_as_in_forward
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         call = ctx.call
-        n, needs, plan = call.n_primals, ctx.needs_input_grad, call.plan
+        n, needs, plan = ctx.n_operands, ctx.needs_input_grad, call.plan
         wrt = tuple([i for i in range(n) if needs[i + 1]])
         of = tuple([j for j, c in enumerate(cotangents) if c is not None])
         if not (wrt and of):
