@@ -10,6 +10,8 @@ result is computed. (It is not named jax2torch.py: that would shadow the peer of
 - JAX: the jitted function, and its jitted forward and backward passes, on arrays
 - PyTorch: the same function written in PyTorch
 - empty: an autograd.Function that computes nothing, the floor of a Python function under autograd
+- raw parts: an autograd.Function of the DLPack imports and exports below the public ones and two
+  jitted functions written for ``f``, without a check: what is left where no Python is
 - ours: jax2torch
 - recompute: an autograd.Function around jitted ``f`` and ``jax.vjp`` that converts by the public
   DLPack functions and runs forward again in backward, as one writes it by hand
