@@ -1,210 +1,154 @@
-"""What a call of a JAX function from PyTorch costs, beside JAX alone and PyTorch alone.
+"""What a call of a JAX function from PyTorch costs, beside JAX alone, PyTorch alone and the peers.
 
     python benchmarks/reverse.py
-    python benchmarks/reverse.py --output docs/performance.md
+    python benchmarks/reverse.py --peers PYTHON ... --output docs/performance.md
 
-Subjects run in interleaved rounds, in one process; figures are medians of the rounds' microseconds
-a call, with the least of them in parentheses. Every call ends when its result is computed. (It is
-not named jax2torch.py: that would shadow the peer of that name.)
+Subjects run in interleaved rounds, each in the process of its interpreter; figures are medians of
+the rounds' microseconds a call, with the least of them in parentheses. Every call ends when its
+result is computed. (It is not named jax2torch.py: that would shadow the peer of that name.)
 
 - JAX: the jitted function, and its jitted forward and backward passes, on arrays
 - PyTorch: the same function written in PyTorch
 - empty: an autograd.Function that computes nothing, the floor of a Python function under autograd
+- raw parts: an autograd.Function of the DLPack imports and exports below the public ones and two
+  jitted functions written for ``f``, without a check: what is left where no Python is
 - ours: jax2torch
 - recompute: an autograd.Function around jitted ``f`` and ``jax.vjp`` that converts by the public
   DLPack functions and runs forward again in backward, as one writes it by hand
-- jax2torch 0.0.7, torchax: the peers, where they are installed
+- jax2torch package, torchax: the peers, in the first of the interpreters named by ``--peers`` in
+  which they run; torchax on tensors of its own type
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
-import importlib.metadata
+import json
 import os
 import platform
 import statistics
-import time
-from collections.abc import Callable
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import torch
+from page import write_section
+from reverse_subjects import CASES, PEERS, SUBJECTS
 
-from torch2jax import jax2torch
-
-BEGIN, END = "<!-- reverse: begin -->", "<!-- reverse: end -->"
+HERE = Path(__file__).resolve().parent
 BUDGETS = {"no_grad": 15.0, "graph": 25.0, "forward and backward": 20.0}
 
-Subjects = dict[str, Callable[[], Any]]
+Samples = dict[str, list[float]]
 
 
-def f(x: Any, w: Any) -> Any:
-    return jnp.tanh(x * w)
+class Process:
+    """``reverse_subjects.py`` under some interpreter."""
+
+    def __init__(self, python: str) -> None:
+        env = {**os.environ, "JAX_PLATFORMS": "cpu"}
+        if python != sys.executable:
+            env.pop("PYTHONPATH", None)  # may name our sources
+        command = [python, str(HERE / "reverse_subjects.py")]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
+        )
+
+    def ask(self, do: str, **request: Any) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        print(json.dumps({"do": do, **request}), file=self._process.stdin, flush=True)
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit(f"a process ended at {do} {request}; its error is above")
+        return json.loads(line)
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
 
 
-def twin(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    return torch.tanh(x * w)
-
-
-class Empty(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(x, w)
-        return torch.empty_like(x)
-
-    @staticmethod
-    def backward(ctx: Any, c: torch.Tensor) -> Any:
-        return ctx.saved_tensors
-
-
-_jitted = jax.jit(f)
-_pullback = jax.jit(lambda x, w, c: jax.vjp(f, x, w)[1](c))
-
-
-class Recompute(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(x, w)
-        return torch.from_dlpack(_jitted(*map(jax.dlpack.from_dlpack, (x.detach(), w.detach()))))
-
-    @staticmethod
-    def backward(ctx: Any, c: torch.Tensor) -> Any:
-        arrays = map(jax.dlpack.from_dlpack, (*(t.detach() for t in ctx.saved_tensors), c))
-        return tuple(map(torch.from_dlpack, _pullback(*arrays)))
-
-
-def peers() -> dict[str, Callable[..., torch.Tensor]]:
-    """What is installed of other ways to call JAX from PyTorch, as functions of two tensors."""
-    found: dict[str, Callable[..., torch.Tensor]] = {}
-    try:
-        from jax2torch import jax2torch as theirs  # type: ignore[import-not-found]
-
-        found[f"jax2torch {importlib.metadata.version('jax2torch')}"] = theirs(f)
-    except Exception as error:  # a peer that does not run here is told of, not hidden
-        print(f"no figures of the jax2torch package: {type(error).__name__}: {error}")
-    try:
-        from torchax.interop import jax_view, torch_view  # type: ignore[import-not-found]
-
-        del jax_view
-        found[f"torchax {importlib.metadata.version('torchax')}"] = torch_view(jax.jit(f))
-    except Exception as error:
-        print(f"no figures of torchax: {type(error).__name__}: {error}")
-    return found
-
-
-def cases(n: int) -> dict[str, Subjects]:
-    torch.manual_seed(0)
-    x, w, c = torch.randn(n, n), torch.randn(n, n), torch.ones(n, n)
-    gx, gw = x.clone().requires_grad_(), w.clone().requires_grad_()
-    ax, aw, ac = (jnp.array(t.numpy()) for t in (x, w, c))
-    ours = jax2torch(f)
-    forward = jax.jit(lambda x, w: jax.vjp(f, x, w))
-    backward = jax.jit(lambda pull, c: pull(c))
-
-    def no_grad(g: Callable[..., Any]) -> Callable[[], Any]:
-        def call() -> Any:
-            with torch.no_grad():
-                return g(gx, gw)
-
-        return call
-
-    def both(g: Callable[..., Any]) -> Callable[[], Any]:
-        return lambda: torch.autograd.grad(g(gx, gw), (gx, gw), c)
-
-    def jax_both() -> Any:
-        y, pull = forward(ax, aw)
-        y.block_until_ready()
-        return jax.block_until_ready(backward(pull, ac))
-
-    torchs: dict[str, Callable[..., Any]] = {
-        "PyTorch": twin,
-        "empty": Empty.apply,
-        "ours": ours,
-        "recompute": Recompute.apply,
-        **peers(),
-    }
-    plain = lambda: _jitted(ax, aw).block_until_ready()  # noqa: E731
-    emitting = lambda: jax.block_until_ready(forward(ax, aw)[0])  # noqa: E731
-    return {
-        "no_grad": {"JAX": plain, **{k: no_grad(g) for k, g in torchs.items()}},
-        "graph": {
-            "JAX": emitting,
-            **{k: (lambda g=g: g(gx, gw)) for k, g in torchs.items()},
-        },
-        "forward and backward": {"JAX": jax_both, **{k: both(g) for k, g in torchs.items()}},
-    }
-
-
-def measure(subjects: Subjects, rounds: int, calls: int) -> dict[str, list[float]]:
-    samples: dict[str, list[float]] = {}
-    for name, call in list(subjects.items()):
-        try:
-            for _ in range(20):
-                call()
-            samples[name] = []
-        except Exception as error:
-            print(f"{name} does not run: {type(error).__name__}: {error}")
+def measure(
+    processes: list[Process], case: str, n: int, rounds: int, calls: int
+) -> tuple[Samples, list[str]]:
+    """Microseconds of each subject, by round, and why there are none where there are none."""
+    where: dict[str, Process] = {}
+    notes: list[str] = []
+    for subject in SUBJECTS:
+        reasons = []
+        for process in processes[1:] if subject in PEERS else processes[:1]:
+            reply = process.ask("prepare", subject=subject, case=case, n=n)
+            if "skip" not in reply:
+                where[subject] = process
+                break
+            reasons.append(reply["skip"].partition("\n")[0])
+        else:
+            if subject not in PEERS:
+                raise SystemExit(f"{subject} does not run: {'; '.join(reasons)}")
+            notes.append(f"No figure of {subject}: {'; '.join(reasons) or 'no --peers'}.")
+    samples: Samples = {subject: [] for subject in where}
     for _ in range(rounds):
-        for name, series in samples.items():
-            call = subjects[name]
-            begin = time.perf_counter()
-            for _ in range(calls):
-                call()
-            series.append((time.perf_counter() - begin) / calls * 1e6)
-    return samples
+        for subject, process in where.items():
+            reply = process.ask("sample", subject=subject, case=case, n=n, calls=calls)
+            samples[subject].append(reply["us"])
+    return samples, notes
 
 
-def overhead(case: str, samples: dict[str, list[float]]) -> list[float]:
+def overhead(case: str, samples: Samples) -> list[float]:
     """Ours above JAX alone, for both passes above an empty Function and JAX, round by round."""
     rows = zip(samples["ours"], samples["JAX"], samples["empty"], strict=True)
     both = case == "forward and backward"
     return [ours - alone - (empty if both else 0) for ours, alone, empty in rows]
 
 
-def report(n: int, rounds: int, calls: int) -> list[str]:
-    lines = []
-    for case, subjects in cases(n).items():
-        samples = measure(subjects, rounds, calls)
-        lines += ["", f"### tanh(x * w) of float32[{n}, {n}]: {case}", ""]
-        lines += ["| subject | µs a call |", "| --- | ---: |"]
-        for name, series in samples.items():
-            lines.append(f"| {name} | {statistics.median(series):.1f} ({min(series):.1f}) |")
-        above = overhead(case, samples)
-        budget, median = BUDGETS[case], statistics.median(above)
-        verdict = "met" if median <= budget else "missed"
-        lines += ["", f"Above the floor: {median:.1f} µs; budget {budget:.0f}: {verdict}."]
+def report(processes: list[Process], n: int, rounds: int, calls: int) -> list[str]:
+    lines = ["", f"### tanh(x * w) of float32[{n}, {n}]", ""]
+    columns: dict[str, Samples] = {}
+    notes: dict[str, None] = {}
+    for case in CASES:
+        columns[case], found = measure(processes, case, n, rounds, calls)
+        notes |= dict.fromkeys(found)
+    lines += ["| µs a call | " + " | ".join(CASES) + " |", "| --- |" + " ---: |" * len(CASES)]
+    for subject in SUBJECTS:
+        series = [columns[case].get(subject) for case in CASES]
+        if any(series):
+            cells = [f"{statistics.median(s):.1f} ({min(s):.1f})" if s else "-" for s in series]
+            lines.append(f"| {subject} | " + " | ".join(cells) + " |")
+    above = [overhead(case, columns[case]) for case in CASES]
+    cells = [f"{statistics.median(s):.1f}" for s in above]
+    lines.append("| **ours above the floor** | " + " | ".join(cells) + " |")
+    lines.append("| budget | " + " | ".join(f"{BUDGETS[case]:.0f}" for case in CASES) + " |")
+    if notes:
+        lines += ["", *(f"- {note}" for note in notes)]
     return lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
+    add("--peers", nargs="+", metavar="PYTHON", default=[], help="interpreters with the peers")
     add("--rounds", type=int, default=60, help="interleaved rounds (60)")
     add("--calls", type=int, default=50, help="calls of a subject in a round (50)")
     add("--sizes", type=int, nargs="+", default=[4, 512], help="sizes of the square arguments")
     add("--output", type=Path, metavar="FILE", help="replace the section of FILE")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
     load = os.getloadavg()[0]
+    processes = [Process(python) for python in (sys.executable, *arguments.peers)]
     text = [
         f"Measured {datetime.date.today()} on {os.cpu_count()} cores of {platform.machine()}, load "
-        f"{load:.1f} at the start, torch {torch.__version__}, jax {jax.__version__}, "
-        f"{arguments.rounds} rounds."
+        f"{load:.1f} at the start, {arguments.rounds} rounds, by `benchmarks/reverse.py`.",
+        "",
     ]
+    for i, process in enumerate(processes):
+        found = ", ".join(f"{k} {v}" for k, v in process.ask("versions").items())
+        text.append(f"- {f'peers {i}' if i else 'ours'}: {found}")
     for n in arguments.sizes:
-        text += report(n, arguments.rounds, arguments.calls)
+        text += report(processes, n, arguments.rounds, arguments.calls)
+    for process in processes:
+        process.close()
     print("\n".join(text))
     if arguments.output:
-        page = arguments.output.read_text()
-        before, begin, rest = page.partition(BEGIN)
-        _, end, after = rest.partition(END)
-        if not begin or not end:
-            raise SystemExit(f"{arguments.output} has no section between {BEGIN} and {END}")
-        body = "\n".join(text)
-        arguments.output.write_text(f"{before}{begin}\n{body}\n{end}{after}")
+        write_section(arguments.output, "\n".join(text), "reverse")
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ NEEDS = {
     "adapters/numpyro": ["numpyro"],
     "adapters/optax": ["optax"],
     "adapters/orbax": ["orbax.checkpoint"],
-    "jax2torch": ["flax", "equinox"],
+    "jax2torch": ["flax", "equinox", "optimistix"],
     "migrating/callbacks": ["jax.experimental.buffer_callback"],
     "modules": ["optax", "transformers"],
 }

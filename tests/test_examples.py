@@ -21,6 +21,7 @@ NEEDS = {
     "jax_in_pytorch": [],
     "llama_sharded": ["transformers"],
     "numpyro_nuts": ["numpyro", "sklearn", "rich", "matplotlib"],
+    "ode_layer": ["diffrax"],
     "physics_informed": ["optax", "rich", "matplotlib"],
     "resnet_features": ["sklearn", "rich", "matplotlib"],
     "specifications": ["rich"],
@@ -33,6 +34,7 @@ PRINTS = {
     "jax_in_pytorch": ["ms an update"],
     "llama_sharded": ["(8, 64) on each of 8 devices", "those of one device"],
     "stablehlo_without_torch": ["ran", "the results are PyTorch's"],
+    "ode_layer": ["error of the rates"],
     "train_digits": ["Test accuracy", "native PyTorch"],
 }
 SUFFIXES = {
@@ -40,6 +42,7 @@ SUFFIXES = {
     "gpt_on_jax": None,
     "jax_in_pytorch": None,
     "llama_sharded": None,
+    "ode_layer": None,
     "specifications": None,
     "stablehlo_without_torch": None,
 }

@@ -227,9 +227,10 @@ def test_shape_errors_are_jax_own() -> None:
 
 def test_arguments_are_not_copied() -> None:
     x = torch.ones(1 << 20)
-    (array,) = _transfer.to_arrays([x], None, 0)
+    (array,), on_cpu = _transfer.to_arrays([x], False)
     assert array.unsafe_buffer_pointer() == x.data_ptr()
-    (tensor,) = _transfer.to_tensors([array], True)
+    assert on_cpu
+    (tensor,) = _transfer.to_tensors([array], frozenset({array.dtype}), on_cpu)
     assert tensor.data_ptr() == x.data_ptr()
 
 

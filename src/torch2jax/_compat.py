@@ -31,6 +31,7 @@ __all__ = [
     "ArrayImpl",
     "RandomEffect",
     "TorchEffect",
+    "cpu_device",
     "device_count",
     "export_capsule",
     "get_opaque_trace_state",
@@ -151,18 +152,17 @@ def result_aval(shape: tuple[int, ...], dtype: Any, operands: Iterable[Any]) -> 
 
 
 @functools.cache
-def _cpu() -> Any:
+def cpu_device() -> Any:
+    """The device to which ``import_capsule`` imports."""
     return jax.local_devices(backend="cpu")[0]
 
 
-def import_capsule(capsule: Any) -> Any:
-    """The array of a DLPack capsule that holds row-major CPU memory, aligned to 64 bytes."""
-    return _xla.dlpack_managed_tensor_to_buffer(capsule, _cpu(), None)
+import_capsule: Any = _xla.dlpack_managed_tensor_to_buffer
+"""``(capsule, cpu_device(), None)``: the array of a DLPack capsule that holds row-major CPU memory,
+aligned to 64 bytes."""
 
-
-def export_capsule(array: Any) -> Any:
-    """A DLPack capsule of an array on one CPU device, which is computed when this returns."""
-    return _xla.buffer_to_dlpack_managed_tensor(array, stream=None)
+export_capsule: Any = _xla.buffer_to_dlpack_managed_tensor
+"""A DLPack capsule of an array on one CPU device, which is computed when this returns."""
 
 
 def precision(x64: bool) -> Any:

@@ -37,6 +37,9 @@ Math = Callable[..., "Traced"]
 class Facts:
     """What a trace finds out and a call returns beside its arrays; equal to itself alone."""
 
+    dtypes: frozenset[Any]
+    """Of results and residuals."""
+
     def __init__(self, tree: Any = None, plan: Plan | None = None) -> None:
         self.tree, self.plan = tree, plan
 
@@ -97,6 +100,16 @@ class Plan:
         }
         self.sources = [place[kind](i) for kind, i in sources]
         self.reads = frozenset(i for kind, i in self.sources if kind == "operand")
+        self.reads_all = len(self.reads) == len(primals)
+        self.integers = [
+            j for j, (_, dtype) in enumerate(self.avals) if not jnp.issubdtype(dtype, jnp.inexact)
+        ]
+
+    def read(self, operands: list[Any]) -> list[Any]:
+        """The operands that the pullback reads; None for the others."""
+        if self.reads_all:
+            return operands
+        return [x if i in self.reads else None for i, x in enumerate(operands)]
 
     def pull(self, operands: Sequence[Any], held: Sequence[Any]) -> Any:
         """The pullback, from the values that its plan names."""
@@ -245,7 +258,9 @@ class Program:
         self._derived: dict[Any, Program] = {}
 
         def call(*operands: Any) -> Traced:
-            return formula.run(*operands)
+            traced = formula.run(*operands)
+            traced.facts.dtypes = frozenset(x.dtype for x in (*traced.outs, *traced.residuals))
+            return traced
 
         call.__name__ = call.__qualname__ = self.name
         self.jitted = jax.jit(call)

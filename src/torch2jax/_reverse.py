@@ -15,7 +15,7 @@ from jax.core import Tracer
 from jax.tree_util import keystr, tree_flatten, tree_flatten_with_path
 
 from . import _signature as sig
-from ._dtypes import dtype_j2t
+from ._dtypes import dtype_j2t, x64_enabled
 from ._errors import SignatureError, Torch2JaxError, UnsupportedDtypeError
 from ._flat import Static
 from ._function import TorchFunction
@@ -111,10 +111,10 @@ class JaxFunction:
             if isinstance(operands[k], torch.Tensor):
                 operands[k] = operands[k].detach()
         try:
-            if self.device is not None or not any(isinstance(x, torch.Tensor) for x in operands):
-                outs, tree = self._apply_on_device(apply, entry, operands)
-            else:
+            if self.device is None and _has_tensor(operands):
                 outs, tree = apply(entry.program, operands)
+            else:
+                outs, tree = self._apply_on_device(apply, entry, operands)
         except Exception as error:
             self._explain(error, entry, operands)
             raise
@@ -156,9 +156,9 @@ class JaxFunction:
         given = list(args)
         for i in self.static_argnums:
             if -len(args) <= i < len(args):
-                given[i] = Static(args[i], f"args[{i}]", self.__qualname__)
+                given[i] = self._static(args[i], f"args[{i}]")
         named = {
-            k: Static(v, f"kwargs[{k!r}]", self.__qualname__) if k in self.static_argnames else v
+            k: self._static(v, f"kwargs[{k!r}]") if k in self.static_argnames else v
             for k, v in kwargs.items()
         }
         leaves, treedef = tree_flatten((tuple(given), named))
@@ -169,6 +169,15 @@ class JaxFunction:
             sig.check_call(self.__wrapped__, args, kwargs, self.__qualname__)
             entry = self._entries.setdefault(key, _Entry(treedef, statics, self))
         return entry, [x for x in leaves if not isinstance(x, Static)]
+
+    def _static(self, value: Any, where: str) -> Static:
+        if isinstance(value, torch.Tensor):  # it has a hash, of its identity
+            raise SignatureError(
+                f"the static argument {where} of {self.__qualname__} is a tensor: it would be "
+                "traced anew for each. Tensors are operands; leave it out of static_argnums and "
+                "static_argnames."
+            )
+        return Static(value, where, self.__qualname__)
 
     def _explain(self, error: Exception, entry: _Entry, operands: Sequence[Any]) -> None:
         """Raise in the user's words where an argument is to blame for ``error``."""
@@ -187,6 +196,16 @@ class JaxFunction:
                     f"{label} of {self.__qualname__} is a {type(x).__name__}, which is no value "
                     "of JAX; pass a tensor or a number, or name the argument in static_argnums or "
                     "static_argnames."
+                ) from error
+            if isinstance(x, int) and x.bit_length() > (63 if x64_enabled() else 31):
+                raise SignatureError(
+                    f"{label} of {self.__qualname__} is {x}, which does not fit JAX's integers; "
+                    "pass a float, or name the argument in static_argnums or static_argnames."
+                ) from error
+            if isinstance(x, torch.Tensor) and x.is_nested:
+                raise SignatureError(
+                    f"{label} of {self.__qualname__} is a nested tensor, and JAX arrays are dense. "
+                    "Convert it first: tensor.to_padded_tensor(padding)."
                 ) from error
         devices = {str(x.device) for x in operands if isinstance(x, torch.Tensor)}
         if len(devices) > 1:
@@ -278,6 +297,13 @@ def _checked(result: Any, label: str) -> Any:
         except UnsupportedDtypeError as error:
             raise UnsupportedDtypeError(f"{where}: {error}") from None
     return result
+
+
+def _has_tensor(operands: Sequence[Any]) -> bool:
+    for x in operands:  # noqa: SIM110  # any() takes three times as long
+        if isinstance(x, torch.Tensor):
+            return True
+    return False
 
 
 def _same_device(a: torch.device, b: torch.device) -> bool:

@@ -30,6 +30,7 @@ from ._jax_program import Dims, Plan, Program, Traced
 from ._torch_compat import (
     asks_for_gradient,
     forward_ad_active,
+    grad_enabled,
     innermost_is_vmap,
     is_legacy_batched,
     keeps_graph,
@@ -48,12 +49,12 @@ class Call:
     """One application of a program: what it is told, and what its trace tells."""
 
     __slots__ = ("n_out", "n_primals", "plan", "program", "tree", "x64")
+    n_out: int
+    tree: Any
 
     def __init__(self, program: Program, x64: bool, n_primals: int) -> None:
         self.program, self.x64 = program, x64
         self.n_primals = n_primals  # the operands after them are cotangents and held values
-        self.n_out = 0
-        self.tree: Any = None
         self.plan: Plan | None = None
 
     def another(self, program: Program, n_primals: int) -> Call:
@@ -62,14 +63,19 @@ class Call:
 
     def run(self, operands: Sequence[Any]) -> list[Tensor]:
         """Results, then residuals."""
-        arrays = to_arrays(operands, self.program.reads, self.n_primals)
+        reads = self.program.reads
+        if reads is not None:
+            n = self.n_primals
+            operands = [x if i >= n or i in reads else None for i, x in enumerate(operands)]
+        arrays, on_cpu = to_arrays(operands, self.x64)
         traced = self.trace(arrays)
-        return to_tensors([*traced.outs, *traced.residuals], _on_cpu(operands))
+        return to_tensors([*traced.outs, *traced.residuals], traced.facts.dtypes, on_cpu)
 
     def trace(self, arrays: Sequence[Any]) -> Traced:
         """The compiled program's results, as arrays."""
         traced = self.program.jitted(*arrays)
-        self.n_out, self.tree, self.plan = len(traced.outs), traced.facts.tree, traced.facts.plan
+        facts = traced.facts
+        self.n_out, self.tree, self.plan = len(traced.outs), facts.tree, facts.plan
         return traced
 
 
@@ -87,9 +93,11 @@ def _apply(call: Call, operands: Sequence[Any]) -> Sequence[Tensor]:
         return Apply.apply(call, *operands)  # type: ignore[return-value]
     if legacy_vmap_level() and any(is_legacy_batched(x) for _, x in _tensors(operands)):
         return _apply_rows(call, operands)
-    asking = [i for i, x in enumerate(operands) if isinstance(x, Tensor) and x.requires_grad]
     forward_ad = forward_ad_active()
-    if asking and torch.is_grad_enabled():
+    asking = grad_enabled() and [
+        i for i, x in enumerate(operands) if isinstance(x, Tensor) and x.requires_grad
+    ]
+    if asking:
         _emit(call, asking)
         watched = forward_ad or saving_is_watched() or type(call) is not Call
         if not watched and call.program.is_emission:
@@ -158,10 +166,10 @@ class Apply(torch.autograd.Function):
         # Rows of another level's residuals have a plan too; it is that level's.
         plan = call.plan if call.program.is_emission else None
         ctx.call, ctx.plan, ctx.n_results = call, plan, len(output)
-        ctx.places = [i for i, _ in _tensors(operands)]
-        ctx.others = [None if isinstance(x, Tensor) else x for x in operands]
+        tensors = [x for _, x in _tensors(operands)]
+        ctx.others, ctx.n_tensors = _others(operands), len(tensors)
         kept = [outs[i] for i in plan.kept] if plan else []
-        saved = [*(operands[i] for i in ctx.places), *kept, *residuals]
+        saved = [*tensors, *kept, *residuals]
         ctx.save_for_backward(*saved)
         if transforms_active() or forward_ad_active():
             ctx.save_for_forward(*saved)
@@ -170,8 +178,10 @@ class Apply(torch.autograd.Function):
     @_as_in_forward
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         operands, held = _saved(ctx)
-        n = len(operands)
-        wrt, of = _asked(ctx, n, cotangents)
+        n, needs = len(operands), ctx.needs_input_grad
+        wrt = tuple([i for i in range(n) if needs[i + 1]])
+        pairs = enumerate(zip(ctx.inexact, cotangents, strict=False))
+        of = tuple([j for j, (inexact, c) in pairs if inexact and c is not None])
         if not (wrt and of):
             return _gradients(n, wrt, ())
         plan = ctx.plan if ctx.plan and set(wrt) <= set(ctx.plan.wrt) else None
@@ -210,47 +220,47 @@ class Direct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: Call, *operands: Any) -> tuple[Tensor, ...]:
-        arrays = to_arrays(operands, None, 0)
+        arrays, on_cpu = to_arrays(operands, call.x64)
         traced = call.trace(arrays)
-        ctx.on_cpu = _on_cpu(operands)
-        outs = to_tensors(traced.outs, ctx.on_cpu)
-        plan = ctx.plan = traced.facts.plan
+        results, plan = traced.outs, call.plan
         assert plan is not None, "Direct applies emissions"
+        outs = to_tensors(results, traced.facts.dtypes, on_cpu)
         ctx.set_materialize_grads(False)
-        ctx.inexact = [_inexact(out) for out in outs]
-        if not all(ctx.inexact):
-            ctx.mark_non_differentiable(
-                *(out for out, inexact in zip(outs, ctx.inexact, strict=True) if not inexact)
-            )
-        ctx.call = call
-        ctx.places = [i for i, x in enumerate(operands) if isinstance(x, Tensor)]
-        ctx.others = [None if isinstance(x, Tensor) else x for x in operands]
-        ctx.save_for_backward(*(operands[i] for i in ctx.places), *(outs[j] for j in plan.kept))
-        ctx.read = [x if i in plan.reads else None for i, x in enumerate(arrays)]
-        ctx.held = [*(traced.outs[j] for j in plan.kept), *traced.residuals]
+        if plan.integers:
+            ctx.mark_non_differentiable(*[outs[j] for j in plan.integers])
+        tensors = [x for x in operands if isinstance(x, Tensor)]
+        kept = plan.kept
+        ctx.save_for_backward(*tensors, *[outs[j] for j in kept])
+        ctx.call, ctx.n_operands, ctx.on_cpu = call, len(operands), on_cpu
+        ctx.others = None if len(tensors) == len(operands) else _others(operands)
+        ctx.read = plan.read(arrays)
+        ctx.held = [*[results[j] for j in kept], *traced.residuals]
         return tuple(outs)
 
     @staticmethod
     @_as_in_forward
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        n = len(ctx.others)
-        wrt, of = _asked(ctx, n, cotangents)
+        call = ctx.call
+        n, needs, plan = ctx.n_operands, ctx.needs_input_grad, call.plan
+        wrt = tuple([i for i in range(n) if needs[i + 1]])
+        of = tuple([j for j, c in enumerate(cotangents) if c is not None])
         if not (wrt and of):
             return _gradients(n, wrt, ())
         saved = ctx.saved_tensors  # raises where one of them is changed, or freed
         given = [cotangents[j] for j in of]
-        call = ctx.call.another(ctx.call.program.pullback(n, wrt, of, ctx.plan), n)
-        if torch.is_grad_enabled() or transforms_active() or legacy_vmap_level():
-            operands = _operands(ctx, saved)
-            n_kept = len(ctx.plan.kept)
-            held = [
-                *(x.detach() for x in saved[len(ctx.places) :]),
-                *to_tensors(ctx.held[n_kept:], ctx.on_cpu),
-            ]
-            grads = _apply(call, [*operands, *given, *held])
+        program = call.program.pullback(n, wrt, of, plan)
+        if grad_enabled() or transforms_active() or legacy_vmap_level():
+            n_tensors, n_kept = len(saved) - len(plan.kept), len(plan.kept)
+            operands = _operands(ctx.others or [None] * n, saved[:n_tensors])
+            kept = [x.detach() for x in saved[n_tensors:]]
+            residuals = ctx.held[n_kept:]
+            dtypes = frozenset(x.dtype for x in residuals)
+            held = [*kept, *to_tensors(residuals, dtypes, ctx.on_cpu)]
+            grads = _apply(call.another(program, n), [*operands, *given, *held])
         else:
-            traced = call.trace([*ctx.read, *to_arrays(given, None, 0), *ctx.held])
-            grads = to_tensors(traced.outs, ctx.on_cpu)
+            arrays, _ = to_arrays(given, call.x64)
+            traced = program.jitted(*ctx.read, *arrays, *ctx.held)
+            grads = to_tensors(traced.outs, traced.facts.dtypes, ctx.on_cpu)
         if not keeps_graph():
             del ctx.read, ctx.held  # autograd frees what it saved, too
         return _gradients(n, wrt, grads)
@@ -260,44 +270,29 @@ _plain_apply = plain_apply(Apply)
 _direct = plain_apply(Direct)
 
 
-def _asked(
-    ctx: Any, n: int, cotangents: Sequence[Tensor | None]
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The operands whose gradients are asked for, and the results whose cotangents are not zero."""
-    needs = ctx.needs_input_grad
-    wrt = tuple(i for i in range(n) if needs[1 + i])
-    pairs = enumerate(zip(ctx.inexact, cotangents, strict=False))
-    return wrt, tuple(j for j, (inexact, c) in pairs if inexact and c is not None)
-
-
 def _gradients(n: int, wrt: Sequence[int], grads: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
     """What ``backward`` returns: None for the call, and for what asks for no gradient."""
+    if len(wrt) == n == len(grads):
+        return None, *grads
     found = dict(zip(wrt, grads, strict=False))  # residuals may follow the gradients
     return None, *(found.get(i) for i in range(n))
+
+
+def _others(operands: Sequence[Any]) -> list[Any]:
+    """The operands, with None for tensors, which are saved as such."""
+    return [None if isinstance(x, Tensor) else x for x in operands]
+
+
+def _operands(others: Sequence[Any], saved: Sequence[Tensor]) -> list[Any]:
+    """The operands again."""
+    tensors = iter(saved)
+    return [next(tensors) if x is None else x for x in others]
 
 
 def _saved(ctx: Any) -> tuple[list[Any], list[Tensor]]:
     """The operands, and what a pullback holds beside them."""
     saved = [unwrap_if_dead(x) for x in ctx.saved_tensors]
-    return _operands(ctx, saved), saved[len(ctx.places) :]
-
-
-def _operands(ctx: Any, saved: Sequence[Tensor]) -> list[Any]:
-    operands = list(ctx.others)
-    for i, x in zip(ctx.places, saved, strict=False):
-        operands[i] = x
-    return operands
-
-
-def _on_cpu(operands: Sequence[Any]) -> bool:
-    """Whether results are on a CPU, for all that is known: there are tensors, all of them there."""
-    found = False
-    for x in operands:
-        if isinstance(x, Tensor):
-            if not x.is_cpu:
-                return False
-            found = True
-    return found
+    return _operands(ctx.others, saved), saved[ctx.n_tensors :]
 
 
 def _inexact(x: Tensor) -> bool:

@@ -56,6 +56,7 @@ to_capsule: Any = torch._C._to_dlpack
 from_capsule: Any = torch._C._from_dlpack
 
 transforms_active: Any = torch._C._are_functorch_transforms_active
+grad_enabled: Any = torch.is_grad_enabled
 
 
 def forward_ad_active() -> bool:

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from ._compat import export_capsule, import_capsule
+from ._compat import cpu_device, export_capsule, import_capsule
 from ._convert import j2t, t2j
-from ._dtypes import dtype_t2j, x64_enabled
+from ._dtypes import dtype_t2j
 from ._errors import Torch2JaxError
 from ._state import check_may_call_jax
 from ._torch_compat import from_capsule, to_capsule
@@ -29,34 +29,37 @@ _TYPES = (torch.Tensor, torch.nn.Parameter)
 _ALIGNMENT = 64
 
 
-def to_arrays(operands: Sequence[Any], reads: frozenset[int] | None, at_least: int) -> list[Any]:
+def to_arrays(operands: Sequence[Any], x64: bool) -> tuple[list[Any], bool]:
     """Operands as JAX takes them: tensors as arrays, other values as they are.
 
-    Of the first ``at_least`` operands only those in ``reads`` are needed; the others become None.
+    Also whether results are in a CPU's memory, for all that is known: there are tensors, all there.
     """
     check_may_call_jax("a jax2torch function")
-    plain = _PLAIN[x64_enabled()]
+    plain, device = _PLAIN[x64], cpu_device()
     arrays: list[Any] = []
-    for i, x in enumerate(operands):
-        if reads is not None and i < at_least and i not in reads:
-            arrays.append(None)
-        elif type(x) not in _TYPES:
-            arrays.append(_array(x, i) if isinstance(x, torch.Tensor) else x)
-        elif (
-            x.is_cpu
-            and x.dtype in plain
-            and x.is_contiguous()
-            and not (x.is_neg() or x.is_conj())
-            and (sizes := min(x.shape, default=2))
-            and not x.data_ptr() % _ALIGNMENT
-            and not (_pinning and x.is_pinned())
-        ):
-            if sizes == 1:  # strides of such sizes are arbitrary, and XLA would read them
-                x = x.view(-1).view(x.shape)
-            arrays.append(import_capsule(to_capsule(x)))
-        else:
-            arrays.append(_array(x, i))
-    return arrays
+    here = elsewhere = False
+    for x in operands:
+        if type(x) in _TYPES:
+            if (
+                x.is_cpu
+                and x.dtype in plain
+                and x.is_contiguous()
+                and (address := x.data_ptr())  # 0: it is empty
+                and not address % _ALIGNMENT
+                and not (x.is_neg() or x.is_conj())
+                and not (_pinning and x.is_pinned())
+            ):
+                here = True
+                if 1 in x.shape:  # strides of such sizes are arbitrary, and XLA would read them
+                    x = x.view(-1).view(x.shape)
+                arrays.append(import_capsule(to_capsule(x), device, None))
+                continue
+        elif not isinstance(x, torch.Tensor):
+            arrays.append(x)
+            continue
+        here, elsewhere = True, elsewhere or not x.is_cpu
+        arrays.append(_array(x, len(arrays)))
+    return arrays, here and not elsewhere
 
 
 def _array(x: torch.Tensor, i: int) -> Any:
@@ -67,12 +70,11 @@ def _array(x: torch.Tensor, i: int) -> Any:
         raise
 
 
-def to_tensors(arrays: Sequence[Any], on_cpu: bool) -> list[torch.Tensor]:
-    """Results as tensors in the same memory; on a CPU they are computed when this returns."""
-    return [
-        from_capsule(export_capsule(x)) if on_cpu and x.dtype in _EXPORTED else j2t(x)
-        for x in arrays
-    ]
+def to_tensors(arrays: Sequence[Any], dtypes: frozenset[Any], on_cpu: bool) -> list[torch.Tensor]:
+    """Results, of those dtypes, as tensors in their memory; on a CPU they are computed then."""
+    if on_cpu and dtypes <= _EXPORTED:
+        return [from_capsule(export_capsule(x)) for x in arrays]
+    return [j2t(x) for x in arrays]
 
 
 _pinning = torch.cuda.is_available()
