@@ -19,6 +19,7 @@ from jax.core import Tracer
 from torch.utils import _pytree as torch_tree
 
 from . import random
+from .constants import value_of
 from .tensor import Tensor, wrap
 
 __all__ = ["differentiable_by_jax"]
@@ -59,8 +60,6 @@ def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
         return plain(cls, *args, **kwargs)
     if any(leaves[i].requires_grad for i in places):
         return plain(cls, *args, **kwargs)  # PyTorch's own autograd is at work here
-    from .dispatch import value_of
-
     dtypes = [leaves[i].dtype for i in places]
     structure: list[Any] = []
     stream = random.current()

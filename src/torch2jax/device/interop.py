@@ -10,9 +10,9 @@ import torch
 from jax.core import Tracer
 
 from .._errors import SignatureError
-from .dispatch import state
 from .lower import running
 from .registration import enable
+from .state import state
 from .tensor import Tensor, read, tensor, wrap
 
 __all__ = [
@@ -153,7 +153,8 @@ def call_jax(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         inner, named = structure.unflatten(full)
         return fn(*inner, **named)
 
-    if state.lowering and not any(leaves[i].requires_grad for i in places):
+    traced = [leaves[i] for i in places if isinstance(leaves[i]._cell.array, Tracer)]
+    if state.lowering and not any(x.requires_grad for x in traced):
         return torch_view(flat([read(leaves[i]) for i in places]))  # JAX differentiates it
     box: list[Any] = []
     outs = _CallJax.apply(flat, structure, box, *[leaves[i] for i in places])

@@ -22,10 +22,12 @@ from jax.core import Tracer
 from torch.utils import _pytree as torch_tree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .._convert import x64_enabled
+from .._convert import dtype_j2t, x64_enabled
 from .._errors import SignatureError, Torch2JaxError
-from . import dispatch, random
+from . import random
+from .constants import value_of
 from .registration import enable
+from .state import lowering_scope
 from .tensor import Cell, Tensor, captures, wrap
 
 __all__ = ["JittedFunction", "JittedModule", "jit"]
@@ -129,7 +131,7 @@ class _Plan:
         slots = iter(tensors)
         leaves = [next(slots) if x is _TENSOR else x for x in leaves]
         args, kwargs = torch_tree.tree_unflatten(leaves, self.spec)
-        scope = dispatch.lowering_scope() if self.differentiable else contextlib.nullcontext()
+        scope = lowering_scope() if self.differentiable else contextlib.nullcontext()
         try:
             for cell, array in zip(self.inputs, state, strict=True):
                 cell.array = array
@@ -139,7 +141,7 @@ class _Plan:
                 with random.drawing_from(words, words=True), scope, grad(), _Watch():
                     result = self.fn(*args, **kwargs)
                 outs, self.out = _flatten_result(result)
-                results = [dispatch.value_of(x) for x in outs]
+                results = [value_of(x) for x in outs]
                 del result, args, kwargs, tensors, slots, leaves
                 found = [cell for cell, _ in capture.found.values()]
                 changed = [c for c, v in zip(self.inputs, versions, strict=True) if c.version != v]
@@ -249,7 +251,7 @@ class _Differentiable(torch.autograd.Function):
 def _gradient(g: Any) -> Any:
     if g is None or g.dtype == jax.dtypes.float0:
         return None
-    return wrap(jax.numpy.conj(g), dispatch.dtype_j2t(g.dtype))
+    return wrap(jax.numpy.conj(g), dtype_j2t(g.dtype))
 
 
 class JittedFunction:

@@ -47,7 +47,7 @@ class Cell:
     """Memory: one array, in row-major order, which in-place operations replace.
 
     ``recipe`` tells how a large constant of a trace was made, so that it need not be embedded in
-    the program: see ``dispatch``.
+    the program: see ``constants``.
     """
 
     __slots__ = ("__weakref__", "array", "recipe", "serial", "version")

@@ -47,7 +47,14 @@ class Lowering:
 
 
 class DataDependentShape(Torch2JaxError):
-    """The shape of a result depends on values that are being traced."""
+    """The shape of the result of ``what`` depends on values that are being traced."""
+
+    def __init__(self, what: Any) -> None:
+        super().__init__(
+            f"the shape of the result of {what} depends on the values of a tensor that is being "
+            "traced, and XLA must know shapes when it compiles. Use a result of fixed size "
+            "(torch.where with a mask, padding), or run this line outside of the traced function."
+        )
 
 
 TABLE: dict[Any, Lowering] = {}
