@@ -1,14 +1,19 @@
-"""What an operator of device "jax" costs in eager mode, beside jax.numpy's own.
+"""What operators of device "jax" cost in eager mode, beside jax.numpy's own and compiled ones.
 
-    python benchmarks/device.py
+    python benchmarks/device.py [--sync]
 
-Medians of 7 rounds, in microseconds. The arrays have 16 elements: this measures dispatch, not
-arithmetic. Calls are not waited for; each round ends with `block_until_ready`.
+Medians of single calls, in microseconds, taken in turns, so that what else the machine does meets
+all of them. The arrays have 16 elements: this measures dispatch, not arithmetic. Calls are not
+waited for, so larger operators, each of which waits for the one before, hand over between threads:
+give it two idle cores. `--sync` runs programs in the caller's thread. The jitted operators
+of a training step are the compiled programs that one eager step
+has called, each called again on the same arrays.
 """
 
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -19,39 +24,51 @@ import torch
 
 from torch2jax import device
 
-
-def microseconds(call: Callable[[], Any], number: int = 2000) -> float:
-    call()
-    rounds = []
-    for _ in range(7):
-        start = time.perf_counter()
-        for _ in range(number):
-            out = call()
-        jax.block_until_ready(out.jax() if isinstance(out, device.Tensor) else out)
-        rounds.append((time.perf_counter() - start) / number * 1e6)
-    return statistics.median(rounds)
+Calls = dict[str, Callable[[], Any]]
 
 
-def main() -> None:
-    device.enable()
-    a = jnp.ones(16)
-    x = device.tensor(a)
-    y = torch.ones(16)
-    add = jax.jit(lambda a, b: a + b)
-    update = jax.jit(lambda a: a.at[0].add(1))
-    rows = {
-        "torch on CPU, x + x": lambda: y + y,
-        "jnp, a + a": lambda: a + a,
-        "jax.jit, a + a": lambda: add(a, a),
-        "device jax, x + x": lambda: x + x,
-        "jax.jit, a.at[0].add(1)": lambda: update(a),
-        "device jax, x[0].add_(1)": lambda: x[0].add_(1),
-    }
-    for name, call in rows.items():
-        print(f"{name:28s} {microseconds(call):8.1f} us")
+def medians(calls: Calls, rounds: int, each: int = 5) -> dict[str, float]:
+    """Microseconds of each call."""
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            call()  # what ran before has emptied the caches
+            for _ in range(each):
+                start = time.perf_counter()
+                call()
+                taken[name].append((time.perf_counter() - start) * 1e6)
+    return {name: statistics.median(times) for name, times in taken.items()}
+
+
+class Recorder:
+    """In place of ``jax.jit``: notes the calls of compiled functions that are made under it."""
+
+    def __init__(self) -> None:
+        self.real, self.calls, self.on = jax.jit, [], False
+
+    def __enter__(self) -> Recorder:
+        def jit(fn: Any, **options: Any) -> Any:
+            compiled = self.real(fn, **options)
+
+            def call(*args: Any) -> Any:
+                if self.on:
+                    self.calls.append((compiled, args))
+                return compiled(*args)
+
+            return call
+
+        jax.jit = jit  # type: ignore[assignment]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        jax.jit = self.real
+
+
+def mlp_step(place: str = "jax") -> Callable[[], torch.Tensor]:
+    torch.manual_seed(0)
     layers = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8))
-    layers.to("jax")
-    data = torch.randn(32, 64).to("jax")
+    layers.to(place)
+    data = torch.randn(32, 64).to(place)
     optimizer = torch.optim.SGD(layers.parameters(), lr=0.01)
 
     def step() -> torch.Tensor:
@@ -61,10 +78,69 @@ def main() -> None:
         optimizer.step()
         return loss.detach()
 
-    compiled = device.jit(step)
-    compiled()
-    print(f"{'MLP training step, eager':28s} {microseconds(step, 50):8.1f} us")
-    print(f"{'MLP training step, jit':28s} {microseconds(compiled, 200):8.1f} us")
+    return step
+
+
+def show(found: dict[str, float]) -> None:
+    for name, value in found.items():
+        print(f"{name:40s} {value:8.1f} us")
+
+
+def main() -> None:
+    if "--sync" in sys.argv[1:]:
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
+    device.enable()
+    # Recorded before anything is compiled: programs are kept, with the jit that they were made by.
+    with Recorder() as recorder:
+        recorded = mlp_step()
+        recorded()
+        recorder.on = True
+        recorded()
+        recorder.on = False
+    from torch2jax.device import dispatch, views
+
+    dispatch.forget()
+    views.ROOT._next.clear()
+    step = mlp_step()
+    compiled = device.jit(mlp_step())
+
+    def operators() -> None:
+        for call, args in recorder.calls:
+            call(*args)
+
+    a = jnp.ones(16)
+    x = device.tensor(a)
+    y = torch.ones(16)
+    add = jax.jit(lambda a, b: a + b)
+    update = jax.jit(lambda a: a.at[0].add(1))
+    found = medians(
+        {
+            "torch on CPU, x + x": lambda: y + y,
+            "jnp, a + a": lambda: a + a,
+            "jax.jit, a + a": lambda: add(a, a),
+            "device jax, x + x": lambda: x + x,
+            "jax.jit, a.at[0].add(1)": lambda: update(a),
+            "device jax, x[0].add_(1)": lambda: x[0].add_(1),
+        },
+        400,
+    )
+    show(found)
+    print(f"add: {found['device jax, x + x'] / found['jnp, a + a']:.2f} x jnp (at most 2)")
+    ratio = found["device jax, x[0].add_(1)"] / found["jax.jit, a.at[0].add(1)"]
+    print(f"in place: {ratio:.2f} x jitted (at most 5)")
+    found = medians(
+        {
+            f"MLP step, its {len(recorder.calls)} jitted operators": operators,
+            "MLP step, eager": step,
+            "MLP step, one program": compiled,
+            "MLP step, torch on CPU": mlp_step("cpu"),
+        },
+        60,
+        1,
+    )
+    show(found)
+    first, eager, *_ = found.values()
+    print(f"eager step: {eager / first:.2f} x the sum of its jitted operators (at most 3)")
 
 
 if __name__ == "__main__":

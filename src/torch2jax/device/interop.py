@@ -13,7 +13,7 @@ from .._errors import SignatureError
 from .lower import running
 from .registration import enable
 from .state import state
-from .tensor import Tensor, read, tensor, wrap
+from .tensor import Tensor, from_torch, read, tensor, wrap
 
 __all__ = [
     "call_jax",
@@ -233,11 +233,11 @@ def checkpoint(fn: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     return lambda *args, **kwargs: call_jax(inner, *args, **kwargs)
 
 
-def extract(module: torch.nn.Module) -> tuple[Any, Any]:
+def extract(module: torch.nn.Module | torch.export.ExportedProgram) -> tuple[Any, Any]:
     """A module as ``(state, fn)``: arrays by name, and a JAX function ``fn(state, args, kwargs)``.
 
     Args:
-      module: on device "jax" or the CPU; it is not changed.
+      module: on device "jax" or the CPU, which is not changed; or a program of ``torch.export``.
 
     Returns:
       ``state``, ``{name: array}`` of parameters and buffers, and ``fn(state, args, kwargs=None)``,
@@ -249,8 +249,10 @@ def extract(module: torch.nn.Module) -> tuple[Any, Any]:
     (4, 2)
     """
     enable()
-    from .tensor import from_torch
+    if isinstance(module, torch.export.ExportedProgram):
+        from .exported import extract_exported
 
+        return extract_exported(module)
     found = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     state = {k: read(x) if isinstance(x, Tensor) else from_torch(x) for k, x in found.items()}
     dtypes = {k: x.dtype for k, x in found.items()}

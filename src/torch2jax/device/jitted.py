@@ -262,6 +262,7 @@ class JittedFunction:
         self.__name__ = getattr(fn, "__name__", type(fn).__name__)
         self._module, self._options = module, options
         self._plans: dict[Any, _Plan] = {}
+        self._cells: list[Cell] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         leaves, spec = torch_tree.tree_flatten((args, kwargs))
@@ -274,9 +275,15 @@ class JittedFunction:
                     'move it first, tensor.to("jax").'
                 )
         metas = tuple((x.dtype, x.requires_grad) for x in tensors)
-        modes = () if self._module is None else tuple(m.training for m in self._module.modules())
+        modes: Any = ()
+        if self._module is not None:
+            modes = tuple(m.training for m in self._module.modules())
+            cells = [x._cell for x in self._module.parameters() if isinstance(x, Tensor)]
+            if cells != self._cells:  # other parameters than the plans know
+                self._plans, self._cells = {}, cells
         marks = tuple(None if x is _TENSOR else (type(x), x) for x in statics)
-        key = (spec, marks, metas, modes, torch.is_grad_enabled(), x64_enabled())
+        cast = torch.is_autocast_enabled("jax") and torch.get_autocast_dtype("jax")
+        key = (spec, marks, metas, modes, cast, torch.is_grad_enabled(), x64_enabled())
         plan = self._plans.get(key)
         if plan is None:
             options = dict(self._options)

@@ -116,7 +116,14 @@ class Program:
         lowered = self.route.lowered
         args, kwargs = self._arguments(values)
         given = {k: v for k, v in kwargs.items() if k not in _IGNORED and k != "device"}
-        out = lowered.fn(key, *args, **given) if lowered.random else lowered.fn(*args, **given)
+        try:
+            out = lowered.fn(key, *args, **given) if lowered.random else lowered.fn(*args, **given)
+        except (TypeError, ValueError) as error:
+            if type(error) not in (TypeError, ValueError):
+                raise
+            # As PyTorch does; a TypeError would be lost in a + b, where Python tries b's way.
+            kinds = [str(jax.typeof(v)) for v, d in zip(values, self.dtypes, strict=True) if d]
+            raise RuntimeError(f"{self.route.func} of {', '.join(kinds)}: {error}") from error
         self.torch_dtypes = self._dtypes_of(out, args, kwargs, values)
         return out
 

@@ -15,7 +15,18 @@ from .dispatch import special
 from .operands import foreign
 from .operators import Operator
 from .state import foreign_allowed, state
-from .tensor import Tensor, ValueNeeded, carried, concrete, from_torch, read, to_torch, wrap, write
+from .tensor import (
+    Tensor,
+    ValueNeeded,
+    carried,
+    concrete,
+    from_torch,
+    only_one,
+    read,
+    to_torch,
+    wrap,
+    write,
+)
 
 aten = torch.ops.aten
 
@@ -32,6 +43,8 @@ def _to_copy(args: Any, kwargs: Any) -> Any:
     x = args[0]
     dtype = kwargs.get("dtype") or x.dtype
     device = kwargs.get("device")
+    if _is_ours(device):
+        only_one(device)
     if type(x) is not Tensor:
         return wrap(cast(from_torch(x), carried(dtype)), dtype)
     if _is_ours(device):

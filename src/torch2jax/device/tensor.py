@@ -82,6 +82,15 @@ class Tensor(torch.Tensor):
         return read(self)
 
 
+def only_one(device: Any) -> None:
+    """Refuse "jax:1": there is one device, whose tensors may be on several of JAX's."""
+    if device is not None and device.index:
+        raise RuntimeError(
+            f"there is no device {device}: device jax has the index 0 alone. "
+            "device.mark_sharding puts a tensor on other devices of JAX."
+        )
+
+
 _JAX: list[torch.device] = []
 
 

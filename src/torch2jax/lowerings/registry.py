@@ -267,4 +267,10 @@ def dims_of(x: Any, dims: Any) -> tuple[int, ...]:
         return tuple(range(x.ndim))
     if isinstance(dims, int):
         dims = (dims,)
+    n = max(x.ndim, 1)
+    for d in dims:
+        if not -n <= d < n:
+            raise IndexError(
+                f"Dimension out of range (expected to be in range of [{-n}, {n - 1}], but got {d})"
+            )
     return tuple(d % x.ndim for d in dims) if x.ndim else ()
