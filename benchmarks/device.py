@@ -87,6 +87,7 @@ def show(found: dict[str, float]) -> None:
 
 
 def main() -> None:
+    torch.set_num_threads(1)  # its pool of threads disturbs what is measured in turns with it
     if "--sync" in sys.argv[1:]:
         jax.config.update("jax_cpu_enable_async_dispatch", False)
     device.enable()

@@ -1,6 +1,6 @@
 """The PyTorch device "jax": tensors that hold JAX arrays."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..lowerings.registry import register_lowering
 from .checkpoints import load_checkpoint, save_checkpoint
@@ -18,6 +18,9 @@ from .registration import enable, is_enabled
 from .scan import scan
 from .sharding import mark_sharding, shard_map, sharded_init
 from .tensor import Tensor, tensor
+
+if TYPE_CHECKING:
+    from .exported import export
 
 __all__ = [
     "Tensor",
@@ -45,7 +48,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "export":  # torch.export and jax.export take a second to import
-        from .exported import export
+        from .exported import export as found
 
-        return export
+        return found
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

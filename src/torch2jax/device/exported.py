@@ -46,7 +46,8 @@ def extract_exported(program: ExportedProgram) -> tuple[dict[str, Any], Callable
         if name is not None and isinstance(tensors.get(name), torch.Tensor):
             x = tensors[name]
             state[name] = read(x) if isinstance(x, Tensor) else from_torch(x)
-    in_spec, out_spec = core.call_spec.in_spec, core.call_spec.out_spec
+    calls: Any = core.call_spec
+    in_spec, out_spec = calls.in_spec, calls.out_spec
     wanted = [i for i, s in enumerate(signature.output_specs) if s.kind is OutputKind.USER_OUTPUT]
 
     def fn(state: Any, args: Any, kwargs: Any = None) -> Any:
@@ -112,7 +113,8 @@ def export(program: ExportedProgram, **options: Any) -> jax.export.Exported:
         return jax.ShapeDtypeStruct(shape, carried(value.dtype))
 
     user = [aval(nodes[name]) for name in program.graph_signature.user_inputs]
-    args, kwargs = torch_tree.tree_unflatten(user, program.call_spec.in_spec)
+    calls: Any = program.call_spec
+    args, kwargs = torch_tree.tree_unflatten(user, calls.in_spec)
     avals = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
 
     def call(state: Any, *args: Any, **kwargs: Any) -> Any:

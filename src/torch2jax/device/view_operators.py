@@ -42,7 +42,8 @@ class ViewOperator:
         if kwargs:
             rest = self._positional(rest, kwargs)
         chain, dtype, size = x._chain, x.dtype, x.shape
-        stride, offset = x.stride(), x.storage_offset()
+        stride: Any = x.stride()
+        offset: Any = x.storage_offset()
         if self.plain:
             if self.detach and state.lowering and isinstance(x._cell.array, Tracer):
                 chain = (chain or ROOT).then(self.func, ())
