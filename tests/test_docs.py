@@ -139,7 +139,10 @@ def test_reference_is_complete() -> None:
     of_device = {n for n in names if n.startswith(("device.", "lowerings."))}
     assert names - of_device == set(public()) - {"__version__"}
     module = importlib.import_module(f"{package.__name__}.device")
-    assert {n.rpartition(".")[2] for n in of_device} == set(module.__all__) - {"Tensor", "is_enabled"}
+    assert {n.rpartition(".")[2] for n in of_device} == set(module.__all__) - {
+        "Tensor",
+        "is_enabled",
+    }
 
 
 # -- what pages refer to ---------------------------------------------------------------------------
