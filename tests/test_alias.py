@@ -99,6 +99,17 @@ def test_nothing_of_the_original_is_left_in_the_alias(alias_folder: Path) -> Non
         assert not absolute.search(path.read_text(encoding="utf-8")), path
 
 
+def test_the_compiler_backend_has_the_new_name(alias_folder: Path) -> None:
+    """`torch.compile(backend=...)` looks it up in the metadata of what is installed."""
+    (info,) = alias_folder.glob("*.dist-info")
+    lines = (info / "entry_points.txt").read_text(encoding="utf-8").split("\n")
+    assert "[torch_dynamo_backends]" in lines
+    assert any(
+        re.fullmatch(rf"{ALIAS} ?= ?{ALIAS}\.device\.compile:backend", line) for line in lines
+    )
+    assert not any(re.match(r"torch2jax\b", line) for line in lines)
+
+
 def test_sources_import_the_package_relatively() -> None:
     """An absolute import would reach for the original when the package has another name."""
     absolute = re.compile(r"^\s*(from torch2jax\b|import torch2jax\b)", re.MULTILINE)

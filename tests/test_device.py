@@ -504,3 +504,50 @@ def test_extract() -> None:
         state, fn = device.extract(module)
         out = jax.jit(fn)(state, (jnp.asarray(x.numpy()),))
         np.testing.assert_allclose(out, cpu(x).detach(), 1e-5, 1e-5)
+
+
+# --- wrong input ---------------------------------------------------------------------------------
+
+
+WRONG: dict[str, tuple[Any, type[Exception], str]] = {
+    "product": (lambda x: x @ x, RuntimeError, r"aten\.mm.*float32\[2,3\].*contracting"),
+    "sum": (lambda x: x + torch.ones(2, device="jax"), RuntimeError, "ncompatible shapes"),
+    "dimension": (lambda x: x.sum(5), IndexError, "Dimension out of range"),
+    "index": (lambda x: x[7], IndexError, "out of bounds"),
+    "view": (lambda x: x.view(4), RuntimeError, "invalid for input of size 6"),
+    "in place": (lambda x: x.int().add_(1.5), RuntimeError, "can't be cast"),
+    "another device": (lambda x: torch.ones(2, device="jax:1"), RuntimeError, "index 0 alone"),
+    "move": (lambda x: x.cpu().to("jax:1"), RuntimeError, "index 0 alone"),
+    "move of ours": (lambda x: x.to("jax:1"), RuntimeError, "index 0 alone"),
+    "array": (lambda x: device.tensor(x.numpy()), TypeError, "takes a jax.Array"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_input(name: str) -> None:
+    fn, error, message = WRONG[name]
+    with pytest.raises(error, match=message):
+        fn(torch.ones(2, 3, device="jax"))
+
+
+def test_zeros_of_both_signs_are_two_numbers() -> None:
+    x = torch.ones(1, device="jax")
+    for number in (0.0, -0.0, 0.0):
+        expected = np.copysign(1, number)
+        assert np.copysign(1, (x * number).item()) == expected
+        assert np.copysign(1, torch.full((1,), number, device="jax").item()) == expected
+
+
+def test_a_compiled_module_sees_new_parameters_and_autocast() -> None:
+    layer = nn.Linear(3, 3).to("jax")
+    compiled, x = device.jit(layer), torch.ones(1, 3, device="jax")
+    for _ in range(2):
+        compiled(x)
+    for name in ("weight", "bias"):
+        setattr(layer, name, nn.Parameter(torch.zeros_like(getattr(layer, name))))
+    for _ in range(3):
+        assert compiled(x).abs().sum() == 0
+    for _ in range(3):
+        with torch.autocast("jax", torch.bfloat16):
+            assert compiled(x).dtype is torch.bfloat16
+        assert compiled(x).dtype is torch.float32

@@ -78,6 +78,11 @@ def plain_apply(function: Any) -> Any:
     return base.apply
 
 
+custom_function_base: Any = torch.autograd.function._SingleLevelFunction
+"""The class in which ``torch.autograd.Function.apply``, however it is reached, looks for PyTorch's
+own ``apply``."""
+
+
 def innermost_is_vmap() -> bool:
     """Whether the innermost transform of ``torch.func`` at work is ``vmap``."""
     return peek_interpreter_stack().key() == TransformType.Vmap

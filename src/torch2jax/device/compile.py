@@ -32,6 +32,8 @@ def _compiled(graph: torch.fx.GraphModule, examples: list[Any]) -> Callable[...,
     from .._wrap import torch2jax
 
     spots = [i for i, x in enumerate(examples) if isinstance(x, torch.Tensor)]
+    made = [node.meta.get("val") for node in graph.graph.nodes]
+    ours = any(isinstance(x, torch.Tensor) and x.device.type == "jax" for x in made)
     dtypes: list[list[Any]] = []
 
     def run(tensors: list[Any], numbers: tuple[Any, ...]) -> Any:
@@ -53,17 +55,16 @@ def _compiled(graph: torch.fx.GraphModule, examples: list[Any]) -> Callable[...,
             program = programs[numbers, given] = torch2jax(  # type: ignore[assignment]
                 lambda *t: run(list(t), numbers), arg_dtypes=given, lower=True
             )
-        ours = any(isinstance(x, Tensor) for x in tensors)
         # XLA reads shared memory later than it returns: results are waited for.
         arrays = [x.jax() if isinstance(x, Tensor) else t2j(x) for x in tensors]
         out = jax.block_until_ready(program(*arrays))
-        made = iter(out)
+        values = iter(out)
         result: list[Any] = []
         for dtype in dtypes[0]:
             if dtype is None:
                 result.append(None)
                 continue
-            array = next(made)
+            array = next(values)
             result.append(wrap(array, dtype) if ours else j2t(array).to(dtype))
         return result
 

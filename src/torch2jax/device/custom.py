@@ -18,7 +18,9 @@ import torch
 from jax.core import Tracer
 from torch.utils import _pytree as torch_tree
 
+from .._torch_compat import custom_function_base
 from . import random
+from .constants import value_of
 from .tensor import Tensor, wrap
 
 __all__ = ["differentiable_by_jax"]
@@ -29,38 +31,49 @@ class _Active(threading.local):
 
 
 _active = _Active()
-_original: list[Any] = []
 _lock = threading.Lock()
+_traces = [0]
+"""Traces under way, on all threads."""
 
 
 @contextlib.contextmanager
 def differentiable_by_jax() -> Iterator[None]:
-    """While ``fn`` is traced on this thread, ``apply`` of autograd functions is ours."""
+    """While ``fn`` is traced on this thread, ``apply`` of autograd functions is ours.
+
+    PyTorch's ``apply`` of Python ends in one of C++, found through a base class; for the time of a
+    trace ours is found before it, also by an ``apply`` that was looked up earlier. Other threads go
+    past it, and after the last trace nothing is left.
+    """
     with _lock:
-        if not _original:
-            _original.append(torch.autograd.Function.__dict__["apply"])
-            torch.autograd.Function.apply = classmethod(_apply)  # type: ignore[assignment]
+        _traces[0] += 1
+        if _traces[0] == 1:
+            custom_function_base.apply = classmethod(_apply)
     _active.depth += 1
     try:
         yield
     finally:
         _active.depth -= 1
+        with _lock:
+            _traces[0] -= 1
+            if _traces[0] == 0:
+                del custom_function_base.apply
+
+
+def _plain(cls: Any, *args: Any, **kwargs: Any) -> Any:
+    return super(custom_function_base, cls).apply(*args, **kwargs)
 
 
 def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-    plain = _original[0].__func__
     if not _active.depth:
-        return plain(cls, *args, **kwargs)
+        return _plain(cls, *args, **kwargs)
     leaves, spec = torch_tree.tree_flatten((args, kwargs))
     places = [
         i for i, x in enumerate(leaves) if type(x) is Tensor and isinstance(x._cell.array, Tracer)
     ]
     if not any(leaves[i].is_floating_point() or leaves[i].is_complex() for i in places):
-        return plain(cls, *args, **kwargs)
+        return _plain(cls, *args, **kwargs)
     if any(leaves[i].requires_grad for i in places):
-        return plain(cls, *args, **kwargs)  # PyTorch's own autograd is at work here
-    from .dispatch import value_of
-
+        return _plain(cls, *args, **kwargs)  # PyTorch's own autograd is at work here
     dtypes = [leaves[i].dtype for i in places]
     structure: list[Any] = []
     stream = random.current()
@@ -81,7 +94,7 @@ def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
         depth, _active.depth = _active.depth, 0
         try:
             with torch.enable_grad():
-                out = plain(cls, *a, **k)
+                out = _plain(cls, *a, **k)
         finally:
             _active.depth = depth
         outs, out_spec = torch_tree.tree_flatten(out)

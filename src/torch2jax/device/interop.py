@@ -10,10 +10,10 @@ import torch
 from jax.core import Tracer
 
 from .._errors import SignatureError
-from .dispatch import state
 from .lower import running
 from .registration import enable
-from .tensor import Tensor, read, tensor, wrap
+from .state import state
+from .tensor import Tensor, from_torch, read, tensor, wrap
 
 __all__ = [
     "call_jax",
@@ -153,7 +153,8 @@ def call_jax(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         inner, named = structure.unflatten(full)
         return fn(*inner, **named)
 
-    if state.lowering and not any(leaves[i].requires_grad for i in places):
+    traced = [leaves[i] for i in places if isinstance(leaves[i]._cell.array, Tracer)]
+    if state.lowering and not any(x.requires_grad for x in traced):
         return torch_view(flat([read(leaves[i]) for i in places]))  # JAX differentiates it
     box: list[Any] = []
     outs = _CallJax.apply(flat, structure, box, *[leaves[i] for i in places])
@@ -232,11 +233,11 @@ def checkpoint(fn: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     return lambda *args, **kwargs: call_jax(inner, *args, **kwargs)
 
 
-def extract(module: torch.nn.Module) -> tuple[Any, Any]:
+def extract(module: torch.nn.Module | torch.export.ExportedProgram) -> tuple[Any, Any]:
     """A module as ``(state, fn)``: arrays by name, and a JAX function ``fn(state, args, kwargs)``.
 
     Args:
-      module: on device "jax" or the CPU; it is not changed.
+      module: on device "jax" or the CPU, which is not changed; or a program of ``torch.export``.
 
     Returns:
       ``state``, ``{name: array}`` of parameters and buffers, and ``fn(state, args, kwargs=None)``,
@@ -248,8 +249,10 @@ def extract(module: torch.nn.Module) -> tuple[Any, Any]:
     (4, 2)
     """
     enable()
-    from .tensor import from_torch
+    if isinstance(module, torch.export.ExportedProgram):
+        from .exported import extract_exported
 
+        return extract_exported(module)
     found = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     state = {k: read(x) if isinstance(x, Tensor) else from_torch(x) for k, x in found.items()}
     dtypes = {k: x.dtype for k, x in found.items()}

@@ -22,10 +22,12 @@ from jax.core import Tracer
 from torch.utils import _pytree as torch_tree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .._dtypes import x64_enabled
+from .._dtypes import dtype_j2t, x64_enabled
 from .._errors import SignatureError, Torch2JaxError
-from . import dispatch, random
+from . import random
+from .constants import value_of
 from .registration import enable
+from .state import lowering_scope
 from .tensor import Cell, Tensor, captures, wrap
 
 __all__ = ["JittedFunction", "JittedModule", "jit"]
@@ -129,7 +131,7 @@ class _Plan:
         slots = iter(tensors)
         leaves = [next(slots) if x is _TENSOR else x for x in leaves]
         args, kwargs = torch_tree.tree_unflatten(leaves, self.spec)
-        scope = dispatch.lowering_scope() if self.differentiable else contextlib.nullcontext()
+        scope = lowering_scope() if self.differentiable else contextlib.nullcontext()
         try:
             for cell, array in zip(self.inputs, state, strict=True):
                 cell.array = array
@@ -139,7 +141,7 @@ class _Plan:
                 with random.drawing_from(words, words=True), scope, grad(), _Watch():
                     result = self.fn(*args, **kwargs)
                 outs, self.out = _flatten_result(result)
-                results = [dispatch.value_of(x) for x in outs]
+                results = [value_of(x) for x in outs]
                 del result, args, kwargs, tensors, slots, leaves
                 found = [cell for cell, _ in capture.found.values()]
                 changed = [c for c, v in zip(self.inputs, versions, strict=True) if c.version != v]
@@ -249,7 +251,7 @@ class _Differentiable(torch.autograd.Function):
 def _gradient(g: Any) -> Any:
     if g is None or g.dtype == jax.dtypes.float0:
         return None
-    return wrap(jax.numpy.conj(g), dispatch.dtype_j2t(g.dtype))
+    return wrap(jax.numpy.conj(g), dtype_j2t(g.dtype))
 
 
 class JittedFunction:
@@ -260,6 +262,7 @@ class JittedFunction:
         self.__name__ = getattr(fn, "__name__", type(fn).__name__)
         self._module, self._options = module, options
         self._plans: dict[Any, _Plan] = {}
+        self._cells: list[Cell] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         leaves, spec = torch_tree.tree_flatten((args, kwargs))
@@ -272,9 +275,15 @@ class JittedFunction:
                     'move it first, tensor.to("jax").'
                 )
         metas = tuple((x.dtype, x.requires_grad) for x in tensors)
-        modes = () if self._module is None else tuple(m.training for m in self._module.modules())
+        modes: Any = ()
+        if self._module is not None:
+            modes = tuple(m.training for m in self._module.modules())
+            cells = [x._cell for x in self._module.parameters() if isinstance(x, Tensor)]
+            if cells != self._cells:  # other parameters than the plans know
+                self._plans, self._cells = {}, cells
         marks = tuple(None if x is _TENSOR else (type(x), x) for x in statics)
-        key = (spec, marks, metas, modes, torch.is_grad_enabled(), x64_enabled())
+        cast = torch.is_autocast_enabled("jax") and torch.get_autocast_dtype("jax")
+        key = (spec, marks, metas, modes, cast, torch.is_grad_enabled(), x64_enabled())
         plan = self._plans.get(key)
         if plan is None:
             options = dict(self._options)

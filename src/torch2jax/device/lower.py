@@ -21,8 +21,10 @@ from .._replica import Forward, Layout
 from .._shards import Shards
 from .._torch_compat import DeviceContext
 from . import dispatch, random
+from .constants import value_of
 from .custom import differentiable_by_jax
 from .registration import enable
+from .state import lowering_scope
 from .tensor import Tensor, from_torch, wrap
 
 __all__ = ["LoweredFunction", "Report", "lowering_report"]
@@ -148,7 +150,7 @@ def _argument(x: Any, dtype: torch.dtype) -> Tensor:
 
 
 def _result(t: torch.Tensor) -> Any:
-    return dispatch.value_of(t) if isinstance(t, Tensor) else from_torch(t)
+    return value_of(t) if isinstance(t, Tensor) else from_torch(t)
 
 
 class _OnJax(DeviceContext):
@@ -173,7 +175,7 @@ def running(default_dtype: torch.dtype, key: Any) -> Any:
         stack.enter_context(torch.enable_grad())
         stack.enter_context(_OnJax(torch.device("jax")))
         stack.enter_context(random.drawing_from(key, words=True))
-        stack.enter_context(dispatch.lowering_scope())
+        stack.enter_context(lowering_scope())
         stack.enter_context(differentiable_by_jax())
         yield
 

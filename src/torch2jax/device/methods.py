@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from jax.core import Tracer
 
-from .tensor import Tensor, concrete, read, to_torch
+from .._errors import Torch2JaxError
+from .tensor import Tensor, concrete, only_one, read, to_torch
 
 __all__ = ["install"]
 
@@ -78,6 +79,8 @@ def _to(self: Tensor, *args: Any, **kwargs: Any) -> Any:
     else:
         device, dtype, _, _ = _parse_to(*args, **kwargs)
     ours = device is None or device.type == "jax"
+    if ours:
+        only_one(device)
     if ours and not copy and (dtype is None or dtype is self.dtype):
         return self
     return torch.Tensor.to(
@@ -171,6 +174,21 @@ def _block(self: Tensor) -> Tensor:
     return self
 
 
+class _NoInnerTensors:
+    """What PyTorch asks a tensor of tensors for; torch.compile does before it wraps an operand."""
+
+    def __get__(self, instance: Any, owner: Any) -> Any:
+        from torch._guards import TracingContext
+
+        if TracingContext.try_get() is not None:
+            raise Torch2JaxError(
+                "torch.compile does not compile functions of tensors on device jax: use "
+                "device.jit(fn_or_module), or keep the model on its device and give "
+                'torch.compile backend="torch2jax".'
+            )
+        raise AttributeError("__tensor_flatten__")
+
+
 def install() -> None:
     """Put the methods into the class."""
     for name, method in (
@@ -190,6 +208,7 @@ def install() -> None:
         ("__format__", _format),
         ("block_until_ready", _block),
         ("data", property(_get_data, _set_data)),
+        ("__tensor_flatten__", _NoInnerTensors()),
         ("is_jax", property(lambda self: True)),
         ("is_cpu", property(lambda self: False)),
         ("is_lazy", property(lambda self: False)),

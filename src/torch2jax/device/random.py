@@ -108,6 +108,12 @@ def next_words(generator: torch.Generator | None = None) -> Any:
     return np.array([mixed & (2**32 - 1), mixed >> 32], np.uint32)
 
 
+def next_words_if_any() -> Any:
+    """The same; None in a traced function without a key."""
+    missing = _streams.stack[-1] is None if _streams.stack else not trace_state_clean()
+    return None if missing else next_words()
+
+
 _NO_KEY = (
     "random numbers are drawn in a traced function without a key, which would make them constants "
     "of the program. Pass rng=, a JAX key: torch2jax(fn, lower=True, stochastic=True) and "

@@ -11,7 +11,7 @@ from .._errors import Torch2JaxError
 from .._torch_compat import set_up_device
 from . import dispatch, methods, random
 from .autocast import register_autocast
-from .tensor import Tensor
+from .tensor import Tensor, only_one
 
 __all__ = ["enable", "is_enabled"]
 
@@ -184,7 +184,7 @@ _FACTORIES = (
 
 def _factory(op: Any) -> Any:
     def make(*args: Any, **kwargs: Any) -> Any:
-        kwargs.pop("device", None)
+        only_one(kwargs.pop("device", None))
         kwargs.pop("pin_memory", None)
         kwargs.pop("layout", None)
         if kwargs.get("dtype", 0) is None:

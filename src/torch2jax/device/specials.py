@@ -11,8 +11,22 @@ from jax.core import Tracer
 
 from .._errors import Torch2JaxError
 from ..lowerings.registry import DataDependentShape, cast
-from . import dispatch as d
-from .tensor import Tensor, ValueNeeded, carried, concrete, from_torch, read, to_torch, wrap, write
+from .dispatch import special
+from .operands import foreign
+from .operators import Operator
+from .state import foreign_allowed, state
+from .tensor import (
+    Tensor,
+    ValueNeeded,
+    carried,
+    concrete,
+    from_torch,
+    only_one,
+    read,
+    to_torch,
+    wrap,
+    write,
+)
 
 aten = torch.ops.aten
 
@@ -24,11 +38,13 @@ def _is_ours(device: Any) -> bool:
 # --- to and from other devices -------------------------------------------------------------------
 
 
-@d.special(aten._to_copy.default)
+@special(aten._to_copy.default)
 def _to_copy(args: Any, kwargs: Any) -> Any:
     x = args[0]
     dtype = kwargs.get("dtype") or x.dtype
     device = kwargs.get("device")
+    if _is_ours(device):
+        only_one(device)
     if type(x) is not Tensor:
         return wrap(cast(from_torch(x), carried(dtype)), dtype)
     if _is_ours(device):
@@ -50,7 +66,7 @@ def _cast(x: Tensor, dtype: torch.dtype) -> Any:
     return _astype[0](x, dtype)
 
 
-@d.special(aten.copy_.default)
+@special(aten.copy_.default)
 def _copy_(args: Any, kwargs: Any) -> Any:
     target, source = args[0], args[1]
     if type(target) is not Tensor:
@@ -73,11 +89,11 @@ _copy_op_cache: list[Any] = []
 
 def _copy_op(target: Tensor, source: Tensor) -> Any:
     if not _copy_op_cache:
-        _copy_op_cache.append(d._Op(aten.copy_.default))
+        _copy_op_cache.append(Operator(aten.copy_.default))
     return _copy_op_cache[0]((target, source), {})
 
 
-@d.special(aten.lift_fresh.default, aten.lift.default)
+@special(aten.lift_fresh.default, aten.lift.default)
 def _lift(args: Any, kwargs: Any) -> Any:
     return args[0]
 
@@ -85,12 +101,12 @@ def _lift(args: Any, kwargs: Any) -> Any:
 # --- values --------------------------------------------------------------------------------------
 
 
-@d.special(aten._local_scalar_dense.default, aten.item.default)
+@special(aten._local_scalar_dense.default, aten.item.default)
 def _item(args: Any, kwargs: Any) -> Any:
     return concrete(args[0], "item()").item()
 
 
-@d.special(aten.equal.default)
+@special(aten.equal.default)
 def _equal(args: Any, kwargs: Any) -> Any:
     a, b = args
     if a.shape != b.shape:
@@ -98,12 +114,12 @@ def _equal(args: Any, kwargs: Any) -> Any:
     return bool(concrete(aten.all.default(aten.eq.Tensor(a, b)), "torch.equal"))
 
 
-@d.special(aten.is_pinned.default)
+@special(aten.is_pinned.default)
 def _is_pinned(args: Any, kwargs: Any) -> Any:
     return False
 
 
-@d.special(
+@special(
     getattr(aten._assert_async, "default", None),
     getattr(aten._assert_async, "msg", None),
 )
@@ -115,12 +131,12 @@ def _assert_async(args: Any, kwargs: Any) -> Any:
         )
 
 
-@d.special(aten._linalg_check_errors.default)
+@special(aten._linalg_check_errors.default)
 def _linalg_check_errors(args: Any, kwargs: Any) -> Any:
     """In a compiled program a singular matrix gives NaN or infinity, as in JAX."""
     info, name = read(args[0]), args[1]
     if isinstance(info, Tracer):
-        if d.state.compiling:
+        if state.compiling:
             raise ValueNeeded(name)
         return
     if np.any(np.asarray(info)):
@@ -137,21 +153,21 @@ def become(x: Tensor, other: Tensor) -> Tensor:
     return x
 
 
-@d.special(aten.set_.source_Tensor)
+@special(aten.set_.source_Tensor)
 def _set_(args: Any, kwargs: Any) -> Any:
     if len(args) != 2 or type(args[1]) is not Tensor:
         raise Torch2JaxError("set_ on device jax takes a tensor on device jax, and no sizes.")
     return become(args[0], args[1])
 
 
-@d.special(aten.set_.source_Storage, aten.set_.source_Storage_storage_offset, aten.set_.default)
+@special(aten.set_.source_Storage, aten.set_.source_Storage_storage_offset, aten.set_.default)
 def _set_storage(args: Any, kwargs: Any) -> Any:
     raise Torch2JaxError(
         "set_ on device jax takes a tensor on device jax: a JAX array has no storage to share."
     )
 
 
-@d.special(aten.resize_.default)
+@special(aten.resize_.default)
 def _resize_(args: Any, kwargs: Any) -> Any:
     x, size = args[0], tuple(args[1])
     if tuple(x.shape) == size:
@@ -180,13 +196,13 @@ for _op, _name in (
     (aten.unsqueeze_.default, "unsqueeze"),
     (aten.as_strided_.default, "as_strided"),
 ):
-    d.special(_op)(_in_place_view(_name))
+    special(_op)(_in_place_view(_name))
 
 
 # --- batch norm, whose statistics are written to without the schema saying so -------------------
 
 
-@d.special(
+@special(
     aten.native_batch_norm.default,
     aten._native_batch_norm_legit.default,
 )
@@ -204,7 +220,7 @@ def _batch_norm(args: Any, kwargs: Any) -> Any:
     return out, saved_mean, saved_invstd
 
 
-@d.special(aten._batch_norm_with_update.default)
+@special(aten._batch_norm_with_update.default)
 def _batch_norm_with_update(args: Any, kwargs: Any) -> Any:
     x, weight, bias, mean, var, momentum, eps = args
     out = _batch_norm((x, weight, bias, mean, var, True, momentum, eps), {})
@@ -221,10 +237,10 @@ def _without_masks(x: Tensor, indices: Any, what: str) -> list[Any]:
         if index is None:
             found.append(None)
             continue
-        index = d._foreign(index) if type(index) is not Tensor else index
+        index = foreign(index) if type(index) is not Tensor else index
         if index.dtype in (torch.bool, torch.uint8):
             if isinstance(read(index), Tracer):
-                raise DataDependentShape(d._DATA_DEPENDENT.format(what))
+                raise DataDependentShape(what)
             places = np.nonzero(np.asarray(read(index)))
             found += [wrap(jax.numpy.asarray(p, np.int32), torch.int64) for p in places]
         else:
@@ -242,7 +258,7 @@ def _ours(func: Any) -> Any:
 
     def call(args: Any, kwargs: Any) -> Any:
         if not op:
-            op.append(d._Op(func))
+            op.append(Operator(func))
         return op[0](args, kwargs)
 
     return call
@@ -251,7 +267,7 @@ def _ours(func: Any) -> Any:
 _index = _ours(aten.index.Tensor)
 
 
-@d.special(aten.index.Tensor)
+@special(aten.index.Tensor)
 def _index_tensor(args: Any, kwargs: Any) -> Any:
     x, indices = _beside(args[0]), args[1]
     if _has_mask(indices):
@@ -263,11 +279,8 @@ def _beside(x: Any) -> Any:
     """An index may be on the CPU, as it may beside CUDA tensors."""
     if type(x) is Tensor:
         return x
-    d.foreign_ok.active += 1
-    try:
-        return d._foreign(x)
-    finally:
-        d.foreign_ok.active -= 1
+    with foreign_allowed():
+        return foreign(x)
 
 
 def _index_put(func: Any) -> Any:
@@ -316,10 +329,10 @@ for _op in (
     aten._index_put_impl_.default,
     aten._unsafe_index_put.default,
 ):
-    d.special(_op)(_index_put(_op))
+    special(_op)(_index_put(_op))
 
 
-@d.special(getattr(aten._nested_tensor_from_mask_left_aligned, "default", None))
+@special(getattr(aten._nested_tensor_from_mask_left_aligned, "default", None))
 def _no_nested_tensor(args: Any, kwargs: Any) -> bool:
     """``nn.TransformerEncoder`` asks whether a padded batch can be a nested tensor."""
     return False

@@ -47,7 +47,7 @@ class Cell:
     """Memory: one array, in row-major order, which in-place operations replace.
 
     ``recipe`` tells how a large constant of a trace was made, so that it need not be embedded in
-    the program: see ``dispatch``.
+    the program: see ``constants``.
     """
 
     __slots__ = ("__weakref__", "array", "recipe", "serial", "version")
@@ -80,6 +80,15 @@ class Tensor(torch.Tensor):
         an int64 tensor. A tensor under a trace gives its tracer.
         """
         return read(self)
+
+
+def only_one(device: Any) -> None:
+    """Refuse "jax:1": there is one device, whose tensors may be on several of JAX's."""
+    if device is not None and device.index:
+        raise RuntimeError(
+            f"there is no device {device}: device jax has the index 0 alone. "
+            "device.mark_sharding puts a tensor on other devices of JAX."
+        )
 
 
 _JAX: list[torch.device] = []

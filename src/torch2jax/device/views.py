@@ -6,7 +6,6 @@ its setter takes the array before the step and the new values after it, and give
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -385,7 +384,6 @@ OTHER_ELEMENTS = {
 """Views that see other values than are in memory, not a part of them."""
 
 
-@functools.lru_cache(16384)
 def geometry(
     op: Any,
     args: tuple[Any, ...],

@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 
-from .registry import cast, default_int, is_inexact, lowering, wide
+from .registry import DataDependentShape, cast, default_int, is_inexact, lowering, wide
 
 
 def _wrapped(index: Any, size: int) -> Any:
@@ -213,10 +213,7 @@ def repeat_interleave(repeats: Any, *, output_size: int | None = None) -> Any:
 
 def _values_of(x: Any, what: str) -> None:
     if isinstance(x, Tracer):
-        from ..device.dispatch import _DATA_DEPENDENT
-        from .registry import DataDependentShape
-
-        raise DataDependentShape(_DATA_DEPENDENT.format(what))
+        raise DataDependentShape(what)
 
 
 # --- embeddings and losses of labels -------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -91,16 +92,16 @@ def mean(self: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
 
 
 def _mean(x: Any, axes: tuple[int, ...], keepdim: bool) -> Any:
-    n = int(np.prod([x.shape[a] for a in axes]))
+    n = math.prod(x.shape[a] for a in axes)
     total = jnp.sum(x, axes, keepdims=keepdim)
-    return total / n if n else total * jnp.nan
+    return total * jnp.nan if n == 0 else total / n
 
 
 def _moments(x: Any, dim: Any, correction: Any, keepdim: bool) -> tuple[Any, Any]:
     """Variance and mean."""
     axes = dims_of(x, dim)
     correction = 1 if correction is None else correction
-    n = int(np.prod([x.shape[a] for a in axes]))
+    n = math.prod(x.shape[a] for a in axes)
     mean = _mean(x, axes, True)
     off = x - mean
     squares = (off * jnp.conj(off)).real if kind(x.dtype) == 3 else off * off

@@ -48,7 +48,14 @@ class Lowering:
 
 
 class DataDependentShape(Torch2JaxError):
-    """The shape of a result depends on values that are being traced."""
+    """The shape of the result of ``what`` depends on values that are being traced."""
+
+    def __init__(self, what: Any) -> None:
+        super().__init__(
+            f"the shape of the result of {what} depends on the values of a tensor that is being "
+            "traced, and XLA must know shapes when it compiles. Use a result of fixed size "
+            "(torch.where with a mask, padding), or run this line outside of the traced function."
+        )
 
 
 TABLE: dict[Any, Lowering] = {}
@@ -266,4 +273,10 @@ def dims_of(x: Any, dims: Any) -> tuple[int, ...]:
         return tuple(range(x.ndim))
     if isinstance(dims, int):
         dims = (dims,)
+    n = max(x.ndim, 1)
+    for d in dims:
+        if not -n <= d < n:
+            raise IndexError(
+                f"Dimension out of range (expected to be in range of [{-n}, {n - 1}], but got {d})"
+            )
     return tuple(d % x.ndim for d in dims) if x.ndim else ()

@@ -16,14 +16,13 @@ import jax
 import torch
 
 from .. import device as _device
+from ..device.checkpoints import load_checkpoint, save_checkpoint
 from ..device.interop import extract as extract_jax
-from . import amp, checkpoints, interop, tensor, train
-from .checkpoints import load_checkpoint, save_checkpoint
+from . import amp, interop, tensor, train
 
 __all__ = [
     "Environment",
     "amp",
-    "checkpoints",
     "compile",
     "default_env",
     "disable_globally",

@@ -17,6 +17,7 @@ from ..device.interop import (
     torch_view,
     value_and_grad,
 )
+from ..device.sharding import mark_sharding, shard_map
 from ..device.tensor import Tensor
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
 ]
 
 gradient_checkpoint = checkpoint
+jax_shard_map = shard_map
 jax_value_and_grad = value_and_grad
 extract_jax = extract
 
@@ -42,11 +44,6 @@ def jax_jit(
 ) -> Callable[..., Any]:
     """``jax.jit`` of a function of tensors on device jax that closes over none."""
     return torch_view(jax.jit(jax_view(fn), **(kwargs_for_jax_jit or {})))
-
-
-def jax_shard_map(fn: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """``jax.shard_map`` of a function of tensors on device jax."""
-    return torch_view(jax.shard_map(jax_view(fn), **options))
 
 
 def extract_all_buffers(module: torch.nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -136,10 +133,7 @@ def apply_jax_(self: Tensor, fn: Callable[..., Any], *args: Any, **kwargs: Any) 
 
 def shard_(self: Tensor, sharding: Any) -> Tensor:
     """Put the tensor's values on the devices of a ``jax.sharding.Sharding``."""
-    if self._chain is not None:
-        raise ValueError("shard_ of a view; shard the tensor whose memory it sees.")
-    self._cell.array = jax.device_put(self._cell.array, sharding)
-    return self
+    return mark_sharding(self, sharding)
 
 
 Tensor.apply_jax = apply_jax  # type: ignore[attr-defined]

@@ -1,0 +1,115 @@
+"""The operands of a call: tensors and numbers, apart from the template of its other arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .._dtypes import x64_enabled
+from .state import state
+from .tensor import Tensor, captures, from_torch, wrap
+
+__all__ = ["Slot", "cells_of", "fill", "flatten", "foreign", "note_read", "template"]
+
+
+class Slot:
+    """The place of an operand in a template of arguments."""
+
+    __slots__ = ("index",)
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+
+def flatten(x: Any, operands: list[Any], key: list[Any], scalars: bool) -> None:
+    """Append the operands in ``x`` to ``operands``, and to ``key`` all that selects a program."""
+    t = type(x)
+    if t is Tensor:
+        operands.append(x)
+        key += (Tensor, x._chain, x.dtype)
+    elif t is float or t is int:
+        if scalars and (t is float or -(2**31) <= x < 2**31):
+            operands.append(x)
+            key.append(t)
+        else:  # 0.0 == -0.0, and NaN is not equal to itself
+            key += (t, repr(x) if t is float else x)
+    elif t is list or t is tuple or isinstance(x, list | tuple):
+        key += (list, len(x))
+        for y in x:
+            flatten(y, operands, key, scalars)
+    elif isinstance(x, torch.Tensor):
+        x = foreign(x)
+        operands.append(x)
+        key += (Tensor, None, x.dtype)
+    else:
+        key += (t, x)
+
+
+def cells_of(operands: Sequence[Any]) -> list[int]:
+    """For each operand the first one with the same memory."""
+    first: dict[int, int] = {}
+    return [
+        first.setdefault(id(x._cell if type(x) is Tensor else x), i) for i, x in enumerate(operands)
+    ]
+
+
+def template(x: Any, count: list[int], scalars: bool) -> Any:
+    """The arguments with a slot for each operand, in the order of ``flatten``."""
+    t = type(x)
+    if (
+        isinstance(x, torch.Tensor)
+        or (t is float and scalars)
+        or (t is int and scalars and -(2**31) <= x < 2**31)
+    ):
+        count[0] += 1
+        return Slot(count[0] - 1)
+    if isinstance(x, list | tuple):
+        return [template(y, count, scalars) for y in x]
+    return x
+
+
+def fill(x: Any, values: Sequence[Any]) -> Any:
+    if type(x) is Slot:
+        return values[x.index]
+    if type(x) is list:
+        return [fill(y, values) for y in x]
+    return x
+
+
+def foreign(x: torch.Tensor) -> Tensor:
+    """A tensor of another device: a number, or with ``lower=True`` a constant."""
+    if isinstance(x, Tensor):
+        return x
+    if x.device.type == "meta" or type(x) not in _PLAIN:
+        raise RuntimeError(
+            f"Expected all tensors to be on the same device, got one on {x.device} of type "
+            f"{type(x).__name__} beside one on jax:0."
+        )
+    if x.ndim and not (state.lowering or state.foreign):
+        raise RuntimeError(
+            "Expected all tensors to be on the same device, but found at least two devices, jax:0 "
+            f'and {x.device}. Move the other one: tensor.to("jax").'
+        )
+    if x.ndim == 0 and x.dtype in (torch.float64, torch.complex128) and not x64_enabled():
+        # Beside tensors it does not decide the dtype, and torch makes such numbers by itself.
+        x = x.detach().to(torch.float32 if x.dtype is torch.float64 else torch.complex64)
+    # Within one trace a constant that is used often is one constant; the tensor is kept for its id.
+    cached = state.constants.get(id(x)) if state.lowering else None
+    if cached is None or cached[0] is not x or cached[1] != x._version:
+        cached = (x, x._version, from_torch(x))
+        if state.lowering:
+            state.constants[id(x)] = cached
+    return wrap(cached[2], x.dtype)
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def note_read(operands: Sequence[Any]) -> None:
+    """What ``device.jit`` traces sees memory from before as an input, not as a constant."""
+    for x in operands:
+        if type(x) is Tensor:
+            for capture in captures:
+                capture.read(x._cell)

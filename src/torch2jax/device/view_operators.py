@@ -1,0 +1,88 @@
+"""View operators: results that share the memory of their operand, one step further in its chain."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jax.core import Tracer
+
+from .._errors import Torch2JaxError
+from .operands import foreign
+from .state import state
+from .tensor import Tensor, wrap_view
+from .views import OTHER_ELEMENTS, ROOT, geometry
+
+__all__ = ["ViewOperator"]
+
+
+def _frozen(x: Any) -> Any:
+    return tuple(map(_frozen, x)) if isinstance(x, list | tuple) else x
+
+
+class ViewOperator:
+    """An operator whose results share the memory of its operand."""
+
+    def __init__(self, func: Any) -> None:
+        self.func = func
+        self.strided = func is torch.ops.aten.as_strided.default
+        self.plain = func in (torch.ops.aten.alias.default, torch.ops.aten.detach.default)
+        self.detach = func is torch.ops.aten.detach.default
+        self.takes_lists = any("List" in str(a.type) for a in func._schema.arguments)
+        self.known: dict[Any, Any] = {}
+        """Chain and geometry of what came out, by those of the operand and the arguments."""
+
+    def __call__(self, args: Any, kwargs: Any) -> Any:
+        x: Any = args[0]
+        if type(x) is not Tensor:
+            return self.func(foreign(x), *args[1:], **kwargs)
+        if state.events is not None and not state.composite:
+            state.events.add(self.func, "native")
+        rest = tuple(map(_frozen, args[1:])) if self.takes_lists else args[1:]
+        if kwargs:
+            rest = self._positional(rest, kwargs)
+        chain, dtype, size = x._chain, x.dtype, x.shape
+        stride: Any = x.stride()
+        offset: Any = x.storage_offset()
+        if self.plain:
+            if self.detach and state.lowering and isinstance(x._cell.array, Tracer):
+                chain = (chain or ROOT).then(self.func, ())
+            return wrap_view(x, chain, dtype, size, stride, offset)
+        key = (chain, dtype, size, stride, offset, rest)
+        found = self.known.get(key)
+        if found is None:
+            if len(self.known) > 16384:
+                self.known.clear()
+            found = self.known[key] = self._found(x, *key)
+        if type(found) is list:
+            return [wrap_view(x, *where) for where in found]
+        return wrap_view(x, *found)
+
+    def _found(
+        self, x: Tensor, chain: Any, dtype: Any, size: Any, stride: Any, offset: Any, rest: Any
+    ) -> Any:
+        found = geometry(self.func, rest, dtype, size, stride, offset)
+        if self.strided:
+            return self._as_strided(x, rest, found)
+        base = chain or ROOT
+        if type(found) is list:
+            return [(base.then(self.func, rest, i), *where) for i, where in enumerate(found)]
+        return (base.then(self.func, rest), *found)
+
+    def _positional(self, rest: tuple[Any, ...], kwargs: Any) -> tuple[Any, ...]:
+        """Arguments by position, with PyTorch's defaults between."""
+        full = list(rest)
+        for argument in self.func._schema.arguments[1 + len(rest) :]:
+            full.append(_frozen(kwargs.get(argument.name, argument.default_value)))
+        return tuple(full)
+
+    def _as_strided(self, x: Tensor, rest: Any, found: Any) -> Any:
+        """It addresses the memory itself, whatever part of it the operand sees."""
+        offset = rest[2] if len(rest) > 2 and rest[2] is not None else x.storage_offset()
+        steps = x._chain.steps if x._chain is not None else ()
+        if any(s.op in OTHER_ELEMENTS for s in steps):
+            raise Torch2JaxError(
+                "as_strided of a view with another dtype is not supported on device jax; clone() "
+                "the view first."
+            )
+        return (ROOT.then(self.func, (rest[0], rest[1], offset)), *found)
