@@ -84,7 +84,7 @@ def test_extract_jax_and_calls() -> None:
     weights, fn = torchax.extract_jax(m)
     out = jax.jit(fn)(weights, (jnp.ones((1, 784)),))
     np.testing.assert_allclose(out, m(torch.ones(1, 784)).detach(), 1e-4, 1e-4)
-    x = torch.ones(3, device="jax")
+    x: Any = torch.ones(3, device="jax")
     assert torchax.interop.call_jax(jnp.sum, x).item() == 3
     assert x.apply_jax(jnp.add, 1).tolist() == [2.0, 2.0, 2.0]
     x.apply_jax_(jnp.multiply, 3)
@@ -124,6 +124,345 @@ def test_training_and_checkpoints(tmp_path: Any) -> None:
         torchax.save_checkpoint({"weights": m.parameters()}, tmp_path / "other")
 
 
+def test_random_numbers_of_compiled_functions() -> None:
+    class Noise(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.randn_like(x)
+
+    env = torchax.default_env()
+    x = torch.ones(8, 8, device="jax")
+    module = torchax.interop.JittableModule(Noise())
+    assert not torch.equal(module(x), module(x))
+
+    def drawn(seed: int) -> torch.Tensor:
+        with env.override_property(prng=jax.random.key(seed)):
+            return module(x)
+
+    assert torch.equal(drawn(0), drawn(0))
+    assert not torch.equal(drawn(0), drawn(1))
+    with module.with_rng(jax.random.PRNGKey(0)) as inner:
+        assert torch.equal(inner(x), drawn(0))
+
+    # a key in front of the arguments
+    call = torchax.interop.jax_jit(
+        lambda key, x: module.functional_call("forward", {}, {}, key, x),
+        {"static_argnums": (), "donate_argnums": (1,)},
+    )
+    key = jax.random.PRNGKey(3)
+    assert torch.equal(call(key, torch.ones(4, device="jax")), call(key, x[0, :4].clone()))
+
+    @torchax.interop.jax_jit
+    def seeded(seed: Any) -> torch.Tensor:
+        env.manual_seed(seed)
+        return torch.rand(3)
+
+    assert torch.equal(seeded(1), seeded(1))
+    assert not torch.equal(seeded(1), seeded(2))
+    before = env.prng_key
+    assert jnp.array_equal(before, env.prng_key)
+    assert jnp.array_equal(before, env.get_and_rotate_prng_key())
+    assert not jnp.array_equal(before, env.prng_key)
+
+
+def test_environment_as_a_decorator_and_its_properties() -> None:
+    env = torchax.Environment()
+
+    @env
+    def made() -> tuple[torch.Tensor, bool]:
+        return torch.ones(2), env.enabled
+
+    tensor, enabled = made()
+    assert enabled
+    assert not env.enabled
+    assert tensor.device.type == "jax"
+    with env.override_property(mesh="a mesh", autocast_dtype=torch.bfloat16):
+        assert (env.param.mesh, env.param.autocast_dtype) == ("a mesh", torch.bfloat16)
+        assert (torch.ones(2, 2, device="jax") @ torch.ones(2, 2, device="jax")).dtype == (
+            torch.bfloat16
+        )
+    assert (env.param.mesh, env.param.autocast_dtype) == (None, None)
+    with pytest.raises(TypeError, match="autocast_dtype"):
+        env.override_property(autocast=torch.bfloat16).__enter__()
+    cpu = {"x": torch.arange(3), "n": 2}
+    arrays = env.t2j_copy(cpu)
+    assert isinstance(arrays["x"], jax.Array)
+    assert arrays["n"] == 2
+    assert env.j2t_copy(arrays)["x"].device.type == "cpu"
+    assert env.t2j_iso(env.j2t_iso(arrays))["x"] is arrays["x"]
+    linear, (x,) = env.to_xla((nn.Linear(2, 2), [torch.ones(2, requires_grad=True)]))
+    assert linear.weight.device.type == x.device.type == "jax"
+    assert x.is_leaf
+    assert not x.requires_grad
+
+
+def test_printed_operators(capsys: pytest.CaptureFixture[str]) -> None:
+    env = torchax.Environment(torchax.config.Configuration(debug_print_each_op=True))
+    with env:
+        _ = torch.ones(2, 3) + 1
+    assert "aten.add.Tensor" in capsys.readouterr().err
+    env.config.debug_print_each_op_operands = True
+    with env:
+        _ = torch.ones(2, 3) + 1
+    assert "aten.add.Tensor torch.float32[2, 3], 1" in capsys.readouterr().err
+
+
+def test_overridden_operators() -> None:
+    env = torchax.Environment()
+    env.override_op_definition(F.gelu, lambda x, approximate="none": x * 100)
+    x = torch.ones(3, device="jax")
+    with env:
+        assert F.gelu(x).tolist() == [100.0] * 3
+    assert F.gelu(x).tolist() != [100.0] * 3
+
+    shared = torchax.default_env()
+    shared.override_op_definition(F.silu, lambda x, inplace=False: x * 7)
+    try:
+        assert torchax.interop.jax_jit(lambda x: F.silu(x))(x).tolist() == [7.0] * 3
+    finally:
+        del shared._definitions[F.silu]
+
+    with torch.library._scoped_library("torch2jax_test", "DEF") as library:
+        library.define("shout(Tensor x) -> Tensor")
+        shared.override_op_definition(torch.ops.torch2jax_test.shout, lambda x: x + 41)
+        assert torch.ops.torch2jax_test.shout(x).tolist() == [42.0] * 3
+
+
+def test_views_of_trees_functions_and_dtypes() -> None:
+    interop = torchax.interop
+    assert interop.jax_view([torch.bfloat16, 3]) == [jnp.dtype("bfloat16"), 3]
+    assert interop.torch_view(jnp.dtype("int32")) is torch.int32
+    key = jax.random.key(0)
+    assert interop.torch_view({"key": key})["key"] is key
+    x = torch.arange(3.0, device="jax")
+    total = interop.fori_loop(0, 4, lambda i, c: c * 2 + x, torch.zeros(3, device="jax"))
+    assert total.tolist() == [0.0, 15.0, 30.0]
+    f = jax.jit(interop.jax_view(torch.matmul))
+    with torchax.amp.autocast("jax", torch.bfloat16, env=torchax.default_env()):
+        assert f.lower(jnp.ones((2, 2)), jnp.ones((2, 2))).out_info.dtype == jnp.bfloat16
+    assert interop.call_jax(lambda x: None, x) is None
+    assert interop.call_torch(lambda f, x: f(x), jnp.sin, jnp.zeros(2)).tolist() == [0.0, 0.0]
+
+
+def test_transforms_take_the_options_as_a_dict() -> None:
+    interop = torchax.interop
+    x: Any = torch.arange(4.0, device="jax", requires_grad=True)
+    f = interop.jax_value_and_grad(lambda x, y: ((x * y).sum(), y), {"argnums": 1, "has_aux": True})
+    (value, aux), grad = f(x, x)
+    assert (value.item(), aux.tolist()) == (14.0, grad.tolist())
+    assert not value.requires_grad
+    interop.gradient_checkpoint(torch.sin, {"prevent_cse": False})(x).sum().backward()
+    torch.testing.assert_close(x.grad.cpu(), x.detach().cpu().cos())
+    y = x.detach().requires_grad_()
+    interop.j2t_autograd(jnp.square)(y).sum().backward()
+    assert y.grad is not None
+    assert y.grad.tolist() == [0.0, 2.0, 4.0, 6.0]
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = jax.sharding.PartitionSpec("data")
+    mapped = interop.jax_shard_map(torch.cos, {"mesh": mesh, "in_specs": rows, "out_specs": rows})
+    torch.testing.assert_close(mapped(y.detach()).cpu(), y.detach().cpu().cos())
+    sharding = jax.sharding.NamedSharding(mesh, rows)
+    placed = interop.jax_jit(
+        lambda a, b: torch.add(a, b), {"in_shardings": (sharding, sharding), "donate_argnums": 0}
+    )
+    assert placed(y.detach().clone(), y.detach()).tolist() == [0.0, 2.0, 4.0, 6.0]
+
+    @interop.jax_jit
+    def marked(x: Any) -> torch.Tensor:
+        x = torchax.train.mark_sharding(x + 1, sharding)
+        x.shard_(sharding)
+        return torchax.train.remat(torch.sin)(x)
+
+    torch.testing.assert_close(marked(y.detach()).cpu(), (y.detach().cpu() + 1).sin())
+
+
+def test_a_jittable_module_is_its_module() -> None:
+    class Child(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = torch.ones(3)
+
+    class Parent(MyModel):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc4 = self.fc3
+            self.fc1.weight.requires_grad_(False)
+            self.child = Child()
+            self.register_buffer("step", torch.zeros(()))
+            self.scale = 2.0
+
+        def scaled(self, x: torch.Tensor, *, by: Any = None) -> torch.Tensor:
+            return x * self.scale * self.child.table * by
+
+    module: Any = torchax.interop.JittableModule(Parent().to("jax"))
+    assert isinstance(torchax.compile(Parent()), Parent)
+    assert module.scale == 2.0
+    assert not isinstance(torchax.compile(nn.ReLU()), Parent)
+    names = {"fc1.bias", "fc2.weight", "fc2.bias", "fc3.weight", "fc3.bias"}
+    assert set(module.params) == names
+    assert set(module.buffers) == {"fc1.weight", "step", "child.table"}
+    x = torch.randn(2, 784).to("jax")
+    torch.testing.assert_close(module(x), module._model(x), rtol=1e-4, atol=1e-4)
+    module.make_jitted("scaled")  # its table is on the CPU: a constant
+    one = torch.ones(3, device="jax")
+    assert module.scaled(one, by=one * 3).tolist() == [6.0] * 3
+    assert module.jittable_call("scaled", one, by=one).tolist() == [2.0] * 3
+    module.params = {k: torch.zeros_like(v) for k, v in module.params.items()}
+    assert module(x).abs().sum().item() == 0
+    doubled = module.functional_call(lambda m, x: x * m.scale, module.params, module.buffers, one)
+    assert doubled.tolist() == [2.0] * 3
+    with pytest.raises(TypeError, match="int"):
+        module.functional_call(3, {}, {}, one)  # pyright: ignore
+    set_to = {"fc1.bias": torch.ones(120)}
+    torchax.interop.set_all_buffers(module._model, set_to, {"child.table": torch.zeros(3)})
+    assert isinstance(module._model.fc1.bias, nn.Parameter)
+    assert module._model.child.table.sum().item() == 0
+    with pytest.raises(ValueError, match=r"torch\.compile"):
+        torchax.compile(module, torchax.CompileOptions(mode="dynamo"))
+    options = torchax.CompileOptions(methods_to_compile=["scaled"])
+    assert "scaled" in torchax.compile(Parent().to("jax"), options)._jitted
+
+
+def test_layers_as_a_scan() -> None:
+    layers = [nn.Sequential(nn.Linear(5, 5), nn.Tanh()) for _ in range(3)]
+    x = torch.randn(2, 5)
+    expected = x
+    for layer in layers:
+        expected = layer(expected)
+    expected.sum().backward()
+    scanned = torchax.train.ScannedModule(layers).to("jax")
+    assert set(scanned.state_dict()) == {"params.0___weight", "params.0___bias"}
+    out = scanned(x.to("jax"))
+    torch.testing.assert_close(out.cpu(), expected, rtol=1e-4, atol=1e-4)
+    out.sum().backward()
+    grad = torch.stack([layer[0].weight.grad for layer in layers])  # pyright: ignore
+    torch.testing.assert_close(scanned.params["0___weight"].grad.cpu(), grad, rtol=1e-4, atol=1e-4)
+    again = torchax.interop.jax_jit(lambda p, x: torch.func.functional_call(scanned, p, x))
+    torch.testing.assert_close(
+        again(dict(scanned.named_parameters()), x.to("jax")).cpu(), out.cpu()
+    )
+    with pytest.raises(ValueError, match="one layer"):
+        torchax.train.ScannedModule([])
+
+
+def test_a_flax_module() -> None:
+    linen = pytest.importorskip("flax.linen", reason="flax is a test dependency")
+
+    class Net(linen.Module):
+        @linen.compact
+        def __call__(self, x: Any, *, scale: float = 1.0) -> Any:
+            return linen.Dense(2)(linen.relu(linen.Dense(3)(x))) * scale
+
+    env, x = torchax.default_env(), jnp.ones((4, 5))
+    variables = Net().init(env.prng_key, x)
+    module = torchax.flax.FlaxNNModule(env, Net(), (x,))
+    assert set(module.state_dict()) == {
+        f"_params.params.Dense_{i}.{name}" for i in (0, 1) for name in ("kernel", "bias")
+    }
+    out = module(torch.ones(4, 5, device="jax"), scale=2.0)
+    np.testing.assert_allclose(out.jax(), Net().apply(variables, x, scale=2.0), rtol=1e-5)
+    out.sum().backward()
+    expected = jax.grad(lambda v: Net().apply(v, x, scale=2.0).sum())(variables)
+    for name, p in module.named_parameters():
+        *_, layer, kind = name.split(".")
+        assert p.grad is not None
+        want = expected["params"][layer][kind]
+        np.testing.assert_allclose(p.grad.cpu(), want, rtol=1e-5, atol=1e-6)
+
+
+def test_tensors_made_and_changed() -> None:
+    Tensor: Any = torchax.tensor.Tensor
+    x = Tensor(jnp.arange(6.0).reshape(2, 3), torchax.default_env())
+    assert type(x) is Tensor
+    assert x.jax_device == jax.devices()[0]
+    assert type(x.torch()) is torch.Tensor
+    assert x.torch().device.type == "cpu"
+    row: Any = x[0]
+    assert isinstance(x[0], torchax.view.View)
+    row.apply_jax_(jnp.add, 10)
+    assert x.tolist() == [[10.0, 11.0, 12.0], [3.0, 4.0, 5.0]]
+    with pytest.raises(ValueError, match="apply_jax makes"):
+        row.apply_jax_(jnp.sum)
+    x.apply_jax_(lambda a: a.sum(0).astype(jnp.int32))
+    assert (tuple(x.shape), x.dtype, x.tolist()) == ((3,), torch.int32, [13, 15, 17])
+    assert Tensor(jnp.ones(2), requires_grad=True).requires_grad
+    w = torch.ones(2, device="jax", requires_grad=True)
+    y: Any = w.exp()
+    y.apply_jax_(jnp.multiply, 2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_accuracy_and_performance_mode() -> None:
+    before = jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision  # pyright: ignore
+    try:
+        torchax.enable_accuracy_mode()
+        x: Any = torch.ones(2, dtype=torch.float64, device="jax")
+        assert x.jax().dtype == np.float64
+        torchax.enable_performance_mode()
+        x = torch.arange(2, device="jax")
+        assert x.jax().dtype == np.int32
+    finally:
+        jax.config.update("jax_enable_x64", before[0])
+        jax.config.update("jax_default_matmul_precision", before[1])
+
+
+def test_lists_of_static_and_other_arguments() -> None:
+    given = [1, "a", 2.5, "b"]
+    parts = torchax.util.partition(given, lambda x: isinstance(x, str))
+    assert parts == ([None, "a", None, "b"], [1, None, 2.5, None])
+    assert torchax.util.merge(*parts) == given
+
+
+def test_tied_parameters_are_one_array() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.emb, self.head = nn.Embedding(7, 3), nn.Linear(3, 7, bias=False)
+            self.head.weight = self.emb.weight
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.emb(x))
+
+    module, x = Tied(), torch.tensor([0, 6])
+    weights, fn = torchax.extract_jax(module, tie_weights=True)
+    assert set(weights) == {"emb.weight"}
+    doubled = {"emb.weight": weights["emb.weight"] * 2}
+    np.testing.assert_allclose(
+        fn(doubled, (jnp.asarray([0, 6]),)), 4 * module(x).detach(), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_a_part_with_two_names_keeps_its_parameters() -> None:
+    module = nn.Sequential(linear := nn.Linear(2, 2), linear)
+    x, weight = torch.ones(1, 2), linear.weight
+    expected = module(x)
+    weights, fn = torchax.extract_jax(module)
+    np.testing.assert_allclose(
+        jax.jit(fn)(weights, (jnp.ones((1, 2)),)), expected.detach(), rtol=1e-5, atol=1e-6
+    )
+    assert linear.weight is weight
+    torch.testing.assert_close(module(x), expected)
+
+
+def test_checkpoints_of_many_steps(tmp_path: Any) -> None:
+    pytest.importorskip("orbax.checkpoint", reason="orbax is a test dependency")
+    path = tmp_path / "run"
+    state = {"model": nn.Linear(2, 2).state_dict(), "epoch": 1}
+    torchax.save_checkpoint(state, path, step=1)
+    torchax.save_checkpoint({**state, "epoch": 2}, path, step=10)
+    torchax.save_checkpoint({**state, "epoch": 3}, path, 10)
+    loaded = torchax.load_checkpoint(path)
+    assert int(loaded["epoch"]) == 3
+    nn.Linear(2, 2).to("jax").load_state_dict(loaded["model"])
+    assert torch.equal(loaded["model"]["weight"].cpu(), state["model"]["weight"])
+    assert sorted(p.name for p in path.iterdir()) == ["checkpoint_1", "checkpoint_10"]
+    with pytest.raises(FileNotFoundError):
+        torchax.load_checkpoint(tmp_path / "nothing")
+    torch.save(state, tmp_path / "file.pt")
+    with pytest.raises(ValueError, match=r"torch\.load"):
+        torchax.load_checkpoint(tmp_path / "file.pt")
+
+
 def test_an_unchanged_import(monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
@@ -132,6 +471,7 @@ def test_an_unchanged_import(monkeypatch: pytest.MonkeyPatch) -> None:
     try:
         import torch_xla2  # pyright: ignore
         import torchax as theirs  # pyright: ignore
+        from torchax import amp, checkpoint, config, flax, tensor, train, util, view  # noqa: F401  # pyright: ignore
         from torchax.interop import JittableModule, jax_jit  # noqa: F401  # pyright: ignore
 
         assert theirs is torch_xla2 is torchax

@@ -256,11 +256,20 @@ def extract(module: torch.nn.Module | torch.export.ExportedProgram) -> tuple[Any
     found = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     state = {k: read(x) if isinstance(x, Tensor) else from_torch(x) for k, x in found.items()}
     dtypes = {k: x.dtype for k, x in found.items()}
+    # Tied tensors have many places; PyTorch's own search fails to restore a part with two names.
+    names = {id(x): k for k, x in found.items()}
+    places = {
+        f"{prefix}.{last}" if prefix else last: names[id(x)]
+        for prefix, part in module.named_modules()
+        for last, x in {**part._parameters, **part._buffers}.items()
+        if x is not None
+    }
 
     def fn(state: Any, args: Any, kwargs: Any = None) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
-            tensors: dict[str, torch.Tensor] = {k: wrap(x, dtypes[k]) for k, x in state.items()}
-            return torch.func.functional_call(module, tensors, args, kwargs)
+            given: dict[str, torch.Tensor] = {k: wrap(x, dtypes[k]) for k, x in state.items()}
+            tensors = {place: given[k] for place, k in places.items() if k in given}
+            return torch.func.functional_call(module, tensors, args, kwargs, tie_weights=False)
 
         return call_torch(call, *args, **(kwargs or {}))
 

@@ -1,13 +1,14 @@
 """The names of torchax and torch_xla2 for programs written for them.
 
 ``import torch2jax.torchax as torchax``, or ``torch2jax.torchax.install()`` before an unchanged
-``import torchax``. Only this module changes PyTorch's default device, from ``enable_globally`` or
-``with default_env():`` until it is left.
+``import torchax``. Importing it enables the device "jax". Only this module changes PyTorch's
+default device, from ``enable_globally`` or ``with default_env():`` until it is left.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -16,66 +17,34 @@ import jax
 import torch
 
 from .. import device as _device
-from ..device.checkpoints import load_checkpoint, save_checkpoint
-from ..device.interop import extract as extract_jax
-from . import amp, interop, tensor, train
+from . import amp, checkpoint, config, flax, interop, tensor, train, util, view
+from .checkpoint import load_checkpoint, save_checkpoint
+from .environment import Environment, default_env
 
 __all__ = [
+    "CompileOptions",
     "Environment",
     "amp",
+    "checkpoint",
     "compile",
+    "config",
     "default_env",
     "disable_globally",
     "disable_temporarily",
+    "enable_accuracy_mode",
     "enable_globally",
+    "enable_performance_mode",
     "extract_jax",
+    "flax",
     "install",
     "interop",
     "load_checkpoint",
     "save_checkpoint",
     "tensor",
     "train",
+    "util",
+    "view",
 ]
-
-
-class Environment:
-    """In it jax is PyTorch's default device; made by ``default_env``."""
-
-    def __init__(self) -> None:
-        _device.enable()
-        self._entered: list[Any] = []
-
-    def __enter__(self) -> Environment:
-        context = torch.device("jax")
-        context.__enter__()
-        self._entered.append(context)
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._entered.pop().__exit__(*error)
-
-    def to_xla(self, tree: Any) -> Any:
-        """Tensors of a pytree, or a module, on device jax; a module is moved in place."""
-        if isinstance(tree, torch.nn.Module):
-            return tree.to("jax")
-        return jax.tree.map(
-            lambda x: x.to("jax") if isinstance(x, torch.Tensor) else x,
-            tree,
-            is_leaf=lambda x: isinstance(x, torch.Tensor),
-        )
-
-    def manual_seed(self, seed: int) -> None:
-        torch.manual_seed(seed)
-
-
-_environment: list[Environment] = []
-
-
-def default_env() -> Environment:
-    """The environment of the process."""
-    if not _environment:
-        _environment.append(Environment())
-    return _environment[0]
 
 
 def enable_globally() -> Environment:
@@ -97,16 +66,61 @@ def disable_temporarily() -> Iterator[None]:
         yield
 
 
-def compile(fn: Any, options: Any = None) -> Any:
-    """A module or function as a compiled one; see ``interop.JittableModule``."""
-    if isinstance(fn, torch.nn.Module):
-        return interop.JittableModule(fn, **(options or {}))
-    return interop.jax_jit(fn)
+def enable_accuracy_mode() -> None:
+    """JAX with 64-bit types and exact matrix products, for the process."""
+    jax.config.update("jax_enable_x64", True)
+    jax.config.update("jax_default_matmul_precision", "highest")
+
+
+def enable_performance_mode() -> None:
+    """JAX without 64-bit types, with the platform's fast matrix products, for the process."""
+    jax.config.update("jax_enable_x64", False)
+    jax.config.update("jax_default_matmul_precision", "default")
+
+
+def extract_jax(
+    mod: torch.nn.Module, env: Any = None, dedup_parameters: bool = True, tie_weights: bool = True
+) -> tuple[Any, Any]:
+    """A module as ``(arrays by name, fn(arrays, args, kwargs=None))``; see ``device.extract``.
+
+    Tied parameters are one array, under their first name.
+    """
+    return _device.extract(mod)
+
+
+@dataclasses.dataclass
+class CompileOptions:
+    """How ``compile`` compiles: methods of a module, options of ``jax.jit``."""
+
+    methods_to_compile: list[str] = dataclasses.field(default_factory=lambda: ["forward"])
+    jax_jit_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    mode: str = "jax"
+
+
+def compile(fn: Any, options: CompileOptions | None = None) -> Any:
+    """A module as ``interop.JittableModule``, a function as one of ``interop.jax_jit``."""
+    options = options or CompileOptions()
+    if options.mode != "jax":
+        raise ValueError(
+            f'compile has mode "jax", not {options.mode!r}: torch.compile(model, '
+            'backend="torch2jax") goes through dynamo, torch2jax.device.export exports.'
+        )
+    if not isinstance(fn, torch.nn.Module):
+        return interop.jax_jit(fn, options.jax_jit_kwargs)
+    module = interop.JittableModule(fn, extra_jit_args=options.jax_jit_kwargs)
+    for name in options.methods_to_compile:
+        module.make_jitted(name)
+    return module
+
+
+_device.enable()
+
+_PARTS = ("amp", "checkpoint", "config", "flax", "interop", "tensor", "train", "util", "view")
 
 
 def install() -> None:
     """Let ``import torchax`` and ``import torch_xla2`` find this module."""
     for name in ("torchax", "torch_xla2"):
         sys.modules[name] = sys.modules[__name__]
-        for part in ("amp", "interop", "tensor", "train"):
+        for part in _PARTS:
             sys.modules[f"{name}.{part}"] = sys.modules[f"{__name__}.{part}"]

@@ -9,6 +9,8 @@ import torch
 __all__ = ["autocast"]
 
 
-def autocast(device_type: str = "jax", dtype: torch.dtype = torch.bfloat16, **options: Any) -> Any:
-    """``torch.autocast`` for device jax."""
-    return torch.autocast(device_type, dtype, **options)
+def autocast(
+    device: str = "jax", dtype: torch.dtype = torch.bfloat16, env: Any = None, **options: Any
+) -> Any:
+    """``torch.autocast`` for device jax, the same in every environment."""
+    return torch.autocast(options.pop("device_type", device), dtype, **options)

@@ -2,140 +2,195 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 import torch
 
-from ..device.interop import (
-    call_jax,
-    call_torch,
-    checkpoint,
-    extract,
-    jax_view,
-    torch_view,
-    value_and_grad,
-)
-from ..device.sharding import mark_sharding, shard_map
-from ..device.tensor import Tensor
+from .. import device as _device
+from .._compat import trace_state_clean
+from .._dtypes import canonical, dtype_j2t
+from ..device import random
+from ..device.lower import running
+from .environment import default_env
+from .jittable import JittableModule, extract_all_buffers, set_all_buffers
 
 __all__ = [
     "JittableModule",
     "call_jax",
     "call_torch",
     "extract_all_buffers",
+    "fori_loop",
     "gradient_checkpoint",
+    "j2t_autograd",
     "jax_jit",
     "jax_shard_map",
     "jax_value_and_grad",
     "jax_view",
+    "set_all_buffers",
     "torch_view",
+    "wrap_jax_jit",
 ]
 
-gradient_checkpoint = checkpoint
-jax_shard_map = shard_map
-jax_value_and_grad = value_and_grad
-extract_jax = extract
+Function = Callable[..., Any]
+
+
+def _is_tensor(x: Any) -> bool:
+    return isinstance(x, torch.Tensor)
+
+
+def jax_view(tree: Any) -> Any:
+    """What PyTorch has in a pytree as what JAX has: without a copy.
+
+    Tensors on device jax become arrays, dtypes dtypes, functions of tensors functions of arrays.
+    """
+
+    def view(x: Any) -> Any:
+        if isinstance(x, torch.dtype):
+            return canonical(x)
+        if isinstance(x, torch.Tensor):
+            return _device.jax_view(x)
+        if callable(x) and not isinstance(x, torch.nn.Module):
+            return functools.partial(call_torch, x)
+        return x
+
+    return jax.tree.map(view, tree, is_leaf=_is_tensor)
+
+
+def torch_view(tree: Any) -> Any:
+    """What JAX has in a pytree as what PyTorch has: the other way of ``jax_view``.
+
+    JAX's keys stay as they are.
+    """
+
+    def view(x: Any) -> Any:
+        if isinstance(x, jax.Array):
+            is_key = jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+            return x if is_key else _device.tensor(x)
+        if isinstance(x, np.dtype):
+            return dtype_j2t(x)
+        if callable(x) and not isinstance(x, torch.nn.Module):
+            return functools.partial(call_jax, x)
+        return x
+
+    return jax.tree.map(view, tree, is_leaf=_is_tensor)
+
+
+def call_jax(jax_func: Function, *args: Any, **kwargs: Any) -> Any:
+    """Call a JAX function with tensors on device jax, and with functions of tensors.
+
+    ``backward()`` goes through it, with JAX's derivative, where a tensor among the arguments
+    requires a gradient.
+    """
+    leaves = jax.tree.leaves((args, kwargs), is_leaf=_is_tensor)
+    if torch.is_grad_enabled() and any(_is_tensor(x) and x.requires_grad for x in leaves):
+        args, kwargs = jax.tree.map(
+            lambda x: x if _is_tensor(x) else jax_view(x), (args, kwargs), is_leaf=_is_tensor
+        )
+        return _device.call_jax(jax_func, *args, **kwargs)
+    args, kwargs = jax_view((args, kwargs))
+    return torch_view(jax_func(*args, **kwargs))
+
+
+def call_torch(torch_func: Function, *args: Any, **kwargs: Any) -> Any:
+    """Call a PyTorch function with arrays, tracers and functions of arrays, on device jax."""
+    env = default_env()
+    args, kwargs = torch_view((args, kwargs))
+    if trace_state_clean():
+        with env:
+            return jax_view(torch_func(*args, **kwargs))
+    stream = random.current()
+    key = None if stream is None else stream.next()
+    with running(torch.get_default_dtype(), key), env.definitions():
+        return jax_view(torch_func(*args, **kwargs))
+
+
+def j2t_autograd(fn: Function, call_jax: Function = call_jax) -> Function:
+    """A JAX function as a function of tensors with JAX's derivative, as all of ``torch_view``."""
+
+    @functools.wraps(fn)
+    def inner(*args: Any, **kwargs: Any) -> Any:
+        return call_jax(fn, *args, **kwargs)
+
+    return inner
+
+
+fori_loop = torch_view(jax.lax.fori_loop)
+
+
+def wrap_jax_jit(
+    torch_function: Function,
+    jax_jit_func: Function = jax.jit,
+    kwargs_for_jax: dict[str, Any] | None = None,
+) -> Function:
+    """A transform of JAX, with these options, of a function of tensors on device jax."""
+    return torch_view(jax_jit_func(jax_view(torch_function), **(kwargs_for_jax or {})))
 
 
 def jax_jit(
-    fn: Callable[..., Any], kwargs_for_jax_jit: dict[str, Any] | None = None
-) -> Callable[..., Any]:
-    """``jax.jit`` of a function of tensors on device jax that closes over none."""
-    return torch_view(jax.jit(jax_view(fn), **(kwargs_for_jax_jit or {})))
+    torch_function: Function,
+    kwargs_for_jax_jit: dict[str, Any] | None = None,
+    fix_for_buffer_donation: bool = False,
+) -> Function:
+    """``jax.jit`` of a function of tensors on device jax that closes over none.
 
-
-def extract_all_buffers(module: torch.nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(parameters, buffers) of a module by name."""
-    return dict(module.named_parameters()), dict(module.named_buffers())
-
-
-class JittableModule(torch.nn.Module):
-    """A module whose methods run compiled, with its parameters and buffers as inputs.
-
-    Args:
-      module: on device jax.
-      extra_jit_args: options of ``jax.jit``.
-      dedup_parameters: tied parameters are one input; always so here.
+    Each call has random numbers of its own: their key is an argument of the program, in front of
+    the others.
     """
+    options = dict(kwargs_for_jax_jit or {})
+    shardings = options.get("in_shardings")
+    if shardings is not None:
+        if not isinstance(shardings, list | tuple):  # one for all arguments, however many
+            return wrap_jax_jit(torch_function, jax.jit, options)
+        options["in_shardings"] = (None, *shardings)
+    for name in ("donate_argnums", "static_argnums"):
+        if options.get(name) is not None:
+            given = options[name]
+            places = (given,) if isinstance(given, int) else tuple(given)
+            options[name] = tuple(i + 1 if i >= 0 else i for i in places)
 
-    def __init__(
-        self,
-        module: torch.nn.Module,
-        extra_jit_args: dict[str, Any] | None = None,
-        dedup_parameters: bool = True,
-    ) -> None:
-        super().__init__()
-        self._model = module
-        self._options = extra_jit_args or {}
-        self._jitted: dict[str, Callable[..., Any]] = {}
+    def run(words: Any, *args: Any, **kwargs: Any) -> Any:
+        with random.drawing_from(words, words=True):
+            return call_torch(torch_function, *args, **kwargs)
 
-    @property
-    def params(self) -> dict[str, Any]:
-        return dict(self._model.named_parameters())
+    run.__name__ = getattr(torch_function, "__name__", type(torch_function).__name__)
+    compiled = jax.jit(run, **options)
 
-    @property
-    def buffers_(self) -> dict[str, Any]:
-        return dict(self._model.named_buffers())
+    @functools.wraps(torch_function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        missing = random.current() is None and not trace_state_clean()
+        return call_jax(compiled, None if missing else random.next_words(), *args, **kwargs)
 
-    def functional_call(
-        self, method: str | Callable[..., Any], params: Any, buffers: Any, *args: Any, **kwargs: Any
-    ) -> Any:
-        """A method with these parameters and buffers in place of the module's."""
-        if method in ("forward", "__call__"):
-            return torch.func.functional_call(self._model, {**params, **buffers}, args, kwargs)
-        name = method if isinstance(method, str) else method.__name__
-        return torch.func.functional_call(
-            _Method(self._model, name), {f"model.{k}": x for k, x in {**params, **buffers}.items()},
-            args, kwargs,
-        )  # fmt: skip
-
-    def make_jitted(self, name: str) -> Callable[..., Any]:
-        """A method as a compiled function, kept under its name."""
-        found = self._jitted.get(name)
-        if found is None:
-
-            def call(params: Any, buffers: Any, *args: Any, **kwargs: Any) -> Any:
-                return self.functional_call(name, params, buffers, *args, **kwargs)
-
-            compiled = jax_jit(call, self._options)
-
-            def method(*args: Any, **kwargs: Any) -> Any:
-                return compiled(self.params, self.buffers_, *args, **kwargs)
-
-            found = self._jitted[name] = method
-        return found
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.make_jitted("forward")(*args, **kwargs)
+    return call
 
 
-class _Method(torch.nn.Module):
-    def __init__(self, model: torch.nn.Module, name: str) -> None:
-        super().__init__()
-        self.model, self.name = model, name
+def jax_shard_map(
+    torch_function: Function, kwargs_for_jax_shard_map: dict[str, Any] | None = None
+) -> Function:
+    """``jax.shard_map`` of a function of tensors on device jax, compiled."""
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return getattr(self.model, self.name)(*args, **kwargs)
+    def compiled(fn: Function, **options: Any) -> Function:
+        return jax.jit(jax.shard_map(fn, **options))
 
-
-def apply_jax(self: Tensor, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """``fn(array, ...)`` as a tensor."""
-    return call_jax(fn, self, *args, **kwargs)
+    return wrap_jax_jit(torch_function, compiled, kwargs_for_jax_shard_map)
 
 
-def apply_jax_(self: Tensor, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Replace the tensor's values by ``fn(array, ...)``."""
-    with torch.no_grad():
-        return self.copy_(call_jax(fn, self, *args, **kwargs))
+def jax_value_and_grad(
+    torch_function: Function, kwargs_for_value_and_grad: dict[str, Any] | None = None
+) -> Function:
+    """``jax.value_and_grad`` of a function of tensors on device jax."""
+    inner = jax.value_and_grad(jax_view(torch_function), **(kwargs_for_value_and_grad or {}))
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():  # it is differentiated here, not by backward()
+            return call_jax(inner, *args, **kwargs)
+
+    return call
 
 
-def shard_(self: Tensor, sharding: Any) -> Tensor:
-    """Put the tensor's values on the devices of a ``jax.sharding.Sharding``."""
-    return mark_sharding(self, sharding)
-
-
-Tensor.apply_jax = apply_jax  # type: ignore[attr-defined]
-Tensor.apply_jax_ = apply_jax_  # type: ignore[attr-defined]
-Tensor.shard_ = shard_  # type: ignore[attr-defined]
+def gradient_checkpoint(torch_function: Function, kwargs: dict[str, Any] | None = None) -> Function:
+    """``jax.checkpoint`` of a function of tensors: backward runs it again."""
+    return wrap_jax_jit(torch_function, jax.checkpoint, kwargs)

@@ -1,5 +1,65 @@
-"""The tensor under torchax's name."""
+"""The tensor under torchax's name, with the methods that only torchax's programs call."""
 
-from ..device.tensor import Tensor
+from __future__ import annotations
 
-__all__ = ["Tensor"]
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..device.sharding import mark_sharding
+from ..device.specials import become
+from ..device.tensor import Tensor, read, to_torch, write
+from ..device.tensor import tensor as _tensor
+from .environment import Environment
+from .interop import call_jax
+
+__all__ = ["Environment", "Tensor"]
+
+
+def apply_jax(self: Tensor, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """``fn(array, ...)`` as a tensor."""
+    return call_jax(fn, self, *args, **kwargs)
+
+
+def apply_jax_(self: Tensor, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Replace the tensor's values by ``fn(array, ...)``: its shape, dtype and devices too."""
+    with torch.no_grad():
+        new = fn(read(self), *args, **kwargs)
+        if new.shape == self.shape and new.dtype == read(self).dtype:
+            write(self, new)
+            torch.autograd.graph.increment_version(self)
+        elif self._chain is None:
+            become(self, _tensor(new))
+        else:
+            raise ValueError(
+                f"apply_jax_ of a view must keep its shape and dtype, {tuple(self.shape)} "
+                f"{self.dtype}; got {new.shape} {new.dtype}. apply_jax makes a new tensor."
+            )
+    return self
+
+
+def shard_(self: Tensor, sharding: Any) -> Tensor:
+    """Put the tensor's values on the devices of a ``jax.sharding.Sharding``: ``mark_sharding``."""
+    return mark_sharding(self, sharding)
+
+
+def _new(cls: Any, elem: Any, env: Any = None, requires_grad: bool = False) -> Tensor:
+    """``Tensor(array, env)``: the array as a tensor, without a copy."""
+    return _tensor(elem, requires_grad)
+
+
+def _init(self: Any, *args: Any, **kwargs: Any) -> None:
+    pass
+
+
+for _name, _method in (
+    ("__new__", staticmethod(_new)),
+    ("__init__", _init),
+    ("apply_jax", apply_jax),
+    ("apply_jax_", apply_jax_),
+    ("shard_", shard_),
+    ("torch", lambda self: to_torch(self.detach(), "torch()")),
+    ("jax_device", property(lambda self: read(self).device)),
+):
+    setattr(Tensor, _name, _method)

@@ -1,21 +1,30 @@
-"""A training step under torchax's name."""
+"""A training step, and equal layers as one scan, under torchax's names."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import torch
 
-from .interop import call_jax, jax_value_and_grad, jax_view, torch_view
+from .interop import (
+    call_jax,
+    gradient_checkpoint,
+    jax_value_and_grad,
+    torch_view,
+)
 
-__all__ = ["make_train_step"]
+__all__ = ["ScannedModule", "make_train_step", "mark_sharding", "remat"]
+
+remat = torch_view(jax.checkpoint)
+mark_sharding = torch_view(jax.lax.with_sharding_constraint)
 
 
 def make_train_step(
     model_fn: Callable[..., Any],
     loss_fn: Callable[..., Any],
-    optimizer: Any,
+    optax_optimizer: Any,
     remat_policy: Any = None,
 ) -> Callable[..., Any]:
     """A step of training as a function of tensors on device jax, for ``interop.jax_jit``.
@@ -23,7 +32,7 @@ def make_train_step(
     Args:
       model_fn: ``(weights, buffers, args) -> result``.
       loss_fn: ``(result, label) -> loss``.
-      optimizer: of optax.
+      optax_optimizer: of optax.
       remat_policy: of ``jax.checkpoint``; None keeps all values.
 
     Returns:
@@ -34,7 +43,7 @@ def make_train_step(
         return loss_fn(model_fn(weights, buffers, args), label)
 
     if remat_policy is not None:
-        loss = torch_view(jax.checkpoint(jax_view(loss), policy=remat_policy))
+        loss = gradient_checkpoint(loss, {"policy": remat_policy})
     gradient = jax_value_and_grad(loss)
 
     def apply(weights: Any, updates: Any) -> Any:
@@ -42,7 +51,62 @@ def make_train_step(
 
     def step(weights: Any, buffers: Any, opt_state: Any, args: Any, label: Any) -> Any:
         value, grads = gradient(weights, buffers, args, label)
-        updates, opt_state = call_jax(optimizer.update, grads, opt_state, weights)
-        return value, call_jax(apply, weights, updates), opt_state
+        with torch.no_grad():
+            updates, opt_state = call_jax(optax_optimizer.update, grads, opt_state, weights)
+            return value, call_jax(apply, weights, updates), opt_state
 
     return step
+
+
+class _Hidden:
+    """Holds a module that is not a submodule: its own parameters are not used."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self.module = module
+
+
+class ScannedModule(torch.nn.Module):
+    """Equal layers, one after the other, as one ``jax.lax.scan`` over stacked parameters.
+
+    Args:
+      module_list: modules of one structure. The first argument of each is what the one before
+        returns; further arguments are the same for all.
+      checkpoint_policy: of ``jax.checkpoint``: what a layer keeps for backward; None keeps only
+        its input.
+
+    ``params`` holds each tensor of a layer with a dimension for the layers in front, under its name
+    with ``___`` for dots. ``torch2jax.device.scan`` leaves parameters where they are.
+    """
+
+    def __init__(
+        self, module_list: Sequence[torch.nn.Module], checkpoint_policy: Any = None
+    ) -> None:
+        super().__init__()
+        if not module_list:
+            raise ValueError("ScannedModule takes at least one layer.")
+        states = [dict(m.state_dict()) for m in module_list]
+        self.params = torch.nn.ParameterDict(
+            {
+                name.replace(".", "___"): _stacked([state[name] for state in states])
+                for name in states[0]
+            }
+        )
+        self.c = _Hidden(module_list[0])
+        self.layer_weights_keys = list(states[0])
+        self.checkpoint_policy = checkpoint_policy
+
+    def forward(self, x: Any, *rest: Any) -> Any:
+        weights = {k: self.params[k.replace(".", "___")] for k in self.layer_weights_keys}
+
+        def layer(carry: Any, row: Any) -> Any:
+            out = torch.func.functional_call(self.c.module, row, carry)
+            return (out, *carry[1:]), None
+
+        body = gradient_checkpoint(layer, {"policy": self.checkpoint_policy})
+        (out, *_), _ = call_jax(jax.lax.scan, body, (x, *rest), weights)
+        return out
+
+
+def _stacked(tensors: list[torch.Tensor]) -> torch.nn.Parameter:
+    x = torch.stack([t.detach() for t in tensors])
+    return torch.nn.Parameter(x, x.is_floating_point() or x.is_complex())

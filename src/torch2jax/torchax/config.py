@@ -1,0 +1,30 @@
+"""Settings of an environment under torchax's names."""
+
+from __future__ import annotations
+
+import dataclasses
+
+__all__ = ["Configuration"]
+
+
+@dataclasses.dataclass
+class Configuration:
+    """What a program may set in ``default_env().config``.
+
+    ``debug_print_each_op`` prints each operator, with ``debug_print_each_op_operands`` its operands
+    too, to stderr. The others choose among ways to compute in torchax and have no effect here:
+    views share memory, and results have PyTorch's dtypes.
+    """
+
+    debug_print_each_op: bool = False
+    debug_print_each_op_operands: bool = False
+    debug_accuracy_for_each_op: bool = False
+    debug_mixed_tensor: bool = False
+    use_int32_for_index: bool = False
+    allow_mixed_math_with_scalar_tensor: bool = True
+    force_materialize_views: bool = False
+    use_dlpack_for_data_conversion: bool = False
+    treat_cuda_as_jax_device: bool = False
+    internal_respect_torch_return_dtypes: bool = True
+    use_tpu_flash_attention: bool = False
+    shmap_flash_attention: bool = False

@@ -1,0 +1,254 @@
+"""The environment under torchax's names: default device, random numbers, overridden operators."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .. import device as _device
+from .._convert import j2t
+from ..device import dispatch, random
+from ..device.tensor import Tensor, from_torch, read
+from .config import Configuration
+
+__all__ = ["Environment", "Properties", "default_env", "words_of"]
+
+
+class Properties(NamedTuple):
+    """What ``Environment.param`` shows of this thread."""
+
+    mesh: Any
+    prng: Any
+    autocast_dtype: torch.dtype | None
+
+
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        self.entered: list[Any] = []
+        self.mesh: Any = None
+
+
+class _Overrides(TorchFunctionMode):
+    """Calls a user's own definition in place of a function of PyTorch."""
+
+    def __init__(self, definitions: dict[Any, Callable[..., Any]]) -> None:
+        super().__init__()
+        self.definitions = definitions
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        definition: Any = self.definitions.get(func, func)
+        return definition(*args, **(kwargs or {}))
+
+
+class _Printer(TorchDispatchMode):
+    def __init__(self, operands: bool) -> None:
+        super().__init__()
+        self.operands = operands
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        text = str(func)
+        if self.operands:
+            text += " " + ", ".join(_described(x) for x in (*args, *(kwargs or {}).values()))
+        print(text, file=sys.stderr)
+        return func(*args, **(kwargs or {}))
+
+
+def _described(x: Any) -> str:
+    return f"{x.dtype}{list(x.shape)}" if isinstance(x, torch.Tensor) else repr(x)
+
+
+class Environment(contextlib.ContextDecorator):
+    """In it jax is PyTorch's default device. ``default_env`` makes the process's.
+
+    Args:
+      configuration: by default a fresh ``Configuration``.
+
+    >>> import torch, torch2jax.torchax as torchax
+    >>> with torchax.default_env():
+    ...     torch.ones(2)
+    tensor([1., 1.], device='jax:0')
+    """
+
+    def __init__(self, configuration: Configuration | None = None) -> None:
+        _device.enable()
+        self.config = configuration or Configuration()
+        self._definitions: dict[Any, Callable[..., Any]] = {}
+        self._thread = _Thread()
+
+    # --- default device
+
+    @property
+    def enabled(self) -> bool:
+        """Whether jax is the default device of this thread."""
+        return torch.get_default_device().type == "jax"
+
+    def __enter__(self) -> Environment:
+        stack = contextlib.ExitStack()
+        stack.enter_context(torch.device("jax"))
+        stack.enter_context(self.definitions())
+        if self.config.debug_print_each_op:
+            stack.enter_context(_Printer(self.config.debug_print_each_op_operands))
+        self._thread.entered.append(stack)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._thread.entered.pop().__exit__(*error)
+
+    def enable_torch_modes(self) -> None:
+        """As ``with``, until ``disable_torch_modes``."""
+        self.__enter__()
+
+    def disable_torch_modes(self, *error: Any) -> None:
+        self.__exit__(*(error or (None, None, None)))
+
+    # --- operators
+
+    def override_op_definition(
+        self, op_to_override: Any, op_impl: Callable[..., Any], is_view_op: bool = False
+    ) -> None:
+        """Use a function of tensors for an operator or a function of PyTorch.
+
+        Args:
+          op_to_override: an operator of ``torch.ops``, from now on for all tensors on device jax;
+            or a function such as ``torch.nn.functional.scaled_dot_product_attention``, within
+            ``with env`` that is entered later, and in what ``interop`` compiles.
+          op_impl: takes and returns what that does. For an operator, whose derivative stays
+            PyTorch's; a function has the derivative of ``op_impl``.
+          is_view_op: results share memory where ``op_impl`` makes them share it.
+        """
+        if isinstance(op_to_override, torch._ops.OpOverloadPacket):
+            for which in op_to_override.overloads():
+                self.override_op_definition(getattr(op_to_override, which), op_impl)
+        elif isinstance(op_to_override, torch._ops.OpOverload):
+            dispatch.special(op_to_override)(lambda args, kwargs: op_impl(*args, **kwargs))
+            dispatch.forget()
+        else:
+            self._definitions[op_to_override] = op_impl
+
+    def definitions(self) -> contextlib.AbstractContextManager[Any]:
+        """A context in which overridden functions are what the user has defined."""
+        return _Overrides(self._definitions) if self._definitions else contextlib.nullcontext()
+
+    # --- random numbers and other properties
+
+    @property
+    def prng_key(self) -> jax.Array:
+        """The key that the next draw of this thread follows from."""
+        stream = random.current()
+        if stream is not None:
+            return jax.random.fold_in(stream.key, stream.count)
+        before = random.get_state()
+        words = random.next_words()
+        random.set_state(before)
+        return jax.random.wrap_key_data(words)
+
+    def get_and_rotate_prng_key(self, generator: torch.Generator | None = None) -> jax.Array:
+        """A key that has not been used."""
+        return jax.random.wrap_key_data(random.next_words(generator))
+
+    def manual_seed(self, key: Any) -> None:
+        """Seed what is drawn on device jax; in a compiled function, the rest of that function.
+
+        Args:
+          key: an integer, a 0-d integer tensor or array.
+        """
+        stream = random.current()
+        if stream is None:
+            torch.manual_seed(int(key))
+            return
+        value = read(key) if isinstance(key, Tensor) else int(key)
+        stream.key, stream.count = jax.random.key(value), 0
+
+    @property
+    def param(self) -> Properties:
+        """Mesh, key and autocast's dtype of this thread."""
+        autocast = torch.is_autocast_enabled("jax")
+        dtype = torch.get_autocast_dtype("jax") if autocast else None
+        return Properties(self._thread.mesh, self.prng_key, dtype)
+
+    @contextlib.contextmanager
+    def override_property(self, **properties: Any) -> Iterator[None]:
+        """In this context and thread: another ``mesh``, ``prng`` (a key) or ``autocast_dtype``."""
+        unknown = set(properties) - set(Properties._fields)
+        if unknown:
+            raise TypeError(f"override_property knows {Properties._fields}, not {sorted(unknown)}")
+        with contextlib.ExitStack() as stack:
+            if "prng" in properties:
+                stack.enter_context(random.drawing_from(words_of(properties["prng"]), words=True))
+            if "autocast_dtype" in properties:
+                dtype = properties["autocast_dtype"]
+                on = dtype is not None
+                stack.enter_context(torch.autocast("jax", dtype or torch.bfloat16, enabled=on))
+            before = self._thread.mesh
+            self._thread.mesh = properties.get("mesh", before)
+            try:
+                yield
+            finally:
+                self._thread.mesh = before
+
+    # --- conversions
+
+    def to_xla(self, tree: Any) -> Any:
+        """Tensors and modules of a pytree on device jax; a module is moved in place."""
+
+        def move(x: Any) -> Any:
+            if isinstance(x, torch.nn.Module):
+                return x.to("jax")
+            if isinstance(x, torch.Tensor) and not isinstance(x, Tensor):
+                return x.detach().to("jax")
+            return x
+
+        return jax.tree.map(move, tree, is_leaf=_is_tensor)
+
+    def t2j_iso(self, tree: Any) -> Any:
+        """Tensors on device jax as their arrays."""
+        return _device.jax_view(tree)
+
+    def j2t_iso(self, tree: Any) -> Any:
+        """Arrays as tensors on device jax."""
+        return _device.torch_view(tree)
+
+    def t2j_copy(self, tree: Any) -> Any:
+        """Tensors of any device as arrays."""
+
+        def array(x: Any) -> Any:
+            return read(x) if isinstance(x, Tensor) else from_torch(x) if _is_tensor(x) else x
+
+        return jax.tree.map(array, tree, is_leaf=_is_tensor)
+
+    def j2t_copy(self, tree: Any) -> Any:
+        """Arrays as tensors in PyTorch's own CPU memory."""
+        return jax.tree.map(
+            lambda x: j2t(np.asarray(x)).clone() if isinstance(x, jax.Array) else x, tree
+        )
+
+
+def _is_tensor(x: Any) -> bool:
+    return isinstance(x, torch.Tensor)
+
+
+def words_of(key: Any) -> Any:
+    """The words of a key: of JAX, old style or new, or seen as a tensor."""
+    key = read(key) if isinstance(key, Tensor) else key
+    if isinstance(key, jax.Array) and jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key):
+        return jax.random.key_data(key)
+    return key
+
+
+_environment: list[Environment] = []
+
+
+def default_env() -> Environment:
+    """The environment of the process."""
+    if not _environment:
+        _environment.append(Environment())
+    return _environment[0]

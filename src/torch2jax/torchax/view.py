@@ -1,0 +1,5 @@
+"""Views under torchax's name: here a tensor that shares memory is a tensor like any other."""
+
+from ..device.tensor import Tensor as View
+
+__all__ = ["View"]
