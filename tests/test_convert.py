@@ -606,7 +606,7 @@ def test_t2j_refuses(label: str) -> None:
 @pytest.mark.parametrize(
     ("value", "words"),
     [(jnp.sin, r"jax2torch\(fn\)"), (jnp.float32, "dtype_j2t"), (np.dtype("int8"), "dtype_j2t")],
-    ids=str,
+    ids=["function", "scalar_type", "dtype"],
 )
 def test_j2t_says_what_converts_the_rest(value: Any, words: str) -> None:
     with pytest.raises(SignatureError, match=words):
