@@ -44,6 +44,25 @@ constexpr char kCapsuleName[] = "dltensor";
 // Copies of more bytes than this (about 0.1 ms) let other threads run Python meanwhile.
 constexpr size_t kLongCopy = size_t{1} << 20;
 
+// NOTE [Large results]. A call has two blocks for each result, PyTorch's and XLA's, and both are
+// freed before the next call. glibc gives freed memory back to the system once there is more of it
+// than it has seen in one block, and fresh pages cost more than many an operator. So it is shown
+// one large block, unused, the largest that it takes notice of; as after any large array of the
+// user's, it then keeps up to twice as much. Settings of malloc in the environment go before.
+void KeepFreedMemory() {
+#ifdef __GLIBC__
+  static const bool shown = [] {
+    void* volatile block = std::malloc((size_t{32} << 20) - (size_t{1} << 16));
+    std::free(block);
+    return true;
+  }();
+  static_cast<void>(shown);
+#endif
+}
+
+// Blocks of fewer bytes never leave malloc's own lists.
+constexpr size_t kLargeResult = size_t{1} << 17;
+
 // Runs for a capsule that nobody consumed.
 void ReleaseCapsule(PyObject* capsule) {
   if (!PyCapsule_IsValid(capsule, kCapsuleName)) return;
@@ -460,8 +479,10 @@ Result::Outcome Result::Write(const Torch& torch, const ffi::AnyBuffer& buffer,
                               const Target& target) {
   void* out = buffer.untyped_data();
   if (bytes_ == 0 || Is(out)) return Outcome::kOk;
+  const bool on_cpu = target.device.device_type == dl::kCpu;
+  if (on_cpu && bytes_ >= kLargeResult) KeepFreedMemory();
   if (contiguous_) {
-    if (target.device.device_type == dl::kCpu) {
+    if (on_cpu) {
       if (bytes_ < kLongCopy) {
         std::memmove(out, data_, bytes_);
       } else {
