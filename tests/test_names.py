@@ -402,6 +402,7 @@ def test_directions_of_the_layers(path: Path) -> None:
     """User face -> primitive and rules -> ffi, never back."""
     order = [
         {"_primitive", "_ffi"},
+        {"_host"},
         {"_rules", "_flat", "_names", "_export"},
         {"_options", "_depth", "_signature", "_shards"},
         {"_plan"},

@@ -57,10 +57,8 @@ SEVERAL = "/several"
 
 def entry_of(callable: Callable, name: str, several_devices: bool) -> Any:
     """An entry of the handler's table; withdrawn when nothing refers to it."""
-    program, options = callable.program, callable.options
-    base = callable.parent is None
-    run, collect = getattr(program, "bare", None) or (in_parts(program, program.run), None)
-    run = _lease.scoped(run) if options.borrows else run
+    options, base = callable.options, callable.parent is None
+    run, collect = runnable(callable)
     return _ext.Entry(
         name=name,
         run=_state.on_one_of_several(run) if several_devices else run,
@@ -72,6 +70,13 @@ def entry_of(callable: Callable, name: str, several_devices: bool) -> Any:
         pass_outputs=base and options.pass_outputs,
         inplace=[i for i, _ in options.aliases] if base else [],
     )
+
+
+def runnable(callable: Callable) -> tuple[Any, Any]:
+    """``run``, and what makes a tuple of other results than one; None where there are none."""
+    program = callable.program
+    run, collect = getattr(program, "bare", None) or (in_parts(program, program.run), None)
+    return _lease.scoped(run) if callable.options.borrows else run, collect
 
 
 def name_of(callable: Callable) -> str:

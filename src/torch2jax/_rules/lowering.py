@@ -1,4 +1,7 @@
-"""Lowering: one custom call, whose only attribute is the name of the callable."""
+"""Lowering: one custom call, whose only attribute is the name of the callable.
+
+On platforms without a handler it is a callback of JAX's: see ``_host.py``.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from .._callable import Callable
 from .._compat import device_count
 from .._errors import SignatureError
 from .._export import exported_name
+from .._host import call_on_host
 from .._primitive import torch_call_p
 
 
@@ -44,5 +48,8 @@ def _lower(
     return lower(ctx, *operands, name=name)
 
 
+lower_on_host = mlir.lower_fun(call_on_host, multiple_results=True)
+
+mlir.register_lowering(torch_call_p, lower_on_host)
 for _platform in _ffi.PLATFORMS:
     mlir.register_lowering(torch_call_p, _lower, platform=_platform)
