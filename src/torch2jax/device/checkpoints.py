@@ -71,6 +71,14 @@ def load_checkpoint(path: str | os.PathLike[str], like: Any = None) -> Any:
     Raises:
       SignatureError: ``like`` has other names or shapes than a file of safetensors.
       ImportError: the library is not installed.
+
+    >>> import tempfile, torch, torch2jax
+    >>> torch2jax.device.enable()
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     state = {"weight": torch.arange(3.0, device="jax"), "step": 7}
+    ...     torch2jax.device.save_checkpoint(state, f"{folder}/7")
+    ...     torch2jax.device.load_checkpoint(f"{folder}/7", like=state)["weight"].tolist()
+    [0.0, 1.0, 2.0]
     """
     enable()
     path = os.path.abspath(path)

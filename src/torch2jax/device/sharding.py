@@ -42,8 +42,8 @@ def mark_sharding(x: Any, sharding: Sharding | PartitionSpec, mesh: Mesh | None 
     >>> torch2jax.device.enable()
     >>> mesh = jax.make_mesh((1,), ("data",))
     >>> x = torch2jax.device.mark_sharding(torch.ones(8, 4, device="jax"), P("data", None), mesh)
-    >>> x.jax().sharding.spec
-    PartitionSpec('data', None)
+    >>> tuple(x.jax().sharding.spec)
+    ('data', None)
     """
     if not isinstance(x, Tensor):
         raise SignatureError(f"mark_sharding takes a tensor on device jax, got {_what(x)}.")
@@ -147,8 +147,8 @@ def sharded_init(
     >>> model = torch2jax.device.sharded_init(
     ...     lambda: torch.nn.Linear(8, 4), mesh, {"weight": P("model", None)}, fsdp="data"
     ... )
-    >>> model.weight.jax().sharding.spec
-    PartitionSpec('model', 'data')
+    >>> tuple(model.weight.jax().sharding.spec)
+    ('model', 'data')
     """
     enable()
     mesh = _automatic(mesh)
