@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 import torch
+from jax.experimental import io_callback
 
 from . import _ffi, _state
 from ._callable import Callable
@@ -27,7 +28,7 @@ def call_on_host(
     options = callable.options
     shapes = [jax.ShapeDtypeStruct(*result) for result in results]
     if options.side_effects or options.draws:
-        return jax.experimental.io_callback(_on_arrays(callable, shapes), shapes, *operands)
+        return io_callback(_on_arrays(callable, shapes), shapes, *operands)
     return jax.pure_callback(_on_arrays(callable, shapes), shapes, *operands)
 
 
