@@ -137,7 +137,6 @@ FAILS_INSTEAD(PyObject*, PyUnicode_FromStringAndSize, (const char* chars, Py_ssi
               (chars, size), nullptr)
 FAILS_INSTEAD(const char*, PyUnicode_AsUTF8AndSize, (PyObject * text, Py_ssize_t* size),
               (text, size), nullptr)
-FAILS_INSTEAD(const char*, PyUnicode_AsUTF8, (PyObject * text), (text), nullptr)
 FAILS_INSTEAD(PyObject*, PyCapsule_New,
               (void* pointer, const char* name, PyCapsule_Destructor destructor),
               (pointer, name, destructor), nullptr)
