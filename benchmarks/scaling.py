@@ -118,7 +118,8 @@ def call_seconds(rounds: int) -> dict[str, dict[int, float]]:
     for count in POPULATIONS:
         while len(held) < count:
             other = torch2jax(functools.partial(torch.mul, other=len(held)), output_shapes=sds)
-            held.append((other, jax.jit(other).lower(sds)))  # lowered: it has an entry
+            jax.jit(other).lower(sds)  # from here on it has an entry, for as long as it lives
+            held.append(other)
         functions[count] = median(f)
     held.clear()
     graphs: dict[int, float] = {}
