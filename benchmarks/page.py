@@ -13,12 +13,22 @@ from pathlib import Path
 
 def write_section(page: Path, text: str, mark: str) -> None:
     """Replace what stands between ``<!-- mark: begin -->`` and ``<!-- mark: end -->``."""
+    before, _, after = _parted(page, mark)
+    page.write_text(f"{before}\n{text}\n{after}", encoding="utf-8")
+
+
+def section(page: Path, mark: str) -> str:
+    """What stands there now."""
+    return _parted(page, mark)[1]
+
+
+def _parted(page: Path, mark: str) -> tuple[str, str, str]:
     begin, end = f"<!-- {mark}: begin -->", f"<!-- {mark}: end -->"
     before, found_begin, rest = page.read_text(encoding="utf-8").partition(begin)
-    _, found_end, after = rest.partition(end)
+    text, found_end, after = rest.partition(end)
     if not found_begin or not found_end:
         raise SystemExit(f"{page} has no section between {begin} and {end}")
-    page.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
+    return before + begin, text, end + after
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

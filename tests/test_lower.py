@@ -130,7 +130,8 @@ def test_hugging_face_without_custom_calls(name: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         exported = jax.export.export(jax.jit(run))(variables, arrays)
-    assert "stablehlo.custom_call" not in exported.mlir_module()
+    called = re.findall(r"stablehlo.custom_call @([\w.]+)", exported.mlir_module())
+    assert {name for name in called if not name.startswith("mhlo.")} == set()  # jax 0.7: mhlo.erf
     again = jax.export.deserialize(exported.serialize())
     close(again.call(variables, arrays)["logits"], run(variables, arrays)["logits"])
 

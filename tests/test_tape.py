@@ -40,15 +40,24 @@ INPLACE = "modified by an inplace operation"
 PACKAGE = internals.__name__.partition(".")[0]
 
 
+SMALL = keeping._SMALL
+
+
 @pytest.fixture(autouse=True)
-def fresh_tape() -> Iterator[None]:
+def fresh_tape(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     clear_tape()
+    monkeypatch.setattr(keeping, "_SMALL", 0)  # a few numbers stand for many: see `small`
     yield
     set_tape_budget(None)
     clear_tape()
     # One test's miscount is not the next one's: `test_bytes_...` look at the counts.
-    internals.tape._bytes.clear()
-    internals.tape._storages.clear()
+    internals.tape._accounts.clear()
+
+
+@pytest.fixture
+def small(fresh_tape: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small graphs are kept on copies, as outside of these tests."""
+    monkeypatch.setattr(keeping, "_SMALL", SMALL)
 
 
 @pytest.fixture
@@ -611,17 +620,63 @@ def test_environment_and_first_eviction():
         f = torch2jax(lambda x: x.sin() * x)
         with warnings.catch_warnings(record=True) as found:
             warnings.simplefilter("always")
-            pulls = [jax.vjp(f, jnp.ones(1000) * k) for k in range(5)]
+            pulls = [jax.vjp(f, jnp.ones(10_000) * k) for k in range(5)]
             jax.block_until_ready([y for y, _ in pulls])
         assert (tape_info().entries, tape_info().evictions) == (2, 3), tape_info()
         found = [w for w in found if w.category is Torch2JaxWarning]
         print(len(found), found[0].message)
         """,
-        **{f"{PACKAGE.upper()}_TAPE_BYTES": "8000"},
+        **{f"{PACKAGE.upper()}_TAPE_BYTES": "80000"},
     ).splitlines()
-    assert out[0] == "8000"
+    assert out[0] == "80000"
     assert out[1].startswith("1 ")
     assert "set_tape_budget" in out[1]
+
+
+# --- small graphs ------------------------------------------------------------------------------
+
+
+def test_small_graphs_need_no_hooks(x, small, monkeypatch):
+    fn = Counted()
+    f = torch2jax(fn)
+    run = jax.jit(jax.value_and_grad(total(f)))
+    jax.block_until_ready(run(x))
+    fn.reset()
+    monkeypatch.setattr(saved.Source, "pack", None)
+    close(run(x + 1), jax.value_and_grad(total(twin))(x + 1))
+    assert fn.runs == (1, 1)
+    monkeypatch.undo()
+    monkeypatch.setattr(saved.Source, "pack", refuse)
+    with pytest.raises(ERRORS, match="a hook"):  # others have not been measured
+        jax.block_until_ready(jax.grad(total(f))(jnp.ones(SMALL)))
+
+
+def refuse(source: Any, t: torch.Tensor) -> Any:
+    raise ValueError("a hook")
+
+
+def test_bytes_of_small_graphs(x, small):
+    f = torch2jax(lambda x: x.sin() * x)
+    jax.block_until_ready(jax.vjp(f, x)[0])
+    clear_tape()
+    kept = [jax.vjp(f, x * k) for k in range(5)]
+    jax.block_until_ready([y for y, _ in kept])
+    each = x.nbytes * 2  # x, and its sine
+    assert (tape_info().entries, tape_info().bytes) == (5, 5 * each)
+    set_tape_budget(3 * each)
+    assert (tape_info().entries, tape_info().bytes) == (3, 3 * each)
+    for k, (_, pull) in enumerate(kept):
+        close(pull(jnp.ones(6))[0], jax.grad(total(twin))(x * k))
+    assert (tape_info().entries, tape_info().bytes) == (0, 0)
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_what_is_held_is_no_small_graph(x, small, held):
+    f = torch2jax(HoldsInput.apply if held else lambda x: x * x)
+    grad = jax.jit(jax.grad(total(f)))
+    for k in range(3):
+        close(grad(x + k), 2 * (x + k))
+    assert (f._label in tape_info().on_copies) is held
 
 
 def test_graphs_go_with_their_callable(x):
@@ -788,6 +843,13 @@ def test_saved_views_in_a_scan(name):
     assert tape_info().entries == 0
 
 
+@pytest.mark.parametrize("name", list(VIEWS))
+def test_small_graphs_of_views_in_a_scan(name, small):
+    fn, expected, carry, step = VIEWS[name]
+    out = scanned(wrapped_anew(fn), carry, step)(REAL)
+    close(out, scanned(expected, carry, step)(REAL), 1e-4)
+
+
 def naive_is_wrong(run: Callable[[], Any], expected: Any) -> None:
     """Without its guard, the same computation fails or is wrong."""
     try:
@@ -813,21 +875,21 @@ def ignoring_bits(view: Any) -> torch.Tensor:
     return t.set_(x.untyped_storage(), view.offset, view.size, view.stride)
 
 
-def same_dtype_only(hooks: Any, t: torch.Tensor) -> Any:
+def same_dtype_only(source: Any, t: torch.Tensor) -> Any:
     """Finds views of the operands' own dtypes alone."""
-    index = hooks.by_address.get(t.untyped_storage().data_ptr())
-    if index is not None and t.dtype is not hooks.dtypes[index]:
-        return saved._Saved(t, t._version)
-    return pack(hooks, t)
+    index = source.by_address.get(t.untyped_storage().data_ptr())
+    if index is not None and t.dtype is not source.operands[index].dtype:
+        return lambda: t
+    return pack(source, t)
 
 
-pack = saved.Hooks.pack
+pack = saved.Source.pack
 
 
 @pytest.mark.parametrize("name", ["conj", "neg", "neg_slice", "conj_t"])
 def test_trap_a_naive_bits(name, monkeypatch):
     fn, expected, carry, step = VIEWS[name]
-    monkeypatch.setattr(saved._View, "unpack", ignoring_bits)
+    monkeypatch.setattr(saved._View, "__call__", ignoring_bits)
     want = scanned(expected, carry, step)(REAL)
     naive_is_wrong(lambda: scanned(wrapped_anew(fn), carry, step)(REAL), want)
 
@@ -836,14 +898,7 @@ def test_trap_a_naive_bits(name, monkeypatch):
 def test_trap_a_naive_dtypes(name, monkeypatch):
     fn, expected, carry, step = VIEWS[name]
     monkeypatch.setattr(keeping, "held", lambda *_: False)
-
-    def init(hooks: Any, operands: Any, source: Any, storages: Any) -> None:
-        made(hooks, operands, source, storages)
-        hooks.dtypes = [t.dtype for t in operands]
-
-    made = saved.Hooks.__init__
-    monkeypatch.setattr(saved.Hooks, "__init__", init)
-    monkeypatch.setattr(saved.Hooks, "pack", same_dtype_only)
+    monkeypatch.setattr(saved.Source, "pack", same_dtype_only)
     want = scanned(expected, carry, step)(REAL)
     naive_is_wrong(lambda: scanned(wrapped_anew(fn), carry, step)(REAL), want)
 
@@ -882,7 +937,7 @@ def test_trap_b_inplace_after_save(x, fn, jit):
 
 @pytest.mark.parametrize("fn", [exp_then_add, saved_input_then_mul, saved_view_then_fill])
 def test_trap_b_naive(x, fn, monkeypatch):
-    monkeypatch.setattr(saved._Saved, "unpack", lambda saved: saved.tensor)
+    monkeypatch.setattr(saved, "_own", lambda t, version: t)
     jax.block_until_ready(jax.grad(total(wrapped_anew(fn)))(x))  # no error: silently wrong
 
 

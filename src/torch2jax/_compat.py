@@ -32,6 +32,7 @@ __all__ = [
     "RandomEffect",
     "TorchEffect",
     "cpu_device",
+    "current_mesh",
     "device_count",
     "export_capsule",
     "get_opaque_trace_state",
@@ -97,6 +98,16 @@ _effects.remat_allowed_effects.add_type(TorchEffect)
 
 # --- varying manual axes (shard_map with check_vma=True) ----------------------------------------
 # Up to jax 0.9 an aval has ``vma``; from 0.10 a manual axis type ``mat`` with ``varying``.
+
+
+def current_mesh() -> jax.sharding.Mesh:
+    """The mesh that ``jax.set_mesh`` has set; an empty one where there is none."""
+    if hasattr(jax.sharding, "get_mesh"):
+        return jax.sharding.get_mesh()
+    from jax._src.mesh import empty_abstract_mesh, get_concrete_mesh  # jax 0.7
+
+    empty: Any = empty_abstract_mesh
+    return get_concrete_mesh() or empty
 
 
 def varying_axes(aval: Any) -> frozenset[str]:

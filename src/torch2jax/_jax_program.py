@@ -16,7 +16,7 @@ derivative of it would miss terms. ``Pullback(f, S, D, plan)`` takes ``(x, c, r)
 ignores ``r``.
 
 NOTE [Conjugates]. PyTorch's gradient is the conjugate transpose, JAX's cotangent the plain one:
-``Jᴴ c = conj(Jᵀ conj(c))``. The other direction is in _callable.py.
+``Jᴴ c = conj(Jᵀ conj(c))``. The other direction is in _programs.py.
 """
 
 from __future__ import annotations

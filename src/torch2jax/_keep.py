@@ -32,8 +32,9 @@ from ._programs import (
     refuses_grad,
     roots_of,
 )
-from ._saved import Cell, Hooks, held, nothing, packing, refuses_hooks, saved_tensors, storages_of
+from ._saved import Cell, Source, held, nothing, packing, refuses_hooks, saved_tensors, storages_of
 from ._tape import no_token, tape
+from ._torch_compat import pull_back, pull_back_rows
 
 
 class Keep:
@@ -47,6 +48,8 @@ class Keep:
         """Whether it refuses hooks on saved tensors."""
         self.by_backward = False
         """Whether its graph refuses ``autograd.grad``, so that ``backward()`` must do."""
+        self.small: dict[tuple[torch.Size, ...], int] = {}
+        """Shapes of operands whose copies cost less than hooks, and the bytes of their graph."""
 
     def functional(self, *args: Tensor) -> Tensors:
         return (*self.parent.functional(*args), no_token(args))
@@ -65,6 +68,9 @@ class Keep:
         torch._C._set_grad_enabled(True)
         try:
             if not self.copies:
+                shapes = tuple([x.shape for x in args])
+                if shapes in self.small:
+                    return self._on_copies(args, self.small[shapes])
                 try:
                     out, cell = self._on_views(args)
                 except RuntimeError as error:
@@ -74,6 +80,10 @@ class Keep:
                 else:
                     if cell is None:
                         gc.collect()  # the refused graph may lie in cycles, and it holds views
+                    else:
+                        size = sum(x.nbytes for x in args) + sum(cell.storages.values())
+                        if size <= _SMALL and cell.device.type == "cpu":
+                            self.small[shapes] = size
                     return out, cell
             if not self.unhooked:
                 try:
@@ -87,18 +97,17 @@ class Keep:
             torch._C._set_grad_enabled(before)
 
     def _on_views(self, args: Tensors) -> tuple[Tensors, Cell | None]:
-        cell = Cell(self, args[0].device)
-        cell.source.operands = args  # fn may run a backward pass of its own
+        source = Source(args)
+        cell = Cell(self, args[0].device, source)
         leaves = [x.detach() for x in args]
         for i in self.wrt:
             leaves[i].requires_grad_()
-        hooks = Hooks(args, cell.source, cell.storages)
-        with packing(hooks):
+        with packing(source):  # fn may run a backward pass of its own
             out = self.parent.graph(*leaves)
         cell.outputs = [_edge(y) for y in out]
         cell.inputs = [leaves[i] for i in self.wrt]
-        cell.source.versions = [x._version for x in args]
-        cell.source.operands = hooks.operands = ()  # the graph keeps its hooks
+        source.versions = [x._version for x in args]
+        source.operands = ()
         out = _detached(out)
         self.copies = _lease.held() or held(args, leaves, self.wrt)
         # The graph's leaves are these tensor objects: they must not keep XLA's memory, nor where
@@ -107,23 +116,32 @@ class Keep:
             leaf.data = nothing(leaf.dtype, leaf.device)
         return out, None if self.copies else cell
 
-    def _on_copies(self, args: Tensors) -> tuple[Tensors, Cell]:
-        cell = Cell(self, args[0].device)
+    def _on_copies(self, args: Tensors, size: int | None = None) -> tuple[Tensors, Cell]:
+        """``size``: bytes of the graph, where they are known."""
+        source = Source(())  # nothing is a view of an operand here: what it packs is counted
+        cell = Cell(self, args[0].device, source)
         leaves = [x.clone() for x in args]
         for i in self.wrt:
             leaves[i].requires_grad_()
-        if self.unhooked:
+        if self.unhooked or size is not None:
             out = self.parent.graph(*leaves)
-        else:  # nothing is a view of an operand here: the hooks count
-            with packing(Hooks((), cell.source, cell.storages)):
+        else:
+            with packing(source):
                 out = self.parent.graph(*leaves)
         cell.leases = _lease.take()
         cell.outputs = [_edge(y) for y in out]
         cell.inputs = [leaves[i] for i in self.wrt]
         cell.owned = True
-        saved = saved_tensors(out) if self.unhooked else ()
-        cell.storages.update(storages_of((*leaves, *out, *saved)))
+        if size is not None:
+            cell.storages[-id(cell)] = size  # no address of a storage
+        else:
+            saved = saved_tensors(out) if self.unhooked else ()
+            cell.storages.update(storages_of((*leaves, *out, *saved)))
         return _detached(out), cell
+
+
+_SMALL = 2**16
+"""Bytes. Copies of these take 3 µs; hooks 8 for one saved tensor, 4 for each further one."""
 
 
 def _edge(y: Tensor) -> GradientEdge | None:
@@ -134,7 +152,7 @@ def _edge(y: Tensor) -> GradientEdge | None:
 
 
 def _detached(out: Tensors) -> Tensors:
-    return tuple(y.detach() for y in out)
+    return tuple([y.detach() for y in out])
 
 
 class Pull:
@@ -176,10 +194,10 @@ class Pull:
 
     def _pull(self, cell: Cell, primals: Tensors, cotangents: Tensors) -> Tensors:
         seeds = conj(cotangents)
-        edges = tuple(cell.outputs[i] for i in self.vjp.of)
+        edges = [cell.outputs[i] for i in self.vjp.of]
         if None in edges:  # an output that depends on no input
             seeds = tuple(c for c, e in zip(seeds, edges, strict=True) if e is not None)
-            edges = tuple(e for e in edges if e is not None)
+            edges = [e for e in edges if e is not None]
         grads: Sequence[Tensor | None] = [None] * len(self.keep.wrt)
         if edges:
             with cell.lock:
@@ -201,39 +219,20 @@ class Pull:
             by_input = dict(zip(self.keep.wrt, grads, strict=True))
             grads = [by_input[i] for i in self.vjp.wrt]
         rows = (cotangents[0].shape[0],) if self.batched else ()
-        return conj(
+        filled = [
             primals[i].new_zeros(rows + primals[i].shape) if g is None else g
             for i, g in zip(self.vjp.wrt, grads, strict=True)
-        )
+        ]
+        return conj(tuple(filled))
 
     def _gradients(
-        self, cell: Cell, edges: tuple[Any, ...], seeds: Tensors
+        self, cell: Cell, edges: Sequence[Any], seeds: Tensors
     ) -> Sequence[Tensor | None]:
         if self.keep.by_backward and cell.owned and not (self.batched or cell.reused):
             leaves = tuple(cell.inputs)
             return gradients_by_backward(edges, leaves, seeds, roots_of(self.keep))
-        if not self.batched:
-            # torch.autograd.grad without its checks of shapes, which are the handler's.
-            return _run_backward(
-                edges,
-                seeds,
-                cell.reused,
-                False,
-                tuple(cell.inputs),
-                allow_unreachable=True,
-                accumulate_grad=False,
-            )
-        return torch.autograd.grad(
-            edges,
-            cell.inputs,
-            seeds,
-            allow_unused=True,
-            retain_graph=cell.reused,
-            is_grads_batched=True,
-        )
-
-
-_run_backward = torch.autograd.Variable._execution_engine.run_backward  # type: ignore[attr-defined]
+        pull = pull_back_rows if self.batched else pull_back
+        return pull(edges, cell.inputs, seeds, cell.reused)
 
 
 class Popped:

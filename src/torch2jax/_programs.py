@@ -29,7 +29,13 @@ from typing import Any, Protocol
 import torch
 
 from ._reach import reachable_leaves
-from ._torch_compat import add_batch_dim, remove_batch_dim, vmap_level
+from ._torch_compat import (
+    add_batch_dim,
+    pull_back,
+    pull_back_rows,
+    remove_batch_dim,
+    vmap_level,
+)
 
 Tensor = torch.Tensor
 Tensors = tuple[Tensor, ...]
@@ -349,14 +355,10 @@ def _gradients(
     grads: Sequence[Tensor | None] = [None] * len(inputs)
     if connected:
         outs, cots = zip(*connected, strict=True)
-        grads = torch.autograd.grad(
-            outs,
-            inputs,
-            cots,
-            create_graph=create_graph,
-            allow_unused=True,
-            is_grads_batched=batched,
-        )
+        if batched:
+            grads = pull_back_rows(outs, inputs, cots, create_graph)
+        else:
+            grads = pull_back(outs, inputs, cots, create_graph, create_graph)
     rows = (cotangents[0].shape[0],) if batched else ()
     return tuple(
         x.new_zeros(rows + tuple(x.shape)) if g is None else g
@@ -395,8 +397,11 @@ def roots_of(program: Any) -> tuple[Any, ...]:
     return program.roots
 
 
-def conj(tensors: Iterable[Tensor]) -> Tensors:
-    return tuple(t.conj() if t.is_complex() else t for t in tensors)
+def conj(tensors: Tensors) -> Tensors:
+    for t in tensors:
+        if t.is_complex():
+            return tuple(t.conj() if t.is_complex() else t for t in tensors)
+    return tensors
 
 
 def _rows_first(tensors: Iterable[Tensor], dims: Iterable[Any]) -> Tensors:

@@ -8,17 +8,20 @@ torch's check that a saved tensor was not changed in place: ``_Saved`` makes it.
 view outside of saved tensors (``ctx.x = x``, the closures of ``torch.utils.checkpoint``) shows in
 reference counts after the forward pass: then, and where hooks are refused (``torch.func`` inside
 ``f``), the function works on copies of its operands that torch owns. The choice is made per
-function, once, and shown by ``tape_info()``.
+function, once, and shown by ``tape_info()``. Small operands are copied too, once hooks have told
+how large the graph is: copies of theirs are cheaper than hooks.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import operator
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -38,29 +41,35 @@ if TYPE_CHECKING:
 class Cell:
     """A kept graph: edges of its outputs, and its leaves; no view of an operand."""
 
-    def __init__(self, keep: Keep, device: torch.device) -> None:
-        self.keep, self.device = keep, device
+    def __init__(self, keep: Keep, device: torch.device, source: Source) -> None:
+        self.keep, self.device, self.source = keep, device, source
         self.outputs: list[GradientEdge | None] = []
         self.inputs: list[Tensor] = []
         """Leaves of the graph: empty shells, or torch's own copies of the operands (``owned``)."""
         self.owned = False
-        self.source = Source()
-        self.storages: dict[int, int] = {}
-        """Address and bytes of the storages that the graph holds."""
-        self.leases: list[_lease.Lease] = []
+        self.storages = source.storages
+        self.leases: Sequence[_lease.Lease] = ()
         """Replicas of modules that the graph runs again in its backward pass."""
         self.reused = False
         self.lock = threading.Lock()
 
 
 class Source:
-    """What saved views are rebuilt from. Apart from the cell: the graph refers to it."""
+    """Packs what a forward pass on ``operands`` saves, and what it is rebuilt from.
 
-    def __init__(self) -> None:
-        self.operands: Tensors = ()
-        """Of the backward call under way."""
+    See NOTE [What a kept graph may hold]. Packed, a tensor is a function without arguments that
+    gives it back. Apart from the cell: the graph refers to it.
+    """
+
+    def __init__(self, operands: Tensors) -> None:
+        self.operands = operands
+        """Of the forward pass, then of the backward call under way, and none between them."""
         self.versions: list[int] = []
         """Of the operands at the end of the forward pass."""
+        self.storages: dict[int, int] = {}
+        """Address and bytes of the storages that the graph holds."""
+        self.by_address = {x.data_ptr(): i for i, x in enumerate(operands)}
+        self.by_address.pop(0, None)  # where tensors without elements are
 
     def unchanged(self, operand: int, saved: int) -> Tensor:
         """An operand, if its version is still the one that was saved."""
@@ -71,63 +80,31 @@ class Source:
             raise _modified(x, saved, version)
         return x
 
-
-class Hooks:
-    """Packs saved tensors of one forward pass. See NOTE [What a kept graph may hold]."""
-
-    def __init__(self, operands: Tensors, source: Source, storages: dict[int, int]) -> None:
-        self.source, self.storages = source, storages
-        self.operands = operands
-        self.by_address = {x.data_ptr(): i for i, x in enumerate(operands) if x.numel()}
-
-    def pack(self, t: Tensor) -> Any:
+    def pack(self, t: Tensor) -> Callable[[], Tensor]:
         if t.layout is not torch.strided:
-            return _Saved(t, t._version)
+            return partial(_own, t, t._version)
         storage = t.untyped_storage()
         address = storage.data_ptr()
         index = self.by_address.get(address)
-        if index is not None:
-            x = self.operands[index]
-            whole = t.shape == x.shape and t.dtype is x.dtype and t.is_contiguous()
-            if whole and not (t.is_conj() or t.is_neg()):
-                return _Operand(self.source, index, x._version)
-            return _View(
-                self.source,
-                index,
-                t.dtype,
-                t.size(),
-                t.stride(),
-                t.storage_offset(),
-                t.is_conj(),
-                t.is_neg(),
-                x._version,  # its own, or that of another tensor in the same memory
-            )
-        self.storages[address] = storage.nbytes()
-        # With its node, an output that its own node saves would be a cycle that nobody collects.
-        return _Saved(t.detach() if t.requires_grad else t, t._version)
+        if index is None:
+            self.storages[address] = storage.nbytes()
+            # With its node, an output that its own node saves would be a cycle that nobody
+            # collects.
+            return partial(_own, t.detach() if t.requires_grad else t, t._version)
+        x = self.operands[index]
+        version = x._version  # its own, or that of another tensor in the same memory
+        conj, neg = t.is_conj(), t.is_neg()
+        if t.shape == x.shape and t.dtype is x.dtype and t.is_contiguous() and not (conj or neg):
+            return partial(self.unchanged, index, version)
+        size, stride, offset = t.size(), t.stride(), t.storage_offset()
+        return _View(self, index, t.dtype, size, stride, offset, conj, neg, version)
 
 
-class _Saved(NamedTuple):
-    """A saved tensor of torch's own, and its version when it was saved."""
-
-    tensor: Tensor
-    version: int
-
-    def unpack(self) -> Tensor:
-        if self.tensor._version != self.version:
-            raise _modified(self.tensor, self.version, self.tensor._version)
-        return self.tensor
-
-
-class _Operand(NamedTuple):
-    """A whole operand, as it is."""
-
-    source: Source
-    operand: int
-    version: int
-
-    def unpack(self) -> Tensor:
-        return self.source.unchanged(self.operand, self.version)
+def _own(t: Tensor, saved: int) -> Tensor:
+    """A saved tensor of torch's own, if its version is still the one that was saved."""
+    if t._version != saved:
+        raise _modified(t, saved, t._version)
+    return t
 
 
 class _View(NamedTuple):
@@ -143,7 +120,7 @@ class _View(NamedTuple):
     neg: bool
     version: int
 
-    def unpack(self) -> Tensor:
+    def __call__(self) -> Tensor:
         x = self.source.unchanged(self.operand, self.version)
         if x.dtype is self.dtype:
             t = x.as_strided(self.size, self.stride, self.offset)
@@ -162,22 +139,18 @@ def refuses_hooks(error: RuntimeError) -> bool:
     return "saved tensor hooks" in str(error) or "BatchedTensorImpl" in str(error)
 
 
-def _unpack(packed: _Saved | _Operand | _View) -> Tensor:
-    return packed.unpack()
-
-
-def packing(hooks: Hooks) -> saved_tensors_hooks:
-    """A context in which ``hooks`` pack what autograd saves."""
+def packing(source: Source) -> saved_tensors_hooks:
+    """A context in which ``source`` packs what autograd saves."""
     dynamo = sys.modules.get("torch._dynamo.eval_frame")  # loading it takes seconds
     if dynamo is not None:
         _leave_alone(dynamo)
-    return saved_tensors_hooks(functools.partial(Hooks.pack, hooks), _unpack)
+    return saved_tensors_hooks(source.pack, operator.call)
 
 
 @functools.cache
 def _leave_alone(dynamo: Any) -> None:
     """Have torch.compile not compile the hooks where a compiled function calls them."""
-    for f in (Hooks.pack, Source.unchanged, _unpack, _Saved.unpack, _Operand.unpack, _View.unpack):
+    for f in (Source.pack, Source.unchanged, _own, _View.__call__):
         dynamo.skip_code(f.__code__)
 
 

@@ -10,7 +10,7 @@ import os
 import secrets
 import threading
 import warnings
-from collections import Counter, OrderedDict
+from collections import OrderedDict, defaultdict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -62,17 +62,40 @@ class TapeInfo:
     on_copies: list[str] = field(default_factory=list)
 
 
+class _Account:
+    """What is kept on one device."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self.storages: dict[int, tuple[int, int]] = {}
+        """By address: how many graphs hold it, and its bytes. What several hold counts once."""
+        self.fresh: list[tuple[Token, Tensor]] = []
+        """Tokens to come, with their words. Made in blocks: one alone costs microseconds."""
+
+    def enter(self, storages: dict[int, int]) -> None:
+        for address, size in storages.items():
+            # An address may have been another storage's before: the larger size counts.
+            held, counted = self.storages.get(address, (0, 0))
+            self.storages[address] = held + 1, max(size, counted)
+            self.bytes += max(size - counted, 0)
+
+    def leave(self, storages: dict[int, int]) -> None:
+        for address in storages:
+            held, counted = self.storages.pop(address)
+            if held > 1:
+                self.storages[address] = held - 1, counted
+            else:
+                self.bytes -= counted
+
+
 class Tape:
     """Kept graphs by token, the least recently used first."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self._cells: OrderedDict[Token, Cell] = OrderedDict()
-        self._storages: dict[tuple[torch.device, int], tuple[int, int]] = {}
-        """How many graphs hold a storage, and its bytes: what several hold counts once."""
-        self._bytes: Counter[torch.device] = Counter()
+        self._accounts: defaultdict[torch.device, _Account] = defaultdict(_Account)
         self._used: OrderedDict[Token, None] = OrderedDict()
-        self._fresh: dict[torch.device, list[tuple[Token, Tensor]]] = {}
         self._nonce = secrets.randbits(63) + 1
         self._count = 0
         given = os.environ.get(_ENVIRONMENT)
@@ -83,44 +106,41 @@ class Tape:
     def add(self, cell: Cell) -> Tensor:
         """Keep ``cell``; a tensor with the words of its token."""
         with self._lock:
-            token, words = self._new_token(cell.device)
-            self.restore(token, cell)
+            account = self._accounts[cell.device]
+            if not account.fresh:
+                account.fresh = self._new_tokens(cell.device)
+            token, words = account.fresh.pop()
+            self._enter(token, cell, account)
             return words
 
-    def _new_token(self, device: torch.device) -> tuple[Token, Tensor]:
-        # Tensors are made in blocks: one alone costs microseconds.
-        fresh = self._fresh.setdefault(device, [])
-        if not fresh:
-            high, low = self._nonce >> 32, self._nonce & 0xFFFFFFFF
-            counts = range(self._count, self._count + 64)
-            self._count += 64
-            tokens = [(high, low, n >> 32, n & 0xFFFFFFFF) for n in counts]
-            block = torch.tensor(tokens, dtype=torch.uint32, device=device)
-            fresh.extend(zip(tokens, block.unbind(), strict=True))
-        return fresh.pop()
+    def _new_tokens(self, device: torch.device) -> list[tuple[Token, Tensor]]:
+        high, low = self._nonce >> 32, self._nonce & 0xFFFFFFFF
+        counts = range(self._count, self._count + 64)
+        self._count += 64
+        tokens = [(high, low, n >> 32, n & 0xFFFFFFFF) for n in counts]
+        block = torch.tensor(tokens, dtype=torch.uint32, device=device)
+        return list(zip(tokens, block.unbind(), strict=True))
 
     def restore(self, token: Token, cell: Cell) -> None:
         """Keep ``cell`` under ``token``, and evict what is beyond the budget."""
         with self._lock:
-            if cell.keep.copies:
-                self._copying[cell.keep.label] = None
             if cell.reused:
                 # One graph that is used again and again is kept per function, the latest.
                 same = [t for t, c in self._cells.items() if c.reused and c.keep is cell.keep]
                 for other in same:
                     self._remove(other)
-            self._cells[token] = cell
-            device = cell.device
-            for address, size in cell.storages.items():
-                # An address may have been another storage's before: the larger size counts.
-                held, counted = self._storages.get((device, address), (0, 0))
-                self._storages[device, address] = held + 1, max(size, counted)
-                self._bytes[device] += max(size - counted, 0)
-            self._evict(device)
+            self._enter(token, cell, self._accounts[cell.device])
 
-    def _evict(self, device: torch.device) -> None:
+    def _enter(self, token: Token, cell: Cell, account: _Account) -> None:
+        if cell.keep.copies:
+            self._copying[cell.keep.label] = None
+        self._cells[token] = cell
+        account.enter(cell.storages)
+        self._evict(cell.device, account)
+
+    def _evict(self, device: torch.device, account: _Account) -> None:
         budget = default_budget(device) if self._budget is None else self._budget
-        while self._bytes[device] > budget or budget == 0:
+        while account.bytes > budget or budget == 0:
             oldest = next((t for t, c in self._cells.items() if c.device == device), None)
             if oldest is None:  # a budget of 0 keeps no graph, not even one without activations
                 return
@@ -165,14 +185,14 @@ class Tape:
     def set_budget(self, budget: int | None) -> None:
         with self._lock:
             self._budget = budget
-            for device in list(self._bytes):
-                self._evict(device)
+            for device, account in list(self._accounts.items()):
+                self._evict(device, account)
 
     def info(self) -> TapeInfo:
         with self._lock:
             return TapeInfo(
                 len(self._cells),
-                sum(self._bytes.values()),
+                sum(account.bytes for account in self._accounts.values()),
                 self._budget,
                 self._hits,
                 self._misses,
@@ -182,15 +202,8 @@ class Tape:
 
     def _remove(self, token: Token) -> None:
         cell = self._cells.pop(token, None)
-        if cell is None:  # freeing another graph has freed the callable of this one
-            return
-        device = cell.device
-        for address in cell.storages:
-            held, counted = self._storages.pop((device, address))
-            if held > 1:
-                self._storages[device, address] = held - 1, counted
-            else:
-                self._bytes[device] -= counted
+        if cell is not None:  # freeing another graph may have freed the callable of this one
+            self._accounts[cell.device].leave(cell.storages)
 
     def _evicted(self, budget: int) -> None:
         self._evictions += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -48,6 +49,53 @@ def outside_transforms() -> Any:
 def exchange_api() -> Any:
     """The capsule of torch's DLPack C exchange API, or None where torch has none (before 2.10)."""
     return getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+
+
+# --- gradients -----------------------------------------------------------------------------------
+
+_run_backward: Any = torch.autograd.Variable._execution_engine.run_backward  # type: ignore[attr-defined]
+
+
+def pull_back(
+    outputs: Sequence[Any],
+    inputs: Sequence[torch.Tensor],
+    cotangents: Sequence[torch.Tensor],
+    retain_graph: bool,
+    create_graph: bool = False,
+) -> tuple[torch.Tensor | None, ...]:
+    """``torch.autograd.grad(..., allow_unused=True)`` of tensors or edges.
+
+    Without its checks of shapes, for cotangents that are known to have those of the outputs.
+    """
+    return _run_backward(
+        tuple(outputs),
+        tuple(cotangents),
+        retain_graph,
+        create_graph,
+        tuple(inputs),
+        allow_unreachable=True,
+        accumulate_grad=False,
+    )
+
+
+def pull_back_rows(
+    outputs: Sequence[Any],
+    inputs: Sequence[torch.Tensor],
+    cotangents: Sequence[torch.Tensor],
+    retain_graph: bool,
+) -> list[torch.Tensor | None]:
+    """The same with ``is_grads_batched=True``: the cotangents have leading rows.
+
+    Without the pytrees that cost ``torch.autograd.grad`` more than a small backward pass.
+    """
+    size = cotangents[0].shape[0]
+    level = torch._C._vmapmode_increment_nesting()
+    try:
+        rows = [torch._add_batch_dim(c, 0, level) for c in cotangents]
+        grads = pull_back(outputs, inputs, rows, retain_graph)
+        return [None if g is None else torch._remove_batch_dim(g, level, size, 0) for g in grads]
+    finally:
+        torch._C._vmapmode_decrement_nesting()
 
 
 # --- jax2torch -----------------------------------------------------------------------------------

@@ -9,9 +9,9 @@ from typing import Any
 import jax
 import torch
 from jax.core import Tracer
-from jax.extend.core import get_opaque_trace_state
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
+from .._compat import current_mesh, get_opaque_trace_state
 from .._errors import SignatureError
 from . import random
 from .constants import value_of
@@ -75,7 +75,7 @@ def _sharding(sharding: Any, mesh: Mesh | None) -> Sharding:
             f"a sharding is a jax.sharding.Sharding or a PartitionSpec, got {sharding!r}."
         )
     if mesh is None:
-        mesh = jax.sharding.get_mesh()
+        mesh = current_mesh()
     if mesh.empty:
         raise SignatureError(f"{sharding} names axes of a mesh: give mesh=, or use jax.set_mesh.")
     return NamedSharding(_automatic(mesh), sharding)
