@@ -1,17 +1,18 @@
-"""A C++ operator of your own, called from JAX: shortest paths that have gradients.
+"""A C++ and CUDA operator of your own, called from JAX: shortest paths that have gradients.
 
     python examples/custom_operator.py               # build, check, draw
     python examples/custom_operator.py --smoke       # a smaller map: does everything work?
 
 `demo::minplus(a, b)` is the matrix product in which + is `min` and * is `+`. Neither PyTorch nor
 JAX has it, and squaring a matrix of distances with it again and again gives all shortest paths.
-Here it is an operator in C++, registered with PyTorch in the usual way: a kernel, what it returns
-for fake tensors, its gradient, its batched form. `torch2jax(torch.ops.demo.minplus.default)` is
-then a JAX function with `jit`, `grad` and `vmap`, and the gradient of a path's length says which
-roads it takes.
+Here it is an operator in C++ and, where PyTorch and JAX have a GPU, in CUDA, registered with
+PyTorch in the usual way: a kernel, what it returns for fake tensors, its gradient, its batched
+form. `torch2jax(torch.ops.demo.minplus.default)` is then a JAX function with `jit`, `grad` and
+`vmap`, and the gradient of a path's length says which roads it takes. The kernel runs on the stream
+that XLA computes on, which is PyTorch's current one during the call.
 
 The first run compiles for about a minute; later ones find the result in PyTorch's cache. Without
-ninja and a C++ compiler the script says so and stops with exit status 77.
+ninja and a C++ compiler (with a GPU: nvcc) the script says so and stops with exit status 77.
 """
 
 from __future__ import annotations
@@ -68,14 +69,67 @@ TORCH_LIBRARY(demo, m) { m.def("minplus(Tensor a, Tensor b) -> (Tensor, Tensor)"
 TORCH_LIBRARY_IMPL(demo, CPU, m) { m.impl("minplus", minplus); }
 """
 
+CUDA_SOURCE = r"""
+#include <ATen/ATen.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+// A thread for each element of the result.
+__global__ void minplus_kernel(const float* a, const float* b, float* c, int* at_k, int64_t n,
+                               int64_t inner, int64_t m) {
+  const int64_t at = blockIdx.x * int64_t{blockDim.x} + threadIdx.x;
+  if (at >= n * m) return;
+  const int64_t i = at / m, j = at % m;
+  float least = INFINITY;
+  int reached_by = 0;
+  for (int64_t k = 0; k < inner; ++k) {
+    const float sum = a[i * inner + k] + b[k * m + j];
+    if (sum < least) {
+      least = sum;
+      reached_by = static_cast<int>(k);
+    }
+  }
+  c[at] = least;
+  at_k[at] = reached_by;
+}
+
+std::tuple<at::Tensor, at::Tensor> minplus_cuda(const at::Tensor& a_in, const at::Tensor& b_in) {
+  TORCH_CHECK(a_in.dim() == 2 && b_in.dim() == 2 && a_in.size(1) == b_in.size(0), "shapes");
+  TORCH_CHECK(a_in.scalar_type() == at::kFloat && b_in.scalar_type() == at::kFloat, "dtypes");
+  const c10::cuda::CUDAGuard guard(a_in.device());
+  const auto a = a_in.contiguous(), b = b_in.contiguous();
+  const int64_t n = a.size(0), m = b.size(1), threads = 256;
+  auto c = at::empty({n, m}, a.options());
+  auto at_k = at::empty({n, m}, a.options().dtype(at::kInt));
+  const auto blocks = static_cast<unsigned>((n * m + threads - 1) / threads);
+  if (blocks > 0) {
+    minplus_kernel<<<blocks, threads, 0, c10::cuda::getCurrentCUDAStream()>>>(
+        a.const_data_ptr<float>(), b.const_data_ptr<float>(), c.data_ptr<float>(),
+        at_k.data_ptr<int>(), n, a.size(1), m);
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+  return {c, at_k};
+}
+
+TORCH_LIBRARY_IMPL(demo, CUDA, m) { m.impl("minplus", minplus_cuda); }
+"""
+
 FAR = 1e6  # no road
 console = Console()
 
 
-def build() -> None:
+def build(cuda: bool) -> None:
     """Compile the operator and tell PyTorch the rest about it."""
     with console.status("compiling the operator (a minute, the first time)"):
-        load_inline("torch2jax_demo", SOURCE, is_python_module=False, extra_cflags=["-O3"])
+        load_inline(
+            "torch2jax_demo_cuda" if cuda else "torch2jax_demo",
+            SOURCE,
+            CUDA_SOURCE if cuda else "",
+            is_python_module=False,
+            extra_cflags=["-O3"],
+        )
 
     @torch.library.register_fake("demo::minplus")
     def _(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -155,11 +209,13 @@ def main(argv: list[str] | None = None) -> int:
 
     # PyTorch looks for ninja on the path; pip puts it beside the interpreter.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    missing = [tool for tool in ("ninja", "g++") if shutil.which(tool) is None]
+    cuda = torch.cuda.is_available() and jax.default_backend() == "gpu"
+    tools = ("ninja", "g++", "nvcc") if cuda else ("ninja", "g++")
+    missing = [tool for tool in tools if shutil.which(tool) is None]
     if missing:
         console.print(f"[bold red]Not run:[/] there is no {' and no '.join(missing)} here.")
         return 77
-    build()
+    build(cuda)
     minplus = torch2jax(torch.ops.demo.minplus.default)
 
     def distances(lengths: jax.Array) -> jax.Array:
