@@ -19,7 +19,7 @@ from torch.utils import _pytree as torch_tree
 
 from .. import lowerings  # noqa: F401  fills the table
 from .._errors import SignatureError, Torch2JaxError
-from ..lowerings.registry import TABLE, carried, cast
+from ..lowerings.registry import carried, cast, lowering_of
 from . import random
 from .interop import call_torch
 from .registration import enable
@@ -144,7 +144,7 @@ class _Interpreter(torch.fx.Interpreter):
         if target is aten._to_copy.default:
             dtype = kwargs.get("dtype")
             return args[0] if dtype is None else cast(args[0], carried(dtype))
-        lowered = TABLE.get(target)
+        lowered = lowering_of(target)
         if lowered is not None and not lowered.eager:
             kwargs = {k: v for k, v in kwargs.items() if k not in _OF_MEMORY}
             if lowered.random:
