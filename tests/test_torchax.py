@@ -472,10 +472,163 @@ def test_an_unchanged_import(monkeypatch: pytest.MonkeyPatch) -> None:
         import torch_xla2  # pyright: ignore
         import torchax as theirs  # pyright: ignore
         from torchax import amp, checkpoint, config, flax, tensor, train, util, view  # noqa: F401  # pyright: ignore
+        from torchax.export import exported_program_to_jax  # noqa: F401  # pyright: ignore
         from torchax.interop import JittableModule, jax_jit  # noqa: F401  # pyright: ignore
+        from torchax.mesh_util import Mesh  # noqa: F401  # pyright: ignore
+        from torchax.ops.mappings import t2j_dtype  # noqa: F401  # pyright: ignore
 
         assert theirs is torch_xla2 is torchax
     finally:
         for name in set(sys.modules) - set(before):
             if name.split(".")[0] in ("torchax", "torch_xla2"):
                 del sys.modules[name]
+
+
+# --- exported programs ---------------------------------------------------------------------------
+
+
+def test_exported_programs() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)).eval()
+    x = torch.randn(5, 4)
+    expected = model(x).detach()
+    rows = torch.export.Dim("rows", max=64)
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: rows},))
+    states, fn = torchax.export.exported_program_to_jax(program)
+    names, raw, _ = torchax.export.exported_program_to_jax(program, export_raw=True)
+    assert len(names) == len(raw) == len(states)
+    assert {"0.weight", "0.bias", "1.running_mean"} <= set(names)
+    got = jax.jit(fn)(states, (jnp.asarray(x.numpy()),))
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+    (aval,) = torchax.export.extract_avals(program)
+    assert aval.dtype == np.float32
+    assert not isinstance(aval.shape[0], int)
+    weights, exported = torchax.export.exported_program_to_stablehlo(program)
+    assert "stablehlo" in exported.mlir_module()
+    again = jax.export.deserialize(exported.serialize())
+    for n in (5, 2):
+        out = again.call(weights, (jnp.asarray(x[:n].numpy()),))
+        np.testing.assert_allclose(out, expected[:n], rtol=1e-5, atol=1e-5)
+
+
+def test_an_exported_program_of_keyword_arguments() -> None:
+    class Scaled(nn.Module):
+        def forward(self, x: torch.Tensor, *, by: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"out": x * by}
+
+    x, by = torch.ones(2), torch.tensor([2.0, 3.0])
+    program = torch.export.export(Scaled(), (x,), {"by": by})
+    states, fn = torchax.export.exported_program_to_jax(program)
+    assert states == []
+    assert fn(states, (jnp.ones(2),), {"by": jnp.asarray([2.0, 3.0])})["out"].tolist() == [2.0, 3.0]
+    weights, exported = torchax.export.exported_program_to_stablehlo(program)
+    out = exported.call(weights, (jnp.ones(2),), {"by": jnp.asarray([2.0, 3.0])})
+    assert out["out"].tolist() == [2.0, 3.0]
+
+
+# --- operators of one's own ----------------------------------------------------------------------
+
+
+def test_registered_operators() -> None:
+    registry = torchax.ops.ops_registry
+    env = torchax.default_env()
+    x = torch.ones(3, device="jax")
+    with torch.library._scoped_library("torch2jax_test", "FRAGMENT") as library:
+        library.define("plus(Tensor x, int n) -> Tensor")
+        library.define("minus(Tensor x) -> Tensor")
+        ops: Any = torch.ops.torch2jax_test
+        registry.register_torch_dispatch_op(ops.plus.default, lambda x, n: x + n)
+        assert ops.plus(x, 4).tolist() == [5.0] * 3
+        registry.register_torch_dispatch_op(
+            ops.minus, lambda x, env: x - len(env._definitions), False, needs_env=True
+        )
+        assert ops.minus(x).tolist() == [1.0 - len(env._definitions)] * 3
+    registry.register_torch_function_op(F.selu, lambda x, inplace=False: jnp.sin(x))
+    try:
+        with env:
+            np.testing.assert_allclose(F.selu(x).jax(), np.sin(np.ones(3)), rtol=1e-6)  # pyright: ignore
+    finally:
+        del env._definitions[F.selu]
+
+
+def test_mappings() -> None:
+    mappings = torchax.ops.mappings
+    x = torch.arange(3.0)
+    array = mappings.t2j(x)
+    assert array.tolist() == [0.0, 1.0, 2.0]
+    x.add_(1)
+    assert array.tolist() == [0.0, 1.0, 2.0]
+    back = mappings.j2t(array)
+    assert back.device.type == "cpu"
+    assert back.add_(1).tolist() == [1.0, 2.0, 3.0]
+    assert array.tolist() == [0.0, 1.0, 2.0]
+    assert mappings.t2j_dtype(torch.bfloat16) == jnp.bfloat16
+    assert mappings.j2t_dtype(jnp.dtype("int8")) is torch.int8
+    t = torch.ones(2, device="jax")
+    assert mappings.t2j(t) is t.jax()  # pyright: ignore
+
+
+# --- meshes --------------------------------------------------------------------------------------
+
+MESHES = """
+import jax, numpy as np, torch
+from jax.sharding import PartitionSpec as P
+from torch2jax import torchax
+from torch2jax.torchax.mesh_util import Mesh, SingleAxisSharder
+
+def net(width, bias=True):
+    return torch.nn.Sequential(torch.nn.Linear(6, width, bias=bias), torch.nn.Linear(width, 3))
+
+mesh = Mesh.fsdp_mesh()
+assert mesh.jax_mesh.axis_names == ("fsdp",) and mesh.jax_mesh.size == 4
+torch.manual_seed(0)
+model = mesh.initialize_model_sharded(net, (8,), {"bias": False})
+spec = lambda x: tuple(x.jax().sharding.spec)
+shards = lambda x: {s.data.shape for s in x.jax().addressable_shards}
+assert spec(model[0].weight) == ("fsdp", None), spec(model[0].weight)
+assert shards(model[0].weight) == {(2, 6)} and shards(model[1].weight) == {(3, 2)}
+assert shards(model[1].bias) == {(3,)}  # 3 is not divisible
+
+plain = net(8)
+x = torch.randn(5, 6)
+expected = plain(x)
+expected.sum().backward()
+moved = mesh.shard_model(plain)
+assert moved is plain and shards(plain[0].weight) == {(2, 6)}
+everywhere = jax.sharding.NamedSharding(moved[0].weight.jax().sharding.mesh, P())
+out = plain(x.to("jax").shard_(everywhere))
+np.testing.assert_allclose(out.detach().cpu(), expected.detach(), rtol=1e-5, atol=1e-5)
+
+strict = SingleAxisSharder("fsdp", 4)
+assert strict("w", jax.ShapeDtypeStruct((3, 8), np.float32)) == P(None, "fsdp")
+try:
+    mesh.initialize_model_sharded(net, (8,), override_sharder=strict)
+except AssertionError as error:
+    assert "1.bias" in str(error), error
+else:
+    raise SystemExit("no error")
+
+two = Mesh(jax.make_mesh((2, 2), ("data", "model")))
+try:
+    two.shard_model(net(8))
+except ValueError as error:
+    assert "needs a sharder" in str(error)
+else:
+    raise SystemExit("no error")
+split = Mesh(two.jax_mesh, lambda name, x: P("model", "data") if len(x.shape) == 2 and x.shape[0] == 8 else P())
+model = split.shard_model(net(8))
+assert shards(model[0].weight) == {(4, 3)} and shards(model[1].weight) == {(3, 8)}
+print("done")
+"""
+
+
+def test_meshes_of_four_devices() -> None:
+    import os
+    import subprocess
+    import sys
+
+    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    done = subprocess.run(
+        [sys.executable, "-c", MESHES], capture_output=True, text=True, env=env, check=False
+    )
+    assert done.stdout.strip() == "done", done.stderr

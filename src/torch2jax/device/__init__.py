@@ -16,7 +16,7 @@ from .interop import (
 from .jitted import jit
 from .registration import enable, is_enabled
 from .scan import scan
-from .sharding import mark_sharding, shard_map, sharded_init
+from .sharding import mark_sharding, shard_map, shard_module, sharded_init
 from .tensor import Tensor, tensor
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ __all__ = [
     "save_checkpoint",
     "scan",
     "shard_map",
+    "shard_module",
     "sharded_init",
     "tensor",
     "torch_view",

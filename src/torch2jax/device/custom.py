@@ -17,6 +17,7 @@ import jax
 import torch
 from jax.core import Tracer
 from torch.utils import _pytree as torch_tree
+from torch.utils.checkpoint import CheckpointFunction
 
 from .._torch_compat import custom_function_base
 from . import random
@@ -66,6 +67,9 @@ def _plain(cls: Any, *args: Any, **kwargs: Any) -> Any:
 def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
     if not _active.depth:
         return _plain(cls, *args, **kwargs)
+    if cls is CheckpointFunction:  # what to keep for JAX's derivative is not PyTorch's to say
+        run_function, _, *rest = args
+        return run_function(*rest)
     leaves, spec = torch_tree.tree_flatten((args, kwargs))
     places = [
         i for i, x in enumerate(leaves) if type(x) is Tensor and isinstance(x._cell.array, Tracer)

@@ -19,14 +19,14 @@ from torch.utils import _pytree as torch_tree
 
 from .. import lowerings  # noqa: F401  fills the table
 from .._errors import SignatureError, Torch2JaxError
-from ..lowerings.registry import TABLE, carried, cast
+from ..lowerings.registry import carried, cast, lowering_of
 from . import random
 from .interop import call_torch
 from .registration import enable
 from .tensor import Tensor, from_torch, read
 from .views import GETTERS
 
-__all__ = ["export", "extract_exported"]
+__all__ = ["export", "extract_exported", "input_avals"]
 
 aten = torch.ops.aten
 
@@ -97,6 +97,18 @@ def export(program: ExportedProgram, **options: Any) -> jax.export.Exported:
     (7, 2)
     """
     state, fn = extract_exported(program)
+    args, kwargs = input_avals(program)
+    avals = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+
+    def call(state: Any, *args: Any, **kwargs: Any) -> Any:
+        return fn(state, args, kwargs)
+
+    call.__name__ = type(program.graph_module).__name__.lower()
+    return jax.export.export(jax.jit(call), **options)(avals, *args, **kwargs)
+
+
+def input_avals(program: ExportedProgram) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Shapes and dtypes of a program's arguments; its dynamic dimensions are symbolic ones."""
     nodes = {n.name: n.meta.get("val") for n in program.graph.nodes if n.op == "placeholder"}
     bounds = []
     for symbol, bound in program.range_constraints.items():
@@ -114,14 +126,7 @@ def export(program: ExportedProgram, **options: Any) -> jax.export.Exported:
 
     user = [aval(nodes[name]) for name in program.graph_signature.user_inputs]
     calls: Any = program.call_spec
-    args, kwargs = torch_tree.tree_unflatten(user, calls.in_spec)
-    avals = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
-
-    def call(state: Any, *args: Any, **kwargs: Any) -> Any:
-        return fn(state, args, kwargs)
-
-    call.__name__ = type(program.graph_module).__name__.lower()
-    return jax.export.export(jax.jit(call), **options)(avals, *args, **kwargs)
+    return torch_tree.tree_unflatten(user, calls.in_spec)
 
 
 class _Interpreter(torch.fx.Interpreter):
@@ -139,7 +144,7 @@ class _Interpreter(torch.fx.Interpreter):
         if target is aten._to_copy.default:
             dtype = kwargs.get("dtype")
             return args[0] if dtype is None else cast(args[0], carried(dtype))
-        lowered = TABLE.get(target)
+        lowered = lowering_of(target)
         if lowered is not None and not lowered.eager:
             kwargs = {k: v for k, v in kwargs.items() if k not in _OF_MEMORY}
             if lowered.random:

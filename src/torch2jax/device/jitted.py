@@ -3,9 +3,15 @@
 NOTE [What a compiled function closes over]. A PyTorch function reads and writes tensors that are
 not among its arguments: a module's parameters, an optimizer's state. While it is traced, memory
 (cells) from before the trace becomes an input when it is first read; what is written to becomes an
-output, and so does memory that was made in the trace and outlives it (``p.grad``). After each call
-the outputs are put into their cells. The first call runs step by step, so that state that is made
-lazily (an optimizer's) is there when the second one is traced.
+output, and so does memory that was made in the trace and outlives it. After each call the outputs
+are put into their cells. The first call runs step by step, so that state that is made lazily (an
+optimizer's) is there when the second one is traced.
+
+NOTE [Gradients of leaves]. ``backward()`` in a compiled function makes a leaf's ``grad``, or adds
+to one that is there. Which of the two is part of the program, so there is one for each pattern of
+gradients that are there before the call; the memory of ``grad`` is looked up at each call, and a
+new one is put into the leaf after it. A leaf among the arguments has none in the trace; what it
+gets there is added after the call.
 """
 
 from __future__ import annotations
@@ -33,22 +39,46 @@ from .tensor import Cell, Tensor, captures, wrap
 __all__ = ["JittedFunction", "JittedModule", "jit"]
 
 
-class _Capture:
+class _Leaves:
+    """The leaves, from before, that a function uses on this thread."""
+
+    def __init__(self) -> None:
+        self.thread = threading.get_ident()
+        self.started = Cell(None).serial
+        self.leaves: dict[int, weakref.ref[Tensor]] = {}
+
+    def born(self, cell: Cell) -> None:
+        pass
+
+    def read(self, x: Tensor) -> None:
+        self.seen(x)
+
+    def seen(self, x: Tensor) -> None:
+        if x.is_leaf and x._cell.serial < self.started and threading.get_ident() == self.thread:
+            self.leaves[id(x)] = weakref.ref(x)
+
+    def living(self) -> list[Tensor]:
+        found = (ref() for ref in self.leaves.values())
+        return [x for x in found if x is not None and x.is_leaf]
+
+
+class _Capture(_Leaves):
     """What one trace reads, writes and makes. Belongs to the thread that traces."""
 
     def __init__(self, inputs: Sequence[Cell]) -> None:
-        self.thread = threading.get_ident()
+        super().__init__()
         self.known = set(map(id, inputs))
         self.found: dict[int, tuple[Cell, Any]] = {}
         """Cells from before the trace that were not known, with their arrays."""
         self.made: list[weakref.ref[Cell]] = []
-        self.started = Cell(None).serial
 
     def born(self, cell: Cell) -> None:
         if threading.get_ident() == self.thread:
             self.made.append(weakref.ref(cell))
 
-    def read(self, cell: Cell) -> None:
+    def read(self, x: Tensor) -> None:
+        self.seen(x)
+        cell = x._cell
         if cell.serial > self.started or id(cell) in self.known or id(cell) in self.found:
             return
         if threading.get_ident() != self.thread or isinstance(cell.array, Tracer):
@@ -60,6 +90,16 @@ class _Capture:
     def survivors(self) -> list[Cell]:
         cells = [ref() for ref in self.made]
         return [c for c in cells if c is not None and isinstance(c.array, Tracer)]
+
+
+@contextlib.contextmanager
+def _noting_leaves() -> Iterator[_Leaves]:
+    capture = _Leaves()
+    captures.append(capture)
+    try:
+        yield capture
+    finally:
+        captures.remove(capture)
 
 
 @contextlib.contextmanager
@@ -102,13 +142,20 @@ class _Watch(TorchDispatchMode):
 
 
 class _Plan:
-    """A compiled function for arguments of one structure."""
+    """A compiled function for arguments of one structure, and leaves with or without gradients."""
 
     def __init__(self, fn: Callable[..., Any], spec: Any, statics: Any, metas: Any, options: Any):
         self.fn, self.spec, self.statics, self.metas = fn, spec, statics, metas
         self.inputs: list[Cell] = []
-        self.written: list[Cell] = []
+        self.written: list[int] = []
         self.made: list[Cell] = []
+        self.leaves: list[weakref.ref[Tensor]] = []
+        self.of_grads: list[tuple[int, weakref.ref[Tensor]]] = []
+        """Inputs that are the memory of a leaf's gradient."""
+        self.new_grads: list[tuple[weakref.ref[Tensor], torch.dtype | None]] = []
+        """Leaves whose gradient is another after the call; None: they have none."""
+        self.argument_grads: list[tuple[int, torch.dtype]] = []
+        self.others: dict[Any, _Plan] = {}
         self.out: Any = None
         self.grad = torch.is_grad_enabled()
         self.differentiable = False
@@ -117,10 +164,38 @@ class _Plan:
         donate = (1,) if options.pop("donate_state", False) else ()
         self.options = {**options, "donate_argnums": donate} if donate else options
 
+    # --- leaves and their gradients
+
+    def note(self, leaves: Sequence[Tensor], arguments: Sequence[Tensor]) -> None:
+        """Leaves that it closes over."""
+        known = {id(x) for x in (*arguments, *self.living())}
+        self.leaves += [weakref.ref(x) for x in leaves if id(x) not in known]
+
+    def living(self) -> list[Tensor]:
+        found = (ref() for ref in self.leaves)
+        return [x for x in found if x is not None and x.requires_grad and x.is_leaf]
+
+    def here(self) -> _Plan:
+        """The plan for the leaves that have gradients now."""
+        have = tuple((id(x), x.grad is not None) for x in self.living())
+        plan = self.others.get(have)
+        if plan is None:
+            plan = self
+            if self.others:
+                plan = _Plan(self.fn, self.spec, self.statics, self.metas, dict(self.options))
+                plan.grad, plan.differentiable = self.grad, self.differentiable
+                plan.leaves = self.leaves
+            self.others[have] = plan
+        for i, ref in plan.of_grads:
+            leaf = ref()
+            if leaf is not None and leaf.grad is not None:
+                plan.inputs[i] = leaf.grad._cell  # type: ignore[attr-defined]
+        return plan
+
     # --- the traced function
 
     def run(self, arrays: Any, state: Any, words: Any) -> Any:
-        """(results), (new state), (memory made in the trace)."""
+        """(results), (new state), (memory made in the trace, gradients)."""
         before = [c.array for c in self.inputs]
         versions = [c.version for c in self.inputs]
         tensors = [
@@ -132,6 +207,7 @@ class _Plan:
         leaves = [next(slots) if x is _TENSOR else x for x in leaves]
         args, kwargs = torch_tree.tree_unflatten(leaves, self.spec)
         scope = lowering_scope() if self.differentiable else contextlib.nullcontext()
+        grads = [(x, x.grad) for x in self.living()]
         try:
             for cell, array in zip(self.inputs, state, strict=True):
                 cell.array = array
@@ -142,20 +218,36 @@ class _Plan:
                     result = self.fn(*args, **kwargs)
                 outs, self.out = _flatten_result(result)
                 results = [value_of(x) for x in outs]
-                del result, args, kwargs, tensors, slots, leaves
+                given = [(i, x.grad) for i, x in enumerate(tensors) if x.grad is not None]
+                self.argument_grads = [(i, g.dtype) for i, g in given]
+                changed_grads = [(x, x.grad) for x, was in grads if x.grad is not was]
+                self.new_grads = [
+                    (weakref.ref(x), None if g is None else g.dtype) for x, g in changed_grads
+                ]
+                after = [g for _, g in (*given, *changed_grads) if g is not None]
+                new_grads = [value_of(g) for g in after]  # type: ignore[arg-type]
+                for x, was in grads:
+                    x.grad = was
+                del result, args, kwargs, tensors, slots, leaves, given, changed_grads, after
                 found = [cell for cell, _ in capture.found.values()]
-                changed = [c for c, v in zip(self.inputs, versions, strict=True) if c.version != v]
-                new_state = [c.array for c in changed]
+                changed = [
+                    i
+                    for i, (c, v) in enumerate(zip(self.inputs, versions, strict=True))
+                    if c.version != v
+                ]
+                new_state = [self.inputs[i].array for i in changed]
                 del outs
                 made = [] if found else capture.survivors()
                 new_made = [c.array for c in made]
         finally:
+            for x, was in grads:
+                x.grad = was
             for cell, array in zip(self.inputs, before, strict=True):
                 cell.array = array
         if found:
             raise _MoreInputs(found)
         self.written, self.made = changed, made
-        return results, new_state, new_made
+        return results, new_state, (new_made, new_grads)
 
     def prepare(self, arrays: Any, words: Any) -> None:
         """Find out what it closes over: trace until nothing new is found."""
@@ -168,6 +260,11 @@ class _Plan:
                 self.inputs += more.cells
         for cell in self.made:  # made for a trace that is not used
             cell.array = None
+        places = {id(c): i for i, c in enumerate(self.inputs)}
+        for x in self.living():
+            cell = None if x.grad is None else x.grad._cell  # type: ignore[attr-defined]
+            if cell is not None and id(cell) in places:
+                self.of_grads.append((places[id(cell)], weakref.ref(x)))
         self.jitted = jax.jit(self.run, **self.options)
         self.pulled = jax.jit(self._with_pullback)
         self.ready = True
@@ -180,12 +277,36 @@ class _Plan:
         results, pull, (new_state, made) = jax.vjp(of, arrays, state, has_aux=True)
         return results, new_state, made, pull
 
-    def finish(self, new_state: Any, made: Any) -> None:
-        for cell, array in zip(self.written, new_state, strict=True):
+    def check(self, tensors: Sequence[Tensor]) -> None:
+        for i, _ in self.argument_grads:
+            if not tensors[i].is_leaf:
+                raise Torch2JaxError(
+                    "backward() in a compiled function reaches an argument that is a result of "
+                    "other operations, whose graph it cannot follow: compute it in the function "
+                    "too, or pass x.detach()."
+                )
+
+    def finish(self, tensors: Sequence[Tensor], new_state: Any, made: Any) -> None:
+        for i, array in zip(self.written, new_state, strict=True):
+            cell = self.inputs[i]
             cell.array, cell.recipe = array, None
             cell.version += 1
+        made, new_grads = made
         for cell, array in zip(self.made, made, strict=True):
             cell.array = array
+        grads = iter(new_grads)
+        for i, dtype in self.argument_grads:
+            _add_gradient(tensors[i], wrap(next(grads), dtype))
+        for ref, dtype in self.new_grads:
+            new = None if dtype is None else wrap(next(grads), dtype)
+            leaf = ref()
+            if leaf is not None:
+                leaf.grad = new
+
+
+def _add_gradient(x: Tensor, gradient: Tensor) -> None:
+    with torch.no_grad():
+        x.grad = gradient if x.grad is None else x.grad.add_(gradient)
 
 
 class _MoreInputs(Exception):
@@ -221,7 +342,7 @@ class _Differentiable(torch.autograd.Function):
         arrays = [x._cell.array if x._chain is None else x.jax() for x in tensors[:count]]
         state = [c.array for c in plan.inputs]
         results, new_state, made, ctx.pull = plan.pulled(arrays, state, words)
-        plan.finish(new_state, made)
+        plan.finish(tensors[:count], new_state, made)
         ctx.needs = [id(x._cell) for x in tensors[count:]]
         ctx.order = [id(c) for c in plan.inputs]
         ctx.avals = [(r.shape, r.dtype) for r in results]
@@ -289,38 +410,29 @@ class JittedFunction:
             options = dict(self._options)
             plan = self._plans[key] = _Plan(self.__wrapped__, spec, statics, metas, options)
         if not plan.ran:
-            result = self.__wrapped__(*args, **kwargs)
+            with _noting_leaves() as seen:
+                result = self.__wrapped__(*args, **kwargs)
+            plan.note(seen.living(), tensors)
             plan.ran = True
             outs = [x for x in torch_tree.tree_leaves(result) if isinstance(x, torch.Tensor)]
             plan.differentiable = any(x.requires_grad for x in outs)
             return result
         arrays = [x._cell.array if x._chain is None else x.jax() for x in tensors]
         words = random.next_words()
+        plan = plan.here()
         if not plan.ready:
             plan.prepare(arrays, words)
+        plan.check(tensors)
         if plan.differentiable:
-            parameters = _leaves_of(plan)
+            places = set(map(id, plan.inputs))
+            parameters = [x for x in plan.living() if id(x._cell) in places]
             outs = _Differentiable.apply(plan, words, None, len(tensors), *tensors, *parameters)
             return _unflatten_result(plan.out, outs)
         results, new_state, made = plan.jitted(arrays, [c.array for c in plan.inputs], words)
-        plan.finish(new_state, made)
+        plan.finish(tensors, new_state, made)
         dtypes = [dtype for mark, dtype in plan.out[1] if mark is _TENSOR]
         outs = [wrap(r, d) for r, d in zip(results, dtypes, strict=True)]
         return _unflatten_result(plan.out, outs)
-
-
-_owners: weakref.WeakKeyDictionary[Cell, Any] = weakref.WeakKeyDictionary()
-
-
-def _leaves_of(plan: _Plan) -> list[Tensor]:
-    """The tensors that require gradients among what the function closes over."""
-    found = []
-    for cell in plan.inputs:
-        ref = _owners.get(cell)
-        owner = None if ref is None else ref()
-        if owner is not None and owner.requires_grad and owner._cell is cell:
-            found.append(owner)
-    return found
 
 
 def jit(fn: Any, **options: Any) -> Any:
@@ -381,9 +493,6 @@ class JittedModule(torch.nn.Module):
         return self
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        for p in self._original.parameters():
-            if isinstance(p, Tensor):
-                _owners[p._cell] = weakref.ref(p)
         return self._jitted(*args, **kwargs)
 
     def extra_repr(self) -> str:

@@ -112,4 +112,4 @@ def note_read(operands: Sequence[Any]) -> None:
     for x in operands:
         if type(x) is Tensor:
             for capture in captures:
-                capture.read(x._cell)
+                capture.read(x)

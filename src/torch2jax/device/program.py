@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from .._convert import j2t
 from .._dtypes import dtype_j2t, x64_enabled
 from ..lowerings.registry import DataDependentShape
+from ..lowerings.vision import SHAPES_DEPEND_ON_VALUES
 from .constants import value_of
 from .operands import cells_of, fill, template
 from .routes import Route
@@ -177,7 +178,8 @@ class Program:
         if any(isinstance(t, Tracer) for t in tensors):
             from .._wrap import torch2jax
 
-            if torch.Tag.dynamic_output_shape in route.target.tags:
+            dynamic = torch.Tag.dynamic_output_shape in route.target.tags
+            if dynamic or route.target.name() in SHAPES_DEPEND_ON_VALUES:
                 raise DataDependentShape(route.func)
             out = torch2jax(run, arg_dtypes=tuple(dtypes))(*tensors)
         else:

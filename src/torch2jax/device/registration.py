@@ -9,8 +9,8 @@ import torch
 
 from .._errors import Torch2JaxError
 from .._torch_compat import set_up_device
-from . import dispatch, methods, random
-from .autocast import register_autocast
+from . import dispatch, generator, methods, modules, random
+from .autocast import register_autocast, scale_gradients
 from .tensor import Tensor, only_one
 
 __all__ = ["enable", "is_enabled"]
@@ -123,6 +123,9 @@ def enable() -> None:
         _libraries.append(_register_factories())
         _libraries.append(register_autocast())
         methods.install()
+        modules.keep_ties()
+        generator.install()
+        scale_gradients()
         # Optimizers take their multi-tensor form for these types of parameters only.
         from torch.utils import _foreach_utils
 

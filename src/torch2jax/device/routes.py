@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..lowerings.registry import TABLE
+from ..lowerings.registry import lowering_of
 from .operands import Slot
 
 __all__ = ["Route"]
@@ -95,8 +95,9 @@ def _functional_of(func: Any, outs: Sequence[str]) -> Any:
 
 
 def _find(func: Any) -> tuple[str, Any]:
-    if func in TABLE:
-        return "native", TABLE[func]
+    lowered = lowering_of(func)
+    if lowered is not None:
+        return "native", lowered
     if hasattr(func, "impl_aten") and func.namespace == "prims":
         return "decomposed", func.impl_aten
     with warnings.catch_warnings():

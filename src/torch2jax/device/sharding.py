@@ -13,6 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from .._compat import current_mesh, get_opaque_trace_state
 from .._errors import SignatureError
+from ..lowerings.registry import carried
 from . import random
 from .constants import value_of
 from .interop import call_jax, jax_view
@@ -20,7 +21,9 @@ from .registration import enable
 from .state import state
 from .tensor import Tensor
 
-__all__ = ["mark_sharding", "shard_map", "sharded_init"]
+__all__ = ["mark_sharding", "shard_map", "shard_module", "sharded_init"]
+
+Layout = Mapping[str, PartitionSpec] | Callable[[str, jax.ShapeDtypeStruct], PartitionSpec]
 
 
 def mark_sharding(x: Any, sharding: Sharding | PartitionSpec, mesh: Mesh | None = None) -> Any:
@@ -120,7 +123,7 @@ def shard_map(fn: Callable[..., Any], **options: Any) -> Callable[..., Any]:
 def sharded_init(
     make: Callable[[], torch.nn.Module],
     mesh: Mesh,
-    layout: Mapping[str, PartitionSpec] | None = None,
+    layout: Layout | None = None,
     fsdp: str | None = None,
 ) -> torch.nn.Module:
     """Make a module whose parameters are sharded from the start: none is ever whole on a device.
@@ -131,7 +134,8 @@ def sharded_init(
         own part.
       mesh: of JAX devices.
       layout: tensor parallelism: ``{pattern: PartitionSpec}``; the first pattern that matches a
-        name, as file names match, says how that parameter or buffer is split.
+        name, as file names match, says how that parameter or buffer is split. Or a function
+        ``(name, shape and dtype) -> PartitionSpec``.
       fsdp: the axis over which each parameter is split besides: in its longest dimension that the
         axis divides and that is not split yet. Parameters without one are on every device.
 
@@ -152,7 +156,6 @@ def sharded_init(
     """
     enable()
     mesh = _automatic(mesh)
-    rules = dict(layout or {})
     built: list[torch.nn.Module] = []
 
     def run(words: Any) -> dict[str, Any]:
@@ -164,17 +167,44 @@ def sharded_init(
 
     words = random.next_words()
     avals = jax.eval_shape(run, words)
-    for pattern in rules:
-        if not any(fnmatch.fnmatchcase(name, pattern) for name in avals):
-            raise SignatureError(f"no parameter or buffer is called {pattern!r}.")
-    shardings = {
-        name: NamedSharding(mesh, _spec(name, aval.shape, mesh, rules, fsdp))
-        for name, aval in avals.items()
-    }
+    shardings = _shardings(avals, mesh, layout, fsdp)
     arrays = jax.jit(run, out_shardings=shardings)(words)
     (module,) = built
     for name, x in _state_of(module).items():
         x._cell.array, x._cell.recipe, x._memo = arrays[name], None, None
+    return module
+
+
+def shard_module(
+    module: torch.nn.Module,
+    mesh: Mesh,
+    layout: Layout | None = None,
+    fsdp: str | None = None,
+) -> torch.nn.Module:
+    """Split the parameters and buffers of a module that exists, in place.
+
+    Args:
+      module: on device "jax"; on another device it is moved there first, whole.
+      mesh, layout, fsdp: as in ``sharded_init``.
+
+    Returns:
+      The module.
+
+    Raises:
+      SignatureError: a pattern matches nothing, or a dimension cannot be split as it says.
+
+    >>> import torch, torch2jax, jax
+    >>> mesh = jax.make_mesh((1,), ("data",))
+    >>> model = torch2jax.device.shard_module(torch.nn.Linear(8, 4), mesh, fsdp="data")
+    >>> tuple(model.weight.jax().sharding.spec)
+    (None, 'data')
+    """
+    enable()
+    mesh = _automatic(mesh)
+    found = _state_of(module.to("jax"))
+    avals = {name: jax.ShapeDtypeStruct(x.shape, carried(x.dtype)) for name, x in found.items()}
+    for name, sharding in _shardings(avals, mesh, layout, fsdp).items():
+        mark_sharding(found[name], sharding)
     return module
 
 
@@ -204,16 +234,34 @@ def _state_of(module: torch.nn.Module) -> dict[str, Tensor]:
     return found
 
 
+def _shardings(
+    avals: Mapping[str, Any], mesh: Mesh, layout: Layout | None, fsdp: str | None
+) -> dict[str, NamedSharding]:
+    """How each tensor is split."""
+    if isinstance(layout, Mapping):
+        for pattern in layout:
+            if not any(fnmatch.fnmatchcase(name, pattern) for name in avals):
+                raise SignatureError(f"no parameter or buffer is called {pattern!r}.")
+
+    def given(name: str, aval: Any) -> PartitionSpec:
+        if not isinstance(layout, Mapping):
+            return PartitionSpec() if layout is None else layout(name, aval)
+        specs = (spec for p, spec in layout.items() if fnmatch.fnmatchcase(name, p))
+        return next(specs, PartitionSpec())
+
+    return {
+        name: NamedSharding(mesh, _spec(name, aval.shape, mesh, given(name, aval), fsdp))
+        for name, aval in avals.items()
+    }
+
+
 def _spec(
-    name: str, shape: tuple[int, ...], mesh: Mesh, rules: Mapping[str, Any], fsdp: str | None
+    name: str, shape: tuple[int, ...], mesh: Mesh, spec: PartitionSpec, fsdp: str | None
 ) -> PartitionSpec:
     axes: list[Any] = [None] * len(shape)
-    for pattern, spec in rules.items():
-        if fnmatch.fnmatchcase(name, pattern):
-            if len(spec) > len(shape):
-                raise SignatureError(f"{spec} of {pattern!r} is for more dimensions than {name}.")
-            axes[: len(spec)] = spec
-            break
+    if len(spec) > len(shape):
+        raise SignatureError(f"{spec} is for more dimensions than {name} {shape} has.")
+    axes[: len(spec)] = spec
     for size, names in zip(shape, axes, strict=True):
         parts = _size(mesh, names)
         if size % parts:

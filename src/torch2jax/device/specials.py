@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from jax.core import Tracer
 
+from .._dtypes import x64_enabled
 from .._errors import Torch2JaxError
 from ..lowerings.registry import DataDependentShape, cast
 from .dispatch import special
@@ -42,6 +43,8 @@ def _is_ours(device: Any) -> bool:
 def _to_copy(args: Any, kwargs: Any) -> Any:
     x = args[0]
     dtype = kwargs.get("dtype") or x.dtype
+    if state.float64_is_float32 and dtype is torch.float64 and not x64_enabled():
+        dtype = torch.float32
     device = kwargs.get("device")
     if _is_ours(device):
         only_one(device)

@@ -19,6 +19,7 @@ class _State(threading.local):
     active: tuple[Any, ...] = ()  # the operators whose decompositions are under way
     factories_traced = False  # large results of operators without operands are tracers
     compiling = False  # a decomposition for eager mode
+    float64_is_float32 = False  # without x64: a cast to float64 gives float32
 
 
 state = _State()

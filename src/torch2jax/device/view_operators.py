@@ -10,7 +10,7 @@ from jax.core import Tracer
 from .._errors import Torch2JaxError
 from .operands import foreign
 from .state import state
-from .tensor import Tensor, wrap_view
+from .tensor import Tensor, captures, wrap_view
 from .views import OTHER_ELEMENTS, ROOT, geometry
 
 __all__ = ["ViewOperator"]
@@ -36,6 +36,9 @@ class ViewOperator:
         x: Any = args[0]
         if type(x) is not Tensor:
             return self.func(foreign(x), *args[1:], **kwargs)
+        if captures:
+            for capture in captures:
+                capture.seen(x)
         if state.events is not None and not state.composite:
             state.events.add(self.func, "native")
         rest = tuple(map(_frozen, args[1:])) if self.takes_lists else args[1:]

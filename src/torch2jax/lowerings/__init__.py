@@ -18,3 +18,4 @@ from . import reductions as reductions
 from . import shapes as shapes
 from . import special as special
 from . import unary as unary
+from . import vision as vision

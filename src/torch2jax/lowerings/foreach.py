@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
 import torch
 
 # They fill the table that is read here.
 from . import binary, choices, factories, reductions, special, unary  # noqa: F401
-from .registry import TABLE, Lowering, overload
+from .registry import TABLE, Lowering, cast, lowering, overload, wide
 
 _UNARY = (
     *("abs", "acos", "asin", "atan", "ceil", "cos", "cosh", "erf", "erfc", "exp", "expm1", "floor"),
@@ -115,3 +116,35 @@ _register("_foreach_zero", lambda self: [_zeros(x) for x in self])
 
 def _zeros(x: Any) -> Any:
     return TABLE[torch.ops.aten.zero.default].fn(x)
+
+
+# --- what torch.amp.GradScaler calls -------------------------------------------------------------
+
+
+@lowering("_amp_foreach_non_finite_check_and_unscale")
+def _unscale(self: Any, found_inf: Any, inv_scale: Any) -> Any:
+    """The tensors times ``inv_scale``, and 1 where one of them has an infinity or NaN."""
+    finite = jnp.array(True)
+    for x in self:
+        finite &= jnp.isfinite(x).all()
+    scaled = [cast(cast(x, wide(x.dtype)) * inv_scale, x.dtype) for x in self]
+    return scaled, jnp.where(finite, found_inf, jnp.ones_like(found_inf))
+
+
+@lowering("_amp_update_scale")
+def _update_scale(
+    self: Any,
+    growth_tracker: Any,
+    found_inf: Any,
+    scale_growth_factor: float,
+    scale_backoff_factor: float,
+    growth_interval: int,
+) -> Any:
+    """A smaller scale after an infinity, a larger one after so many steps without."""
+    bad = found_inf > 0
+    steps = growth_tracker + 1
+    grown = self * scale_growth_factor
+    full = steps == growth_interval
+    scale = jnp.where(full & jnp.isfinite(grown), grown, self)
+    scale = jnp.where(bad, self * scale_backoff_factor, scale)
+    return cast(scale, self.dtype), jnp.where(bad | full, jnp.zeros_like(steps), steps)

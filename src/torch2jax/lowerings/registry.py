@@ -29,6 +29,8 @@ __all__ = [
     "Lowering",
     "carried",
     "lowering",
+    "lowering_by_name",
+    "lowering_of",
     "overload",
     "register_lowering",
 ]
@@ -59,6 +61,7 @@ class DataDependentShape(Torch2JaxError):
 
 
 TABLE: dict[Any, Lowering] = {}
+_BY_NAME: dict[str, Lowering] = {}
 UNKNOWN: list[str] = []
 """Names of lowerings that the installed PyTorch has no operator for."""
 
@@ -98,6 +101,21 @@ def lowering(
         return fn
 
     return register
+
+
+def lowering_by_name(name: str) -> Callable[[Any], Any]:
+    """Register a lowering of an operator that a library may bring later, such as "space::op"."""
+
+    def register(fn: Any) -> Any:
+        _BY_NAME[name] = Lowering(fn)
+        return fn
+
+    return register
+
+
+def lowering_of(op: Any) -> Lowering | None:
+    """The lowering of an operator."""
+    return TABLE.get(op) or _BY_NAME.get(op.name())
 
 
 def register_lowering(op: Any, fn: Callable[..., Any]) -> None:

@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import torch
 
 from .. import device as _device
-from . import amp, checkpoint, config, flax, interop, tensor, train, util, view
+from . import amp, checkpoint, config, flax, interop, mesh_util, ops, tensor, train, util, view
 from .checkpoint import load_checkpoint, save_checkpoint
 from .environment import Environment, default_env
+
+if TYPE_CHECKING:
+    from . import export
 
 __all__ = [
     "CompileOptions",
@@ -34,11 +38,14 @@ __all__ = [
     "enable_accuracy_mode",
     "enable_globally",
     "enable_performance_mode",
+    "export",
     "extract_jax",
     "flax",
     "install",
     "interop",
     "load_checkpoint",
+    "mesh_util",
+    "ops",
     "save_checkpoint",
     "tensor",
     "train",
@@ -115,11 +122,22 @@ def compile(fn: Any, options: CompileOptions | None = None) -> Any:
 
 _device.enable()
 
-_PARTS = ("amp", "checkpoint", "config", "flax", "interop", "tensor", "train", "util", "view")
+_PARTS = (
+    *("amp", "checkpoint", "config", "export", "flax", "interop", "mesh_util", "ops"),
+    *("ops.mappings", "ops.ops_registry", "tensor", "train", "util", "view"),
+)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "export":  # torch.export and jax.export take a second to import
+        return importlib.import_module(".export", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def install() -> None:
     """Let ``import torchax`` and ``import torch_xla2`` find this module."""
+    for part in _PARTS:
+        importlib.import_module(f".{part}", __name__)
     for name in ("torchax", "torch_xla2"):
         sys.modules[name] = sys.modules[__name__]
         for part in _PARTS:

@@ -1,0 +1,61 @@
+"""Programs of ``torch.export`` under torchax's names: states are a list, in the order of names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.export
+from torch.export import ExportedProgram
+from torch.utils import _pytree as torch_tree
+
+from ..device.exported import extract_exported, input_avals
+
+__all__ = ["exported_program_to_jax", "exported_program_to_stablehlo", "extract_avals"]
+
+
+def exported_program_to_jax(exported_program: ExportedProgram, export_raw: bool = False) -> Any:
+    """A program as a JAX function.
+
+    Args:
+      exported_program: of ``torch.export.export``.
+      export_raw: whether the names of the states come in front.
+
+    Returns:
+      ``(states, fn)``: a list of arrays, copies of the program's parameters, buffers and constants,
+      and ``fn(states, args, kwargs=None)``. With ``export_raw``: ``(names, states, fn)``.
+    """
+    names, states, fn = _listed(exported_program)
+    return (names, states, fn) if export_raw else (states, fn)
+
+
+def extract_avals(exported: ExportedProgram) -> list[Any]:
+    """Shape and dtype of each argument, in the order of the graph; dynamic ones are symbolic."""
+    return torch_tree.tree_leaves(input_avals(exported))
+
+
+def exported_program_to_stablehlo(
+    exported_program: ExportedProgram,
+) -> tuple[list[Any], jax.export.Exported]:
+    """A program as StableHLO.
+
+    Returns:
+      ``(states, exported)``; ``exported.call(states, args)`` runs it, with ``args`` a tuple, and
+      ``(states, args, kwargs)`` for a program of keyword arguments.
+    """
+    _, states, fn = _listed(exported_program)
+    args, kwargs = input_avals(exported_program)
+    avals = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in states]
+    given = (avals, args, kwargs) if kwargs else (avals, args)
+    return states, jax.export.export(jax.jit(fn))(*given)
+
+
+def _listed(program: ExportedProgram) -> tuple[list[str], list[Any], Callable[..., Any]]:
+    state, inner = extract_exported(program)
+    names = list(state)
+
+    def fn(states: Any, args: Any, kwargs: Any = None) -> Any:
+        return inner(dict(zip(names, states, strict=True)), args, kwargs)
+
+    return names, list(state.values()), fn

@@ -1,0 +1,69 @@
+"""Operators of one's own under torchax's names."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from ... import device as _device
+from ..environment import default_env
+from ..interop import call_jax
+
+__all__ = ["register_torch_dispatch_op", "register_torch_function_op"]
+
+
+def register_torch_dispatch_op(
+    aten_op: Any,
+    impl_callable: Callable[..., Any],
+    is_jax_function: bool = True,
+    is_user_defined: bool = False,
+    needs_env: bool = False,
+    is_view_op: bool = False,
+) -> Any:
+    """Use a function for an operator of ``torch.ops``: of arrays, or of tensors.
+
+    Args:
+      aten_op: an overload, or a packet, all of whose overloads are meant.
+      impl_callable: takes what the operator takes. Of arrays it is ``device.register_lowering``.
+      is_jax_function: whether it takes arrays.
+      is_user_defined: no effect: what is registered last is used.
+      needs_env: it takes the environment as ``env=``.
+      is_view_op: no effect: results share memory where ``impl_callable`` makes them share it.
+
+    Returns:
+      ``aten_op``.
+    """
+    impl = _with_env(impl_callable, needs_env)
+    if is_jax_function:
+        _device.register_lowering(aten_op, impl)
+    else:
+        default_env().override_op_definition(aten_op, impl)
+    return aten_op
+
+
+def register_torch_function_op(
+    torch_func: Any,
+    impl_callable: Callable[..., Any],
+    is_jax_function: bool = True,
+    is_user_defined: bool = False,
+    needs_env: bool = False,
+    is_view_op: bool = False,
+) -> Any:
+    """Use a function, of arrays or of tensors, for one of PyTorch such as ``F.gelu``.
+
+    It holds in the default environment: within ``with env`` and in what ``interop`` compiles. The
+    arguments are those of ``register_torch_dispatch_op``.
+
+    Returns:
+      ``torch_func``.
+    """
+    impl = _with_env(impl_callable, needs_env)
+    if is_jax_function:
+        impl = functools.partial(call_jax, impl)
+    default_env().override_op_definition(torch_func, impl)
+    return torch_func
+
+
+def _with_env(impl: Callable[..., Any], needs_env: bool) -> Callable[..., Any]:
+    return functools.partial(impl, env=default_env()) if needs_env else impl

@@ -1,0 +1,131 @@
+"""``device.jit``: gradients of what a compiled function closes over, and of its arguments."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from torch2jax import Torch2JaxError, device
+
+device.enable()
+
+
+def pair() -> tuple[nn.Module, nn.Module]:
+    """A model on the CPU, and the same on the device."""
+    torch.manual_seed(0)
+    there = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    return there, copy.deepcopy(there).to("jax")
+
+
+def same_gradients(here: nn.Module, there: nn.Module) -> None:
+    for p, q in zip(here.parameters(), there.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None)
+        if p.grad is not None and q.grad is not None:
+            np.testing.assert_allclose(p.grad.cpu(), q.grad, 2e-5, 1e-6)
+
+
+def backward_of(model: nn.Module) -> Any:
+    def step(x: torch.Tensor) -> torch.Tensor:
+        loss = model(x).square().sum()
+        loss.backward()
+        return loss.detach()
+
+    return step
+
+
+@pytest.mark.parametrize("schedule", ["zzzzz", "z..z.", ".....", "zs.zs"])
+def test_gradients_that_are_cleared_or_kept_outside(schedule: str) -> None:
+    """z clears gradients before the call; s sets them to zero; a dot adds to what is there."""
+    there, here = pair()
+    steps = {"cpu": backward_of(there), "jax": device.jit(backward_of(here))}
+    for i, what in enumerate(schedule):
+        x = torch.randn(2, 3)
+        for where, model in (("cpu", there), ("jax", here)):
+            if what != ".":
+                model.zero_grad(set_to_none=what == "z")
+            steps[where](x.to(where))
+        same_gradients(here, there)
+        if i == 3:  # other memory for the gradients
+            for p in here.parameters():
+                assert p.grad is not None
+                p.grad = p.grad.clone()
+
+
+def test_an_optimizer_outside_of_the_compiled_function() -> None:
+    there, here = pair()
+    steps = {"cpu": backward_of(there), "jax": device.jit(backward_of(here))}
+    x = torch.randn(4, 3)
+    for where, model in (("cpu", there), ("jax", here)):
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+        for _ in range(4):
+            optimizer.zero_grad()
+            steps[where](x.to(where))
+            optimizer.step()
+    for p, q in zip(here.parameters(), there.parameters(), strict=True):
+        np.testing.assert_allclose(p.detach().cpu(), q.detach(), 1e-3, 1e-4)
+
+
+def test_a_compiled_optimizer_and_an_eager_backward() -> None:
+    there, here = pair()
+    x = torch.randn(4, 3)
+    for where, model in (("cpu", there), ("jax", here)):
+        optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+        step: Any = device.jit(optimizer.step) if where == "jax" else optimizer.step
+        for i in range(4):
+            optimizer.zero_grad()
+            backward_of(model)(x.to(where))
+            if i == 2:
+                model.get_parameter("0.bias").grad = None  # it is left out of this step
+            step()
+    for p, q in zip(here.parameters(), there.parameters(), strict=True):
+        np.testing.assert_allclose(p.detach().cpu(), q.detach(), 1e-4, 1e-5)
+
+
+def test_backward_through_a_compiled_function_that_closes_over_parameters() -> None:
+    there, here = pair()
+    compiled = device.jit(lambda x: here(x).square().sum())
+    for _ in range(3):
+        x = torch.randn(2, 3)
+        y: Any = x.to("jax").requires_grad_()
+        for model, loss in ((there, there(x.requires_grad_()).square().sum()), (here, compiled(y))):
+            model.zero_grad()
+            loss.backward()
+        same_gradients(here, there)
+        np.testing.assert_allclose(y.grad.cpu(), x.grad, 2e-5, 1e-6)
+    here.requires_grad_(False)
+    here.get_parameter("2.weight").requires_grad_()
+    here.zero_grad()
+    compiled(y).backward()
+    assert here.get_parameter("0.weight").grad is None
+    assert here.get_parameter("2.weight").grad is not None
+
+
+def test_gradients_of_arguments() -> None:
+    there, here = pair()
+    compiled, plain = device.jit(backward_of(here)), backward_of(there)
+    x = torch.randn(2, 3)
+    y: Any = x.to("jax").requires_grad_()
+    x.requires_grad_()
+    for _ in range(3):
+        compiled(y)
+        plain(x)
+        np.testing.assert_allclose(y.grad.cpu(), x.grad, 2e-5, 1e-6)
+    with pytest.raises(Torch2JaxError, match="detach"):
+        compiled(y * 1)
+
+
+def test_frozen_parameters_get_none() -> None:
+    there, here = pair()
+    for model in (there, here):
+        model.get_parameter("0.weight").requires_grad_(False)
+    compiled, plain = device.jit(backward_of(here)), backward_of(there)
+    for _ in range(3):
+        x = torch.randn(2, 3)
+        compiled(x.to("jax"))
+        plain(x)
+        same_gradients(here, there)
