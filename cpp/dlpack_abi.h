@@ -64,7 +64,9 @@ struct Tensor {
   uint64_t byte_offset;
 };
 
-// Before DLPack 1.0; what a capsule named "dltensor" holds.
+// Before DLPack 1.0; what a capsule of this name holds.
+inline constexpr char kCapsuleName[] = "dltensor";
+
 struct ManagedTensor {
   Tensor dl_tensor;
   void* manager_ctx;

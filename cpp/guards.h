@@ -50,6 +50,13 @@ Owned CallFunction(PyObject* function, Args*... args) noexcept {
       function, vector + 1, sizeof...(Args) | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr));
 }
 
+// 1, 0, or -1 with an exception set: what `function(argument)` answers.
+inline int CallPredicate(PyObject* function, PyObject* argument) noexcept {
+  Owned answer = CallFunction(function, argument);
+  if (!answer) return -1;
+  return answer.get() == Py_True ? 1 : 0;
+}
+
 // Set when the interpreter starts to go away; from then on nothing here touches Python.
 inline std::atomic<bool> shutting_down{false};
 

@@ -14,6 +14,7 @@
 #include "cuda_driver.h"
 #include "handler.h"
 #include "tensors.h"
+#include "transfer.h"
 #ifdef T2J_TESTING
 #include "testing.h"
 #endif
@@ -111,6 +112,7 @@ void Setup(nb::object exchange_api, nb::module_ module, nb::object ambient_clean
   torch->rocm = rocm;
   nb::object tensor_type = module.attr("Tensor"), internals = module.attr("_C");
   torch->tensor_type = ToOwned(tensor_type);
+  torch->parameter_type = ToOwned(module.attr("nn").attr("Parameter"));
   torch->is_neg = ToOwned(tensor_type.attr("is_neg"));
   torch->is_conj = ToOwned(tensor_type.attr("is_conj"));
   torch->is_grad_enabled = ToOwned(module.attr("is_grad_enabled"));
@@ -134,6 +136,7 @@ void Setup(nb::object exchange_api, nb::module_ module, nb::object ambient_clean
   torch->name_resolve_conj = intern("resolve_conj");
   torch->name_resolve_neg = intern("resolve_neg");
   torch->name_dtype = intern("dtype");
+  torch->name_is_cpu = intern("is_cpu");
   torch->zero = Owned::Steal(PyLong_FromLong(0));
   for (size_t i = 0; i < kDtypes.size(); ++i) {
     torch->dtypes[i].dtype = ToOwned(nb::getattr(module, kDtypes[i].name, nb::none()));
@@ -153,6 +156,22 @@ nb::dict DtypeRoutes() {
     routes[kDtypes[i].name] = route.carrier_dtype ? DtypeName(route.carrier) : kDtypes[i].name;
   }
   return routes;
+}
+
+// Null with a Python exception set becomes that exception.
+nb::object Returned(Owned object) {
+  if (!object) throw nb::python_error();
+  return nb::steal(object.release());
+}
+
+nb::object ArraysOf(nb::handle operands, bool x64, nb::handle import_capsule, nb::handle device,
+                    nb::handle is_pinned, nb::handle other) {
+  Importer importer{import_capsule.ptr(), device.ptr(), is_pinned.ptr(), other.ptr(), x64};
+  return Returned(ToArrays(*GetTorch(), operands.ptr(), importer));
+}
+
+nb::object TensorsOf(nb::handle arrays, nb::handle export_capsule) {
+  return Returned(ToTensors(*GetTorch(), arrays.ptr(), export_capsule.ptr()));
 }
 
 nb::capsule HandlerCapsule(XLA_FFI_Error* (*handler)(XLA_FFI_CallFrame*)) {
@@ -220,6 +239,15 @@ NB_MODULE(_ext, m) {
         "resolve(name) -> str: registers what an unknown name stands for, or says why it cannot.\n"
         "force_capsules: do without the exchange API and libc10's functions. rocm: PyTorch and XLA "
         "use HIP.");
+  m.def("to_arrays", &ArraysOf, nb::arg("operands"), nb::arg("x64"), nb::arg("import_capsule"),
+        nb::arg("device"), nb::arg("is_pinned").none(), nb::arg("other"),
+        "A sequence with JAX's arrays for tensors, as a list; the number of tensors; and whether "
+        "there are any, all of them on a CPU.\n\n"
+        "What XLA can read in place becomes `import_capsule(capsule, device, None)`, any other "
+        "tensor `other(tensor, i)`.\nx64: 64-bit dtypes may pass. is_pinned: asks a tensor, or "
+        "None where no memory is pinned.\nAfter setup().");
+  m.def("to_tensors", &TensorsOf, nb::arg("arrays"), nb::arg("export_capsule"),
+        "A tuple of the tensors in the memory of arrays. After setup().");
   m.def("begin_shutdown", &BeginShutdown,
         "From now on calls are refused with an error and touch no Python. Waits for calls under "
         "way, 5 s at most.");

@@ -39,8 +39,6 @@ struct Views::Arena {
 
 namespace {
 
-constexpr char kCapsuleName[] = "dltensor";
-
 // Copies of more bytes than this (about 0.1 ms) let other threads run Python meanwhile.
 constexpr size_t kLongCopy = size_t{1} << 20;
 
@@ -65,8 +63,8 @@ constexpr size_t kLargeResult = size_t{1} << 17;
 
 // Runs for a capsule that nobody consumed.
 void ReleaseCapsule(PyObject* capsule) {
-  if (!PyCapsule_IsValid(capsule, kCapsuleName)) return;
-  auto* managed = static_cast<dl::ManagedTensor*>(PyCapsule_GetPointer(capsule, kCapsuleName));
+  if (!PyCapsule_IsValid(capsule, dl::kCapsuleName)) return;
+  auto* managed = static_cast<dl::ManagedTensor*>(PyCapsule_GetPointer(capsule, dl::kCapsuleName));
   managed->deleter(managed);
 }
 
@@ -92,13 +90,6 @@ Owned CallMethod(PyObject* self, PyObject* name, PyObject* argument = nullptr) {
   size_t count = argument == nullptr ? 1 : 2;
   return Owned::Steal(
       PyObject_VectorcallMethod(name, args + 1, count | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr));
-}
-
-// 1, 0, or -1 with a Python exception set.
-int CallPredicate(PyObject* function, PyObject* tensor) {
-  Owned answer = CallFunction(function, tensor);
-  if (!answer) return -1;
-  return answer.get() == Py_True ? 1 : 0;
 }
 
 std::string ToString(PyObject* object) {
@@ -311,7 +302,7 @@ Owned Views::Import(const Torch& torch, void* data, dl::Device device, dl::DataT
   managed.manager_ctx = arena_;
   managed.deleter = Arena::Release<dl::ManagedTensor>;
   Fill(&managed.dl_tensor, dims, data, device, dtype, shape, rank);
-  Owned capsule = Owned::Steal(PyCapsule_New(&managed, kCapsuleName, ReleaseCapsule));
+  Owned capsule = Owned::Steal(PyCapsule_New(&managed, dl::kCapsuleName, ReleaseCapsule));
   if (!capsule) {
     arena_->Drop();  // PyTorch never saw it
     return Owned();
@@ -397,7 +388,7 @@ Result::Outcome Result::Read(const Torch& torch, PyObject* object, const ffi::An
     }
   } else {
     capsule_ = CallFunction(torch.to_dlpack.get(), object_);
-    void* managed = capsule_ ? PyCapsule_GetPointer(capsule_.get(), kCapsuleName) : nullptr;
+    void* managed = capsule_ ? PyCapsule_GetPointer(capsule_.get(), dl::kCapsuleName) : nullptr;
     if (managed == nullptr) return Mismatch(DescribeTensor(object_));
     tensor = &static_cast<dl::ManagedTensor*>(managed)->dl_tensor;
   }

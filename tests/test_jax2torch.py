@@ -18,7 +18,14 @@ import pytest
 import torch
 from harness import precision
 
-from torch2jax import SignatureError, UnsupportedDtypeError, _transfer, jax2torch, torch2jax
+from torch2jax import (
+    SignatureError,
+    UnsupportedDtypeError,
+    _transfer,
+    jax2torch,
+    t2j,
+    torch2jax,
+)
 
 Pair = namedtuple("Pair", ["a", "b"])
 
@@ -106,6 +113,11 @@ VIEWS = {
     "offset": lambda: torch.randn(13)[1:].view(3, 4),
     "conjugated": lambda: torch.randn(3, 4, dtype=torch.complex64).conj(),
     "negated": lambda: torch.randn(3, 4, dtype=torch.complex64).conj().imag,
+    "negated, dense": lambda: (
+        torch.randn(6, dtype=torch.complex64).conj().imag.as_strided((3, 4), (4, 1), 0)
+    ),
+    "negated, one element": lambda: torch.randn(1, dtype=torch.complex64).conj().imag,
+    "conjugated, one element": lambda: torch.randn((), dtype=torch.complex64).conj(),
     "flipped": lambda: torch.randn(3, 4).flip(0),
     "channels_last": lambda: torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
     "parameter": lambda: torch.nn.Parameter(torch.randn(3, 4)),
@@ -123,6 +135,55 @@ def test_views(name: str) -> None:
     torch.testing.assert_close(
         torch.autograd.grad(y, x, c)[0], torch.autograd.grad(expected, x, c)[0]
     )
+
+
+def test_what_is_not_plain_goes_through_t2j(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which tensors the extension imports itself, and that t2j gives the same for them."""
+    asked: list[int] = []
+
+    def other(x: torch.Tensor, i: int) -> jax.Array:
+        asked.append(i)
+        return t2j(x)
+
+    class Mine(torch.Tensor):
+        pass
+
+    monkeypatch.setattr(_transfer, "_array", other)
+    dense = torch.randn(4, 4)
+    plain = [
+        *(dense, dense.requires_grad_(), torch.nn.Parameter(dense.detach()), torch.tensor(2.0)),
+        *(torch.ones(3, dtype=d) for d in (torch.bool, torch.uint8, torch.bfloat16)),
+        *(torch.ones(3, dtype=torch.complex64), torch.randn(4, 1).as_strided((1, 4, 1), (9, 1, 5))),
+    ]
+    others = [
+        *(
+            dense.t(),
+            dense[1:, 1:],
+            dense.flatten()[1:],
+            torch.ones(0),
+            dense.detach().as_subclass(Mine),
+        ),
+        *(torch.ones(3, dtype=torch.complex64).conj(), torch.ones(3, dtype=torch.int64)),
+    ]
+    arrays, n_tensors, on_cpu = _transfer.to_arrays([*plain, 2.0, None, *others], False)
+    first = len(plain) + 2
+    assert asked == list(range(first, first + len(others)))
+    assert n_tensors == len(plain) + len(others)
+    assert on_cpu
+    assert arrays[len(plain) : first] == [2.0, None]
+    for x, array in zip([*plain, *others], arrays[: len(plain)] + arrays[first:], strict=True):
+        expected = t2j(x)
+        assert (array.shape, array.dtype) == (expected.shape, expected.dtype)
+        np.testing.assert_array_equal(array, expected)
+        np.testing.assert_array_equal(jax.jit(lambda a: a)(array), expected)
+        for each in (array, expected) if x.numel() else ():
+            shared = each.unsafe_buffer_pointer() == x.data_ptr()
+            assert shared == (any(x is p for p in plain) or type(x) is Mine)
+    asked.clear()
+    with precision(True):
+        _, _, on_cpu = _transfer.to_arrays([torch.ones(3, dtype=torch.int64)], True)
+    assert not asked
+    assert _transfer.to_arrays([1.0], False) == ([1.0], 0, False)
 
 
 def test_static_arguments() -> None:
@@ -227,7 +288,7 @@ def test_shape_errors_are_jax_own() -> None:
 
 def test_arguments_are_not_copied() -> None:
     x = torch.ones(1 << 20)
-    (array,), on_cpu = _transfer.to_arrays([x], False)
+    (array,), _, on_cpu = _transfer.to_arrays([x], False)
     assert array.unsafe_buffer_pointer() == x.data_ptr()
     assert on_cpu
     (tensor,) = _transfer.to_tensors([array], frozenset({array.dtype}), on_cpu)

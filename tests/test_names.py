@@ -402,11 +402,11 @@ def test_directions_of_the_layers(path: Path) -> None:
     """User face -> primitive and rules -> ffi, never back."""
     order = [
         {"_primitive", "_ffi"},
-        {"_host"},
+        {"_host", "_transfer"},
         {"_rules", "_flat", "_names", "_export"},
         {"_options", "_depth", "_signature", "_shards"},
         {"_plan"},
-        {"_function", "_reverse", "_reverse_compile"},
+        {"_function", "_reverse", "_reverse_autograd", "_reverse_compile"},
         {"_wrap", "_jax_module"},
         {"_module"},
         {"flax", "equinox", "_doctor", "__main__"},

@@ -17,6 +17,9 @@ from jax._src import effects as _effects
 # The concrete class of arrays: public jax.Array is an ABC whose instance check costs a microsecond.
 from jax._src.array import ArrayImpl
 
+# Whether 64-bit types are on has no public question without two functions of Python.
+from jax._src.config import enable_x64 as _enable_x64
+
 # Whether a transform is under way has no public question that takes less than a microsecond; which
 # one, has a public question from jax 0.7.1 on.
 from jax._src.core import get_opaque_trace_state, trace_state_clean
@@ -46,6 +49,7 @@ __all__ = [
     "varying_axes",
     "varying_everywhere",
     "varying_together",
+    "x64_enabled",
 ]
 
 
@@ -174,6 +178,11 @@ aligned to 64 bytes."""
 
 export_capsule: Any = _xla.buffer_to_dlpack_managed_tensor
 """A DLPack capsule of an array on one CPU device, which is computed when this returns."""
+
+
+def x64_enabled() -> bool:
+    """Whether JAX carries 64-bit values now, in this thread."""
+    return _enable_x64.value
 
 
 def precision(x64: bool) -> Any:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
+from ._compat import x64_enabled as x64_enabled
 from ._errors import SignatureError, UnsupportedDtypeError
 
 DType: TypeAlias = "np.dtype[Any]"
@@ -34,11 +35,6 @@ NARROWED = {
     torch.float64: torch.float32,
     torch.complex128: torch.complex64,
 }
-
-
-def x64_enabled() -> bool:
-    """Whether JAX carries 64-bit values now, in this thread."""
-    return bool(jax.config.jax_enable_x64)  # type: ignore[attr-defined]
 
 
 def dtype_t2j(torch_dtype: torch.dtype) -> DType:

@@ -1,5 +1,5 @@
 # What cpp/module.cc offers.
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -42,6 +42,17 @@ def setup(
     force_capsules: bool = False,
     rocm: bool = False,
 ) -> None: ...
+def to_arrays(
+    operands: Sequence[Any],
+    x64: bool,
+    import_capsule: Callable[..., Any],
+    device: Any,
+    is_pinned: Callable[[torch.Tensor], bool] | None,
+    other: Callable[[torch.Tensor, int], Any],
+) -> tuple[list[Any], int, bool]: ...
+def to_tensors(
+    arrays: Sequence[Any], export_capsule: Callable[[Any], Any]
+) -> tuple[torch.Tensor, ...]: ...
 def begin_shutdown() -> None: ...
 def dlpack_path() -> str: ...
 def dtype_routes() -> dict[str, str]: ...

@@ -24,6 +24,7 @@ TARGET = __name__.partition(".")[0]
 """Name of the custom call: the package's import name, so that aliases live side by side."""
 
 dlpack_path, dtype_routes = _ext.dlpack_path, _ext.dtype_routes
+to_arrays, to_tensors = _ext.to_arrays, _ext.to_tensors
 
 PLATFORMS = ("cpu", "cuda", "rocm")
 

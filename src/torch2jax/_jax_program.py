@@ -30,12 +30,17 @@ import numpy as np
 from jax.core import Tracer
 
 Indices = tuple[int, ...]
+Flags = tuple[bool, ...]
 Dims = tuple["int | None", ...]
 Math = Callable[..., "Traced"]
+Asked = tuple["Program | None", Indices, Indices]
 
 
 class Facts:
     """What a trace finds out and a call returns beside its arrays; equal to itself alone."""
+
+    n_out: int
+    """How many results there are; residuals follow them."""
 
     dtypes: frozenset[Any]
     """Of results and residuals."""
@@ -44,7 +49,6 @@ class Facts:
         self.tree, self.plan = tree, plan
 
 
-@jax.tree_util.register_pytree_node_class
 class Traced:
     """Results, residuals and, static, the facts of their trace: ``jit`` returns them together."""
 
@@ -53,13 +57,17 @@ class Traced:
     def __init__(self, outs: Sequence[Any], residuals: Sequence[Any], facts: Facts) -> None:
         self.outs, self.residuals, self.facts = outs, residuals, facts
 
-    def tree_flatten(self) -> tuple[Any, Facts]:
-        return (self.outs, self.residuals), self.facts
 
-    @classmethod
-    def tree_unflatten(cls, facts: Facts, children: Any) -> Traced:
-        outs, residuals = children
-        return cls(outs, residuals, facts)
+def _unflatten(facts: Facts, children: Any, make: Any = object.__new__) -> Traced:
+    traced = make(Traced)  # at every call: __init__ would be a second function of Python
+    traced.outs, traced.residuals = children
+    traced.facts = facts
+    return traced
+
+
+jax.tree_util.register_pytree_node(
+    Traced, lambda traced: ((traced.outs, traced.residuals), traced.facts), _unflatten
+)
 
 
 class Plan:
@@ -256,9 +264,11 @@ class Program:
         self.is_emission = isinstance(formula, Emission)
         self.sites: dict[Any, Any] = {}  # where compiled graphs call it: see _reverse_compile.py
         self._derived: dict[Any, Program] = {}
+        self._asked: dict[Any, Asked] = {}
 
         def call(*operands: Any) -> Traced:
             traced = formula.run(*operands)
+            traced.facts.n_out = len(traced.outs)
             traced.facts.dtypes = frozenset(x.dtype for x in (*traced.outs, *traced.residuals))
             return traced
 
@@ -266,13 +276,26 @@ class Program:
         self.jitted = jax.jit(call)
 
     def emission(self, wrt: Indices) -> Program:
-        return self._derive(Emission, wrt)
+        return self._derived.get((Emission, wrt)) or self._derive(Emission, wrt)
 
     def pushforward(self, n: int, wrt: Indices) -> Program:
         return self._derive(Pushforward, n, wrt)
 
     def pullback(self, n: int, wrt: Indices, of: Indices, plan: Plan | None) -> Program:
         return self._derive(Pullback, n, wrt, of, plan)
+
+    def asked(self, needs: Flags, missing: Flags, plan: Plan) -> Asked:
+        """The pullback that a backward pass asks for, None where it is zero, its wrt and its of.
+
+        ``needs``: which operands need a gradient; ``missing``: which cotangents there are not.
+        """
+        key = (needs, missing, plan)
+        return self._asked.get(key) or self._asked.setdefault(key, self._ask(*key))
+
+    def _ask(self, needs: Flags, missing: Flags, plan: Plan) -> Asked:
+        wrt = tuple(i for i, need in enumerate(needs) if need)
+        of = tuple(j for j, none in enumerate(missing) if not none)
+        return self.pullback(len(needs), wrt, of, plan) if wrt and of else None, wrt, of
 
     def batch(self, dims: Dims) -> Program:
         return self._derive(Batch, dims)

@@ -22,7 +22,7 @@ from ._function import TorchFunction
 from ._jax_program import Function, Program
 from ._names import label_of
 from ._reverse_autograd import apply
-from ._torch_compat import watched_by_modes
+from ._torch_compat import dispatch_modes
 
 Apply = Callable[[Any, Sequence[Any]], tuple[Sequence[torch.Tensor], Any]]
 
@@ -98,7 +98,7 @@ class JaxFunction:
             from ._reverse_compile import call_in_graph  # torch.compile imports it as it traces
 
             return call_in_graph(self.key, args, kwargs)
-        if watched_by_modes():  # make_fx, fake tensors: they see operators alone
+        if dispatch_modes():  # make_fx, fake tensors: they see operators alone
             from ._reverse_compile import apply_in_graph
 
             return self.call_by(apply_in_graph, args, kwargs)
@@ -145,13 +145,16 @@ class JaxFunction:
         )
         return JaxFunction, (self.__wrapped__, *options)
 
+    def _entry(
+        self, key: Any, treedef: Any, statics: dict[int, Static], args: Any, kwargs: Any
+    ) -> _Entry:
+        sig.check_call(self.__wrapped__, args, kwargs, self.__qualname__)
+        return self._entries.setdefault(key, _Entry(treedef, statics, self))
+
     def _flatten(self, args: Any, kwargs: Any) -> tuple[_Entry, list[Any]]:
         if self._plain:
             leaves, treedef = tree_flatten((args, kwargs))
-            entry = self._entries.get(treedef)
-            if entry is None:
-                sig.check_call(self.__wrapped__, args, kwargs, self.__qualname__)
-                entry = self._entries.setdefault(treedef, _Entry(treedef, {}, self))
+            entry = self._entries.get(treedef) or self._entry(treedef, treedef, {}, args, kwargs)
             return entry, leaves
         given = list(args)
         for i in self.static_argnums:
@@ -164,10 +167,7 @@ class JaxFunction:
         leaves, treedef = tree_flatten((tuple(given), named))
         statics = {i: x for i, x in enumerate(leaves) if isinstance(x, Static)}
         key = (treedef, tuple(statics.items()))
-        entry = self._entries.get(key)
-        if entry is None:
-            sig.check_call(self.__wrapped__, args, kwargs, self.__qualname__)
-            entry = self._entries.setdefault(key, _Entry(treedef, statics, self))
+        entry = self._entries.get(key) or self._entry(key, treedef, statics, args, kwargs)
         return entry, [x for x in leaves if not isinstance(x, Static)]
 
     def _static(self, value: Any, where: str) -> Static:

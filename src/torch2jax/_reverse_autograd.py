@@ -18,7 +18,6 @@ references to.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,9 +25,10 @@ import torch
 
 from ._compat import precision
 from ._dtypes import x64_enabled
-from ._jax_program import Dims, Plan, Program, Traced
+from ._jax_program import Dims, Facts, Program
 from ._torch_compat import (
     asks_for_gradient,
+    eager,
     forward_ad_active,
     grad_enabled,
     innermost_is_vmap,
@@ -46,63 +46,59 @@ Tensor = torch.Tensor
 
 
 class Call:
-    """One application of a program: what it is told, and what its trace tells."""
+    """One application of a program: what it is told, and the facts of the trace that ran."""
 
-    __slots__ = ("n_out", "n_primals", "plan", "program", "tree", "x64")
-    n_out: int
-    tree: Any
+    __slots__ = ("facts", "kept", "n_primals", "program", "x64")
+    facts: Facts
+    kept: Any
+    """What a backward pass needs beside saved tensors; None when it is freed. See ``Direct``."""
 
     def __init__(self, program: Program, x64: bool, n_primals: int) -> None:
         self.program, self.x64 = program, x64
         self.n_primals = n_primals  # the operands after them are cotangents and held values
-        self.plan: Plan | None = None
 
     def another(self, program: Program, n_primals: int) -> Call:
         """A call of a derived program."""
         return type(self)(program, self.x64, n_primals)
 
-    def run(self, operands: Sequence[Any]) -> list[Tensor]:
+    def run(self, operands: Sequence[Any]) -> Sequence[Tensor]:
         """Results, then residuals."""
         reads = self.program.reads
         if reads is not None:
             n = self.n_primals
             operands = [x if i >= n or i in reads else None for i, x in enumerate(operands)]
-        arrays, on_cpu = to_arrays(operands, self.x64)
-        traced = self.trace(arrays)
-        return to_tensors([*traced.outs, *traced.residuals], traced.facts.dtypes, on_cpu)
-
-    def trace(self, arrays: Sequence[Any]) -> Traced:
-        """The compiled program's results, as arrays."""
+        arrays, _, on_cpu = to_arrays(operands, self.x64)
         traced = self.program.jitted(*arrays)
-        facts = traced.facts
-        self.n_out, self.tree, self.plan = len(traced.outs), facts.tree, facts.plan
-        return traced
+        self.facts = traced.facts
+        return to_tensors((*traced.outs, *traced.residuals), traced.facts.dtypes, on_cpu)
 
 
 def apply(program: Program, operands: Sequence[Any], kind: type[Call] = Call) -> Any:
     """The results of a program, and the tree that they are the leaves of."""
     call = kind(program, x64_enabled(), len(operands))
     outs = _apply(call, operands)
-    return outs[: call.n_out], call.tree
+    facts = call.facts
+    return outs[: facts.n_out], facts.tree
 
 
 def _apply(call: Call, operands: Sequence[Any]) -> Sequence[Tensor]:
-    if transforms_active():
-        if not innermost_is_vmap():
-            _emit(call, [i for i, x in _tensors(operands) if asks_for_gradient(x)])
-        return Apply.apply(call, *operands)  # type: ignore[return-value]
-    if legacy_vmap_level() and any(is_legacy_batched(x) for _, x in _tensors(operands)):
-        return _apply_rows(call, operands)
-    forward_ad = forward_ad_active()
+    alone = eager()
+    if not alone:
+        if transforms_active():
+            if not innermost_is_vmap():
+                _emit(call, [i for i, x in _tensors(operands) if asks_for_gradient(x)])
+            return Apply.apply(call, *operands)  # type: ignore[return-value]
+        if legacy_vmap_level() and any(is_legacy_batched(x) for _, x in _tensors(operands)):
+            return _apply_rows(call, operands)
+        alone = not forward_ad_active()
     asking = grad_enabled() and [
         i for i, x in enumerate(operands) if isinstance(x, Tensor) and x.requires_grad
     ]
     if asking:
         _emit(call, asking)
-        watched = forward_ad or saving_is_watched() or type(call) is not Call
-        if not watched and call.program.is_emission:
+        if alone and call.program.is_emission and type(call) is Call and not saving_is_watched():
             return _direct(call, *operands)
-    elif not forward_ad:
+    elif alone:
         return call.run(operands)
     return _plain_apply(call, *operands)
 
@@ -116,8 +112,8 @@ def _apply_rows(call: Call, operands: Sequence[Any]) -> Sequence[Tensor]:
         for x, d in zip(operands, dims, strict=True)
     ]
     batched = call.another(call.program.batch(dims), call.n_primals)
-    results = _apply(batched, rows)[: batched.n_out]
-    call.n_out, call.tree = batched.n_out, batched.tree
+    results = _apply(batched, rows)[: batched.facts.n_out]
+    call.facts = batched.facts
     return [torch._add_batch_dim(x, 0, level) for x in results]
 
 
@@ -130,20 +126,13 @@ def _emit(call: Call, wrt: list[int]) -> None:
         call.program = call.program.emission(tuple(wrt))
 
 
-def _as_in_forward(rule: Callable[..., Any]) -> Callable[..., Any]:
+def _as_in_forward(rule: Callable[..., Any], ctx: Any, *args: Any) -> Any:
     """A rule with 64-bit types on or off as they were in the forward pass.
 
     That is a setting of the thread, and a thread of PyTorch's own may run the rule.
     """
-
-    @functools.wraps(rule)
-    def run(ctx: Any, *args: Any) -> Any:
-        if x64_enabled() is ctx.call.x64:
-            return rule(ctx, *args)
-        with precision(ctx.call.x64):
-            return rule(ctx, *args)
-
-    return run
+    with precision(ctx.call.x64):
+        return rule(ctx, *args)
 
 
 class Apply(torch.autograd.Function):
@@ -156,7 +145,8 @@ class Apply(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         call, *operands = inputs
-        outs, residuals = output[: call.n_out], output[call.n_out :]
+        n_out = call.facts.n_out
+        outs, residuals = output[:n_out], output[n_out:]
         ctx.set_materialize_grads(False)
         ctx.inexact = [_inexact(out) for out in outs]
         ctx.mark_non_differentiable(
@@ -164,7 +154,7 @@ class Apply(torch.autograd.Function):
             *residuals,
         )
         # Rows of another level's residuals have a plan too; it is that level's.
-        plan = call.plan if call.program.is_emission else None
+        plan = call.facts.plan if call.program.is_emission else None
         ctx.call, ctx.plan, ctx.n_results = call, plan, len(output)
         tensors = [x for _, x in _tensors(operands)]
         ctx.others, ctx.n_tensors = _others(operands), len(tensors)
@@ -175,8 +165,9 @@ class Apply(torch.autograd.Function):
             ctx.save_for_forward(*saved)
 
     @staticmethod
-    @_as_in_forward
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        if x64_enabled() is not ctx.call.x64:
+            return _as_in_forward(Apply.backward, ctx, *cotangents)
         operands, held = _saved(ctx)
         n, needs = len(operands), ctx.needs_input_grad
         wrt = tuple([i for i in range(n) if needs[i + 1]])
@@ -191,6 +182,8 @@ class Apply(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        if x64_enabled() is not ctx.call.x64:
+            return _as_in_forward(Apply.jvp, ctx, *tangents)
         operands, _ = _saved(ctx)
         n = len(operands)
         given = tangents[1:]
@@ -207,11 +200,9 @@ class Apply(torch.autograd.Function):
         program = call.program.batch(dims)
         batched = call.another(program, call.n_primals)
         rows = _apply(batched, operands)
-        call.n_out, call.tree = batched.n_out, batched.tree
-        if batched.program is program:
-            call.plan = batched.plan
-        else:  # residuals were asked for below, and stay there
-            rows = rows[: batched.n_out]
+        call.facts = batched.facts
+        if batched.program is not program:  # residuals were asked for below, and stay there
+            rows = rows[: batched.facts.n_out]
         return tuple(rows), (0,) * len(rows)
 
 
@@ -220,49 +211,51 @@ class Direct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: Call, *operands: Any) -> tuple[Tensor, ...]:
-        arrays, on_cpu = to_arrays(operands, call.x64)
-        traced = call.trace(arrays)
-        results, plan = traced.outs, call.plan
-        assert plan is not None, "Direct applies emissions"
-        outs = to_tensors(results, traced.facts.dtypes, on_cpu)
+        arrays, n_tensors, on_cpu = to_arrays(operands, call.x64)
+        traced = call.program.jitted(*arrays)
+        call.facts = facts = traced.facts
+        results, plan = traced.outs, facts.plan
+        outs = to_tensors(results, facts.dtypes, on_cpu)
         ctx.set_materialize_grads(False)
         if plan.integers:
             ctx.mark_non_differentiable(*[outs[j] for j in plan.integers])
-        tensors = [x for x in operands if isinstance(x, Tensor)]
-        kept = plan.kept
-        ctx.save_for_backward(*tensors, *[outs[j] for j in kept])
-        ctx.call, ctx.n_operands, ctx.on_cpu = call, len(operands), on_cpu
-        ctx.others = None if len(tensors) == len(operands) else _others(operands)
-        ctx.read = plan.read(arrays)
-        ctx.held = [*[results[j] for j in kept], *traced.residuals]
-        return tuple(outs)
+        tensors, others = operands, None
+        if n_tensors != len(operands):
+            tensors = [x for x in operands if isinstance(x, Tensor)]
+            others = _others(operands)
+        ctx.save_for_backward(*tensors, *map(outs.__getitem__, plan.kept))
+        held = (*map(results.__getitem__, plan.kept), *traced.residuals)
+        call.kept = others, plan.read(arrays), held, on_cpu
+        ctx.call = call
+        return outs
 
     @staticmethod
-    @_as_in_forward
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         call = ctx.call
-        n, needs, plan = ctx.n_operands, ctx.needs_input_grad, call.plan
-        wrt = tuple([i for i in range(n) if needs[i + 1]])
-        of = tuple([j for j, c in enumerate(cotangents) if c is not None])
-        if not (wrt and of):
+        if x64_enabled() is not call.x64:
+            return _as_in_forward(Direct.backward, ctx, *cotangents)
+        needs, plan = ctx.needs_input_grad[1:], call.facts.plan
+        n, missing = len(needs), tuple([c is None for c in cotangents])
+        program, wrt, of = call.program.asked(needs, missing, plan)
+        if program is None:
             return _gradients(n, wrt, ())
+        given = cotangents if len(of) == len(missing) else [cotangents[j] for j in of]
         saved = ctx.saved_tensors  # raises where one of them is changed, or freed
-        given = [cotangents[j] for j in of]
-        program = call.program.pullback(n, wrt, of, plan)
-        if grad_enabled() or transforms_active() or legacy_vmap_level():
+        others, read, held, on_cpu = call.kept
+        if grad_enabled() or not eager():
             n_tensors, n_kept = len(saved) - len(plan.kept), len(plan.kept)
-            operands = _operands(ctx.others or [None] * n, saved[:n_tensors])
+            operands = _operands(others or [None] * n, saved[:n_tensors])
             kept = [x.detach() for x in saved[n_tensors:]]
-            residuals = ctx.held[n_kept:]
+            residuals = held[n_kept:]
             dtypes = frozenset(x.dtype for x in residuals)
-            held = [*kept, *to_tensors(residuals, dtypes, ctx.on_cpu)]
-            grads = _apply(call.another(program, n), [*operands, *given, *held])
+            kept += to_tensors(residuals, dtypes, on_cpu)
+            grads = _apply(call.another(program, n), [*operands, *given, *kept])
         else:
-            arrays, _ = to_arrays(given, call.x64)
-            traced = program.jitted(*ctx.read, *arrays, *ctx.held)
-            grads = to_tensors(traced.outs, traced.facts.dtypes, ctx.on_cpu)
+            arrays, _, _ = to_arrays(given, call.x64)
+            traced = program.jitted(*read, *arrays, *held)
+            grads = to_tensors(traced.outs, traced.facts.dtypes, on_cpu)
         if not keeps_graph():
-            del ctx.read, ctx.held  # autograd frees what it saved, too
+            call.kept = None  # autograd frees what it saved, too
         return _gradients(n, wrt, grads)
 
 

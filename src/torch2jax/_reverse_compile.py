@@ -72,7 +72,7 @@ class Site:
         return [next(given[k]) if isinstance(k, str) else k[0] for k in self.kinds]
 
     def run(self, operands: Sequence[Any]) -> list[Tensor]:
-        return Call(self.program, self.x64, self.n_primals).run(operands)
+        return list(Call(self.program, self.x64, self.n_primals).run(operands))
 
     def shapes(self, operands: Sequence[Any]) -> Traced:
         """What ``run`` will return: nothing is computed, and a trace is found again by the run."""
@@ -117,7 +117,7 @@ class GraphCall(Call):
         kinds = tuple(map(_kind, operands))
         site = Site.of(self.program, kinds, self.n_primals, 0, self.x64)
         traced = site.shapes(operands)
-        self.n_out, self.tree, self.plan = len(traced.outs), traced.facts.tree, traced.facts.plan
+        self.facts = traced.facts
         return _call(site, operands)
 
 

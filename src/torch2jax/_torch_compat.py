@@ -104,7 +104,18 @@ to_capsule: Any = torch._C._to_dlpack
 from_capsule: Any = torch._C._from_dlpack
 
 transforms_active: Any = torch._C._are_functorch_transforms_active
+_vmap_enter: Any = torch._C._vmapmode_increment_nesting
+_vmap_leave: Any = torch._C._vmapmode_decrement_nesting
 grad_enabled: Any = torch.is_grad_enabled
+
+
+def eager() -> bool:
+    """Whether no transform is at work here but autograd's own backward pass.
+
+    None of ``torch.func``, no level of ``torch.autograd.forward_ad``, not the older vmap below.
+    """
+    _vmap_enter()
+    return not (_vmap_leave() or transforms_active() or forward_ad._current_level >= 0)
 
 
 def forward_ad_active() -> bool:
@@ -112,9 +123,8 @@ def forward_ad_active() -> bool:
     return forward_ad._current_level >= 0
 
 
-def watched_by_modes() -> bool:
-    """Whether a ``TorchDispatchMode`` is at work: a tracer, fake tensors, a counter."""
-    return torch._C._len_torch_dispatch_stack() > 0
+dispatch_modes: Any = torch._C._len_torch_dispatch_stack
+"""How many of ``TorchDispatchMode`` are at work: tracers, fake tensors, counters."""
 
 
 def plain_apply(function: Any) -> Any:
@@ -153,8 +163,8 @@ def asks_for_gradient(x: torch.Tensor) -> bool:
 
 def legacy_vmap_level() -> int:
     """The level of that vmap at work here; 0: none."""
-    torch._C._vmapmode_increment_nesting()
-    return torch._C._vmapmode_decrement_nesting()
+    _vmap_enter()
+    return _vmap_leave()
 
 
 def is_legacy_batched(x: Any) -> bool:

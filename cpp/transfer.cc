@@ -1,0 +1,122 @@
+#include "transfer.h"
+
+#include <cstddef>
+#include <cstdint>
+#include <utility>
+
+#include "dlpack_abi.h"
+#include "dtypes.h"
+#include "guards.h"
+
+namespace bridge {
+namespace {
+
+constexpr uintptr_t kAlignment = 64;  // XLA reads CPU memory in place from here on
+
+// Those that every DLPack carries, and JAX as they are.
+const Dtype* PlainDtype(dl::DataType dtype, bool x64) {
+  for (const Dtype& row : kDtypes) {
+    if (!(row.dl == dtype)) continue;
+    const bool wide = dtype.bits == (row.is_complex() ? 128 : 64);
+    return dtype.code > dl::kBool || (wide && !x64) ? nullptr : &row;
+  }
+  return nullptr;
+}
+
+// Row-major, and not empty.
+bool IsDense(const dl::Tensor& tensor) {
+  int64_t count = 1;
+  for (int32_t i = tensor.ndim; i-- > 0;) {
+    if (tensor.shape[i] == 0) return false;
+    if (tensor.shape[i] != 1 && tensor.strides != nullptr && tensor.strides[i] != count)
+      return false;
+    count *= tensor.shape[i];
+  }
+  return true;
+}
+
+// A capsule of a tensor that XLA can read in place, as it is. Null: it cannot, or, where a Python
+// exception is set, a question failed.
+Owned PlainCapsule(const Torch& torch, PyObject* tensor, const Importer& importer) {
+  if (Py_TYPE(tensor) != reinterpret_cast<PyTypeObject*>(torch.tensor_type.get()) &&
+      Py_TYPE(tensor) != reinterpret_cast<PyTypeObject*>(torch.parameter_type.get())) {
+    return Owned();  // a subclass may mean something else by its memory
+  }
+  Owned capsule = CallFunction(torch.to_dlpack.get(), tensor);
+  void* pointer = capsule ? PyCapsule_GetPointer(capsule.get(), dl::kCapsuleName) : nullptr;
+  if (pointer == nullptr) {
+    PyErr_Clear();  // whoever converts it otherwise says why
+    return Owned();
+  }
+  dl::Tensor& view = static_cast<dl::ManagedTensor*>(pointer)->dl_tensor;
+  const Dtype* dtype = PlainDtype(view.dtype, importer.x64);
+  auto address = reinterpret_cast<uintptr_t>(view.data) + view.byte_offset;
+  if (dtype == nullptr || view.device.device_type != dl::kCpu || view.data == nullptr ||
+      address % kAlignment != 0 || !IsDense(view)) {
+    return Owned();
+  }
+  // DLPack hands out the memory before PyTorch's lazy conjugation or negation.
+  for (auto [ask, question] : {std::pair(dtype->may_be_negated(), torch.is_neg.get()),
+                               std::pair(dtype->is_complex(), torch.is_conj.get()),
+                               std::pair(importer.is_pinned != Py_None, importer.is_pinned)}) {
+    if (ask && CallPredicate(question, tensor) != 0) return Owned();
+  }
+  // Row-major, whatever the strides of sizes of 1 are: XLA would read a layout into them.
+  view.strides = nullptr;
+  return capsule;
+}
+
+// 1, 0, or -1 with a Python exception set.
+int IsOnCpu(const Torch& torch, PyObject* tensor) {
+  Owned answer = Owned::Steal(PyObject_GetAttr(tensor, torch.name_is_cpu.get()));
+  return answer ? PyObject_IsTrue(answer.get()) : -1;
+}
+
+}  // namespace
+
+Owned ToArrays(const Torch& torch, PyObject* operands, const Importer& importer) {
+  const Py_ssize_t size = PySequence_Size(operands);
+  Owned arrays = Owned::Steal(size < 0 ? nullptr : PyList_New(size));
+  if (!arrays) return Owned();
+  Py_ssize_t tensors = 0;
+  bool elsewhere = false;
+  for (Py_ssize_t i = 0; i < size; ++i) {
+    Owned item = Owned::Steal(PySequence_GetItem(operands, i));
+    if (!item) return Owned();
+    if (IsTensor(torch, item.get())) {
+      ++tensors;
+      Owned capsule = PlainCapsule(torch, item.get(), importer);
+      if (capsule) {
+        item = CallFunction(importer.import_capsule, capsule.get(), importer.device, Py_None);
+      } else {
+        if (PyErr_Occurred() != nullptr) return Owned();
+        const int on_cpu = IsOnCpu(torch, item.get());
+        Owned index = Owned::Steal(on_cpu < 0 ? nullptr : PyLong_FromSsize_t(i));
+        if (!index) return Owned();
+        elsewhere = elsewhere || on_cpu == 0;
+        item = CallFunction(importer.other, item.get(), index.get());
+      }
+      if (!item) return Owned();
+    }
+    if (PyList_SetItem(arrays.get(), i, item.release()) != 0) return Owned();
+  }
+  Owned count = Owned::Steal(PyLong_FromSsize_t(tensors));
+  if (!count) return Owned();
+  PyObject* on_cpu = tensors != 0 && !elsewhere ? Py_True : Py_False;
+  return Owned::Steal(PyTuple_Pack(3, arrays.get(), count.get(), on_cpu));
+}
+
+Owned ToTensors(const Torch& torch, PyObject* arrays, PyObject* export_capsule) {
+  const Py_ssize_t size = PySequence_Size(arrays);
+  Owned tensors = Owned::Steal(size < 0 ? nullptr : PyTuple_New(size));
+  if (!tensors) return Owned();
+  for (Py_ssize_t i = 0; i < size; ++i) {
+    Owned item = Owned::Steal(PySequence_GetItem(arrays, i));
+    if (item) item = CallFunction(export_capsule, item.get());
+    if (item) item = CallFunction(torch.from_dlpack.get(), item.get());
+    if (!item || PyTuple_SetItem(tensors.get(), i, item.release()) != 0) return Owned();
+  }
+  return tensors;
+}
+
+}  // namespace bridge

@@ -1,0 +1,30 @@
+// Tensors to JAX's arrays and back where PyTorch calls JAX.
+
+#ifndef CPP_TRANSFER_H_
+#define CPP_TRANSFER_H_
+
+#include <Python.h>
+
+#include "tensors.h"
+
+namespace bridge {
+
+// What imports a tensor; all borrowed.
+struct Importer {
+  PyObject* import_capsule;  // (capsule, device, None) -> array
+  PyObject* device;
+  PyObject* is_pinned;  // None: nothing is pinned here
+  PyObject* other;      // (tensor, i) -> array: of whatever is not plain
+  bool x64;
+};
+
+// (list of arrays, number of tensors, whether there are any and all of them on a CPU) of a
+// sequence; other values than tensors pass. Null: a Python exception is set.
+Owned ToArrays(const Torch& torch, PyObject* operands, const Importer& importer);
+
+// A tuple of the tensors that `export_capsule` makes of arrays. Null: a Python exception is set.
+Owned ToTensors(const Torch& torch, PyObject* arrays, PyObject* export_capsule);
+
+}  // namespace bridge
+
+#endif  // CPP_TRANSFER_H_
