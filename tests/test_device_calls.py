@@ -1,11 +1,13 @@
-"""How many calls eager code on device "jax" takes: whole operators, optimizers."""
+"""How many calls and programs eager code on device "jax" takes: whole operators, moving indices."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
+import numpy as np
 import pytest
 import torch
 from torch.autograd import forward_ad
@@ -28,6 +30,22 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(Tensor, "__torch_dispatch__", classmethod(noted))
     return found
+
+
+_compilations = [0]
+
+
+def _count(event: str, duration_secs: float, **kwargs: str | int) -> None:
+    _compilations[0] += "backend_compile" in event
+
+
+@pytest.fixture
+def compilations() -> Iterator[list[int]]:
+    """How many programs XLA has compiled."""
+    jax.monitoring.register_event_duration_secs_listener(_count)
+    _compilations[0] = 0
+    yield _compilations
+    jax.monitoring.unregister_event_duration_listener(_count)
 
 
 def tensors(shapes: Any, dtype: torch.dtype, place: str) -> list[torch.Tensor]:
@@ -177,3 +195,87 @@ def test_optimizers_take_all_parameters_at_once(
     assert any(c.startswith("aten::_foreach_") for c in calls)
     for p, q in zip(ours.parameters(), cpu.parameters(), strict=True):
         close(p, q)
+
+
+# --- indices that move ---------------------------------------------------------------------------
+
+ROWS = 24
+LOOPS: dict[str, Callable[[torch.Tensor, int], Any]] = {
+    "read": lambda x, i: x[i] + 1,
+    "from the end": lambda x, i: x[-i - 1] + 1,
+    "out": lambda x, i: x[i].clone(),
+    "add_": lambda x, i: x[i].add_(1),
+    "assign a number": lambda x, i: x.__setitem__(i, 0.5 * i),
+    "assign a tensor": lambda x, i: x.__setitem__(i, x[0]),
+    "one element": lambda x, i: x[i, i % 4].mul_(2),
+    "item": lambda x, i: x[i, 1].item(),
+    "slice": lambda x, i: x[i : i + 5].add_(1),
+    "slice with steps": lambda x, i: x[i : i + 9 : 2].add_(1),
+    "narrow": lambda x, i: x.narrow(0, i, 3).sum(),
+    "view of a view": lambda x, i: x.t()[1:, i : i + 2].mul_(2),
+    "a part twice": lambda x, i: x[i : i + 4][1:3].mul_(2),
+    "two views": lambda x, i: x[i].copy_(x[i + 1]),
+    "diagonal": lambda x, i: x[i : i + 4].diagonal().fill_(2),
+    "unbind": lambda x, i: x.unbind(0)[i].add_(1),
+    "split": lambda x, i: x.split(2)[i % 12].add_(1),
+    "gradient of a row": lambda x, i: gradient(x, lambda w: w[i].square().sum()),
+    "gradient of a slice": lambda x, i: gradient(x, lambda w: w[i : i + 3].square().sum()),
+}
+
+
+def gradient(x: torch.Tensor, fn: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    w = x.detach().requires_grad_()
+    return torch.autograd.grad(fn(w), w)[0]
+
+
+def matrix(place: str) -> torch.Tensor:
+    return (torch.arange(ROWS * 4.0).reshape(ROWS, 4) / 16).to(place)
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_a_loop_over_an_index_compiles_once(name: str, compilations: list[int]) -> None:
+    fn = LOOPS[name]
+    x, y = matrix("jax"), matrix("cpu")
+    for i in range(ROWS // 2):
+        if i == 2:
+            compilations[0] = 0
+        ours, theirs = fn(x, i), fn(y, i)
+        if isinstance(theirs, torch.Tensor):
+            close(ours, theirs)
+        close(x, y)
+    assert compilations[0] == 0
+    for i in range(ROWS // 2):  # a second time over the same views
+        fn(x, i)
+    assert compilations[0] == 0
+
+
+def test_a_trace_has_numbers() -> None:
+    """XLA does better with indices that it knows."""
+
+    @jax.jit
+    def row(a: jax.Array) -> jax.Array:
+        view: Any = device.tensor(a)[3, 1:3]
+        return view.jax()
+
+    a = np.arange(20.0, dtype=np.float32).reshape(5, 4)
+    assert "dynamic" not in row.lower(a).as_text()
+    np.testing.assert_array_equal(row(a), a[3, 1:3])
+
+
+def test_the_same_slice_of_tensors_of_other_sizes() -> None:
+    for n in (3, 5, 8, 3):
+        x = torch.arange(n)
+        y = x.to("jax")
+        for view in (lambda x: x[-1], lambda x: x[:5], lambda x: x[-4:], lambda x: x[1::2]):
+            close(view(y), view(x))
+            view(y).add_(1)
+            view(x).add_(1)
+            close(y, x)
+
+
+def test_indices_out_of_range() -> None:
+    x = matrix("jax")
+    for i in (ROWS, -ROWS - 1):
+        with pytest.raises(IndexError, match="out of"):
+            x[i]
+    assert x[ROWS:].shape == (0, 4)
