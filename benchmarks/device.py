@@ -109,10 +109,11 @@ def main() -> None:
         recorder.on = True
         recorded()
         recorder.on = False
-    from torch2jax.device import dispatch, views
+    from torch2jax.device import chains, dispatch
 
     dispatch.forget()
-    views.ROOT._next.clear()
+    chains.ROOT._next.clear()
+    chains.ROOT.pattern._next.clear()
     step = mlp_step()
     compiled = device.jit(mlp_step())
 

@@ -510,7 +510,7 @@ def test_extract() -> None:
 
 
 WRONG: dict[str, tuple[Any, type[Exception], str]] = {
-    "product": (lambda x: x @ x, RuntimeError, r"aten\.mm.*float32\[2,3\].*contracting"),
+    "product": (lambda x: x @ x, RuntimeError, r"aten\.matmul.*float32\[2,3\].*contracting"),
     "sum": (lambda x: x + torch.ones(2, device="jax"), RuntimeError, "ncompatible shapes"),
     "dimension": (lambda x: x.sum(5), IndexError, "Dimension out of range"),
     "index": (lambda x: x[7], IndexError, "out of bounds"),

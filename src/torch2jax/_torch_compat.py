@@ -208,3 +208,15 @@ def set_up_device(name: str, module: Any) -> None:
             " torch2jax(..., lower=True) and device.enable()."
         ) from None
     set_up(name, backend_module=module)
+
+
+def foreach_types() -> list[list[Any]]:
+    """PyTorch's lists of the types whose tensors optimizers and clipping take several at a time.
+
+    There is one for each of the two, or one for both.
+    """
+    import torch.optim.optimizer as optimizers
+    from torch.utils import _foreach_utils
+
+    found = [getattr(m, "_foreach_supported_types", None) for m in (_foreach_utils, optimizers)]
+    return [types for types in found if types is not None]

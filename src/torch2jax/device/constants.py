@@ -36,7 +36,10 @@ def is_large(program: Any) -> bool:
 
 def _snapshot(x: Any) -> Any:
     """An operand as it is now."""
-    return (x._cell.array, x._cell.recipe) if type(x) is Tensor else x
+    if type(x) is not Tensor:
+        return x
+    chain = x._chain
+    return x._cell.array, x._cell.recipe, None if chain is None else chain.operand
 
 
 def value_of(t: Tensor) -> Any:
@@ -54,8 +57,9 @@ def _made(recipe: Any) -> Any:
     arrays = []
     for x in operands:
         if isinstance(x, tuple):
-            array, inner = x
-            arrays.append(array if inner is None else _made(inner))
+            array, inner, operand = x
+            array = array if inner is None else _made(inner)
+            arrays.append(array if operand is None else operand(array))
         else:
             arrays.append(x)
     out, _ = program.run(*arrays)

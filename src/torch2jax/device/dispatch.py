@@ -11,7 +11,7 @@ from .tensor import Tensor
 from .view_operators import ViewOperator
 from .views import GETTERS
 
-__all__ = ["dispatch", "forget", "recorded", "special"]
+__all__ = ["dispatch", "forget", "operator_of", "recorded", "special"]
 
 SPECIAL: dict[Any, Callable[..., Any]] = {}
 """Operators that are more than a function of arrays: they take and return tensors."""
@@ -30,10 +30,15 @@ def special(*ops: Any) -> Callable[[Any], Any]:
 
 
 def dispatch(cls: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    return operator_of(func)(args, kwargs or {})
+
+
+def operator_of(func: Any) -> Callable[[Any, Any], Any]:
+    """What carries out an operator: ``(args, kwargs) -> result``."""
     op = _ops.get(func)
     if op is None:
         op = _ops[func] = _find(func)
-    return op(args, kwargs or {})
+    return op
 
 
 def forget() -> None:

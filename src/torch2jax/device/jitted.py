@@ -126,19 +126,23 @@ class _Watch(TorchDispatchMode):
         kwargs = kwargs or {}
         if func._schema.is_mutable:
             for argument, x in zip(func._schema.arguments, args, strict=False):
-                written = argument.alias_info is not None and argument.alias_info.is_write
-                if written and type(x) is torch.Tensor and id(x) not in self.ours:
-                    raise Torch2JaxError(
-                        f"{func} writes to a tensor on {x.device} while a function is compiled for "
-                        "device jax: that would happen once, not at each call. Keep such state on "
-                        'the device: capturable=True for optimizers, tensor.to("jax") otherwise.'
-                    )
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    self._refuse(func, x if isinstance(x, list | tuple) else [x])
         out = func(*args, **kwargs)
         for x in torch_tree.tree_leaves(out):
             if type(x) is torch.Tensor:
                 self.ours.add(id(x))
                 self.kept.append(x)
         return out
+
+    def _refuse(self, func: Any, written: Any) -> None:
+        for x in written:
+            if type(x) is torch.Tensor and id(x) not in self.ours:
+                raise Torch2JaxError(
+                    f"{func} writes to a tensor on {x.device} while a function is compiled for "
+                    "device jax: that would happen once, not at each call. Keep such state on "
+                    'the device: capturable=True for optimizers, tensor.to("jax") otherwise.'
+                )
 
 
 class _Plan:

@@ -28,7 +28,8 @@ def flatten(x: Any, operands: list[Any], key: list[Any], scalars: bool) -> None:
     t = type(x)
     if t is Tensor:
         operands.append(x)
-        key += (Tensor, x._chain, x.dtype)
+        chain = x._chain
+        key += (Tensor, None if chain is None else chain.pattern, x.dtype)
     elif t is float or t is int:
         if scalars and (t is float or -(2**31) <= x < 2**31):
             operands.append(x)

@@ -7,6 +7,7 @@ the program runs as it is. What is computed while a trace is under way: see ``co
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -77,19 +78,20 @@ class Operator:
         operands: list[Any] = []
         key: list[Any] = [x64]
         generator = None
-        for a in args:
+        for i, a in enumerate(args):
             if type(a) is Tensor:
                 operands.append(a)
-                key += (Tensor, a._chain, a.dtype)
+                chain = a._chain
+                key += (Tensor, None if chain is None else chain.pattern, a.dtype)
             else:
-                flatten(a, operands, key, scalars)
+                flatten(a, operands, key, scalars[i])
         if kwargs:
             if "generator" in kwargs:
                 kwargs = dict(kwargs)
                 generator = kwargs.pop("generator")
             for name in kwargs:
                 key.append(name)
-                flatten(kwargs[name], operands, key, scalars)
+                flatten(kwargs[name], operands, key, route.scalar(name))
         if state.events is not None and not state.composite:
             state.events.add(self.func, route.kind)
         if route.writes_several:  # which may be views of one cell
@@ -107,6 +109,8 @@ class Operator:
                 a = x._cell.array
                 if type(a) is not ArrayImpl and isinstance(a, Tracer):
                     traced = True
+                elif x._chain is not None:
+                    a = x._chain.operand(a)
             else:
                 a = _numbers.get((x64, type(x), x), x)
             arrays.append(a)
@@ -140,8 +144,9 @@ class Operator:
         if self.looks_at_values:
             return _VALUES
         before, state.compiling = state.compiling, True
+        clean = trace_state_clean()
         try:
-            with jax.ensure_compile_time_eval():
+            with _NOTHING if clean else jax.ensure_compile_time_eval():
                 out, bases = program.jitted(*arrays)
         except (ValueNeeded, DataDependentShape):
             if self.route.mutable:
@@ -150,7 +155,7 @@ class Operator:
             return _VALUES
         finally:
             state.compiling = before
-        return self._wrapped(program, operands, out, bases, not trace_state_clean())
+        return self._wrapped(program, operands, out, bases, not clean)
 
     def _call_traced(self, program: Program, operands: list[Any], words: Any) -> Any:
         values = [value_of(x) if type(x) is Tensor else x for x in operands]
@@ -218,6 +223,7 @@ def _tensors(out: Any, dtypes: Sequence[torch.dtype], made: list[Tensor]) -> Any
 
 
 _VALUES = object()
+_NOTHING = contextlib.nullcontext()
 
 _numbers: dict[Any, Any] = {}
 """Numbers that have been operands, as arrays: a Python number costs its call 1 µs more."""

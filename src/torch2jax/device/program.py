@@ -35,17 +35,19 @@ class NoDecompositionHere(Exception):
 class Program:
     """A function of the arrays of the operands' cells; in-place writes are part of it.
 
-    ``chains`` and ``dtypes`` are those of the operands, None for numbers; ``mutated`` says which
-    operands are written to; ``torch_dtypes`` are those of the results, known once it has run.
+    ``patterns`` (of their chains) and ``dtypes`` are those of the operands, None for numbers; what
+    is a view comes as ``Chain.operand`` has it. ``mutated`` says which operands are written to;
+    ``torch_dtypes`` are those of the results, known once it has run.
     """
 
     def __init__(self, route: Route, args: Any, kwargs: Any, operands: Sequence[Any]) -> None:
         count = [0]
         self.route = route
-        self.args = [template(a, count, route.scalars) for a in args]
-        self.kwargs = {k: template(a, count, route.scalars) for k, a in kwargs.items()}
+        self.args = [template(a, count, s) for a, s in zip(args, route.scalars, strict=False)]
+        self.kwargs = {k: template(a, count, route.scalar(k)) for k, a in kwargs.items()}
         tensors = [x if type(x) is Tensor else None for x in operands]
-        self.chains = [None if t is None else t._chain for t in tensors]
+        chains = [None if t is None else t._chain for t in tensors]
+        self.patterns = [None if c is None else c.pattern for c in chains]
         self.dtypes = [t.dtype if t is not None else None for t in tensors]
         self.mutated = route.written(self.args, self.kwargs)
         self.cells = cells_of(operands)
@@ -53,7 +55,7 @@ class Program:
         self.jitted = jax.jit(self.run)
 
     def values(self, arrays: Sequence[Any]) -> list[Any]:
-        return [a if c is None else c.get(a) for a, c in zip(arrays, self.chains, strict=True)]
+        return [a if p is None else p.get(a) for a, p in zip(arrays, self.patterns, strict=True)]
 
     def run(self, *arrays: Any) -> tuple[Any, list[Any]]:
         """Results, and the new arrays of the cells that are written to. Traced."""
@@ -63,9 +65,10 @@ class Program:
         out, new = self.compute(self.values(arrays), key)
         latest: dict[int, Any] = {}
         for slot, value in zip(self.mutated, new, strict=True):
-            chain, cell = self.chains[slot], self.cells[slot]
-            base = latest.get(cell, arrays[slot])
-            latest[cell] = value if chain is None else chain.set(base, value)
+            pattern, cell = self.patterns[slot], self.cells[slot]
+            if pattern is not None:
+                value = pattern.set(arrays[slot], latest.get(cell), value)
+            latest[cell] = value
         return out, [latest[self.cells[slot]] for slot in self.mutated]
 
     def compute(self, values: list[Any], key: Any) -> tuple[Any, list[Any]]:

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from .._errors import Torch2JaxError
-from .._torch_compat import set_up_device
+from .._torch_compat import foreach_types, set_up_device
 from . import dispatch, generator, methods, modules, random
 from .autocast import register_autocast, scale_gradients
+from .composites import register_composites
 from .tensor import Tensor, only_one
 
 __all__ = ["enable", "is_enabled"]
@@ -122,16 +123,15 @@ def enable() -> None:
         set_up_device("jax", _Module())
         _libraries.append(_register_factories())
         _libraries.append(register_autocast())
+        _libraries.append(register_composites())
         methods.install()
         modules.keep_ties()
         generator.install()
         scale_gradients()
         # Optimizers take their multi-tensor form for these types of parameters only.
-        from torch.utils import _foreach_utils
-
-        types = getattr(_foreach_utils, "_foreach_supported_types", None)
-        if types is not None and Tensor not in types:
-            types.append(Tensor)
+        for types in foreach_types():
+            if Tensor not in types:
+                types.append(Tensor)
 
 
 def _register_factories() -> Any:

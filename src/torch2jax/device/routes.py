@@ -51,12 +51,17 @@ class Route:
             self.lowered = found
         else:
             self.decomposition = found
-        self.scalars = self.lowered is not None and self.lowered.scalars
+        which = self.lowered.scalars if self.lowered is not None else False
+        self.scalars = [which if type(which) is bool else n in which for n in self.names]
+        """Of each argument whether numbers in it are operands."""
         self.random = self.lowered is not None and self.lowered.random
         # A result that is a Python value is read from tensors: there is nothing to compile.
         self.returns_values = self.kind == "decomposed" and any(
             "Tensor" not in str(r.type) for r in schema.returns
         )
+
+    def scalar(self, name: str) -> bool:
+        return self.scalars[self.names.index(name)]
 
     def to_bridge(self) -> None:
         """For this operator from now on; a mixture would need a program for each."""

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from jax.core import Tracer
 
+from .._compat import trace_state_clean
 from .._dtypes import x64_enabled
 from .._errors import Torch2JaxError
-from ..lowerings.registry import DataDependentShape, cast
+from ..lowerings.registry import TABLE, DataDependentShape, cast
 from .dispatch import special
 from .operands import foreign
 from .operators import Operator
@@ -265,6 +266,18 @@ def _ours(func: Any) -> Any:
         return op[0](args, kwargs)
 
     return call
+
+
+_scalar_tensor = _ours(aten.scalar_tensor.default)
+
+
+@special(aten.scalar_tensor.default)
+def _number(args: Any, kwargs: Any) -> Any:
+    """As which ``x[i] = 1.5`` brings its value; another value is not another program."""
+    dtype = kwargs.get("dtype")
+    if dtype is None or not trace_state_clean():
+        return _scalar_tensor(args, kwargs)
+    return wrap(TABLE[aten.scalar_tensor.default].fn(*args, **kwargs), dtype)
 
 
 _index = _ours(aten.index.Tensor)

@@ -22,7 +22,7 @@ from .._convert import j2t, t2j
 from .._dtypes import dtype_j2t
 from .._errors import SignatureError, Torch2JaxError
 from ..lowerings.registry import carried
-from .views import Chain
+from .chains import Chain
 
 __all__ = ["Cell", "Tensor", "from_torch", "read", "tensor", "to_torch", "wrap", "write"]
 
@@ -131,10 +131,10 @@ def read_cell(t: Tensor, array: Any) -> Any:
     if chain is None:
         return array
     if type(array) is ArrayImpl and trace_state_clean():
-        return chain.jitted(array)
+        return chain.read(array)
     if type(array) is ArrayImpl:
         with jax.ensure_compile_time_eval():
-            return chain.jitted(array)
+            return chain.read(array)
     # A view is computed once for each state of its memory and each trace that sees it.
     trace = get_opaque_trace_state()
     if t._memo is None or t._memo[0] is not array or t._memo[1] != trace:

@@ -8,10 +8,11 @@ import torch
 from jax.core import Tracer
 
 from .._errors import Torch2JaxError
+from .chains import ROOT
 from .operands import foreign
 from .state import state
 from .tensor import Tensor, captures, wrap_view
-from .views import OTHER_ELEMENTS, ROOT, geometry
+from .views import OTHER_ELEMENTS, geometry
 
 __all__ = ["ViewOperator"]
 
@@ -41,16 +42,18 @@ class ViewOperator:
                 capture.seen(x)
         if state.events is not None and not state.composite:
             state.events.add(self.func, "native")
+        chain = x._chain
+        if self.plain:
+            if self.detach and state.lowering and isinstance(x._cell.array, Tracer):
+                chain = (chain or ROOT).then(x.shape, self.func, ())
+            start: Any = x.storage_offset()
+            return wrap_view(x, chain, x.dtype, x.shape, x.stride(), start)
         rest = tuple(map(_frozen, args[1:])) if self.takes_lists else args[1:]
         if kwargs:
             rest = self._positional(rest, kwargs)
-        chain, dtype, size = x._chain, x.dtype, x.shape
+        dtype, size = x.dtype, x.shape
         stride: Any = x.stride()
         offset: Any = x.storage_offset()
-        if self.plain:
-            if self.detach and state.lowering and isinstance(x._cell.array, Tracer):
-                chain = (chain or ROOT).then(self.func, ())
-            return wrap_view(x, chain, dtype, size, stride, offset)
         key = (chain, dtype, size, stride, offset, rest)
         found = self.known.get(key)
         if found is None:
@@ -69,8 +72,8 @@ class ViewOperator:
             return self._as_strided(x, rest, found)
         base = chain or ROOT
         if type(found) is list:
-            return [(base.then(self.func, rest, i), *where) for i, where in enumerate(found)]
-        return (base.then(self.func, rest), *found)
+            return [(base.then(size, self.func, rest, i), *where) for i, where in enumerate(found)]
+        return (base.then(size, self.func, rest), *found)
 
     def _positional(self, rest: tuple[Any, ...], kwargs: Any) -> tuple[Any, ...]:
         """Arguments by position, with PyTorch's defaults between."""
@@ -88,4 +91,4 @@ class ViewOperator:
                 "as_strided of a view with another dtype is not supported on device jax; clone() "
                 "the view first."
             )
-        return (ROOT.then(self.func, (rest[0], rest[1], offset)), *found)
+        return (ROOT.then((), self.func, (rest[0], rest[1], offset)), *found)

@@ -1,7 +1,7 @@
-"""Views: what a view sees of its memory (getter), and memory after a write to a view (setter).
+"""Views: what a view operator sees of an array (getter), and the array after a write (setter).
 
-A view is a chain of steps from the array in its cell. A step is a view operator with its arguments;
-its setter takes the array before the step and the new values after it, and gives the new array.
+A setter takes the array that the operator was applied to and the new values of what it saw, and
+gives the new array. How operators follow each other: ``chains``.
 """
 
 from __future__ import annotations
@@ -22,69 +22,7 @@ aten = torch.ops.aten
 Get = Callable[..., Any]
 
 
-class Step:
-    """One view operator with its arguments; ``index`` picks one of several results."""
-
-    __slots__ = ("args", "index", "op")
-
-    def __init__(self, op: Any, args: tuple[Any, ...], index: int | None) -> None:
-        self.op, self.args, self.index = op, args, index
-
-    def get(self, x: Any) -> Any:
-        out = GETTERS[self.op](x, *self.args)
-        return out if self.index is None else out[self.index]
-
-    def set(self, x: Any, value: Any) -> Any:
-        setter = SETTERS.get(self.op)
-        if setter is None:
-            return _scatter(self.get, x, value)
-        if self.index is None:
-            return setter(x, value, *self.args)
-        return setter(x, value, self.index, *self.args)
-
-
-class Chain:
-    """Steps from a cell's array to a view. Equal chains are one object."""
-
-    __slots__ = ("_next", "jitted", "steps")
-
-    def __init__(self, steps: tuple[Step, ...]) -> None:
-        self.steps = steps
-        self._next: dict[Any, Chain] = {}
-        self.jitted = jax.jit(self.get)
-
-    def get(self, array: Any) -> Any:
-        for step in self.steps:
-            array = step.get(array)
-        return array
-
-    def set(self, array: Any, value: Any) -> Any:
-        if any(step.op not in SETTERS for step in self.steps):
-            # Elements may be seen several times (unfold): only what the view sees is written.
-            old = [i for i, step in enumerate(self.steps) if step.op in OTHER_ELEMENTS]
-            if not old:
-                return _scatter(self.get, array, value)
-        seen = [array]
-        for step in self.steps[:-1]:
-            seen.append(step.get(seen[-1]))
-        for step, x in zip(reversed(self.steps), reversed(seen), strict=True):
-            value = step.set(x, value)
-        return value
-
-    def then(self, op: Any, args: tuple[Any, ...], index: int | None = None) -> Chain:
-        key = (op, args, index)
-        chain = self._next.get(key)
-        if chain is None:
-            # Two threads may both make it; one of them stays.
-            new = Chain((*self.steps, Step(op, args, index)))
-            chain = self._next.setdefault(key, new)
-        return chain
-
-
-ROOT = Chain(())
-
-
-def _scatter(get: Get, x: Any, value: Any) -> Any:
+def scatter(get: Get, x: Any, value: Any) -> Any:
     """The setter of any view that selects elements: through the indices that it selects."""
     places = get(np.arange(x.size, dtype=np.int32).reshape(x.shape))
     return jnp.ravel(x).at[places].set(value).reshape(x.shape)
@@ -147,7 +85,7 @@ def _expand_back(x: Any, value: Any, size: Sequence[int], implicit: bool = False
 
 
 def _module(x: Any) -> Any:
-    """NumPy for NumPy arrays: the indices of ``_scatter`` are made outside of any trace."""
+    """NumPy for NumPy arrays: the indices of ``scatter`` are made outside of any trace."""
     return np if isinstance(x, np.ndarray) else jnp
 
 
@@ -158,8 +96,7 @@ def _at(x: Any, dim: int, item: Any) -> tuple[Any, ...]:
     return (*([slice(None)] * (dim % x.ndim)), item)
 
 
-def _bounds(x: Any, dim: int, start: int | None, end: int | None, step: int) -> slice:
-    n = x.shape[dim]
+def _bounds(n: int, start: int | None, end: int | None, step: int) -> slice:
     first = 0 if start is None else start
     last = n if end is None else end
     first = min(max(first + n if first < 0 else first, 0), n)
@@ -167,10 +104,22 @@ def _bounds(x: Any, dim: int, start: int | None, end: int | None, step: int) -> 
     return slice(first, last, step)
 
 
+def slice_of(
+    size: Sequence[int],
+    dim: int = 0,
+    start: int | None = None,
+    end: int | None = None,
+    step: int = 1,
+) -> tuple[int, int, int, int]:
+    """Of a slice of a tensor of this size: dimension, start, number of elements, step."""
+    part = _bounds(size[dim], start, end, step)
+    return dim, part.start, len(range(part.start, part.stop, step)), step
+
+
 def _slice(
     x: Any, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
 ) -> Any:
-    return x[_at(x, dim, _bounds(x, dim, start, end, step))]
+    return x[_at(x, dim, _bounds(x.shape[dim], start, end, step))]
 
 
 def _slice_back(
@@ -181,7 +130,7 @@ def _slice_back(
     end: int | None = None,
     step: int = 1,
 ) -> Any:
-    return x.at[_at(x, dim, _bounds(x, dim, start, end, step))].set(value)
+    return x.at[_at(x, dim, _bounds(x.shape[dim], start, end, step))].set(value)
 
 
 def _select(x: Any, dim: int, index: int) -> Any:
@@ -192,13 +141,36 @@ def _select_back(x: Any, value: Any, dim: int, index: int) -> Any:
     return x.at[_at(x, dim, index % x.shape[dim])].set(value)
 
 
+def _select_at(x: Any, start: Any, dim: int) -> Any:
+    return jax.lax.dynamic_index_in_dim(x, start, dim, keepdims=False)
+
+
+def _select_at_back(x: Any, value: Any, start: Any, dim: int) -> Any:
+    return jax.lax.dynamic_update_index_in_dim(x, value, start, dim)
+
+
+def _span(x: Any, start: Any, dim: int, count: int, step: int) -> Any:
+    """From the first element of a slice to its last one."""
+    return jax.lax.dynamic_slice_in_dim(x, start, (count - 1) * step + 1, dim)
+
+
+def _slice_at(x: Any, start: Any, dim: int, count: int, step: int) -> Any:
+    return _span(x, start, dim, count, step)[_at(x, dim, slice(None, None, step))]
+
+
+def _slice_at_back(x: Any, value: Any, start: Any, dim: int, count: int, step: int) -> Any:
+    if step > 1:
+        part = _span(x, start, dim, count, step)
+        value = part.at[_at(x, dim, slice(None, None, step))].set(value)
+    return jax.lax.dynamic_update_slice_in_dim(x, value, start, dim)
+
+
 def _parts(x: Any, sizes: Sequence[int], dim: int) -> list[slice]:
     ends = np.cumsum(sizes)
     return [slice(int(e - s), int(e)) for s, e in zip(sizes, ends, strict=True)]
 
 
-def split_sizes(x: Any, size: int, dim: int) -> list[int]:
-    n = x.shape[dim]
+def split_sizes(n: int, size: int) -> list[int]:
     if size == 0:
         return [0]
     return [min(size, n - i) for i in range(0, max(n, 1), size)]
@@ -215,11 +187,11 @@ def _split_with_sizes_back(
 
 
 def _split(x: Any, size: int, dim: int = 0) -> list[Any]:
-    return _split_with_sizes(x, split_sizes(x, size, dim), dim)
+    return _split_with_sizes(x, split_sizes(x.shape[dim], size), dim)
 
 
 def _split_back(x: Any, value: Any, index: int, size: int, dim: int = 0) -> Any:
-    return _split_with_sizes_back(x, value, index, split_sizes(x, size, dim), dim)
+    return _split_with_sizes_back(x, value, index, split_sizes(x.shape[dim], size), dim)
 
 
 def _unbind(x: Any, dim: int = 0) -> list[Any]:
@@ -319,7 +291,12 @@ def _given(x: Any, value: Any, *_: Any) -> Any:
     return value
 
 
+SELECT_AT, SLICE_AT = "select at", "slice at"
+"""``select`` and ``slice`` of one that starts where the first argument, an array, says."""
+
 GETTERS: dict[Any, Get] = {
+    SELECT_AT: _select_at,
+    SLICE_AT: _slice_at,
     aten.alias.default: _same,
     aten.detach.default: lambda x: _detached(x),
     aten.view.default: _reshape,
@@ -349,6 +326,8 @@ GETTERS: dict[Any, Get] = {
 
 # (array before, new values, [index of the result,] arguments); without one: through indices
 SETTERS: dict[Any, Get] = {
+    SELECT_AT: _select_at_back,
+    SLICE_AT: _slice_at_back,
     aten.alias.default: _given,
     aten.detach.default: _given,
     aten.view.default: _reshape_back,

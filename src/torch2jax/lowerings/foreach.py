@@ -25,13 +25,13 @@ _BINARY = ("add", "sub", "mul", "div", "pow", "maximum", "minimum", "clamp_max",
 _TERNARY = ("addcmul", "addcdiv")
 
 
-def _register(name: str, fn: Callable[..., Any]) -> None:
+def _register(name: str, fn: Callable[..., Any], scalars: bool = True) -> None:
     op = overload(name)
     if op is not None:
-        TABLE[op] = Lowering(fn, scalars=True)
+        TABLE[op] = Lowering(fn, scalars=scalars)
 
 
-def _elementwise(name: str, scalar: str, tensor: str) -> None:
+def _elementwise(name: str, scalar: str, tensor: str, scalars: bool = True) -> None:
     of_scalar, of_tensor = overload(f"{name}.{scalar}"), overload(f"{name}.{tensor}")
     # The bounds of maximum and minimum may be numbers here, which their own operators do not take.
     by_number = TABLE.get(of_scalar) or TABLE[of_tensor]
@@ -49,8 +49,8 @@ def _elementwise(name: str, scalar: str, tensor: str) -> None:
     def one(self: Any, other: Any, **named: Any) -> Any:
         return [by_tensor.fn(x, other, **named) for x in self]
 
-    _register(f"_foreach_{name}.Scalar", numbers)
-    _register(f"_foreach_{name}.ScalarList", number_list)
+    _register(f"_foreach_{name}.Scalar", numbers, scalars)
+    _register(f"_foreach_{name}.ScalarList", number_list, scalars)
     _register(f"_foreach_{name}.List", lists)
     _register(f"_foreach_{name}.Tensor", one)
 
@@ -60,7 +60,8 @@ for _name in _UNARY:
     _register(f"_foreach_{_name}", lambda self, fn=_fn: [fn(x) for x in self])
 for _name in _BINARY:
     if _name == "pow":
-        _elementwise(_name, "Tensor_Scalar", "Tensor_Tensor")
+        # A power that is known is a product, or a root.
+        _elementwise(_name, "Tensor_Scalar", "Tensor_Tensor", scalars=False)
     elif _name in ("maximum", "minimum"):
         _elementwise(_name, "default", "default")
     elif _name.startswith("clamp"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -79,8 +80,35 @@ def addr(self: Any, vec1: Any, vec2: Any, *, beta: Any = 1, alpha: Any = 1) -> A
 
 @lowering("linear")
 def linear(input: Any, weight: Any, bias: Any = None) -> Any:
-    out = _product(input, weight.T)
-    return out if bias is None else out + bias
+    return _product(input, weight.T) if bias is None else addmm(bias, input, weight.T)
+
+
+@lowering("linear_backward")
+def linear_backward(self: Any, grad_output: Any, weight: Any, output_mask: Any) -> Any:
+    """Of x, W and b in y = x W^T + b: None for what is not asked for, whose factor may be None."""
+    needs_input, needs_weight, needs_bias = output_mask
+    d_input = d_weight = d_bias = None
+    if needs_input:
+        d_input = _product(grad_output, jnp.conj(weight))
+    if needs_weight:
+        d_weight = _product(_rows(grad_output).T, jnp.conj(_rows(self)))
+    if needs_bias:
+        rows = _rows(grad_output)
+        d_bias = cast(jnp.sum(cast(rows, wide(rows.dtype)), 0), rows.dtype)
+    return d_input, d_weight, d_bias
+
+
+def _rows(x: Any) -> Any:
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+@lowering("matmul_backward")
+def matmul_backward(grad: Any, self: Any, other: Any, mask: Any) -> Any:
+    """Of both operands, added up where one was broadcast; None where it is not asked for."""
+    _, pull = jax.vjp(_product, self, other)
+    # PyTorch's gradients of complex values are the conjugates of JAX's.
+    found = [jnp.conj(g) for g in pull(jnp.conj(grad))]
+    return tuple(g if needed else None for g, needed in zip(found, mask, strict=True))
 
 
 @lowering("linalg_cross")

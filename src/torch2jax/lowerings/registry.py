@@ -2,8 +2,9 @@
 
 A lowering is a function of an operator's arguments, in the order and with the names of its PyTorch
 signature, with arrays for tensors; it returns an array, or a tuple or list of arrays. Numbers come
-as Python numbers or, where ``scalars=True``, as weakly typed 0-d arrays, so that another value
-needs no other program. What draws random numbers (``random=True``) takes a key in front.
+as Python numbers or, where ``scalars`` is True or has the names of arguments, as weakly typed 0-d
+arrays, so that another value needs no other program. What draws random numbers (``random=True``)
+takes a key in front.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Lowering:
     """``fn`` of arrays, and how it takes its arguments."""
 
     fn: Callable[..., Any]
-    scalars: bool = False
+    scalars: bool | tuple[str, ...] = False
     random: bool = False
     int32: bool = False
     """An integer result is torch.int32, whatever PyTorch's operator makes of its inputs."""
@@ -84,7 +85,7 @@ def overload(name: str) -> Any:
 
 def lowering(
     *names: str,
-    scalars: bool = False,
+    scalars: bool | tuple[str, ...] = False,
     random: bool = False,
     int32: bool = False,
     eager: bool = False,

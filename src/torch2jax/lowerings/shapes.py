@@ -149,22 +149,31 @@ def unfold_backward(grad_in: Any, input_sizes: Any, dim: int, size: int, step: i
     return flat.at[places].add(grad_in).reshape(input_sizes)
 
 
-@lowering("slice_backward")
+# In eager mode a start comes as an array, so that a loop over it compiles one program.
+@lowering("slice_backward", scalars=("start", "end"))
 def slice_backward(
-    grad_output: Any, input_sizes: Any, dim: int, start: int, end: int, step: int
+    grad_output: Any, input_sizes: Any, dim: int, start: Any, end: Any, step: int
 ) -> Any:
-    from ..device.views import SETTERS
+    from ..device.views import SETTERS, SLICE_AT
 
     zeros = jnp.zeros(input_sizes, grad_output.dtype)
-    return SETTERS[torch.ops.aten.slice.Tensor](zeros, grad_output, dim, start, end, step)
+    dim = dim % zeros.ndim
+    n, count = zeros.shape[dim], grad_output.shape[dim]
+    if not count:
+        return zeros
+    if hasattr(start, "dtype"):
+        start = jnp.clip(jnp.where(start < 0, start + n, start), 0, n)
+    else:
+        start = slice(start, None).indices(n)[0]
+    return SETTERS[SLICE_AT](zeros, grad_output, start, dim, count, step)
 
 
-@lowering("select_backward")
-def select_backward(grad_output: Any, input_sizes: Any, dim: int, index: int) -> Any:
-    from ..device.views import SETTERS
+@lowering("select_backward", scalars=("index",))
+def select_backward(grad_output: Any, input_sizes: Any, dim: int, index: Any) -> Any:
+    from ..device.views import SELECT_AT, SETTERS
 
     zeros = jnp.zeros(input_sizes, grad_output.dtype)
-    return SETTERS[torch.ops.aten.select.int](zeros, grad_output, dim, index)
+    return SETTERS[SELECT_AT](zeros, grad_output, index, dim)
 
 
 @lowering("slice_scatter")
@@ -192,7 +201,7 @@ def select_scatter(self: Any, src: Any, dim: int, index: int) -> Any:
 def as_strided_scatter(
     self: Any, src: Any, size: Any, stride: Any, storage_offset: int | None = None
 ) -> Any:
-    from ..device.views import Step
+    from ..device.chains import Step
 
     step = Step(
         torch.ops.aten.as_strided.default, (tuple(size), tuple(stride), storage_offset), None
