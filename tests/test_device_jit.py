@@ -96,6 +96,7 @@ def test_backward_through_a_compiled_function_that_closes_over_parameters() -> N
             model.zero_grad()
             loss.backward()
         same_gradients(here, there)
+        assert x.grad is not None
         np.testing.assert_allclose(y.grad.cpu(), x.grad, 2e-5, 1e-6)
     here.requires_grad_(False)
     here.get_parameter("2.weight").requires_grad_()
@@ -114,6 +115,7 @@ def test_gradients_of_arguments() -> None:
     for _ in range(3):
         compiled(y)
         plain(x)
+        assert x.grad is not None
         np.testing.assert_allclose(y.grad.cpu(), x.grad, 2e-5, 1e-6)
     with pytest.raises(Torch2JaxError, match="detach"):
         compiled(y * 1)
@@ -129,3 +131,28 @@ def test_frozen_parameters_get_none() -> None:
         compiled(x.to("jax"))
         plain(x)
         same_gradients(here, there)
+
+
+def test_arguments_that_are_written_to() -> None:
+    def fn(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        x.add_(1)
+        y[0] *= 2
+        return (x + y).sum()
+
+    compiled = device.jit(fn)
+    there, here = torch.ones(2, 3), torch.ones(2, 3, device="jax")
+    rows, columns = torch.arange(6.0).view(3, 2).t(), torch.arange(6.0, device="jax").view(3, 2).t()
+    for _ in range(3):
+        assert compiled(here, columns).item() == fn(there, rows).item()
+        assert here.tolist() == there.tolist()
+        assert columns.tolist() == rows.tolist()
+    with pytest.raises(Torch2JaxError, match=r"x\.clone"):
+        compiled(here, here)
+    w = torch.ones(3, device="jax", requires_grad=True)
+    scale = torch.ones(3, device="jax")
+    bump = device.jit(lambda x: x.add_(1))
+    bump(torch.ones(3, device="jax"))
+    loss = (w * scale).sum()
+    bump(scale)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

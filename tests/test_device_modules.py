@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from torch2jax import device, from_module, torch2jax
+from torch2jax import Torch2JaxError, device, from_module, torch2jax
 
 device.enable()
 
@@ -271,3 +271,61 @@ def test_checkpoints_on_the_device(use_reentrant: bool) -> None:
     close(y.grad, x.grad)
     for p, q in zip(there.parameters(), here.parameters(), strict=True):
         close(q.grad, p.grad)
+
+
+# --- lengths on the CPU --------------------------------------------------------------------------
+
+
+class Packed(nn.Module):
+    def __init__(self, batch_first: bool) -> None:
+        super().__init__()
+        self.batch_first = batch_first
+        self.lstm = nn.LSTM(4, 3, batch_first=batch_first, bidirectional=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        lengths = torch.tensor([2, 5, 3], device="cpu")
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, self.batch_first, False)
+        out, (h, c) = self.lstm(packed)
+        padded, _ = nn.utils.rnn.pad_packed_sequence(out, self.batch_first)
+        return padded.square().sum() + h.sum() + c.sum()
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_packed_sequences(batch_first: bool) -> None:
+    torch.manual_seed(0)
+    there, x = Packed(batch_first), torch.randn(*((3, 5) if batch_first else (5, 3)), 4)
+    here = copy.deepcopy(there).to("jax")
+    y: Any = x.to("jax").requires_grad_()
+    expected = there(x.requires_grad_())
+    expected.backward()
+    out = here(y)
+    out.backward()
+    close(out, expected)
+    close(y.grad, x.grad)
+    for p, q in zip(there.parameters(), here.parameters(), strict=True):
+        close(q.grad, p.grad)
+    apply, variables = from_module(there, lower=True)
+    close(jax.jit(apply)(variables, jnp.asarray(x.detach().numpy())), expected)
+
+
+def test_a_lazy_module_is_moved_after_its_first_call() -> None:
+    module, x = nn.LazyLinear(2), torch.ones(1, 3)
+    with pytest.raises(Torch2JaxError, match="call the module once"):
+        module.to("jax")
+    expected = module(x)
+    close(module.to("jax")(x.to("jax")), expected)
+
+
+def test_ctc_loss() -> None:
+    torch.manual_seed(0)
+    scores = torch.randn(12, 2, 5).log_softmax(-1)
+    found = []
+    for where in ("cpu", "jax"):
+        x: Any = scores.clone().to(where).requires_grad_()
+        targets = torch.tensor([[1, 2, 3], [2, 2, 4]], device=where)
+        lengths = (torch.tensor(n, device=where) for n in ([12, 10], [3, 2]))
+        loss = nn.functional.ctc_loss(x, targets, *lengths)
+        loss.backward()
+        found.append((loss, x.grad))
+    close(found[1][0], found[0][0])
+    close(found[1][1], found[0][1])

@@ -34,7 +34,7 @@ from . import random
 from .constants import value_of
 from .registration import enable
 from .state import lowering_scope
-from .tensor import Cell, Tensor, captures, wrap
+from .tensor import Cell, Tensor, captures, wrap, write
 
 __all__ = ["JittedFunction", "JittedModule", "jit"]
 
@@ -159,6 +159,7 @@ class _Plan:
         self.new_grads: list[tuple[weakref.ref[Tensor], torch.dtype | None]] = []
         """Leaves whose gradient is another after the call; None: they have none."""
         self.argument_grads: list[tuple[int, torch.dtype]] = []
+        self.argument_writes: list[int] = []
         self.others: dict[Any, _Plan] = {}
         self.out: Any = None
         self.grad = torch.is_grad_enabled()
@@ -199,7 +200,7 @@ class _Plan:
     # --- the traced function
 
     def run(self, arrays: Any, state: Any, words: Any) -> Any:
-        """(results), (new state), (memory made in the trace, gradients)."""
+        """(results), (new state), (memory made in the trace, gradients, arguments written to)."""
         before = [c.array for c in self.inputs]
         versions = [c.version for c in self.inputs]
         tensors = [
@@ -228,6 +229,8 @@ class _Plan:
                 self.new_grads = [
                     (weakref.ref(x), None if g is None else g.dtype) for x, g in changed_grads
                 ]
+                self.argument_writes = [i for i, x in enumerate(tensors) if x._cell.version]
+                new_arguments = [value_of(tensors[i]) for i in self.argument_writes]
                 after = [g for _, g in (*given, *changed_grads) if g is not None]
                 new_grads = [value_of(g) for g in after]  # type: ignore[arg-type]
                 for x, was in grads:
@@ -251,7 +254,7 @@ class _Plan:
         if found:
             raise _MoreInputs(found)
         self.written, self.made = changed, made
-        return results, new_state, (new_made, new_grads)
+        return results, new_state, (new_made, new_grads, new_arguments)
 
     def prepare(self, arrays: Any, words: Any) -> None:
         """Find out what it closes over: trace until nothing new is found."""
@@ -282,6 +285,11 @@ class _Plan:
         return results, new_state, made, pull
 
     def check(self, tensors: Sequence[Tensor]) -> None:
+        if self.argument_writes and len({id(x._cell) for x in tensors}) < len(tensors):
+            raise Torch2JaxError(
+                "a compiled function writes to an argument that shares its memory with another "
+                "one: pass x.clone(), or close over the tensor."
+            )
         for i, _ in self.argument_grads:
             if not tensors[i].is_leaf:
                 raise Torch2JaxError(
@@ -295,7 +303,10 @@ class _Plan:
             cell = self.inputs[i]
             cell.array, cell.recipe = array, None
             cell.version += 1
-        made, new_grads = made
+        made, new_grads, new_arguments = made
+        for i, array in zip(self.argument_writes, new_arguments, strict=True):
+            write(tensors[i], array)
+            torch.autograd.graph.increment_version(tensors[i])
         for cell, array in zip(self.made, made, strict=True):
             cell.array = array
         grads = iter(new_grads)

@@ -76,6 +76,11 @@ def _copy_(args: Any, kwargs: Any) -> Any:
     if type(target) is not Tensor:
         return target.copy_(to_torch(source, "copy_ into a CPU tensor"))
     if type(source) is not Tensor:
+        if torch.nn.parameter.is_lazy(source):
+            raise Torch2JaxError(
+                "a parameter of a lazy module has no shape yet: call the module once where it is, "
+                'and move it to "jax" after that.'
+            )
         if source.device.type == "meta":
             raise RuntimeError("copy_ from a meta tensor, which has no values")
         same = source.shape == target.shape and target._chain is None
@@ -352,3 +357,22 @@ for _op in (
 def _no_nested_tensor(args: Any, kwargs: Any) -> bool:
     """``nn.TransformerEncoder`` asks whether a padded batch can be a nested tensor."""
     return False
+
+
+# --- lengths, which are on the CPU beside tensors of any device ----------------------------------
+
+
+@special(aten._pack_padded_sequence.default)
+def _pack_padded_sequence(args: Any, kwargs: Any) -> Any:
+    """The places of what is kept, by PyTorch's own kernel; sizes of batches stay on the CPU."""
+    x, lengths, batch_first = args
+    if type(lengths) is Tensor:
+        lengths = to_torch(lengths, "the lengths of pack_padded_sequence")
+    if batch_first:
+        x = aten.transpose.int(x, 0, 1)
+    steps, batch = x.shape[:2]
+    index = torch.arange(steps * batch, device="cpu").view(steps, batch, 1)
+    places, sizes = aten._pack_padded_sequence.default(index, lengths, False)
+    rows = aten.reshape.default(x, [steps * batch, *x.shape[2:]])
+    kept = wrap(jax.numpy.asarray(places.flatten().numpy(), np.int32), torch.int64)
+    return aten.index_select.default(rows, 0, kept), sizes
