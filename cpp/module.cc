@@ -137,6 +137,7 @@ void Setup(nb::object exchange_api, nb::module_ module, nb::object ambient_clean
   torch->name_resolve_neg = intern("resolve_neg");
   torch->name_dtype = intern("dtype");
   torch->name_is_cpu = intern("is_cpu");
+  torch->name_requires_grad = intern("requires_grad");
   torch->zero = Owned::Steal(PyLong_FromLong(0));
   for (size_t i = 0; i < kDtypes.size(); ++i) {
     torch->dtypes[i].dtype = ToOwned(nb::getattr(module, kDtypes[i].name, nb::none()));
@@ -172,6 +173,10 @@ nb::object ArraysOf(nb::handle operands, bool x64, nb::handle import_capsule, nb
 
 nb::object TensorsOf(nb::handle arrays, nb::handle export_capsule) {
   return Returned(ToTensors(*GetTorch(), arrays.ptr(), export_capsule.ptr()));
+}
+
+nb::object IndicesRequiringGrad(nb::handle operands) {
+  return Returned(RequiringGrad(*GetTorch(), operands.ptr()));
 }
 
 nb::capsule HandlerCapsule(XLA_FFI_Error* (*handler)(XLA_FFI_CallFrame*)) {
@@ -248,6 +253,9 @@ NB_MODULE(_ext, m) {
         "None where no memory is pinned.\nAfter setup().");
   m.def("to_tensors", &TensorsOf, nb::arg("arrays"), nb::arg("export_capsule"),
         "A tuple of the tensors in the memory of arrays. After setup().");
+  m.def(
+      "requiring_grad", &IndicesRequiringGrad, nb::arg("operands"),
+      "A tuple of the indices of those that are tensors which require a gradient. After setup().");
   m.def("begin_shutdown", &BeginShutdown,
         "From now on calls are refused with an error and touch no Python. Waits for calls under "
         "way, 5 s at most.");

@@ -38,7 +38,7 @@ struct Torch {
   Owned ambient_clean, run_guarded, run_on_stream, current_stream, describe_exception, collect;
   Owned resolve;  // takes an unknown name: registers it and returns "", or says why not
   Owned name_version, name_view, name_detach, name_clone, name_copy, name_resolve_conj,
-      name_resolve_neg, name_dtype, name_is_cpu, zero;
+      name_resolve_neg, name_dtype, name_is_cpu, name_requires_grad, zero;
   std::array<DtypeRoute, kDtypes.size()> dtypes;
 
   // Finds out which dtypes this PyTorch's DLPack refuses. Needs the GIL, and everything above.

@@ -67,8 +67,8 @@ Owned PlainCapsule(const Torch& torch, PyObject* tensor, const Importer& importe
 }
 
 // 1, 0, or -1 with a Python exception set.
-int IsOnCpu(const Torch& torch, PyObject* tensor) {
-  Owned answer = Owned::Steal(PyObject_GetAttr(tensor, torch.name_is_cpu.get()));
+int IsTrue(PyObject* object, const Owned& attribute) {
+  Owned answer = Owned::Steal(PyObject_GetAttr(object, attribute.get()));
   return answer ? PyObject_IsTrue(answer.get()) : -1;
 }
 
@@ -90,7 +90,7 @@ Owned ToArrays(const Torch& torch, PyObject* operands, const Importer& importer)
         item = CallFunction(importer.import_capsule, capsule.get(), importer.device, Py_None);
       } else {
         if (PyErr_Occurred() != nullptr) return Owned();
-        const int on_cpu = IsOnCpu(torch, item.get());
+        const int on_cpu = IsTrue(item.get(), torch.name_is_cpu);
         Owned index = Owned::Steal(on_cpu < 0 ? nullptr : PyLong_FromSsize_t(i));
         if (!index) return Owned();
         elsewhere = elsewhere || on_cpu == 0;
@@ -117,6 +117,22 @@ Owned ToTensors(const Torch& torch, PyObject* arrays, PyObject* export_capsule) 
     if (!item || PyTuple_SetItem(tensors.get(), i, item.release()) != 0) return Owned();
   }
   return tensors;
+}
+
+Owned RequiringGrad(const Torch& torch, PyObject* operands) {
+  const Py_ssize_t size = PySequence_Size(operands);
+  Owned indices = Owned::Steal(size < 0 ? nullptr : PyList_New(0));
+  if (!indices) return Owned();
+  for (Py_ssize_t i = 0; i < size; ++i) {
+    Owned item = Owned::Steal(PySequence_GetItem(operands, i));
+    if (!item) return Owned();
+    if (!IsTensor(torch, item.get())) continue;
+    const int requires_grad = IsTrue(item.get(), torch.name_requires_grad);
+    if (requires_grad == 0) continue;
+    Owned index = Owned::Steal(requires_grad < 0 ? nullptr : PyLong_FromSsize_t(i));
+    if (!index || PyList_Append(indices.get(), index.get()) != 0) return Owned();
+  }
+  return Owned::Steal(PyList_AsTuple(indices.get()));
 }
 
 }  // namespace bridge

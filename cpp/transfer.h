@@ -1,4 +1,4 @@
-// Tensors to JAX's arrays and back where PyTorch calls JAX.
+// Where PyTorch calls JAX: tensors to arrays and back, and which of them ask for a gradient.
 
 #ifndef CPP_TRANSFER_H_
 #define CPP_TRANSFER_H_
@@ -24,6 +24,9 @@ Owned ToArrays(const Torch& torch, PyObject* operands, const Importer& importer)
 
 // A tuple of the tensors that `export_capsule` makes of arrays. Null: a Python exception is set.
 Owned ToTensors(const Torch& torch, PyObject* arrays, PyObject* export_capsule);
+
+// A tuple of the indices of tensors that require a gradient. Null: a Python exception is set.
+Owned RequiringGrad(const Torch& torch, PyObject* operands);
 
 }  // namespace bridge
 

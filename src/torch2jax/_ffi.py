@@ -25,6 +25,7 @@ TARGET = __name__.partition(".")[0]
 
 dlpack_path, dtype_routes = _ext.dlpack_path, _ext.dtype_routes
 to_arrays, to_tensors = _ext.to_arrays, _ext.to_tensors
+requiring_grad = _ext.requiring_grad
 
 PLATFORMS = ("cpu", "cuda", "rocm")
 

@@ -94,7 +94,7 @@ class JaxFunction:
         return f"jax2torch({self.__qualname__})"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             from ._reverse_compile import call_in_graph  # torch.compile imports it as it traces
 
             return call_in_graph(self.key, args, kwargs)

@@ -25,7 +25,8 @@ import torch
 
 from ._compat import precision
 from ._dtypes import x64_enabled
-from ._jax_program import Dims, Facts, Program
+from ._ffi import requiring_grad
+from ._jax_program import Dims, Facts, Indices, Program
 from ._torch_compat import (
     asks_for_gradient,
     eager,
@@ -86,14 +87,12 @@ def _apply(call: Call, operands: Sequence[Any]) -> Sequence[Tensor]:
     if not alone:
         if transforms_active():
             if not innermost_is_vmap():
-                _emit(call, [i for i, x in _tensors(operands) if asks_for_gradient(x)])
+                _emit(call, tuple(i for i, x in _tensors(operands) if asks_for_gradient(x)))
             return Apply.apply(call, *operands)  # type: ignore[return-value]
         if legacy_vmap_level() and any(is_legacy_batched(x) for _, x in _tensors(operands)):
             return _apply_rows(call, operands)
         alone = not forward_ad_active()
-    asking = grad_enabled() and [
-        i for i, x in enumerate(operands) if isinstance(x, Tensor) and x.requires_grad
-    ]
+    asking = requiring_grad(operands) if grad_enabled() else ()
     if asking:
         _emit(call, asking)
         if alone and call.program.is_emission and type(call) is Call and not saving_is_watched():
@@ -121,9 +120,9 @@ def _tensors(operands: Sequence[Any]) -> list[tuple[int, Tensor]]:
     return [(i, x) for i, x in enumerate(operands) if isinstance(x, Tensor)]
 
 
-def _emit(call: Call, wrt: list[int]) -> None:
+def _emit(call: Call, wrt: Indices) -> None:
     if wrt and call.program.emits:
-        call.program = call.program.emission(tuple(wrt))
+        call.program = call.program.emission(wrt)
 
 
 def _as_in_forward(rule: Callable[..., Any], ctx: Any, *args: Any) -> Any:

@@ -24,6 +24,7 @@ import torch
 from ._compat import precision
 from ._dtypes import canonical, dtype_j2t, dtype_t2j, x64_enabled
 from ._errors import Torch2JaxError, UnsupportedDtypeError
+from ._ffi import requiring_grad
 from ._jax_program import Program, Traced
 from ._reverse import named
 from ._reverse_autograd import Call, apply
@@ -99,8 +100,8 @@ def apply_in_graph(program: Program, operands: Sequence[Any]) -> Any:
     if transforms_active() or forward_ad_active():  # there the operator has no derivatives
         return apply(program, operands, GraphCall)
     x64 = x64_enabled()
-    asking = tuple(i for i, x in enumerate(operands) if isinstance(x, Tensor) and x.requires_grad)
-    if asking and torch.is_grad_enabled():
+    asking = requiring_grad(operands) if torch.is_grad_enabled() else ()
+    if asking:
         program = program.emission(asking)
     site = Site.of(program, tuple(map(_kind, operands)), len(operands), 0, x64)
     traced = site.shapes(operands)
