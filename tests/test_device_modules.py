@@ -323,8 +323,8 @@ def test_ctc_loss() -> None:
     for where in ("cpu", "jax"):
         x: Any = scores.clone().to(where).requires_grad_()
         targets = torch.tensor([[1, 2, 3], [2, 2, 4]], device=where)
-        lengths = (torch.tensor(n, device=where) for n in ([12, 10], [3, 2]))
-        loss = nn.functional.ctc_loss(x, targets, *lengths)
+        steps, sizes = (torch.tensor(n, device=where) for n in ([12, 10], [3, 2]))
+        loss = nn.functional.ctc_loss(x, targets, steps, sizes)
         loss.backward()
         found.append((loss, x.grad))
     close(found[1][0], found[0][0])
