@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .._torch_compat import forward_ad_active, plain_apply, transforms_active, watched_by_modes
+from .._torch_compat import dispatch_modes, eager, plain_apply
 from .dispatch import operator_of
 from .state import state
 from .tensor import Tensor
@@ -106,7 +106,7 @@ def _kernel(composite: _Composite) -> Callable[..., Any]:
                 needed = needed or x.requires_grad
             elif x is not None:
                 return op.decompose(*operands)
-        if forward_ad_active() or transforms_active() or watched_by_modes():
+        if not eager() or dispatch_modes():
             return op.decompose(*operands)
         if not (needed and torch.is_grad_enabled()):
             return operator_of(op)(operands, {})
@@ -127,7 +127,7 @@ def _function(composite: _Composite) -> Any:
 
     def backward(ctx: Any, g: Any) -> Any:
         operands, need = ctx.saved_tensors, ctx.needs_input_grad
-        if torch.is_grad_enabled() or type(g) is not Tensor or watched_by_modes():
+        if torch.is_grad_enabled() or type(g) is not Tensor or dispatch_modes():
             found = composite.by_parts(g, operands, need)
         else:
             found = operator_of(composite.backward)(composite.arguments(g, operands, need), {})

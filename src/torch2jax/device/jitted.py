@@ -203,7 +203,7 @@ class _Plan:
         """(results), (new state), (memory made in the trace, gradients, arguments written to)."""
         before = [c.array for c in self.inputs]
         versions = [c.version for c in self.inputs]
-        tensors = [
+        tensors: list[Any] = [
             wrap(a, dtype).requires_grad_(needs and not self.differentiable)
             for a, (dtype, needs) in zip(arrays, self.metas, strict=True)
         ]
