@@ -185,7 +185,9 @@ def shard_module(
 
     Args:
       module: on device "jax"; on another device it is moved there first, whole.
-      mesh, layout, fsdp: as in ``sharded_init``.
+      mesh: as in ``sharded_init``.
+      layout: the same.
+      fsdp: the same.
 
     Returns:
       The module.
