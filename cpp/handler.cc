@@ -324,13 +324,14 @@ ffi::Error Call::CheckEscaped(Views* views) {
   const size_t count = args_.size() + (callable_.pass_outputs ? rets_.size() : 0);
   size_t first = views->FirstKept();
   if (first == count) return ffi::Error::Success();
-  // Reference cycles first, then threads of PyTorch that are about to drop theirs.
+  // Reference cycles first, then threads of PyTorch and XLA that are about to drop theirs: on a
+  // busy machine they wait for a core themselves. 127 ms in all.
   Owned collected = CallFunction(torch_.collect.get());
   if (!collected) PyErr_Clear();
   first = views->FirstKept();
-  for (int attempt = 0; first != count && attempt < 3; ++attempt) {
+  for (int attempt = 0; first != count && attempt < 7; ++attempt) {
     GilRelease release;
-    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    std::this_thread::sleep_for(std::chrono::milliseconds(1 << attempt));
     first = views->FirstKept();
   }
   if (first == count) return ffi::Error::Success();

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable as Function
 from collections.abc import Iterable, Sequence
@@ -11,6 +12,8 @@ from typing import Any
 import torch
 
 from ._programs import Dims, Indices, Jvp, Program, Rows, Vjp, Vmap
+
+_deriving = threading.RLock()
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,8 +94,11 @@ class Callable:
     def derive(self, suffix: str, make: Function[[], Program], ins: list[str], outs: list[str]):
         child = self._derived.get(suffix)
         if child is None:
-            child = Callable(make(), self.options, ins, outs, self, suffix)
-            child = self._derived.setdefault(suffix, child)
+            with _deriving:  # two threads would each make one, of one name
+                child = self._derived.get(suffix)
+                if child is None:
+                    child = Callable(make(), self.options, ins, outs, self, suffix)
+                    self._derived[suffix] = child
         return child
 
     def jvp(self, wrt: Indices, of: Indices) -> Callable:
