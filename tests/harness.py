@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import torch
 from cases import CASES, Case
 from jax.dtypes import float0
 
@@ -118,6 +119,22 @@ def check(actual: Any, expected: Any, scale: float = 1.0, floor: float = 0.0) ->
             atol=tolerance,
             err_msg=f"result{path}",
         )
+
+
+def close(actual: Any, expected: Any, tolerance: float = 2e-5) -> None:
+    """Two tensors, arrays or numbers of one shape agree; two tensors are of one dtype, too."""
+    if isinstance(actual, torch.Tensor) and isinstance(expected, torch.Tensor):
+        assert actual.dtype == expected.dtype
+    actual, expected = as_array(actual), as_array(expected)
+    assert actual.shape == expected.shape
+    np.testing.assert_allclose(actual, expected, tolerance, tolerance)
+
+
+def as_array(x: Any) -> np.ndarray:
+    if isinstance(x, torch.Tensor):
+        x = x.detach().cpu().resolve_conj().resolve_neg()
+        x = x.float() if x.dtype == torch.bfloat16 else x
+    return np.asarray(x)
 
 
 def coarseness(case: Case) -> float:

@@ -15,17 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from harness import close
 from torch import nn
 
 from torch2jax import UnsupportedDtypeError, device
 from torch2jax.device.compile import backend
 
 device.enable()
-
-
-def close(actual: Any, expected: Any, tolerance: float = 2e-5) -> None:
-    actual = actual.detach().cpu() if isinstance(actual, torch.Tensor) else torch.tensor(actual)
-    torch.testing.assert_close(actual, expected.detach(), rtol=tolerance, atol=tolerance)
 
 
 # Each runs on the CPU and on the device; the results are compared.

@@ -11,18 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from harness import close
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from torch2jax import Torch2JaxError, device, from_module, torch2jax
 
 device.enable()
-
-
-def close(actual: Any, expected: Any, tolerance: float = 2e-5) -> None:
-    actual = actual.detach().cpu() if isinstance(actual, torch.Tensor) else actual
-    expected = expected.detach().cpu() if isinstance(expected, torch.Tensor) else expected
-    np.testing.assert_allclose(np.asarray(actual), np.asarray(expected), tolerance, tolerance)
 
 
 # --- tied weights --------------------------------------------------------------------------------

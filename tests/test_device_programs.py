@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from harness import close
 from jax.core import Tracer
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -24,12 +25,6 @@ import torch2jax as package
 from torch2jax import SignatureError, device, torch2jax
 
 device.enable()
-
-
-def close(actual: Any, expected: Any, tolerance: float = 2e-5) -> None:
-    actual = actual.detach().cpu() if isinstance(actual, torch.Tensor) else actual
-    expected = expected.detach().cpu() if isinstance(expected, torch.Tensor) else expected
-    np.testing.assert_allclose(np.asarray(actual), np.asarray(expected), tolerance, tolerance)
 
 
 # --- scan ----------------------------------------------------------------------------------------

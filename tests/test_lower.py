@@ -18,15 +18,10 @@ import numpy as np
 import pytest
 import test_huggingface as hf
 import torch
+from harness import close
 from torch import nn
 
 from torch2jax import SignatureError, from_module, lowering_report, to_state_dict, torch2jax
-
-
-def close(actual: Any, expected: Any, tolerance: float = 2e-5) -> None:
-    if isinstance(expected, torch.Tensor):
-        expected = expected.detach().numpy()
-    np.testing.assert_allclose(np.asarray(actual), expected, tolerance, tolerance)
 
 
 def mlp() -> nn.Module:

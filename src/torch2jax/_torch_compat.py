@@ -100,9 +100,6 @@ def pull_back_rows(
 
 # --- jax2torch -----------------------------------------------------------------------------------
 
-to_capsule: Any = torch._C._to_dlpack
-from_capsule: Any = torch._C._from_dlpack
-
 transforms_active: Any = torch._C._are_functorch_transforms_active
 _vmap_enter: Any = torch._C._vmapmode_increment_nesting
 _vmap_leave: Any = torch._C._vmapmode_decrement_nesting
