@@ -5,7 +5,8 @@
 4 layers, 256 wide, 4 heads, 8 x 128 tokens, float32. All subjects have the same weights, and the
 benchmark checks that they compute the same loss and gradients. Each round takes one step of every
 subject, and each round begins with another; a ratio is the median of the ratios of the rounds.
-Every step is waited for. Tracing is timed in processes of its own, where nothing is cached yet, and
+Every step is waited for. XLA would take every core that it sees and PyTorch has a setting: both get
+as many as ``--cores`` says. Tracing is timed in processes of its own, where nothing is cached yet, and
 in seconds of the processor, because it is work of one thread.
 """
 
@@ -289,12 +290,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--processes", type=int, default=3, help="in which tracing is timed")
-    parser.add_argument("--threads", type=int, default=1, help="of PyTorch")
+    parser.add_argument("--cores", type=int, default=1, help="for all subjects alike")
     parser.add_argument("--output", type=Path, help="replace the section of a page")
     parser.add_argument("--trace", help=argparse.SUPPRESS)
     args = parser.parse_args()
     warnings.simplefilter("ignore")
-    torch.set_num_threads(args.threads)
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.cores])  # XLA's threads too
+    torch.set_num_threads(args.cores)
     if args.trace:
         trace(args.trace)
         return

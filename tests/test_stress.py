@@ -146,12 +146,14 @@ def test_tensors_that_another_thread_drops() -> None:
     refusals: list[str] = []
 
     def work() -> None:
-        for _ in range(40):
-            try:
-                np.testing.assert_array_equal(f(X), 2 * X)
-            except TorchCallError as error:
-                refusals.append(str(error))
-        taken.put(None)
+        try:
+            for _ in range(40):
+                try:
+                    np.testing.assert_array_equal(f(X), 2 * X)
+                except TorchCallError as error:
+                    refusals.append(str(error))
+        finally:  # whatever else is raised, the other thread is not left waiting
+            taken.put(None)
 
     def drop() -> None:
         ended = 0
