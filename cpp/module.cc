@@ -13,6 +13,7 @@
 #include "callables.h"
 #include "cuda_driver.h"
 #include "handler.h"
+#include "leaves.h"
 #include "tensors.h"
 #include "transfer.h"
 #ifdef T2J_TESTING
@@ -115,6 +116,8 @@ void Setup(nb::object exchange_api, nb::module_ module, nb::object ambient_clean
   torch->parameter_type = ToOwned(module.attr("nn").attr("Parameter"));
   torch->is_neg = ToOwned(tensor_type.attr("is_neg"));
   torch->is_conj = ToOwned(tensor_type.attr("is_conj"));
+  torch->swaps_parameters =
+      ToOwned(module.attr("__future__").attr("get_swap_module_params_on_conversion"));
   torch->is_grad_enabled = ToOwned(module.attr("is_grad_enabled"));
   torch->set_grad_enabled = ToOwned(internals.attr("_set_grad_enabled"));
   // What torch.utils.dlpack calls, without its Python.
@@ -138,6 +141,7 @@ void Setup(nb::object exchange_api, nb::module_ module, nb::object ambient_clean
   torch->name_dtype = intern("dtype");
   torch->name_is_cpu = intern("is_cpu");
   torch->name_requires_grad = intern("requires_grad");
+  torch->name_is_leaf = intern("is_leaf");
   torch->zero = Owned::Steal(PyLong_FromLong(0));
   for (size_t i = 0; i < kDtypes.size(); ++i) {
     torch->dtypes[i].dtype = ToOwned(nb::getattr(module, kDtypes[i].name, nb::none()));
@@ -177,6 +181,11 @@ nb::object TensorsOf(nb::handle arrays, nb::handle export_capsule) {
 
 nb::object IndicesRequiringGrad(nb::handle operands) {
   return Returned(RequiringGrad(*GetTorch(), operands.ptr()));
+}
+
+void Shutdown() {
+  ForgetLeaves();
+  BeginShutdown();
 }
 
 nb::capsule HandlerCapsule(XLA_FFI_Error* (*handler)(XLA_FFI_CallFrame*)) {
@@ -256,7 +265,7 @@ NB_MODULE(_ext, m) {
   m.def(
       "requiring_grad", &IndicesRequiringGrad, nb::arg("operands"),
       "A tuple of the indices of those that are tensors which require a gradient. After setup().");
-  m.def("begin_shutdown", &BeginShutdown,
+  m.def("begin_shutdown", &Shutdown,
         "From now on calls are refused with an error and touch no Python. Waits for calls under "
         "way, 5 s at most.");
   nb::module_::import_("atexit").attr("register")(m.attr("begin_shutdown"));

@@ -85,13 +85,6 @@ void Fill(dl::Tensor* out, int64_t* dims, void* data, dl::Device device, dl::Dat
   }
 }
 
-Owned CallMethod(PyObject* self, PyObject* name, PyObject* argument = nullptr) {
-  PyObject* args[3] = {nullptr, self, argument};
-  size_t count = argument == nullptr ? 1 : 2;
-  return Owned::Steal(
-      PyObject_VectorcallMethod(name, args + 1, count | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr));
-}
-
 std::string ToString(PyObject* object) {
   Owned text = Owned::Steal(object == nullptr ? nullptr : PyObject_Str(object));
   const char* chars = text ? PyUnicode_AsUTF8AndSize(text.get(), nullptr) : nullptr;
@@ -168,6 +161,13 @@ dl::DataType CarrierOf(dl::DataType dtype) {
 }
 
 }  // namespace
+
+Owned CallMethod(PyObject* self, PyObject* name, PyObject* argument) {
+  PyObject* args[3] = {nullptr, self, argument};
+  size_t count = argument == nullptr ? 1 : 2;
+  return Owned::Steal(
+      PyObject_VectorcallMethod(name, args + 1, count | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr));
+}
 
 bool IsTensor(const Torch& torch, PyObject* object) {
   auto* type = reinterpret_cast<PyTypeObject*>(torch.tensor_type.get());

@@ -29,7 +29,7 @@ struct Torch {
   const dl::ExchangeApi* api = nullptr;  // null: tensors travel in DLPack capsules
   bool rocm = false;
   Owned tensor_type, parameter_type, set_grad_enabled, is_grad_enabled, from_dlpack, to_dlpack;
-  Owned is_neg, is_conj;
+  Owned is_neg, is_conj, swaps_parameters;
   // NOTE [Grad mode]. Two Python calls to switch it and switch it back are a tenth of the cost of a
   // call, so libc10's own functions are used where they are found, by name, in the library that
   // PyTorch has loaded, and where they agree with Python's. Null: through Python.
@@ -38,7 +38,7 @@ struct Torch {
   Owned ambient_clean, run_guarded, run_on_stream, current_stream, describe_exception, collect;
   Owned resolve;  // takes an unknown name: registers it and returns "", or says why not
   Owned name_version, name_view, name_detach, name_clone, name_copy, name_resolve_conj,
-      name_resolve_neg, name_dtype, name_is_cpu, name_requires_grad, zero;
+      name_resolve_neg, name_dtype, name_is_cpu, name_requires_grad, name_is_leaf, zero;
   std::array<DtypeRoute, kDtypes.size()> dtypes;
 
   // Finds out which dtypes this PyTorch's DLPack refuses. Needs the GIL, and everything above.
@@ -149,6 +149,9 @@ class Result {
 };
 
 bool IsTensor(const Torch& torch, PyObject* object);
+
+// `self.name()` or `self.name(argument)`. Null: a Python exception is set.
+Owned CallMethod(PyObject* self, PyObject* name, PyObject* argument = nullptr);
 
 // "float32[3,4]"
 std::string Describe(const xla::ffi::AnyBuffer& buffer);

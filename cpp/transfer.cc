@@ -7,6 +7,7 @@
 #include "dlpack_abi.h"
 #include "dtypes.h"
 #include "guards.h"
+#include "leaves.h"
 
 namespace bridge {
 namespace {
@@ -72,6 +73,39 @@ int IsTrue(PyObject* object, const Owned& attribute) {
   return answer ? PyObject_IsTrue(answer.get()) : -1;
 }
 
+// 1, 0, or -1 with a Python exception set: torch.utils.swap_tensors, which Module.to calls where
+// that is asked for, refuses tensors with weak references.
+int AllowsReferences(const Torch& torch) {
+  Owned swaps = Owned::Steal(PyObject_CallNoArgs(torch.swaps_parameters.get()));
+  return swaps ? PyObject_Not(swaps.get()) : -1;
+}
+
+const dl::Tensor& ViewOf(const Owned& capsule) {
+  return static_cast<dl::ManagedTensor*>(PyCapsule_GetPointer(capsule.get(), dl::kCapsuleName))
+      ->dl_tensor;
+}
+
+// The array of a tensor that XLA can read in place. Null: as of PlainCapsule. See NOTE [Leaves].
+Owned PlainArray(const Torch& torch, PyObject* tensor, const Importer& importer) {
+  Owned capsule = PlainCapsule(torch, tensor, importer);
+  if (!capsule) return Owned();
+  Owned found = FindLeaf(tensor, ViewOf(capsule));
+  if (found) return found;
+  View view(ViewOf(capsule));
+  int keep = view.is_small() ? IsTrue(tensor, torch.name_requires_grad) : 0;
+  if (keep > 0) keep = IsTrue(tensor, torch.name_is_leaf);
+  if (keep > 0) keep = AllowsReferences(torch);
+  if (keep < 0) return Owned();
+  if (keep > 0) {
+    Owned detached = CallMethod(tensor, torch.name_detach.get());
+    capsule = detached ? PlainCapsule(torch, detached.get(), importer) : Owned();
+    if (!capsule) return Owned();
+  }
+  Owned array = CallFunction(importer.import_capsule, capsule.get(), importer.device, Py_None);
+  if (array && keep > 0 && !KeepLeaf(tensor, std::move(view), array.get())) return Owned();
+  return array;
+}
+
 }  // namespace
 
 Owned ToArrays(const Torch& torch, PyObject* operands, const Importer& importer) {
@@ -85,9 +119,9 @@ Owned ToArrays(const Torch& torch, PyObject* operands, const Importer& importer)
     if (!item) return Owned();
     if (IsTensor(torch, item.get())) {
       ++tensors;
-      Owned capsule = PlainCapsule(torch, item.get(), importer);
-      if (capsule) {
-        item = CallFunction(importer.import_capsule, capsule.get(), importer.device, Py_None);
+      Owned array = PlainArray(torch, item.get(), importer);
+      if (array) {
+        item = std::move(array);
       } else {
         if (PyErr_Occurred() != nullptr) return Owned();
         const int on_cpu = IsTrue(item.get(), torch.name_is_cpu);

@@ -295,6 +295,91 @@ def test_arguments_are_not_copied() -> None:
     assert tensor.data_ptr() == x.data_ptr()
 
 
+def imported(x: torch.Tensor) -> jax.Array:
+    return _transfer.to_arrays([x], False)[0][0]
+
+
+def test_a_leaf_is_imported_once() -> None:
+    """As long as it is the same view of the same memory, whatever is written there."""
+    x = torch.ones(4, requires_grad=True)
+    array = imported(x)
+    assert imported(x) is array
+    with torch.no_grad():
+        x += 1
+    assert imported(x) is array
+    assert jax2torch(jnp.sum)(x).item() == 8
+    memory = x.detach()
+    for data in (memory.view(2, 2), memory[None], torch.zeros(4), memory.view(torch.int32).float()):
+        x.data = data
+        again = imported(x)
+        assert again is not array
+        np.testing.assert_array_equal(again, data)
+        assert again.shape == data.shape
+    bits = torch.ones(4, requires_grad=True)
+    array = imported(bits)
+    bits.data = bits.data.view(torch.complex64)
+    assert imported(bits).dtype == jnp.complex64
+
+
+def test_other_tensors_are_imported_each_time() -> None:
+    leaf = torch.ones(4, requires_grad=True)
+    large = torch.ones((1 << 18) + 1, requires_grad=True)
+    for x in (torch.ones(4), leaf * 1, large):
+        assert imported(x) is not imported(x)
+
+
+def test_modules_that_swap_their_parameters() -> None:
+    """PyTorch swaps tensors without weak references alone."""
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        module = torch.nn.Linear(2, 2)
+        jax2torch(lambda w: w.sum())(module.weight).backward()
+        module.to(torch.float16)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert module.weight.dtype is torch.float16
+    assert imported(module.weight) is imported(module.weight)
+
+
+def test_a_leaf_and_its_array_are_freed() -> None:
+    for kind in (torch.nn.Parameter, lambda x: x.requires_grad_()):
+        leaves = [kind(torch.ones(4)) for _ in range(100)]
+        for x in leaves:
+            jax2torch(jnp.sum)(x).backward()
+        freed = [weakref.ref(a) for x in leaves for a in (x, imported(x))]
+        assert all(ref() is not None for ref in freed)
+        del leaves, x
+        assert [ref() for ref in freed] == [None] * 200
+    x = torch.ones(4, requires_grad=True)
+    old = weakref.ref(imported(x))
+    x.data = torch.zeros(4)
+    assert imported(x).tolist() == [0] * 4
+    assert old() is None
+
+
+def test_leaves_in_threads() -> None:
+    """Made, imported, replaced and dropped in four threads, beside leaves that all share."""
+    shared = [torch.full((4,), float(i), requires_grad=True) for i in range(8)]
+    wrong: list[Any] = []
+
+    def work(k: int) -> None:
+        for i in range(300):
+            own = torch.full((4,), float(k * i), requires_grad=True)
+            for x, value in ((own, k * i), (shared[i % 8], i % 8)):
+                if imported(x).tolist() != [float(value)] * 4:
+                    wrong.append((k, i))
+            own.data = torch.full((4,), -1.0)
+            if imported(own).tolist() != [-1.0] * 4:
+                wrong.append((k, i))
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
 def test_an_argument_may_be_written_to_after_the_call() -> None:
     f = jax2torch(lambda x: jax.lax.fori_loop(0, 50, lambda i, v: jnp.sin(v @ x), x))
     x = torch.randn(200, 200)
@@ -475,7 +560,7 @@ def test_nothing_is_left_behind(backward: bool) -> None:
 def test_backward_frees_residuals() -> None:
     f = jax2torch(lambda x: jnp.sin(jnp.sin(x)))
     before = _live_bytes()
-    x = torch.ones(1 << 16, requires_grad=True)
+    x = torch.ones(1 << 19, requires_grad=True)
     y = f(x)
     assert _live_bytes() > before
     y.sum().backward()
@@ -486,7 +571,7 @@ def test_backward_frees_residuals() -> None:
 
 def test_no_grad_keeps_no_residuals() -> None:
     f = jax2torch(lambda x: jnp.sin(jnp.sin(x)))
-    x = torch.ones(1 << 16, requires_grad=True)
+    x = torch.ones(1 << 19, requires_grad=True)
     before = _live_bytes()
     with torch.no_grad():
         y = f(x)
