@@ -73,6 +73,13 @@ inline int DtypeIndex(xla::ffi::DataType dtype) {
   return value < internal::kMaxXlaDtype ? internal::kIndexByXlaDtype[value] : kNoDtype;
 }
 
+// Of the elements of a tensor, whatever its strides.
+inline uint64_t Bytes(const dl::Tensor& tensor) {
+  uint64_t count = 1;
+  for (int32_t i = 0; i < tensor.ndim; ++i) count *= static_cast<uint64_t>(tensor.shape[i]);
+  return count * tensor.dtype.bits / 8;
+}
+
 inline bool operator==(dl::DataType a, dl::DataType b) {
   return a.code == b.code && a.bits == b.bits && a.lanes == b.lanes;
 }

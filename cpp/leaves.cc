@@ -10,8 +10,6 @@
 namespace bridge {
 namespace {
 
-constexpr int64_t kLargest = 1 << 20;  // bytes
-
 uintptr_t Address(const dl::Tensor& tensor) {
   return reinterpret_cast<uintptr_t>(tensor.data) + tensor.byte_offset;
 }
@@ -59,16 +57,6 @@ View::View(const dl::Tensor& tensor)
 bool View::operator==(const dl::Tensor& tensor) const noexcept {
   return address_ == Address(tensor) && dtype_ == tensor.dtype &&
          std::equal(shape_.begin(), shape_.end(), tensor.shape, tensor.shape + tensor.ndim);
-}
-
-bool View::is_small() const noexcept {
-  int64_t bytes = (dtype_.bits + 7) / 8;
-  for (int64_t size : shape_) {
-    if (size > kLargest) return false;
-    bytes *= size;
-    if (bytes > kLargest) return false;
-  }
-  return true;
 }
 
 Owned FindLeaf(PyObject* tensor, const dl::Tensor& view) {

@@ -20,13 +20,14 @@
 
 namespace bridge {
 
+// Arrays of more bytes are not kept.
+inline constexpr uint64_t kLargestLeaf = uint64_t{1} << 20;
+
 // Which row-major memory a tensor views.
 class View {
  public:
   explicit View(const dl::Tensor& tensor);
   bool operator==(const dl::Tensor& tensor) const noexcept;
-  // Whether arrays of it are kept.
-  bool is_small() const noexcept;
 
  private:
   uintptr_t address_;

@@ -42,25 +42,6 @@ namespace {
 // Copies of more bytes than this (about 0.1 ms) let other threads run Python meanwhile.
 constexpr size_t kLongCopy = size_t{1} << 20;
 
-// NOTE [Large results]. A call has two blocks for each result, PyTorch's and XLA's, and both are
-// freed before the next call. glibc gives freed memory back to the system once there is more of it
-// than it has seen in one block, and fresh pages cost more than many an operator. So it is shown
-// one large block, unused, the largest that it takes notice of; as after any large array of the
-// user's, it then keeps up to twice as much. Settings of malloc in the environment go before.
-void KeepFreedMemory() {
-#ifdef __GLIBC__
-  static const bool shown = [] {
-    void* volatile block = std::malloc((size_t{32} << 20) - (size_t{1} << 16));
-    std::free(block);
-    return true;
-  }();
-  static_cast<void>(shown);
-#endif
-}
-
-// Blocks of fewer bytes never leave malloc's own lists.
-constexpr size_t kLargeResult = size_t{1} << 17;
-
 // Runs for a capsule that nobody consumed.
 void ReleaseCapsule(PyObject* capsule) {
   if (!PyCapsule_IsValid(capsule, dl::kCapsuleName)) return;
@@ -167,6 +148,25 @@ Owned CallMethod(PyObject* self, PyObject* name, PyObject* argument) {
   size_t count = argument == nullptr ? 1 : 2;
   return Owned::Steal(
       PyObject_VectorcallMethod(name, args + 1, count | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr));
+}
+
+// NOTE [Large results]. A call has two blocks for each result, PyTorch's and XLA's, and both are
+// freed before the next call; a JAX function's residuals and results are, too. glibc gives freed
+// memory back to the system once there is more of it than it has seen in one block, and fresh pages
+// cost more than many an operator. So it is shown one large block, unused, the largest that it
+// takes notice of; as after any large array of the user's, it then keeps up to twice as much.
+// Settings of malloc in the environment go before.
+void KeepFreedMemory(size_t bytes) {
+  constexpr size_t kLarge = size_t{1} << 17;  // smaller blocks never leave malloc's own lists
+  if (bytes < kLarge) return;
+#ifdef __GLIBC__
+  static const bool shown = [] {
+    void* volatile block = std::malloc((size_t{32} << 20) - (size_t{1} << 16));
+    std::free(block);
+    return true;
+  }();
+  static_cast<void>(shown);
+#endif
 }
 
 bool IsTensor(const Torch& torch, PyObject* object) {
@@ -471,7 +471,7 @@ Result::Outcome Result::Write(const Torch& torch, const ffi::AnyBuffer& buffer,
   void* out = buffer.untyped_data();
   if (bytes_ == 0 || Is(out)) return Outcome::kOk;
   const bool on_cpu = target.device.device_type == dl::kCpu;
-  if (on_cpu && bytes_ >= kLargeResult) KeepFreedMemory();
+  if (on_cpu) KeepFreedMemory(bytes_);
   if (contiguous_) {
     if (on_cpu) {
       if (bytes_ < kLongCopy) {

@@ -150,6 +150,9 @@ class Result {
 
 bool IsTensor(const Torch& torch, PyObject* object);
 
+// To be called where results of so many bytes are made on a CPU; see NOTE [Large results].
+void KeepFreedMemory(size_t bytes);
+
 // `self.name()` or `self.name(argument)`. Null: a Python exception is set.
 Owned CallMethod(PyObject* self, PyObject* name, PyObject* argument = nullptr);
 

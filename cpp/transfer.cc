@@ -80,19 +80,23 @@ int AllowsReferences(const Torch& torch) {
   return swaps ? PyObject_Not(swaps.get()) : -1;
 }
 
-const dl::Tensor& ViewOf(const Owned& capsule) {
-  return static_cast<dl::ManagedTensor*>(PyCapsule_GetPointer(capsule.get(), dl::kCapsuleName))
-      ->dl_tensor;
+// What a capsule views. Null without an exception: it is of another kind.
+const dl::Tensor* ViewOf(const Owned& capsule) {
+  if (!PyCapsule_IsValid(capsule.get(), dl::kCapsuleName)) return nullptr;
+  void* pointer = PyCapsule_GetPointer(capsule.get(), dl::kCapsuleName);
+  PyErr_Clear();
+  return pointer == nullptr ? nullptr : &static_cast<dl::ManagedTensor*>(pointer)->dl_tensor;
 }
 
 // The array of a tensor that XLA can read in place. Null: as of PlainCapsule. See NOTE [Leaves].
 Owned PlainArray(const Torch& torch, PyObject* tensor, const Importer& importer) {
   Owned capsule = PlainCapsule(torch, tensor, importer);
-  if (!capsule) return Owned();
-  Owned found = FindLeaf(tensor, ViewOf(capsule));
-  if (found) return found;
-  View view(ViewOf(capsule));
-  int keep = view.is_small() ? IsTrue(tensor, torch.name_requires_grad) : 0;
+  const dl::Tensor* found = capsule ? ViewOf(capsule) : nullptr;
+  if (found == nullptr) return Owned();
+  Owned array = FindLeaf(tensor, *found);
+  if (array) return array;
+  View view(*found);
+  int keep = Bytes(*found) <= kLargestLeaf ? IsTrue(tensor, torch.name_requires_grad) : 0;
   if (keep > 0) keep = IsTrue(tensor, torch.name_is_leaf);
   if (keep > 0) keep = AllowsReferences(torch);
   if (keep < 0) return Owned();
@@ -101,7 +105,7 @@ Owned PlainArray(const Torch& torch, PyObject* tensor, const Importer& importer)
     capsule = detached ? PlainCapsule(torch, detached.get(), importer) : Owned();
     if (!capsule) return Owned();
   }
-  Owned array = CallFunction(importer.import_capsule, capsule.get(), importer.device, Py_None);
+  array = CallFunction(importer.import_capsule, capsule.get(), importer.device, Py_None);
   if (array && keep > 0 && !KeepLeaf(tensor, std::move(view), array.get())) return Owned();
   return array;
 }
@@ -147,6 +151,7 @@ Owned ToTensors(const Torch& torch, PyObject* arrays, PyObject* export_capsule) 
   for (Py_ssize_t i = 0; i < size; ++i) {
     Owned item = Owned::Steal(PySequence_GetItem(arrays, i));
     if (item) item = CallFunction(export_capsule, item.get());
+    if (const dl::Tensor* view = item ? ViewOf(item) : nullptr) KeepFreedMemory(Bytes(*view));
     if (item) item = CallFunction(torch.from_dlpack.get(), item.get());
     if (!item || PyTuple_SetItem(tensors.get(), i, item.release()) != 0) return Owned();
   }

@@ -10,10 +10,10 @@ residuals are further results of it, without derivatives, and are saved like all
 PyTorch's version check, and a backward pass frees them. Where nothing but autograd looks on,
 ``Direct`` keeps them as arrays, which spares the way to tensors and back: 4 µs each.
 
-NOTE [Memory]. An operand is a view of a tensor for the length of the call: on a CPU the results are
-computed when it returns, so the tensor may be written to from then on. The operands of a later
-backward pass are imported again from the saved tensors. Results are buffers that JAX has no more
-references to.
+NOTE [Memory]. An operand is a view of a tensor: on a CPU the results are computed when the call
+returns, so the tensor may be written to from then on. A small leaf's view is kept for the next call
+(NOTE [Leaves] in cpp/leaves.h). The operands of a later backward pass are imported again from the
+saved tensors. Results are buffers that JAX has no more references to.
 """
 
 from __future__ import annotations
