@@ -1,4 +1,5 @@
-"""What operators of device "jax" cost in eager mode, beside jax.numpy's own and compiled ones.
+"""What operators of device "jax" cost in eager mode, beside jax.numpy's own and compiled ones; and
+an add on each way between the frameworks.
 
     python benchmarks/device.py --output docs/performance.md
     python benchmarks/device.py --sync
@@ -27,7 +28,7 @@ import torch
 from page import measured, number, table, write_section
 from peers import versions
 
-from torch2jax import device
+from torch2jax import device, jax2torch, torch2jax
 
 Calls = dict[str, Callable[[], Any]]
 
@@ -86,6 +87,10 @@ def mlp_step(place: str = "jax") -> Callable[[], torch.Tensor]:
     return step
 
 
+def double(x: Any) -> Any:
+    return x + x
+
+
 def budget(what: str, at_most: float, found: float) -> list[str]:
     return [what, f"{at_most:g} x", f"{found:.2f} x", "met" if found <= at_most else "missed"]
 
@@ -125,6 +130,12 @@ def main() -> None:
     x = device.tensor(a)
     y = torch.ones(16)
     jitted = jax.jit(lambda a, b: a + b)
+    added, bridged, lowered, reverse = (
+        device.jit(double),
+        torch2jax(double),
+        jax.jit(torch2jax(double, lower=True)),
+        jax2torch(double),
+    )
     update = jax.jit(lambda a: a.at[0].add(1))
     found = medians(
         {
@@ -132,6 +143,10 @@ def main() -> None:
             "jnp, a + a": lambda: a + a,
             "jax.jit, a + a": lambda: jitted(a, a),
             "device jax, x + x": lambda: x + x,
+            "device.jit, x + x": lambda: added(x),
+            "torch2jax, a + a": lambda: bridged(a),
+            "torch2jax(lower=True) under jax.jit, a + a": lambda: lowered(a),
+            "jax2torch, y + y": lambda: reverse(y),
             "jax.jit, a.at[0].add(1)": lambda: update(a),
             "device jax, x[0].add_(1)": lambda: x[0].add_(1),
         },

@@ -6,8 +6,8 @@
 benchmark checks that they compute the same loss and gradients. Each round takes one step of every
 subject, and each round begins with another; a ratio is the median of the ratios of the rounds.
 Every step is waited for. XLA would take every core that it sees and PyTorch has a setting: both get
-as many as ``--cores`` says. Tracing is timed in processes of its own, where nothing is cached yet, and
-in seconds of the processor, because it is work of one thread.
+as many as ``--cores`` says. Tracing is timed in processes of its own, where nothing is cached yet,
+and in seconds of the processor, because it is work of one thread.
 """
 
 from __future__ import annotations
