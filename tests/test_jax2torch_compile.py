@@ -183,3 +183,24 @@ def test_fake_tensors() -> None:
         out = f(torch.empty(4, 3, requires_grad=True))["y"]
         assert out.shape == (3,)
         assert out.requires_grad
+
+
+def test_torch_export() -> None:
+    """An exported program calls the function, with gradients, in the process that exported it."""
+    f = jax2torch(lambda x, w: jnp.tanh(x @ w))
+
+    class Layer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = torch.nn.Parameter(torch.ones(3, 2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return f(x, self.w) * 2
+
+    exported = torch.export.export(Layer(), (torch.ones(4, 3),)).module()
+    x = torch.randn(4, 3, requires_grad=True)
+    for module in (exported, Layer()):
+        torch.testing.assert_close(module(x), torch.tanh(x @ torch.ones(3, 2)) * 2)
+        (gradient,) = torch.autograd.grad(module(x).sum(), x)
+        expected = (2 - 2 * torch.tanh(x @ torch.ones(3, 2)) ** 2) @ torch.ones(2, 3)
+        torch.testing.assert_close(gradient, expected)

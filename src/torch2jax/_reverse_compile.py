@@ -221,12 +221,15 @@ def _backward(ctx: Any, cotangents: Sequence[Tensor | None]) -> Any:
     site, plan = ctx.site, ctx.plan
     tensors, held = ctx.saved_tensors[: ctx.n_tensors], ctx.saved_tensors[ctx.n_tensors :]
     n = len(site.kinds)
-    inexact = [x.is_floating_point() or x.is_complex() for x in tensors]
-    wrt = tuple(
-        i
-        for k, i in enumerate(site.tensors)
-        if inexact[k] and i < n - site.n_held and (plan is None or i in plan.wrt)
-    )
+    primals = [
+        (i, x)
+        for i, x in zip(site.tensors, tensors, strict=True)
+        if (x.is_floating_point() or x.is_complex()) and i < n - site.n_held
+    ]
+    # An exported program may be asked for more gradients than the trace that chose the residuals.
+    if plan and not all(i in plan.wrt for i, x in primals if x.requires_grad):
+        plan = None
+    wrt = tuple(i for i, _ in primals if plan is None or i in plan.wrt)
     of = tuple(
         j
         for j, c in enumerate(cotangents[: ctx.n_outs])
