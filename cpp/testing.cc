@@ -122,6 +122,14 @@ extern "C" {
   }
 
 FAILS_INSTEAD(PyObject*, PyTuple_New, (Py_ssize_t size), (size), nullptr)
+FAILS_INSTEAD(PyObject*, PyList_New, (Py_ssize_t size), (size), nullptr)
+FAILS_INSTEAD(PyObject*, PyList_AsTuple, (PyObject * list), (list), nullptr)
+FAILS_INSTEAD(PyObject*, PySequence_GetItem, (PyObject * object, Py_ssize_t i), (object, i),
+              nullptr)
+FAILS_INSTEAD(PyObject*, PyLong_FromSsize_t, (Py_ssize_t value), (value), nullptr)
+FAILS_INSTEAD(PyObject*, PyLong_FromVoidPtr, (void* value), (value), nullptr)
+FAILS_INSTEAD(PyObject*, PyWeakref_NewRef, (PyObject * object, PyObject* callback),
+              (object, callback), nullptr)
 FAILS_INSTEAD(PyObject*, PyLong_FromLong, (long value), (value), nullptr)
 FAILS_INSTEAD(PyObject*, PyObject_Str, (PyObject * object), (object), nullptr)
 FAILS_INSTEAD(PyObject*, PySequence_List, (PyObject * object), (object), nullptr)

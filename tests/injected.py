@@ -21,7 +21,15 @@ import pytest
 import torch
 from test_extension import ERRORS, TARGET, setup, struct
 
-from torch2jax import Size, Torch2JaxError, TorchCallError, _ext, _state, torch2jax
+from torch2jax import (
+    Size,
+    Torch2JaxError,
+    TorchCallError,
+    _ext,
+    _state,
+    jax2torch,
+    torch2jax,
+)
 
 testing: Any = _ext
 """The extension with what a T2J_TESTING build adds."""
@@ -269,3 +277,50 @@ def test_errors_of_the_wrapper_are_typed(raising: bool) -> None:
             assert isinstance(after.__cause__, KeyError)
         else:
             np.testing.assert_array_equal(after, 2 * X)
+
+
+# --- jax2torch -----------------------------------------------------------------------------------
+
+
+def test_conversions_of_jax2torch() -> None:
+    """A new leaf, a known one, what ``t2j`` takes, and a number; forward and backward."""
+    f = jax2torch(lambda x, w, a, n: (x * w + a * n, x.sum()))
+    w = torch.full((4,), 3.0, requires_grad=True)
+    strided = torch.arange(8.0)[::2]
+
+    def both(x: torch.Tensor) -> Any:
+        try:
+            y, total = f(x, w, strided, 2.0)
+            return [y, total, *torch.autograd.grad((y, total), (x, w), (y, total))]
+        except (MemoryError, Torch2JaxError) as error:
+            return error
+
+    def is_right(got: Any) -> bool:
+        x = torch.ones(4)
+        y = x * 3 + strided * 2
+        return all(map(torch.equal, got, (y, x.sum(), y * 3 + 4, y * x)))
+
+    def leaf() -> torch.Tensor:
+        return torch.ones(4, requires_grad=True)
+
+    assert is_right(both(leaf()))
+    testing.arm()
+    both(leaf())
+    steps = testing.disarm()
+    assert {"PyWeakref_NewRef", "PyList_New", "PySequence_GetItem"} <= set(steps)
+    harmless = 0
+    for k, step in enumerate(steps):
+        x = leaf()
+        testing.arm(k)
+        got = both(x)
+        assert len(testing.disarm()) > k, f"step {k} ({step}) was not reached"
+        if not isinstance(got, Exception):
+            assert is_right(got), step
+            harmless += 1
+        assert is_right(both(x)), f"the call after {step}"
+        freed = weakref.ref(x)
+        del got, x
+        if freed() is not None:  # by the frames of an exception
+            gc.collect()
+        assert freed() is None, f"the leaf is kept after {step}"
+    print(f"{len(steps)} steps, {harmless} of them without effect")
