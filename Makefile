@@ -64,7 +64,7 @@ test-matrix: $(VENV)/.test ## run the core tests on the oldest and the newest ja
 docs: $(VENV)/.docs ## build the site, strictly, into build/site
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build
 
-bench: $(VENV)/.demo $(PEERS)/.peers ## run all benchmarks beside the other bridges; write their pages and plots
+bench: $(VENV)/.demo $(VENV)/.test $(PEERS)/.peers ## run all benchmarks beside the other bridges; write their pages and plots
 	$(PY) benchmarks/run.py --peers $(PEERS)/bin/python $(BENCH)
 
 gpu-check: ## GPU tests and benchmarks into docs/gpu.md (8 minutes; by PYTHON, which has torch and jax)

@@ -25,7 +25,7 @@ class UnsupportedDtypeError(Torch2JaxError, TypeError):
 
 
 class DifferentiationError(Torch2JaxError, TypeError):
-    """A function is differentiated in a mode or to an order that it was not wrapped for."""
+    """A function is differentiated more often than its ``depth=`` allows."""
 
 
 class TorchCallError(Torch2JaxError, RuntimeError):

@@ -102,7 +102,7 @@ def _infer_otherwise(
     except _Refused as refused:
         raise refused.error from None
     except Exception as error:
-        if any(s.value is None for s in specs):
+        if type(error) is not type(fake_error) and any(s.value is None for s in specs):
             reason = str(fake_error).strip().partition("\n")[0]
             error.add_note(
                 "It ran on random values, because fake tensors could not tell its result "

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 from jax.tree_util import tree_flatten_with_path
@@ -95,7 +96,8 @@ class JaxModule(torch.nn.Module):
         self, words: list[str], x: Any, trainable: Callable[[str], bool] | None
     ) -> tuple[torch.nn.Module, str]:
         """Make the tensor of a leaf; returns the module that holds it, and its name there."""
-        tensor = x.detach().clone() if isinstance(x, torch.Tensor) else j2t(x).clone()
+        # NumPy's float64 is float32 while x64 is off, as JAX itself would take it.
+        tensor = x.detach().clone() if isinstance(x, torch.Tensor) else j2t(jnp.asarray(x)).clone()
         inexact = tensor.is_floating_point() or tensor.is_complex()
         is_parameter = inexact and (trainable is None or trainable(".".join(words)))
         owner: torch.nn.Module = self

@@ -145,6 +145,11 @@ def from_module(
             f"from_module takes a torch.nn.Module, got {type(module).__name__}; functions are for "
             "torch2jax."
         )
+    if "stochastic" in options:
+        raise SignatureError(
+            "from_module takes no stochastic=: a call with rng= draws from that key, one without "
+            "does not."
+        )
     inner, wrap = _uncompiled(module)
     inner = _initialised(inner, example_args)
     _check_keywords(inner, kwargs)

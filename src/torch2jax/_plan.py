@@ -213,6 +213,7 @@ class Planner:
                 f"the shape of {self._label}'s result depends on the values of its arguments, and "
                 "XLA must know shapes when it compiles. Return a result of fixed size (a mask, or "
                 "padded), or pass output_shapes= if the size is known."
+                + self._hint_of_numbers(arguments, numbers)
             ) from None
         except Torch2JaxError:
             raise
@@ -225,13 +226,7 @@ class Planner:
     def _trace_error(
         self, error: Exception, arguments: Arguments, avals: Avals, numbers: Sequence[bool]
     ) -> TorchCallError:
-        scalars = [label for label, n in zip(arguments.labels, numbers, strict=True) if n]
-        hint = (
-            f"\n(ints and floats reach it as 0-d tensors, here {', '.join(scalars)}: name them in "
-            "static_argnums or static_argnames if it needs Python numbers)"
-            if scalars
-            else ""
-        )
+        hint = self._hint_of_numbers(arguments, numbers)
         operands = ", ".join(
             f"{label}: {dtype}[{','.join(map(str, shape))}]"
             for label, (shape, dtype) in zip(arguments.labels, avals, strict=True)
@@ -239,6 +234,15 @@ class Planner:
         return TorchCallError(
             f"{self._label} raised {type(error).__name__} when it was traced for ({operands}): "
             + "\n".join([f"{error}{hint}", *getattr(error, "__notes__", ())])
+        )
+
+    def _hint_of_numbers(self, arguments: Arguments, numbers: Sequence[bool]) -> str:
+        scalars = [label for label, n in zip(arguments.labels, numbers, strict=True) if n]
+        if not scalars:
+            return ""
+        return (
+            f"\n(ints and floats reach it as 0-d tensors, here {', '.join(scalars)}: name them in "
+            "static_argnums or static_argnames if it needs Python numbers)"
         )
 
     def _note_copies(self, arguments: Arguments, copies: Sequence[int]) -> None:

@@ -42,7 +42,13 @@ class _Entry:
         paths = [path for path, _ in tree_flatten_with_path(marked)[0]]
         self.labels = [sig.argument_label(paths[s]) for s in spots]
         args, _ = marked
-        held = [set(jax.tree.leaves(args[i])) for i in function.nondiff_argnums if i < len(args)]
+        for i in function.nondiff_argnums:
+            if not -len(args) <= i < len(args):
+                raise SignatureError(
+                    f"nondiff_argnums of {function.__qualname__} names argument {i}; the call has "
+                    f"{len(args)} positional arguments."
+                )
+        held = [set(jax.tree.leaves(args[i])) for i in function.nondiff_argnums]
         self.nondiff = [k for k, s in enumerate(spots) if any(s in leaves for leaves in held)]
         fn, label = function.__wrapped__, function.__qualname__
 
@@ -258,6 +264,7 @@ def jax2torch(
       SignatureError: for arguments or results that are no values of JAX, or on several devices.
       UnsupportedDtypeError: for a dtype that one side does not know; while x64 is off also for
         float64, complex128, uint64, and int64 values that do not fit into int32.
+      Torch2JaxError: JAX does not have the device.
 
     >>> import jax.numpy as jnp, torch
     >>> f = jax2torch(lambda x, scale: {"y": jnp.sin(x) * scale})
@@ -275,12 +282,16 @@ def jax2torch(
         fn,
         None if static_argnums is None else sig.indices(static_argnums, "static_argnums", label),
         None if static_argnames is None else sig.names(static_argnames, "static_argnames", label),
+        label,
     )
     nondiff = sig.indices(nondiff_argnums, "nondiff_argnums", label)
     if isinstance(fn, TorchFunction) and fn.is_plain() and not (nondiff or nums or names):
         return fn.__wrapped__
-    where = None if device is None else torch.device(device)
-    return JaxFunction(fn, nondiff, nums, names, where, name)
+    try:
+        where = None if device is None else torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise SignatureError(f"device={device!r} of jax2torch is no device: {error}") from None
+    return JaxFunction(fn, nondiff, nums, names, where, sig.one_name(name, "name", label))
 
 
 def _checked(result: Any, label: str) -> Any:
@@ -315,6 +326,14 @@ def _jax_device(device: torch.device) -> Any:
     try:
         found = jax.local_devices(backend=platform)
     except RuntimeError:
-        raise Torch2JaxError(f"JAX has no device {device} here.") from None
+        found = []
     index = device.index or 0
-    return found[0] if platform == "cpu" else found[index]
+    if platform == "cpu":
+        return found[0]
+    if index >= len(found):
+        here = ", ".join(sorted({str(d) for d in jax.local_devices()}))
+        raise Torch2JaxError(
+            f"JAX has no device {device} here, but {here}: leave device= out, or install the JAX "
+            "that knows it."
+        )
+    return found[index]

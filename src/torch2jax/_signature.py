@@ -101,6 +101,7 @@ def resolve_statics(
     fn: Callable[..., Any],
     argnums: tuple[int, ...] | None,
     argnames: tuple[str, ...] | None,
+    label: str,
 ) -> tuple[tuple[int, ...], tuple[str, ...]]:
     """Positions and names of static arguments; one follows from the other, as in ``jax.jit``."""
     nums, names = argnums or (), argnames or ()
@@ -110,6 +111,21 @@ def resolve_statics(
     except (TypeError, ValueError):
         return nums, names
     both = [p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters]
+    kinds = {p.kind for p in parameters}
+    n = sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
+    if inspect.Parameter.VAR_POSITIONAL not in kinds:
+        for i in nums:
+            if not -n <= i < n:
+                raise SignatureError(
+                    f"static_argnums of {label} names argument {i}, and it takes {n} positional "
+                    "arguments."
+                )
+    if inspect.Parameter.VAR_KEYWORD not in kinds:
+        for name in names:
+            if not any(p.name == name and p.kind is not p.POSITIONAL_ONLY for p in parameters):
+                raise SignatureError(
+                    f"static_argnames of {label} names {name!r}, which it does not take by keyword."
+                )
     if argnums is None:
         nums = tuple(i for i, p in enumerate(parameters) if both[i] and p.name in names)
     elif argnames is None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ._errors import Torch2JaxWarning
+from ._errors import SignatureError, Torch2JaxWarning
 from ._programs import (
     Tensor,
     Tensors,
@@ -88,6 +88,13 @@ class _Account:
                 self.bytes -= counted
 
 
+def _budget_of_environment() -> int | None:
+    given = os.environ.get(_ENVIRONMENT, "")
+    if given and not given.isdecimal():
+        raise SignatureError(f"{_ENVIRONMENT}={given!r} must be a number of bytes, such as 4000000000.")
+    return int(given) if given else None
+
+
 class Tape:
     """Kept graphs by token, the least recently used first."""
 
@@ -98,8 +105,7 @@ class Tape:
         self._used: OrderedDict[Token, None] = OrderedDict()
         self._nonce = secrets.randbits(63) + 1
         self._count = 0
-        given = os.environ.get(_ENVIRONMENT)
-        self._budget: int | None = int(given) if given else None
+        self._budget = _budget_of_environment()
         self._hits = self._misses = self._evictions = 0
         self._copying: dict[str, None] = {}
 
@@ -253,10 +259,13 @@ def set_tape_budget(bytes: int | None) -> None:
 
     0 keeps nothing: every backward pass runs forward again.
 
+    Raises:
+      SignatureError: for anything but None and an int of at least 0.
+
     Examples:
       >>> set_tape_budget(2**30)
       >>> set_tape_budget(None)
     """
     if bytes is not None and (not isinstance(bytes, int) or bytes < 0):
-        raise ValueError(f"a tape budget is a number of bytes or None, got {bytes!r}")
+        raise SignatureError(f"a tape budget is a number of bytes or None, got {bytes!r}.")
     tape.set_budget(bytes)

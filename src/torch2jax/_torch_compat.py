@@ -27,6 +27,8 @@ from torch._functorch.vmap import (
 from torch.autograd import forward_ad
 from torch.utils._device import DeviceContext as DeviceContext
 
+from ._errors import Torch2JaxError
+
 unwrap_if_dead: Any = _unwrap_if_dead
 add_batch_dim: Any = _add_batch_dim
 remove_batch_dim: Any = _remove_batch_dim
@@ -200,9 +202,9 @@ def set_up_device(name: str, module: Any) -> None:
             _setup_privateuseone_for_python_backend as set_up,
         )
     except ImportError:
-        raise RuntimeError(
-            "this PyTorch cannot have a device made in Python; install a newer one for "
-            " torch2jax(..., lower=True) and device.enable()."
+        raise Torch2JaxError(
+            f"torch {torch.__version__} cannot have a device made in Python: lower=True and "
+            "device.enable() need a newer one."
         ) from None
     set_up(name, backend_module=module)
 

@@ -159,6 +159,7 @@ def torch2jax(
         fn,
         None if static_argnums is None else sig.indices(static_argnums, "static_argnums", label),
         None if static_argnames is None else sig.names(static_argnames, "static_argnames", label),
+        label,
     )
     config = Config(
         examples=(example_args, example_kw or {}) if example_args or example_kw else None,
