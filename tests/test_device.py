@@ -18,7 +18,7 @@ import torch
 from harness import close
 from torch import nn
 
-from torch2jax import UnsupportedDtypeError, device
+from torch2jax import Torch2JaxError, UnsupportedDtypeError, device
 from torch2jax.device.compile import backend
 
 device.enable()
@@ -34,6 +34,10 @@ PROGRAMS: dict[str, Any] = {
     "slice of a slice": lambda x: x[:, 1:][0].fill_(2),
     "diagonal": lambda x: x.diagonal().zero_(),
     "unfold": lambda x: x.unfold(1, 2, 1)[:, 0].add_(1),
+    "every window": lambda x: x.unfold(1, 2, 1).fill_(3),
+    "window in bits": lambda x: x.unfold(1, 2, 1)[:, 0].view(torch.int32).zero_(),
+    "one of expanded": lambda x: x.expand(2, 2, 3)[1].mul_(2),
+    "all of expanded": lambda x: x[1].expand(4, 3).zero_(),
     "as_strided": lambda x: x.as_strided((3,), (2,), 0).add_(10),
     "split": lambda x: x.split(2, 1)[0].neg_(),
     "unbind": lambda x: x.unbind(1)[2].copy_(x.unbind(1)[0]),
@@ -44,6 +48,12 @@ PROGRAMS: dict[str, Any] = {
     "index_put": lambda x: x.__setitem__(torch.tensor([0, 1]), torch.tensor(9.0).to(x.device)),
     "masked_fill_": lambda x: x.masked_fill_(x > 1, -1),
     "out": lambda x: torch.add(x, 1, out=x),
+    "out of no elements": lambda x: x.copy_(torch.add(x, 1, out=x.new_empty(0))),
+    "outs": lambda x: x[:, :2].copy_(
+        torch.topk(x, 2, out=(x.new_empty(0), x.new_empty(0, dtype=torch.int64)))[0]
+    ),
+    "narrow": lambda x: x.narrow(1, 1, 2).mul_(-1),
+    "reshape": lambda x: x.reshape(3, 2)[1].mul_(-1),
     "out view": lambda x: torch.mul(x[0], 2, out=x[1]),
     "clamp_": lambda x: x.clamp_(1, 3),
     "unsqueeze": lambda x: x.unsqueeze(0).squeeze().flatten().add_(1),
@@ -69,6 +79,12 @@ def test_in_place_and_views(name: str) -> None:
     close(x, expected)
     close(row, expected[1])
     assert x.stride() == expected.stride()
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_in_place_and_views_in_inference_mode(name: str) -> None:
+    with torch.inference_mode():
+        test_in_place_and_views(name)
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
@@ -123,6 +139,10 @@ def test_factories_and_moves() -> None:
         lambda d: torch.ones(3, device=d).new_full((2,), 5),
         lambda d: torch.tril_indices(3, 3, device=d),
         lambda d: torch.as_tensor(np.ones(3), dtype=torch.float32, device=d),
+        lambda d: torch.hann_window(5, device=d),
+        lambda d: torch.bartlett_window(5, device=d),
+        lambda d: torch.kaiser_window(5, device=d),
+        lambda d: torch.kaiser_window(4, periodic=False, beta=3.0, device=d),
     ):
         expected, got = make("cpu"), make("jax")
         assert isinstance(got, device.Tensor)
@@ -137,6 +157,26 @@ def test_factories_and_moves() -> None:
     assert x.to(torch.float16).dtype is torch.float16
     assert torch.zeros_like(x, device="cpu").device.type == "cpu"
     close(torch.ones(2).to(x), torch.ones(2))
+
+
+def test_the_default_dtype_selects_a_program() -> None:
+    number, whole = torch.full((1,), 2, device="jax"), torch.ones(1, dtype=torch.int32).to("jax")
+    makes: list[Any] = [lambda: torch.full((1,), 0.5, device="jax"), lambda: whole / number]
+    try:
+        for dtype in (torch.float32, torch.bfloat16, torch.float32):
+            torch.set_default_dtype(dtype)
+            for make in makes:
+                assert make().dtype is dtype
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_an_out_of_another_shape_is_resized() -> None:
+    x, out = torch.ones(2, 3, device="jax"), torch.ones(5, device="jax")
+    with pytest.warns(UserWarning, match="An output with one or more elements was resized"):
+        torch.add(x, 1, out=out)
+    close(out, torch.full((2, 3), 2.0))
+    assert out.stride() == (3, 1)
 
 
 def test_values() -> None:
@@ -239,6 +279,21 @@ def test_gradients_across_devices() -> None:
     assert x.grad.tolist() == [2.0, 2.0, 2.0]
 
 
+@pytest.mark.parametrize("foreach", [None, False, True])
+def test_clipping(foreach: bool | None) -> None:
+    values = (torch.tensor([3.0, -4.0]), torch.tensor([[12.0]]))
+    for clip in (torch.nn.utils.clip_grad_norm_, torch.nn.utils.clip_grad_value_):
+        results = []
+        for place in ("jax", "cpu"):
+            parameters = [nn.Parameter(torch.ones_like(x, device=place)) for x in values]
+            for p, x in zip(parameters, values, strict=True):
+                p.grad = x.to(place).clone()
+            results.append([clip(parameters, 6.5, foreach=foreach), *[p.grad for p in parameters]])
+        for ours, theirs in zip(*results, strict=True):
+            if theirs is not None:
+                close(ours, theirs)
+
+
 @pytest.mark.parametrize("foreach", [False, True])
 @pytest.mark.parametrize(
     ("make", "options"),
@@ -279,6 +334,50 @@ def test_state_dict_and_pickles() -> None:
     with torch.no_grad():
         twin[0].weight.zero_()
     assert ours[0].weight.abs().sum() > 0
+
+
+def test_load_to_the_device() -> None:
+    tied = torch.arange(6.0).reshape(2, 3)
+    saved = {
+        "w": nn.Parameter(tied),
+        "again": tied,
+        "t": torch.arange(6).reshape(2, 3).t(),
+        "half": torch.ones(2, dtype=torch.bfloat16),
+        "none": torch.ones(0, 3),
+        "number": torch.tensor(2.0),
+    }
+    file = io.BytesIO()
+    torch.save(saved, file)
+    for place in ("jax", "jax:0", torch.device("jax"), {"cpu": "jax"}):
+        file.seek(0)
+        found = torch.load(file, map_location=place)
+        for name, x in saved.items():
+            assert isinstance(found[name], device.Tensor)
+            assert found[name].dtype is x.dtype
+            close(found[name], x)
+        assert isinstance(found["w"], nn.Parameter)
+        assert found["w"].requires_grad
+        found["again"].add_(1)
+        close(found["w"], tied + 1)
+    file.seek(0)
+    with pytest.raises(RuntimeError, match="index 0 alone"):
+        torch.load(file, map_location="jax:1")
+    file.seek(0)
+    assert torch.load(file)["w"].device.type == "cpu"
+
+
+def test_load_of_a_module_and_of_old_files() -> None:
+    cpu, _, x = pair()
+    file = io.BytesIO()
+    torch.save(cpu.eval(), file)
+    file.seek(0)
+    ours = torch.load(file, map_location="jax", weights_only=False)
+    close(ours(x.to("jax")), cpu(x))
+    file = io.BytesIO()
+    torch.save({"x": x}, file, _use_new_zipfile_serialization=False)
+    file.seek(0)
+    with pytest.raises(Torch2JaxError, match='map_location="cpu"'):
+        torch.load(file, map_location="jax")
 
 
 def test_autocast() -> None:
@@ -511,6 +610,8 @@ WRONG: dict[str, tuple[Any, type[Exception], str]] = {
     "dimension": (lambda x: x.sum(5), IndexError, "Dimension out of range"),
     "index": (lambda x: x[7], IndexError, "out of bounds"),
     "view": (lambda x: x.view(4), RuntimeError, "invalid for input of size 6"),
+    "windows": (lambda x: x.unfold(1, 2, 1).add_(1), RuntimeError, "single memory location"),
+    "expanded": (lambda x: x.expand(2, 2, 3).add_(1), RuntimeError, "single memory location"),
     "in place": (lambda x: x.int().add_(1.5), RuntimeError, "can't be cast"),
     "another device": (lambda x: torch.ones(2, device="jax:1"), RuntimeError, "index 0 alone"),
     "move": (lambda x: x.cpu().to("jax:1"), RuntimeError, "index 0 alone"),

@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 
-from torch2jax import device
+from torch2jax import device, from_module
 from torch2jax.device import dispatch
+from torch2jax.device.events import recorded
 from torch2jax.device.tensor import Tensor
 
 device.enable()
@@ -41,7 +42,9 @@ def _count(event: str, duration_secs: float, **kwargs: str | int) -> None:
 
 @pytest.fixture
 def compilations() -> Iterator[list[int]]:
-    """How many programs XLA has compiled."""
+    """How many programs XLA has compiled, not counting JAX's own for ``asarray`` of a number."""
+    for number in (0.25, 1):
+        jax.numpy.asarray(number)
     jax.monitoring.register_event_duration_secs_listener(_count)
     _compilations[0] = 0
     yield _compilations
@@ -153,6 +156,32 @@ def test_what_a_derivative_does_not_read_may_change() -> None:
             y.sum().backward()
 
 
+@pytest.mark.parametrize("way", ["eager", "device.jit", "device.jit of a module", "lower=True"])
+def test_a_layer_is_one_operator(way: str) -> None:
+    layer, rows = torch.nn.Linear(3, 2), np.ones((4, 3), np.float32)
+    x: Any = torch.tensor(rows).to("jax")
+    with recorded() as events:
+        if way == "lower=True":
+            apply, variables = from_module(layer, lower=True)
+            jax.grad(lambda v: apply(v, rows).sum())(variables)
+        elif way == "device.jit of a module":
+            call = device.jit(layer.to("jax"))
+            for _ in range(2):
+                call(x).sum().backward()
+        else:
+            layer.to("jax")
+
+            def step() -> None:
+                layer(x).sum().backward()
+
+            call = device.jit(step) if way == "device.jit" else step
+            for _ in range(2):
+                call()
+    names = {name for name, _, _ in events.counts}
+    assert "aten.linear.default" in names
+    assert not names & {"aten.addmm.default", "aten.mm.default", "aten.t.default"}
+
+
 def test_a_mode_sees_the_parts() -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -218,6 +247,20 @@ LOOPS: dict[str, Callable[[torch.Tensor, int], Any]] = {
     "diagonal": lambda x, i: x[i : i + 4].diagonal().fill_(2),
     "unbind": lambda x, i: x.unbind(0)[i].add_(1),
     "split": lambda x, i: x.split(2)[i % 12].add_(1),
+    "slice_scatter": lambda x, i: x.slice_scatter(x[:3], 0, i, i + 3),
+    "slice_scatter to the end": lambda x, i: x[-4:].slice_scatter(x[:1], 0, -(i % 4) - 1, None, 9),
+    "select_scatter": lambda x, i: x.select_scatter(x[0], 0, i - 6),
+    "roll": lambda x, i: x.roll(i - 6, 0),
+    "roll of two": lambda x, i: x.roll((i, -i), (0, 1)),
+    "roll of all": lambda x, i: x.roll(i * 7),
+    "rows": lambda x, i: x[[i, i + 1]],
+    "index_select": lambda x, i: x.index_select(0, torch.tensor([i], device=x.device)),
+    "index_fill": lambda x, i: x.index_fill(0, torch.tensor([i], device=x.device), 0.5 * i),
+    "full": lambda x, i: torch.full((3,), 0.5 * i, device=x.device),
+    "full of whole numbers": lambda x, i: torch.full((3,), i, device=x.device),
+    "full_like": lambda x, i: torch.full_like(x, i),
+    "new_full": lambda x, i: x.new_full((2,), i),
+    "scatter": lambda x, i: x.scatter(0, torch.tensor([[i, 1]], device=x.device), 0.5 * i),
     "gradient of a row": lambda x, i: gradient(x, lambda w: w[i].square().sum()),
     "gradient of a slice": lambda x, i: gradient(x, lambda w: w[i : i + 3].square().sum()),
 }

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from torch2jax import Torch2JaxError, device
+from torch2jax import Torch2JaxError, device, torch2jax
 
 device.enable()
 
@@ -68,6 +69,48 @@ def test_an_optimizer_outside_of_the_compiled_function() -> None:
             optimizer.step()
     for p, q in zip(here.parameters(), there.parameters(), strict=True):
         np.testing.assert_allclose(p.detach().cpu(), q.detach(), 1e-3, 1e-4)
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam"])
+def test_a_learning_rate_that_changes_is_a_tensor(name: str) -> None:
+    there, here = pair()
+    x = torch.randn(4, 3)
+    for where, model in (("cpu", there), ("jax", here)):
+        options = {"capturable": True} if name == "Adam" and where == "jax" else {}
+        rate: Any = torch.tensor(0.1, device="jax") if where == "jax" else 0.1
+        optimizer = getattr(torch.optim, name)(model.parameters(), lr=rate, **options)
+        schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+        backward = backward_of(model)
+
+        def update(x: torch.Tensor, optimizer: Any = optimizer, backward: Any = backward) -> None:
+            optimizer.zero_grad()
+            backward(x)
+            optimizer.step()
+
+        step = device.jit(update) if where == "jax" else update
+        for _ in range(4):
+            step(x.to(where))
+            schedule.step()
+    for p, q in zip(here.parameters(), there.parameters(), strict=True):
+        np.testing.assert_allclose(p.detach().cpu(), q.detach(), 1e-3, 1e-4)
+
+
+def test_distributions_check_their_arguments_in_eager_mode_only() -> None:
+    from torch.distributions import Categorical, Normal, kl_divergence
+
+    def fn(x: torch.Tensor) -> torch.Tensor:
+        normal = Normal(x, x.exp())
+        choice = Categorical(logits=x)
+        divergence = kl_divergence(normal, Normal(torch.zeros_like(x), 1.0)).sum(-1)
+        return normal.log_prob(x + 1).sum(-1) + choice.entropy() + divergence
+
+    x = torch.randn(4, 3)
+    compiled = device.jit(fn)
+    lowered = jax.jit(torch2jax(fn, lower=True))(x.numpy())
+    for found in (compiled(x.to("jax")), compiled(x.to("jax")), device.tensor(lowered)):
+        np.testing.assert_allclose(found.cpu(), fn(x), 1e-4, 1e-5)
+    with pytest.raises(ValueError, match="to satisfy the constraint"):
+        Normal(x.to("jax"), -x.to("jax").abs())
 
 
 def test_a_compiled_optimizer_and_an_eager_backward() -> None:

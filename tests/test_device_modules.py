@@ -311,14 +311,16 @@ def test_a_lazy_module_is_moved_after_its_first_call() -> None:
     close(module.to("jax")(x.to("jax")), expected)
 
 
-def test_ctc_loss() -> None:
+@pytest.mark.parametrize("lengths_on", ["jax", "cpu"])
+def test_ctc_loss(lengths_on: str) -> None:
     torch.manual_seed(0)
     scores = torch.randn(12, 2, 5).log_softmax(-1)
     found = []
     for where in ("cpu", "jax"):
         x: Any = scores.clone().to(where).requires_grad_()
         targets = torch.tensor([[1, 2, 3], [2, 2, 4]], device=where)
-        steps, sizes = (torch.tensor(n, device=where) for n in ([12, 10], [3, 2]))
+        place = where if where == "cpu" else lengths_on
+        steps, sizes = (torch.tensor(n, device=place) for n in ([12, 10], [3, 2]))
         loss = nn.functional.ctc_loss(x, targets, steps, sizes)
         loss.backward()
         found.append((loss, x.grad))

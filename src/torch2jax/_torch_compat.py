@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -207,6 +208,25 @@ def set_up_device(name: str, module: Any) -> None:
             "device.enable() need a newer one."
         ) from None
     set_up(name, backend_module=module)
+
+
+def allow_foreach(device: str) -> None:
+    """Let PyTorch's clipping of gradients take tensors of a device several at a time."""
+    from torch.utils import _foreach_utils
+
+    known = _foreach_utils._get_foreach_kernels_supported_devices
+    _foreach_utils._get_foreach_kernels_supported_devices = lambda: [*known(), device]
+
+
+@contextlib.contextmanager
+def compiling() -> Iterator[None]:
+    """While ``torch.compiler.is_compiling()``, so that PyTorch's own code asks for no values."""
+    before = torch.compiler._is_compiling_flag
+    torch.compiler._is_compiling_flag = True
+    try:
+        yield
+    finally:
+        torch.compiler._is_compiling_flag = before
 
 
 def foreach_types() -> list[list[Any]]:

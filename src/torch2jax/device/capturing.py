@@ -23,6 +23,7 @@ from torch.utils import _pytree as torch_tree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .._errors import Torch2JaxError
+from .state import state
 from .tensor import Cell, Tensor, captures
 
 __all__ = ["Watch", "capturing", "noting_leaves"]
@@ -110,6 +111,14 @@ class Watch(TorchDispatchMode):
         super().__init__()
         self.ours: set[int] = set()
         self.kept: list[Any] = []
+
+    def __enter__(self) -> Any:
+        state.watches += 1
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        state.watches -= 1
+        super().__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

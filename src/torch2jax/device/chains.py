@@ -8,6 +8,7 @@ once. While a trace is under way starts are numbers, which XLA does better with.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -21,6 +22,7 @@ from .views import (
     SELECT_AT,
     SETTERS,
     SLICE_AT,
+    overlaps,
     scatter,
     slice_of,
     split_sizes,
@@ -54,9 +56,7 @@ class Step:
         return out if self.index is None else out[self.index]
 
     def set(self, x: Any, value: Any) -> Any:
-        setter = SETTERS.get(self.op)
-        if setter is None:
-            return scatter(self.get, x, value)
+        setter = SETTERS[self.op]
         if self.index is None:
             return setter(x, value, *self.args)
         return setter(x, value, self.index, *self.args)
@@ -101,13 +101,16 @@ class Pattern:
 class Chain:
     """The steps of one view, with numbers; programs that its pattern allows are shared."""
 
-    __slots__ = ("_next", "_starts_on_device", "_used", "pattern", "starts", "steps")
+    __slots__ = (
+        "_next", "_overlaps", "_starts_on_device", "_used", "pattern", "starts", "steps"
+    )  # fmt: skip
 
     def __init__(self, steps: tuple[Step, ...], pattern: Pattern, starts: tuple[int, ...]) -> None:
         self.steps, self.pattern = steps, pattern
         self.starts = np.array(starts, np.int32) if starts else None
         self._starts_on_device: Any = None
         self._used = False
+        self._overlaps: bool | None = None
         self._next: dict[Any, Chain] = {}
 
     def get(self, array: Any) -> Any:
@@ -127,6 +130,12 @@ class Chain:
             self._starts_on_device = jax.device_put(self.starts)
         self._used = True
         return array, self.starts
+
+    def overlaps(self, size: Sequence[int], stride: Sequence[int]) -> bool:
+        """Whether the view, which is of these sizes and strides, sees an element several times."""
+        if self._overlaps is None:
+            self._overlaps = overlaps(size, stride)
+        return self._overlaps
 
     def read(self, array: Any) -> Any:
         """The values of the view, by a compiled program."""
@@ -184,10 +193,21 @@ def _get(steps: tuple[Step, ...], array: Any) -> Any:
 
 
 def _set(steps: tuple[Step, ...], array: Any, value: Any) -> Any:
-    through_places = any(step.op not in SETTERS for step in steps)
-    if through_places and not any(step.op in OTHER_ELEMENTS for step in steps):
-        # Elements may be seen several times (unfold): only what the view sees is written.
+    """The new array: by runs of steps that select elements, and what sees other values between."""
+    for k, step in enumerate(steps):
+        if step.op in OTHER_ELEMENTS:
+            before = _get(steps[:k], array)
+            after = _set(steps[k + 1 :], step.get(before), value)
+            return _set_elements(steps[:k], array, step.set(before, after))
+    return _set_elements(steps, array, value)
+
+
+def _set_elements(steps: tuple[Step, ...], array: Any, value: Any) -> Any:
+    if any(step.op not in SETTERS for step in steps):
+        # What lies between may see an element several times (unfold), and what is written does not.
         return scatter(lambda x: _get(steps, x), array, value)
+    if not steps:
+        return value
     seen = [array]
     for step in steps[:-1]:
         seen.append(step.get(seen[-1]))

@@ -9,6 +9,7 @@ PyTorch differentiates), and for rare arguments, they are PyTorch's own.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -93,7 +94,15 @@ def register_composites() -> Any:
         kernel = _kernel(composite)
         for key in ("AutogradLazy", "AutogradPrivateUse1"):
             library.impl(composite.op._opname, kernel, key)
+    for key in ("AutogradLazy", "AutogradPrivateUse1", "Lazy", "PrivateUse1"):
+        library.impl("ctc_loss.Tensor", _ctc_loss, key)
     return library
+
+
+def _ctc_loss(scores: Any, targets: Any, steps: Any, sizes: Any, *rest: Any) -> Any:
+    """The lengths may be on the CPU, as they may beside CUDA tensors; a part divides by them."""
+    place = scores.device
+    return aten.ctc_loss.Tensor.decompose(scores, targets, steps.to(place), sizes.to(place), *rest)
 
 
 def _kernel(composite: _Composite) -> Callable[..., Any]:
@@ -106,15 +115,23 @@ def _kernel(composite: _Composite) -> Callable[..., Any]:
                 needed = needed or x.requires_grad
             elif x is not None:
                 return op.decompose(*operands)
-        if not eager() or dispatch_modes():
+        if not eager() or _watched():
             return op.decompose(*operands)
         if not (needed and torch.is_grad_enabled()):
             return operator_of(op)(operands, {})
-        if state.lowering or not composite.takes(*operands):
+        if not composite.takes(*operands):
             return op.decompose(*operands)
         return apply(*operands)
 
     return kernel
+
+
+def _watched() -> bool:
+    """Whether a mode that is not ours wants to see the parts."""
+    return dispatch_modes() > state.watches
+
+
+_AS_IT_IS = contextlib.nullcontext()
 
 
 def _function(composite: _Composite) -> Any:
@@ -123,11 +140,12 @@ def _function(composite: _Composite) -> Any:
     def forward(ctx: Any, *operands: Any) -> Any:
         keep = composite.saved(ctx.needs_input_grad)
         ctx.save_for_backward(*[x if k else None for x, k in zip(operands, keep, strict=False)])
-        return operator_of(op)(operands, {})
+        with torch.enable_grad() if state.lowering else _AS_IT_IS:  # JAX differentiates it as well
+            return operator_of(op)(operands, {})
 
     def backward(ctx: Any, g: Any) -> Any:
         operands, need = ctx.saved_tensors, ctx.needs_input_grad
-        if torch.is_grad_enabled() or type(g) is not Tensor or dispatch_modes():
+        if torch.is_grad_enabled() or type(g) is not Tensor or _watched():
             found = composite.by_parts(g, operands, need)
         else:
             found = operator_of(composite.backward)(composite.arguments(g, operands, need), {})

@@ -28,9 +28,9 @@ def keep_recipe(made: list[Tensor], program: Any, operands: list[Any]) -> None:
             t._cell.recipe = (program, [_snapshot(x) for x in operands], index)
 
 
-def is_large(program: Any) -> bool:
-    """Whether what an operator without operands makes is too large to embed."""
-    out, _ = jax.eval_shape(program.run)
+def is_large(program: Any, numbers: list[Any]) -> bool:
+    """Whether what an operator makes of numbers alone is too large to embed."""
+    out, _ = jax.eval_shape(program.run, *numbers)
     return any(x.size * x.dtype.itemsize > LARGE for x in jax.tree.leaves(out))
 
 

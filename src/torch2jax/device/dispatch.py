@@ -54,7 +54,19 @@ def _find(func: Any) -> Callable[[Any, Any], Any]:
         return SPECIAL[func]
     if func in GETTERS:
         return ViewOperator(func)
+    if _makes_views(func) and func._can_decompose():
+        return lambda args, kwargs: func.decompose(*args, **kwargs)
     return Operator(func)
+
+
+def _makes_views(func: Any) -> bool:
+    """Whether results may share the memory of an operand, as those of ``narrow``.
+
+    PyTorch takes such an operator apart before it comes here, but not in ``torch.inference_mode``
+    and not in its own kernels.
+    """
+    aliases = [r.alias_info for r in func._schema.returns]
+    return any(a is not None and not a.is_write for a in aliases)
 
 
 Tensor.__torch_dispatch__ = classmethod(dispatch)  # type: ignore[assignment]

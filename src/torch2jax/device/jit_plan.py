@@ -20,6 +20,7 @@ from torch.utils import _pytree as torch_tree
 
 from .._dtypes import dtype_j2t
 from .._errors import Torch2JaxError
+from .._torch_compat import compiling
 from . import random
 from .capturing import Watch, capturing
 from .constants import value_of
@@ -106,7 +107,7 @@ class Plan:
             with capturing(self.inputs) as capture:
                 # It may be traced inside a forward pass of autograd, where gradients are off.
                 grad = torch.enable_grad if self.grad else torch.no_grad
-                with random.drawing_from(words, words=True), scope, grad(), Watch():
+                with random.drawing_from(words, words=True), scope, grad(), compiling(), Watch():
                     result = self.fn(*args, **kwargs)
                 outs, self.out = _flatten_result(result)
                 results = [value_of(x) for x in outs]

@@ -10,7 +10,7 @@ import torch
 from jax.core import Tracer
 
 from .._errors import Torch2JaxError
-from .tensor import Tensor, concrete, only_one, read, to_torch
+from .tensor import Tensor, become, concrete, only_one, read, to_torch
 
 __all__ = ["install"]
 
@@ -131,8 +131,6 @@ def _get_data(self: Tensor) -> Any:
 
 
 def _set_data(self: Tensor, other: Any) -> None:
-    from .specials import become
-
     new: Any = other if type(other) is Tensor else torch.Tensor.to(other, "jax")
     become(self, new)
 

@@ -96,12 +96,13 @@ def foreign(x: torch.Tensor) -> Tensor:
     if x.ndim == 0 and x.dtype in (torch.float64, torch.complex128) and not x64_enabled():
         # Beside tensors it does not decide the dtype, and torch makes such numbers by itself.
         x = x.detach().to(torch.float32 if x.dtype is torch.float64 else torch.complex64)
+    if not state.lowering:
+        return wrap(from_torch(x), x.dtype)
     # Within one trace a constant that is used often is one constant; the tensor is kept for its id.
-    cached = state.constants.get(id(x)) if state.lowering else None
-    if cached is None or cached[0] is not x or cached[1] != x._version:
-        cached = (x, x._version, from_torch(x))
-        if state.lowering:
-            state.constants[id(x)] = cached
+    version = 0 if x.is_inference() else x._version
+    cached = state.constants.get(id(x))
+    if cached is None or cached[0] is not x or cached[1] != version:
+        cached = state.constants[id(x)] = (x, version, from_torch(x))
     return wrap(cached[2], x.dtype)
 
 

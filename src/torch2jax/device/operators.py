@@ -24,7 +24,7 @@ from .operands import cells_of, flatten, note_read
 from .program import NoDecompositionHere, Program
 from .routes import Route
 from .state import state
-from .tensor import Tensor, ValueNeeded, captures, read_cell, wrap, write
+from .tensor import Tensor, ValueNeeded, captures, read_cell, refuse_overlap, replace, wrap
 
 __all__ = ["Operator"]
 
@@ -76,7 +76,7 @@ class Operator:
         scalars = route.scalars
         x64 = x64_enabled()
         operands: list[Any] = []
-        key: list[Any] = [x64]
+        key: list[Any] = [x64, torch.get_default_dtype()]
         generator = None
         for i, a in enumerate(args):
             if type(a) is Tensor:
@@ -100,6 +100,8 @@ class Operator:
         program = self.programs.get(hashed)
         if program is None:
             program = self.programs[hashed] = Program(route, args, kwargs, operands)
+        for slot in program.views_written:
+            refuse_overlap(operands[slot])
         if captures:
             note_read(operands)
         traced = False
@@ -119,8 +121,8 @@ class Operator:
             words = random.next_words(generator)
             traced = traced or isinstance(words, Tracer)
             arrays.append(words)
-        if state.factories_traced and not operands:
-            traced = traced or is_large(program)
+        if state.factories_traced and not (route.random or _has_tensors(operands)):
+            traced = traced or is_large(program, operands)
         if traced:
             return self._call_traced(program, operands, words)
         if self.compiles:
@@ -131,8 +133,10 @@ class Operator:
                     return wrap(out, program.torch_dtypes[0])
                 return self._wrapped(program, operands, out, bases, False)
             with jax.ensure_compile_time_eval():
-                # What has no operands is soon made; a compilation takes some 20 ms.
-                out, bases = (program.jitted if arrays else program.run)(*arrays)
+                if route.random or _has_tensors(operands):
+                    out, bases = program.jitted(*arrays)
+                else:  # soon made, where a compilation takes some 20 ms
+                    out, bases = program.run(*operands)
             return self._wrapped(program, operands, out, bases, True)
         if route.kind == "decomposed":
             result = self._call_decomposed(program, operands, arrays)
@@ -165,7 +169,7 @@ class Operator:
             out = jax.tree.map(jax.lax.stop_gradient, out)
             new = [_unseen(values[s], x) for s, x in zip(slots, new, strict=True)]
         for slot, value in zip(slots, new, strict=True):
-            write(operands[slot], value)
+            replace(operands[slot], value)
         return self._results(program, operands, out)
 
     def _call_concrete(self, program: Program, operands: list[Any]) -> Any:
@@ -174,7 +178,7 @@ class Operator:
             values = [read_cell(x, x._cell.array) if type(x) is Tensor else x for x in operands]
             out, new = program.compute(values, None)
         for slot, value in zip(program.mutated, new, strict=True):
-            write(operands[slot], value)
+            replace(operands[slot], value)
         return self._results(program, operands, out)
 
     # --- results
@@ -184,7 +188,11 @@ class Operator:
     ) -> Any:
         """After a compiled program: its results, and new arrays in the cells it has written to."""
         for slot, base in zip(program.mutated, bases, strict=True):
-            cell = operands[slot]._cell
+            x = operands[slot]
+            if x._chain is None and slot in program.outs:
+                replace(x, base)
+                continue
+            cell = x._cell
             cell.array, cell.recipe = base, None
             cell.version += 1
         made: list[Tensor] = []
@@ -220,6 +228,10 @@ def _tensors(out: Any, dtypes: Sequence[torch.dtype], made: list[Tensor]) -> Any
         out = jax.numpy.asarray(out)
     made.append(wrap(out, dtypes[min(len(made), len(dtypes) - 1)]))
     return made[-1]
+
+
+def _has_tensors(operands: list[Any]) -> bool:
+    return any(type(x) is Tensor for x in operands)
 
 
 _VALUES = object()

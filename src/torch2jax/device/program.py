@@ -50,7 +50,12 @@ class Program:
         self.patterns = [None if c is None else c.pattern for c in chains]
         self.dtypes = [t.dtype if t is not None else None for t in tensors]
         self.mutated = route.written(self.args, self.kwargs)
+        self.outs = set(self.mutated if route.to_outs else ())
         self.cells = cells_of(operands)
+        self.views_written = [
+            slot for slot in self.mutated if chains[slot] is not None and not route.fills
+        ]
+        """Operands that may not see an element of their memory twice."""
         self.torch_dtypes: list[torch.dtype] = []
         self.jitted = jax.jit(self.run)
 
@@ -78,7 +83,7 @@ class Program:
         for slot, value in zip(self.mutated, new, strict=True):
             old, dtype = values[slot], self.dtypes[slot]
             assert dtype is not None
-            if value.shape != old.shape:
+            if value.shape != old.shape and not self._resized(slot):
                 value = jax.numpy.broadcast_to(value, old.shape)
             if value.dtype != old.dtype:
                 have = dtype_j2t(value.dtype)
@@ -89,6 +94,10 @@ class Program:
                 value = jax.lax.convert_element_type(value, old.dtype)
             checked.append(value)
         return out, checked
+
+    def _resized(self, slot: int) -> bool:
+        """``out=`` takes the shape of the result."""
+        return slot in self.outs and self.patterns[slot] is None
 
     def _results(self, values: list[Any], key: Any) -> tuple[Any, list[Any]]:
         route = self.route

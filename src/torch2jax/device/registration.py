@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from .._errors import Torch2JaxError
-from .._torch_compat import foreach_types, set_up_device
+from .._torch_compat import allow_foreach, foreach_types, set_up_device
 from . import dispatch, generator, methods, modules, random
 from .autocast import register_autocast, scale_gradients
 from .composites import register_composites
+from .loading import register_loading
 from .tensor import Tensor, only_one
 
 __all__ = ["enable", "is_enabled"]
@@ -128,6 +129,8 @@ def enable() -> None:
         modules.keep_ties()
         generator.install()
         scale_gradients()
+        register_loading()
+        allow_foreach("lazy")  # as which C++ knows the device
         # Optimizers take their multi-tensor form for these types of parameters only.
         for types in foreach_types():
             if Tensor not in types:
@@ -182,6 +185,9 @@ _FACTORIES = (
     "randperm",
     "randperm.generator",
     "_efficientzerotensor",
+    "kaiser_window",
+    "kaiser_window.periodic",
+    "kaiser_window.beta",
 )
 
 

@@ -14,6 +14,11 @@ from .operands import Slot
 __all__ = ["Route"]
 
 
+aten = torch.ops.aten
+_FILLS = (aten.fill_.Scalar, aten.fill_.Tensor, aten.zero_.default)
+"""They write the same everywhere: the only ones that may write to an element twice."""
+
+
 class Route:
     """What is known of an operator, and which way it goes.
 
@@ -32,6 +37,7 @@ class Route:
         ]
         self.mutable = [a.name for a in written]
         outs = [a.name for a in written if a.is_out]
+        self.to_outs = bool(outs)
         self.writes_several = len(written) > 1 or any("List" in str(a.type) for a in written)
         self.returns_mutated = bool(schema.returns) and all(
             r.alias_info is not None for r in schema.returns
@@ -43,6 +49,7 @@ class Route:
             if functional is not None:
                 self.target, self.drop = functional, tuple(outs)
         self.pure = self.target is not func or not self.mutable
+        self.fills = func in _FILLS
         self.kind: str
         self.lowered: Any = None
         self.decomposition: Any = None

@@ -20,6 +20,7 @@ from .state import foreign_allowed, state
 from .tensor import (
     Tensor,
     ValueNeeded,
+    become,
     carried,
     concrete,
     from_torch,
@@ -35,6 +36,18 @@ aten = torch.ops.aten
 
 def _is_ours(device: Any) -> bool:
     return device is None or torch.device(device).type in ("jax", "lazy")
+
+
+def _ours(func: Any) -> Any:
+    """The ordinary way of an operator that also has a handler."""
+    op: list[Any] = []
+
+    def call(args: Any, kwargs: Any) -> Any:
+        if not op:
+            op.append(Operator(func))
+        return op[0](args, kwargs)
+
+    return call
 
 
 # --- to and from other devices -------------------------------------------------------------------
@@ -140,6 +153,18 @@ def _assert_async(args: Any, kwargs: Any) -> Any:
         )
 
 
+_is_all_true = _ours(aten._is_all_true.default)
+
+
+@special(aten._is_all_true.default)
+def _holds(args: Any, kwargs: Any) -> Any:
+    """As which ``torch.distributions`` check their arguments: in a traced function they hold."""
+    if not isinstance(read(args[0]), Tracer):
+        return _is_all_true(args, kwargs)
+    with jax.ensure_compile_time_eval():
+        return wrap(jax.numpy.asarray(True), torch.bool)
+
+
 @special(aten._linalg_check_errors.default)
 def _linalg_check_errors(args: Any, kwargs: Any) -> Any:
     """In a compiled program a singular matrix gives NaN or infinity, as in JAX."""
@@ -155,13 +180,6 @@ def _linalg_check_errors(args: Any, kwargs: Any) -> Any:
 # --- changes of the tensor itself ----------------------------------------------------------------
 
 
-def become(x: Tensor, other: Tensor) -> Tensor:
-    """Make ``x`` what ``other`` is: sizes, dtype and memory."""
-    torch.Tensor.data.__set__(x, other)  # type: ignore[attr-defined]
-    x._cell, x._chain, x._memo = other._cell, other._chain, None
-    return x
-
-
 @special(aten.set_.source_Tensor)
 def _set_(args: Any, kwargs: Any) -> Any:
     if len(args) != 2 or type(args[1]) is not Tensor:
@@ -169,8 +187,8 @@ def _set_(args: Any, kwargs: Any) -> Any:
     return become(args[0], args[1])
 
 
-@special(aten.set_.source_Storage, aten.set_.source_Storage_storage_offset, aten.set_.default)
-def _set_storage(args: Any, kwargs: Any) -> Any:
+@special(aten.set_.source_Storage, aten.set_.default)
+def refuse_storage(args: Any, kwargs: Any) -> Any:
     raise Torch2JaxError(
         "set_ on device jax takes a tensor on device jax: a JAX array has no storage to share."
     )
@@ -259,18 +277,6 @@ def _without_masks(x: Tensor, indices: Any, what: str) -> list[Any]:
 
 def _has_mask(indices: Any) -> bool:
     return any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in indices)
-
-
-def _ours(func: Any) -> Any:
-    """The ordinary way of an operator that also has a handler."""
-    op: list[Any] = []
-
-    def call(args: Any, kwargs: Any) -> Any:
-        if not op:
-            op.append(Operator(func))
-        return op[0](args, kwargs)
-
-    return call
 
 
 _scalar_tensor = _ours(aten.scalar_tensor.default)

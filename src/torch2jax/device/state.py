@@ -18,6 +18,7 @@ class _State(threading.local):
     composite = 0  # inside a decomposition
     active: tuple[Any, ...] = ()  # the operators whose decompositions are under way
     factories_traced = False  # large results of operators without operands are tracers
+    watches = 0  # modes of our own around what is compiled
     compiling = False  # a decomposition for eager mode
     float64_is_float32 = False  # without x64: a cast to float64 gives float32
 

@@ -9,6 +9,7 @@ caller's thread without a guard. Kernels are registered for both keys.
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,7 +25,19 @@ from .._errors import SignatureError, Torch2JaxError
 from ..lowerings.registry import carried
 from .chains import Chain
 
-__all__ = ["Cell", "Tensor", "from_torch", "read", "tensor", "to_torch", "wrap", "write"]
+__all__ = [
+    "Cell",
+    "Tensor",
+    "become",
+    "from_torch",
+    "read",
+    "refuse_overlap",
+    "replace",
+    "tensor",
+    "to_torch",
+    "wrap",
+    "write",
+]
 
 LAZY = torch.device("lazy", 0)
 # Autocast's kernels are found by a key of their own, which "lazy" does not bring.
@@ -148,6 +161,37 @@ def write(t: Tensor, value: Any) -> None:
     cell.array = value if chain is None else chain.set(cell.array, value)
     cell.recipe = None
     cell.version += 1
+
+
+def replace(t: Tensor, value: Any) -> None:
+    """``write``, of what may have another shape where it goes to an ``out=``."""
+    if value.shape == t.shape:
+        write(t, value)
+        return
+    if t.numel():
+        warnings.warn(
+            f"An output with one or more elements was resized since it had shape {list(t.shape)}, "
+            f"which does not match the required output shape {list(value.shape)}.",
+            UserWarning,
+            stacklevel=2,
+        )
+    become(t, wrap(value, t.dtype))
+
+
+def become(x: Tensor, other: Tensor) -> Tensor:
+    """Make ``x`` what ``other`` is: sizes, dtype and memory."""
+    torch.Tensor.data.__set__(x, other)  # type: ignore[attr-defined]
+    x._cell, x._chain, x._memo = other._cell, other._chain, None
+    return x
+
+
+def refuse_overlap(t: Tensor) -> None:
+    """A view that sees an element several times has no one value to write there."""
+    if t._chain is not None and t._chain.overlaps(t.shape, t.stride()):
+        raise RuntimeError(
+            "unsupported operation: more than one element of the written-to tensor refers to a "
+            "single memory location. Please clone() the tensor before performing the operation."
+        )
 
 
 def tensor(array: Any, requires_grad: bool = False) -> Tensor:

@@ -70,10 +70,16 @@ class ViewOperator:
         found = geometry(self.func, rest, dtype, size, stride, offset)
         if self.strided:
             return self._as_strided(x, rest, found)
-        base = chain or ROOT
+        same = None if self.func in OTHER_ELEMENTS else (dtype, size, stride, offset)
+
+        def further(where: Any, index: int | None = None) -> Any:
+            if where == same:  # what the operand sees: no step
+                return (chain, *where)
+            return ((chain or ROOT).then(size, self.func, rest, index), *where)
+
         if type(found) is list:
-            return [(base.then(size, self.func, rest, i), *where) for i, where in enumerate(found)]
-        return (base.then(size, self.func, rest), *found)
+            return [further(where, i) for i, where in enumerate(found)]
+        return further(found)
 
     def _positional(self, rest: tuple[Any, ...], kwargs: Any) -> tuple[Any, ...]:
         """Arguments by position, with PyTorch's defaults between."""

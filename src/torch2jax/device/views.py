@@ -75,15 +75,6 @@ def _expand(x: Any, size: Sequence[int], implicit: bool = False) -> Any:
     return x if full == x.shape else _module(x).broadcast_to(x, full)
 
 
-def _expand_back(x: Any, value: Any, size: Sequence[int], implicit: bool = False) -> Any:
-    if x.shape == value.shape:
-        return value
-    raise RuntimeError(
-        "unsupported operation: more than one element of the written-to tensor refers to a single "
-        "memory location. Please clone() the tensor before performing the operation."
-    )
-
-
 def _module(x: Any) -> Any:
     """NumPy for NumPy arrays: the indices of ``scatter`` are made outside of any trace."""
     return np if isinstance(x, np.ndarray) else jnp
@@ -245,13 +236,14 @@ def _complex_of_parts(x: Any) -> Any:
 
 def _bits(x: Any, dtype: torch.dtype) -> Any:
     new = dtype_t2j(dtype)
-    if new.itemsize == x.dtype.itemsize:
+    old_size, new_size = x.dtype.itemsize, new.itemsize
+    if new_size == old_size:
         return _bitcast(x, new)
-    if new.itemsize < x.dtype.itemsize:
+    if new_size < old_size:
         out = _bitcast(x, new)
-        return out.reshape((*x.shape[:-1], -1)) if x.ndim else out
-    ratio = new.itemsize // x.dtype.itemsize
-    return _bitcast(x.reshape((*x.shape[:-1], -1, ratio)), new)
+        return out.reshape((*x.shape[:-1], x.shape[-1] * (old_size // new_size))) if x.ndim else out
+    ratio = new_size // old_size
+    return _bitcast(x.reshape((*x.shape[:-1], x.shape[-1] // ratio, ratio)), new)
 
 
 def _bitcast(x: Any, dtype: Any) -> Any:
@@ -263,10 +255,14 @@ def _bitcast(x: Any, dtype: Any) -> Any:
         return _bitcast(x, np.dtype(np.uint8)).astype(bool)
     if x.dtype.kind == "c":
         parts = _parts_of_complex(x)
-        return _bitcast(parts.reshape(*x.shape[:-1], -1) if x.ndim else parts, dtype)
+        if x.ndim and dtype.itemsize <= parts.dtype.itemsize:
+            parts = parts.reshape((*x.shape[:-1], 2 * x.shape[-1]))
+        return _bitcast(parts, dtype)
     if dtype.kind == "c":
         half = np.dtype(np.float32 if dtype.itemsize == 8 else np.float64)
-        return _complex_of_parts(_bitcast(x, half).reshape(*x.shape[: x.ndim - 1], 2))
+        ratio = half.itemsize // x.dtype.itemsize
+        x = x.reshape((*x.shape[:-1], 2, ratio)) if ratio > 1 else x
+        return _complex_of_parts(_bitcast(x, half))
     return jax.lax.bitcast_convert_type(x, dtype)
 
 
@@ -276,7 +272,7 @@ def _bits_back(x: Any, value: Any, dtype: torch.dtype) -> Any:
         return _bitcast(value, old)
     if value.dtype.itemsize > old.itemsize:
         return _bitcast(value, old).reshape(x.shape)
-    return _bitcast(value.reshape((*x.shape, -1)), old).reshape(x.shape)
+    return _bitcast(value.reshape((*x.shape, old.itemsize // value.dtype.itemsize)), old)
 
 
 def _detached(x: Any) -> Any:
@@ -335,7 +331,6 @@ SETTERS: dict[Any, Get] = {
     aten.t.default: lambda x, value: _t(value),
     aten.transpose.int: lambda x, value, a, b: _swap(value, a, b),
     aten.permute.default: _permute_back,
-    aten.expand.default: _expand_back,
     aten.squeeze.default: _reshape_back,
     aten.squeeze.dim: _reshape_back,
     aten.squeeze.dims: _reshape_back,
@@ -361,6 +356,25 @@ OTHER_ELEMENTS = {
     aten._neg_view.default,
 }
 """Views that see other values than are in memory, not a part of them."""
+
+
+def overlaps(size: Sequence[int], stride: Sequence[int]) -> bool:
+    """Whether a view sees an element of memory several times."""
+    if 0 in size:
+        return False
+    reach = 0
+    for s, n in sorted((s, n) for n, s in zip(size, stride, strict=True) if n > 1):
+        if s == 0:
+            return True
+        if s <= reach:
+            break
+        reach += s * (n - 1)
+    else:
+        return False
+    places = np.zeros((), np.int64)
+    for n, s in zip(size, stride, strict=True):
+        places = np.add.outer(places, np.arange(n) * s)
+    return np.unique(places).size < places.size
 
 
 def geometry(

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from .._compat import trace_state_clean
-from .registry import carried, cast, kind, lowering
+from .registry import carried, cast, kind, lowering, result_dtype
 
 FEW = 1 << 16
 """Elements up to which a tensor without operands may be a constant of a program."""
@@ -60,10 +60,10 @@ def _natural(value: Any) -> torch.dtype:
     return default
 
 
-@lowering("full", "prims.full")
+@lowering("full", "prims.full", scalars=("fill_value",))
 def full(size: Any, fill_value: Any, *, dtype: Any = None, **_: Any) -> Any:
     if hasattr(fill_value, "dtype"):
-        wanted = fill_value.dtype if dtype is None else carried(dtype)
+        wanted = result_dtype(fill_value) if dtype is None else carried(dtype)
         return jnp.broadcast_to(cast(fill_value, wanted), tuple(size))
     return _filled(size, fill_value, carried(dtype or _natural(fill_value)))
 
@@ -73,7 +73,7 @@ def scalar_tensor(s: Any, *, dtype: Any = None, **_: Any) -> Any:
     return full((), s, dtype=dtype or torch.get_default_dtype())
 
 
-@lowering("full_like", "prims.full_like")
+@lowering("full_like", "prims.full_like", scalars=("fill_value",))
 def full_like(self: Any, fill_value: Any, *, dtype: Any = None, **_: Any) -> Any:
     return jnp.full(self.shape, fill_value, self.dtype if dtype is None else carried(dtype))
 
@@ -103,7 +103,7 @@ def new_ones(self: Any, size: Any, *, dtype: Any = None, **_: Any) -> Any:
     return jnp.ones(tuple(size), self.dtype if dtype is None else carried(dtype))
 
 
-@lowering("new_full")
+@lowering("new_full", scalars=("fill_value",))
 def new_full(self: Any, size: Any, fill_value: Any, *, dtype: Any = None, **_: Any) -> Any:
     return jnp.full(tuple(size), fill_value, self.dtype if dtype is None else carried(dtype))
 
@@ -162,6 +162,14 @@ def logspace(
     start: Any, end: Any, steps: int, base: float = 10.0, *, dtype: Any = None, **_: Any
 ) -> Any:
     values = torch.logspace(start, end, steps, base, dtype=dtype, device="cpu")
+    return _known(values, dtype)
+
+
+@lowering("kaiser_window", "kaiser_window.periodic", "kaiser_window.beta")
+def kaiser_window(
+    window_length: int, periodic: bool = True, beta: float = 12.0, *, dtype: Any = None, **_: Any
+) -> Any:
+    values = torch.kaiser_window(window_length, periodic, beta, dtype=torch.float64, device="cpu")
     return _known(values, dtype)
 
 

@@ -97,12 +97,12 @@ def _scatter(self: Any, dim: int, index: Any, src: Any, how: str) -> Any:
     return getattr(at, how)(src).reshape(self.shape)
 
 
-@lowering("scatter.src", "scatter.value")
+@lowering("scatter.src", "scatter.value", scalars=("value",))
 def scatter(self: Any, dim: int, index: Any, src: Any = None, **named: Any) -> Any:
     return _scatter(self, dim, index, named.get("value", src), "set")
 
 
-@lowering("scatter.reduce", "scatter.value_reduce")
+@lowering("scatter.reduce", "scatter.value_reduce", scalars=("value",))
 def scatter_with(self: Any, dim: int, index: Any, src: Any, *, reduce: str) -> Any:
     return _scatter(self, dim, index, src, {"add": "add", "multiply": "multiply"}[reduce])
 
@@ -144,7 +144,7 @@ def scatter_reduce(
     return out / count if is_inexact(self) else jnp.floor_divide(out, count)
 
 
-@lowering("index_add")
+@lowering("index_add", scalars=("alpha",))
 def index_add(self: Any, dim: int, index: Any, source: Any, *, alpha: Any = 1) -> Any:
     return _along_dim(self, dim, index, cast(source, self.dtype) * cast(alpha, self.dtype), "add")
 
@@ -154,7 +154,7 @@ def index_copy(self: Any, dim: int, index: Any, source: Any) -> Any:
     return _along_dim(self, dim, index, source, "set")
 
 
-@lowering("index_fill.int_Scalar", "index_fill.int_Tensor")
+@lowering("index_fill.int_Scalar", "index_fill.int_Tensor", scalars=("value",))
 def index_fill(self: Any, dim: int, index: Any, value: Any) -> Any:
     return _along_dim(self, dim, index, cast(value, self.dtype), "set")
 

@@ -88,13 +88,13 @@ def randperm(words: Any, n: int, *, dtype: Any = torch.int64, **_: Any) -> Any:
     return jax.random.permutation(_key(words), n).astype(carried(dtype or torch.int64))
 
 
-@lowering("uniform", random=True)
+@lowering("uniform", random=True, scalars=("from", "to"))
 def uniform(words: Any, self: Any, from_: Any = 0.0, to: Any = 1.0, **named: Any) -> Any:
     low = named.get("from", from_)
     return cast(_uniform(words, self.shape, wide(self.dtype)) * (to - low) + low, self.dtype)
 
 
-@lowering("normal_functional", random=True)
+@lowering("normal_functional", random=True, scalars=("mean", "std"))
 def normal(words: Any, self: Any, mean: float = 0, std: float = 1) -> Any:
     if kind(self.dtype) == 3:
         return jax.random.normal(_key(words), self.shape, self.dtype) * std + mean
@@ -114,7 +114,7 @@ def bernoulli(words: Any, self: Any) -> Any:
     return drawn.astype(self.dtype)
 
 
-@lowering("bernoulli.p", random=True)
+@lowering("bernoulli.p", random=True, scalars=("p",))
 def bernoulli_p(words: Any, self: Any, p: float = 0.5) -> Any:
     return (jax.random.uniform(_key(words), self.shape) < p).astype(self.dtype)
 

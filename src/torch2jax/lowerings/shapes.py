@@ -31,9 +31,9 @@ def flip(self: Any, dims: Any) -> Any:
     return jnp.flip(self, dims_of(self, dims)) if dims and self.ndim else self
 
 
-@lowering("roll")
+@lowering("roll", scalars=("shifts",))
 def roll(self: Any, shifts: Any, dims: Any = ()) -> Any:
-    shifts = [shifts] if isinstance(shifts, int) else list(shifts)
+    shifts = list(shifts) if isinstance(shifts, list | tuple) else [shifts]
     dims = [dims] if isinstance(dims, int) else list(dims)
     if not self.size:
         return self
@@ -99,7 +99,7 @@ def diag_embed(self: Any, offset: int = 0, dim1: int = -2, dim2: int = -1) -> An
     return jnp.moveaxis(out, (-2, -1), (dim1, dim2))
 
 
-@lowering("_unsafe_view", "reshape", "view_copy", "prims.reshape")
+@lowering("_unsafe_view", "view_copy", "prims.reshape")
 def unsafe_view(self: Any, size: Any) -> Any:
     from ..device.views import resolved
 
@@ -149,64 +149,62 @@ def unfold_backward(grad_in: Any, input_sizes: Any, dim: int, size: int, step: i
     return flat.at[places].add(grad_in).reshape(input_sizes)
 
 
-# In eager mode a start comes as an array, so that a loop over it compiles one program.
-@lowering("slice_backward", scalars=("start", "end"))
-def slice_backward(
-    grad_output: Any, input_sizes: Any, dim: int, start: Any, end: Any, step: int
-) -> Any:
+# In eager mode an index comes as an array, so that a loop over it compiles one program.
+
+
+def _part_set(x: Any, part: Any, dim: int, start: Any, step: int) -> Any:
+    """``x`` with the elements of a slice replaced; PyTorch's default start is None."""
     from ..device.views import SETTERS, SLICE_AT
 
-    zeros = jnp.zeros(input_sizes, grad_output.dtype)
-    dim = dim % zeros.ndim
-    n, count = zeros.shape[dim], grad_output.shape[dim]
+    dim = dim % x.ndim
+    n, count = x.shape[dim], part.shape[dim]
     if not count:
-        return zeros
+        return x
     if hasattr(start, "dtype"):
         start = jnp.clip(jnp.where(start < 0, start + n, start), 0, n)
     else:
         start = slice(start, None).indices(n)[0]
-    return SETTERS[SLICE_AT](zeros, grad_output, start, dim, count, step)
+    return SETTERS[SLICE_AT](x, part, start, dim, count, step)
+
+
+def _row_set(x: Any, row: Any, dim: int, index: Any) -> Any:
+    from ..device.views import SELECT_AT, SETTERS
+
+    return SETTERS[SELECT_AT](x, row, index, dim)
+
+
+@lowering("slice_backward", scalars=("start", "end"))
+def slice_backward(
+    grad_output: Any, input_sizes: Any, dim: int, start: Any, end: Any, step: int
+) -> Any:
+    return _part_set(jnp.zeros(input_sizes, grad_output.dtype), grad_output, dim, start, step)
 
 
 @lowering("select_backward", scalars=("index",))
 def select_backward(grad_output: Any, input_sizes: Any, dim: int, index: Any) -> Any:
-    from ..device.views import SELECT_AT, SETTERS
-
-    zeros = jnp.zeros(input_sizes, grad_output.dtype)
-    return SETTERS[SELECT_AT](zeros, grad_output, index, dim)
+    return _row_set(jnp.zeros(input_sizes, grad_output.dtype), grad_output, dim, index)
 
 
-@lowering("slice_scatter")
+@lowering("slice_scatter", scalars=("start", "end"))
 def slice_scatter(
-    self: Any,
-    src: Any,
-    dim: int = 0,
-    start: int | None = None,
-    end: int | None = None,
-    step: int = 1,
+    self: Any, src: Any, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
 ) -> Any:
-    from ..device.views import SETTERS
-
-    return SETTERS[torch.ops.aten.slice.Tensor](self, cast(src, self.dtype), dim, start, end, step)
+    return _part_set(self, cast(src, self.dtype), dim, start, step)
 
 
-@lowering("select_scatter")
-def select_scatter(self: Any, src: Any, dim: int, index: int) -> Any:
-    from ..device.views import SETTERS
-
-    return SETTERS[torch.ops.aten.select.int](self, cast(src, self.dtype), dim, index)
+@lowering("select_scatter", scalars=("index",))
+def select_scatter(self: Any, src: Any, dim: int, index: Any) -> Any:
+    return _row_set(self, cast(src, self.dtype), dim, index)
 
 
 @lowering("as_strided_scatter")
 def as_strided_scatter(
     self: Any, src: Any, size: Any, stride: Any, storage_offset: int | None = None
 ) -> Any:
-    from ..device.chains import Step
+    from ..device.views import GETTERS, scatter
 
-    step = Step(
-        torch.ops.aten.as_strided.default, (tuple(size), tuple(stride), storage_offset), None
-    )
-    return step.set(self, cast(src, self.dtype))
+    seen = GETTERS[torch.ops.aten.as_strided.default]
+    return scatter(lambda x: seen(x, size, stride, storage_offset), self, cast(src, self.dtype))
 
 
 @lowering("tril_indices")
