@@ -14,8 +14,9 @@
 
 namespace bridge {
 
-// What the handler knows of one callable. Immutable once registered, but for `run` and
-// `default_dtype`, which belong to the garbage collector's world (see Registry), and the counter.
+// What the handler knows of one callable. Immutable once registered, but for `run`,
+// `collect` and `default_dtype`, which belong to the garbage collector's world (see Registry), and
+// the counter.
 struct Callable {
   std::string name;
   std::string label;                 // the user's function, for messages
@@ -40,10 +41,10 @@ struct Found {
 };
 
 // NOTE [Registry lifetimes]. The registry owns nothing: an entry lives as long as its Python
-// object, which executables keep alive. It has a lock of its own and never relies on the GIL. `run`
-// and `default_dtype` change only under that lock (Withdraw, from the destructor or the garbage
-// collector), so a call that finds an entry holds references of its own. No Python code runs under
-// the lock.
+// object, which executables keep alive. It has a lock of its own and never relies on the GIL.
+// `run`, `collect` and `default_dtype` change only under that lock (Withdraw, from the destructor
+// or the garbage collector), so a call that finds an entry holds references of its own. No Python
+// code runs under the lock.
 class Registry {
  public:
   // False: a live entry has this name.
@@ -52,7 +53,7 @@ class Registry {
   static void Withdraw(Callable& callable) noexcept;
   // Needs the GIL. `callable` is null when there is none.
   static Found Find(std::string_view name);
-  // One new reference each (or null); for the garbage collector and for properties.
+  // A new reference, or null; for tests of the registry.
   static Owned Run(Callable& callable);
 };
 

@@ -39,8 +39,7 @@ class InFlight {
   bool refused() const noexcept { return shutting_down.load(); }
 };
 
-// The exception that is set, as text. The Python half also keeps it for the caller of an eager
-// call.
+// The exception that is set, no longer set; null where there is none.
 Owned TakeException() {
 #if PY_VERSION_HEX >= 0x030C0000
   return Owned::Steal(PyErr_GetRaisedException());
@@ -310,7 +309,6 @@ ffi::Error Call::CheckInPlace(Views* views, uint64_t number) {
     if (!version) PyErr_Clear();  // an inference tensor has none
     if (!version || version.get() == torch_.zero.get()) continue;
     return ffi::Error(ffi::ErrorCode::kFailedPrecondition,
-
                       callable_.label + " changed " + callable_.inputs[i] +
                           " in place. The caller's array may have changed. If this is meant, name "
                           "the argument in "
@@ -338,7 +336,6 @@ ffi::Error Call::CheckEscaped(Views* views) {
   bool input = first < args_.size();
   return ffi::Error(
       ffi::ErrorCode::kFailedPrecondition,
-
       callable_.label + " kept a tensor that views " +
           (input ? callable_.inputs[first]
                  : "the buffer of " + callable_.outputs[first - args_.size()]) +

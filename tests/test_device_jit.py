@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from torch2jax import Torch2JaxError, device, torch2jax
+from torch2jax import SignatureError, Torch2JaxError, device, torch2jax
 
 device.enable()
 
@@ -199,3 +199,10 @@ def test_arguments_that_are_written_to() -> None:
     bump(scale)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+@pytest.mark.parametrize("value", [np.ones(2), {1, 2}, [np.ones(2)]], ids=["array", "set", "list"])
+def test_arguments_that_select_no_program(value: Any) -> None:
+    f = device.jit(lambda x, value: x * 2)
+    with pytest.raises(SignatureError, match=r"selects a program .*device\.tensor"):
+        f(torch.ones(2, device="jax"), value)

@@ -151,6 +151,27 @@ def test_symbolic_shapes_of_declared_results() -> None:
         )
 
 
+def test_static_arguments_that_there_are_not() -> None:
+    with pytest.raises(SignatureError, match=r"static_argnums .*names argument 5.* takes 1 pos"):
+        torch2jax(lambda x: x, static_argnums=5)
+    with pytest.raises(SignatureError, match=r"static_argnames .*names 'm'"):
+        torch2jax(lambda x: x, static_argnames="m")
+
+
+def test_numbers_whose_values_make_a_shape() -> None:
+    with pytest.raises(
+        SignatureError, match=r"depends on the values(.|\n)*args\[1\]: name them in"
+    ):
+        torch2jax(lambda x, n: torch.zeros(int(n)))(X, 2)
+    assert torch2jax(lambda x, n: x.repeat(n), static_argnums=1)(X, 2).shape == (8,)
+
+
+def test_a_wrong_shape_is_not_blamed_on_random_values() -> None:
+    with pytest.raises(TorchCallError) as caught:
+        torch2jax(lambda a, b: a @ b)(X[:2], X)
+    assert "random values" not in str(caught.value)
+
+
 def test_what_is_wrapped_must_be_callable() -> None:
     with pytest.raises(SignatureError, match=r"callable.*Tensor"):
         torch2jax(torch.ones(3))  # type: ignore[arg-type]

@@ -20,6 +20,7 @@ from harness import precision
 
 from torch2jax import (
     SignatureError,
+    Torch2JaxError,
     UnsupportedDtypeError,
     _transfer,
     jax2torch,
@@ -247,6 +248,25 @@ def test_errors_name_the_argument() -> None:
         g(torch.ones(2, 2).to_sparse())
     with pytest.raises(SignatureError, match="wraps a callable"):
         jax2torch(3)  # type: ignore[arg-type]
+
+
+def test_errors_of_options() -> None:
+    with pytest.raises(SignatureError, match=r"static_argnums .*names argument 5.* takes 1 pos"):
+        jax2torch(lambda x: x, static_argnums=5)
+    with pytest.raises(SignatureError, match=r"static_argnames .*names 'm'"):
+        jax2torch(lambda x: x, static_argnames="m")
+    assert jax2torch(lambda *xs: xs[5], static_argnums=5)(*[torch.ones(1)] * 5, 7).item() == 7
+    for i in (5, -5):
+        with pytest.raises(SignatureError, match=rf"nondiff_argnums .*names argument {i}"):
+            jax2torch(lambda x: x, nondiff_argnums=i)(torch.ones(2))
+    assert jax2torch(lambda x, y: x * y, nondiff_argnums=-1)(torch.ones(2), 2.0).tolist() == [2, 2]
+    with pytest.raises(SignatureError, match="device='nowhere'"):
+        jax2torch(lambda x: x, device="nowhere")
+    with pytest.raises(SignatureError, match="name=3"):
+        jax2torch(lambda x: x, name=3)  # type: ignore[arg-type]
+    if not torch.cuda.is_available():
+        with pytest.raises(Torch2JaxError, match=r"no device cuda here, but cpu:0"):
+            jax2torch(lambda: jnp.ones(2), device="cuda")()
 
 
 def test_an_exception_of_the_function_reaches_the_caller() -> None:

@@ -494,3 +494,14 @@ def test_the_bridge_does_not_import_it() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_output_shapes_are_checked() -> None:
+    x = jnp.ones((2, 3))
+    f = torch2jax(torch.sin, lower=True, output_shapes=jax.ShapeDtypeStruct((2, 3), jnp.float32))
+    close(f(x), jnp.sin(x))
+    for wrong in (torch.Size([7]), {"a": torch.Size([2, 3])}):
+        with pytest.raises(
+            SignatureError, match=r"returned float32\[2,3\], and output_shapes says"
+        ):
+            torch2jax(torch.sin, lower=True, output_shapes=wrong)(x)

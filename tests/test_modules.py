@@ -1103,3 +1103,14 @@ def test_threads_share_a_module(mlp):
     for t in threads:
         t.join()
     assert not wrong
+
+
+def test_variables_that_are_not_the_modules() -> None:
+    module = torch.nn.Linear(2, 2)
+    _, variables = from_module(module)
+    with pytest.raises(SignatureError, match="got the key 'weight'"):
+        to_state_dict(variables["params"])
+    with pytest.raises(SignatureError, match="has no bias, weight"):
+        to_state_dict(variables, torch.nn.Sequential(module))
+    with pytest.raises(SignatureError, match="stochastic"):
+        from_module(module, stochastic=True)

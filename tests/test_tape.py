@@ -25,6 +25,7 @@ import torch
 import torch.utils.checkpoint as checkpoints
 
 from torch2jax import (
+    SignatureError,
     Torch2JaxWarning,
     clear_tape,
     set_tape_budget,
@@ -478,8 +479,15 @@ def test_a_budget_of_zero_keeps_no_graph_without_activations(x):
 
 @pytest.mark.parametrize("bad", [-1, 1.5, "1GB"])
 def test_budget_refuses(bad):
-    with pytest.raises(ValueError, match="bytes"):
+    with pytest.raises(SignatureError, match="bytes"):
         set_tape_budget(bad)
+
+
+@pytest.mark.parametrize("bad", ["4GB", "-5"])
+def test_budget_of_the_environment_refuses(bad, monkeypatch):
+    monkeypatch.setenv("TORCH2JAX_TAPE_BYTES", bad)
+    with pytest.raises(SignatureError, match=f"TORCH2JAX_TAPE_BYTES='{bad}' must be a number"):
+        internals.Tape()
 
 
 @pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])

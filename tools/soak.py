@@ -29,7 +29,7 @@ import torch
 import torch.utils.checkpoint as checkpoints
 from jax.sharding import AxisType
 
-from torch2jax import Size, from_module, tape_info, torch2jax
+from torch2jax import Size, from_module, jax2torch, tape_info, torch2jax
 
 Step = Callable[[int], Any]
 
@@ -87,6 +87,16 @@ def calls(scale: float) -> None:
     count = int(100_000 * scale)
     measure("eager calls", count, lambda i: ready(f(X, X)), count // 20)
     measure("gradients", count, lambda i: ready(g(X)), count // 20)
+
+    h = jax2torch(lambda x, w: jnp.tanh(x * w))
+    weight = torch.ones(64, requires_grad=True)
+
+    def both(_: int) -> None:
+        x = torch.ones(64, requires_grad=True)  # a leaf of its own each time
+        y = h(x, weight)
+        torch.autograd.grad(y, (x, weight), y)
+
+    measure("jax2torch", count, both, count // 20)
 
 
 class HoldsInput(torch.autograd.Function):

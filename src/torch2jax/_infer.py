@@ -1,4 +1,4 @@
-"""What a function returns, found without running it: torch only, never JAX.
+"""What a function returns, found on stand-ins for its arguments: torch only, never JAX.
 
 ``fn`` runs on fake tensors (shapes and dtypes, no values). Where fake tensors cannot run it
 (``.item()``, ``.numpy()``), it runs on the example values, or on seeded random normals: zeros break

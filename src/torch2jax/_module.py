@@ -173,6 +173,9 @@ def to_state_dict(
     Returns:
       Names and CPU tensors, which share no memory with the arrays.
 
+    Raises:
+      SignatureError: for anything else than variables, or those of another module.
+
     Examples:
       >>> import torch
       >>> module = torch.nn.BatchNorm1d(2)
@@ -180,6 +183,12 @@ def to_state_dict(
       >>> module.load_state_dict(to_state_dict(variables))
       <All keys matched successfully>
     """
+    unknown = [group for group in variables if group not in _GROUPS]
+    if unknown:
+        raise SignatureError(
+            f"to_state_dict takes variables, a dict of the groups {', '.join(_GROUPS)}, and got "
+            f"the key {unknown[0]!r}."
+        )
     tensors = {
         name: j2t(jax.device_get(x)).clone() for g in variables.values() for name, x in g.items()
     }
@@ -188,9 +197,14 @@ def to_state_dict(
             (name, t.long() if t.dtype is torch.int32 else t) for name, t in tensors.items()
         )
     layout = module.layout if isinstance(module, Apply) else Layout(_uncompiled(module)[0])
+    strange = sorted(tensors.keys() - layout.dtypes.keys())
+    if strange:
+        names = ", ".join(strange[:5])
+        raise SignatureError(f"the module has no {names}: the variables are those of another.")
     state = {name: t.to(layout.dtypes[name]) for name, t in tensors.items()}
     for alias, canonical in layout.aliases.items():
-        state[alias] = state[canonical]
+        if canonical in state:
+            state[alias] = state[canonical]
     order = [name for name in layout.module.state_dict() if name in state]
     prefix = "_orig_mod." if isinstance(module, torch._dynamo.OptimizedModule) else ""
     return OrderedDict((prefix + name, state[name]) for name in order)

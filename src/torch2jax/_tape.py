@@ -91,7 +91,7 @@ class _Account:
 def _budget_of_environment() -> int | None:
     given = os.environ.get(_ENVIRONMENT, "")
     if given and not given.isdecimal():
-        raise SignatureError(f"{_ENVIRONMENT}={given!r} must be a number of bytes, such as 4000000000.")
+        raise SignatureError(f"{_ENVIRONMENT}={given!r} must be a number of bytes: 4000000000.")
     return int(given) if given else None
 
 

@@ -49,8 +49,8 @@ def save_checkpoint(state: Any, path: str | os.PathLike[str]) -> None:
     for where, x in jax.tree_util.tree_leaves_with_path(arrays):
         if not isinstance(x, jax.Array | int | float) and not hasattr(x, "__array__"):
             raise SignatureError(
-                f"{jax.tree_util.keystr(where)} is a {type(x).__name__}, which a checkpoint cannot "
-                "hold; of a model save model.state_dict()."
+                f"state{jax.tree_util.keystr(where)} is a {type(x).__name__}, which a checkpoint "
+                "cannot hold; of a model save model.state_dict()."
             )
     with _orbax().StandardCheckpointer() as saver:
         saver.save(path, jax.tree.map(jax.numpy.asarray, arrays))

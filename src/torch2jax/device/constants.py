@@ -1,4 +1,6 @@
-"""NOTE [Constants of a trace].
+"""What a trace embeds as a constant, and what it makes again inside the program.
+
+NOTE [Constants of a trace].
 
 While a trace is under way, operators of arrays (not tracers) run at once: masks and index tables
 are Python values there. A large result that the traced program uses is not embedded in it but made

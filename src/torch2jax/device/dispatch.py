@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from .events import recorded
 from .operators import Operator
 from .tensor import Tensor
 from .view_operators import ViewOperator
 from .views import GETTERS
 
-__all__ = ["dispatch", "forget", "operator_of", "recorded", "special"]
+__all__ = ["dispatch", "forget", "operator_of", "special"]
 
 SPECIAL: dict[Any, Callable[..., Any]] = {}
 """Operators that are more than a function of arrays: they take and return tensors."""

@@ -64,7 +64,10 @@ def extract_exported(program: ExportedProgram) -> tuple[dict[str, Any], Callable
             elif spec.target in state:
                 values.append(state[spec.target])
             else:
-                raise Torch2JaxError(f"an input of kind {spec.kind.name} ({spec.target}).")
+                raise Torch2JaxError(
+                    f"the program has an input of kind {spec.kind.name} ({spec.target}), which "
+                    "cannot be converted."
+                )
         outs = _Interpreter(core.graph_module).run(*values, enable_io_processing=False)
         return torch_tree.tree_unflatten([outs[i] for i in wanted], out_spec)
 
@@ -84,6 +87,7 @@ def export(program: ExportedProgram, **options: Any) -> jax.export.Exported:
       state of ``extract(program)``; ``mlir_module()`` is its StableHLO, ``serialize()`` its bytes.
 
     Raises:
+      SignatureError: ``program`` is not one; a module becomes one by ``torch.export.export``.
       Torch2JaxError: an operator has no lowering that takes dynamic shapes.
 
     >>> import torch, torch2jax, jax.numpy as jnp
@@ -96,6 +100,10 @@ def export(program: ExportedProgram, **options: Any) -> jax.export.Exported:
     >>> exported.call(state, jnp.ones((7, 3))).shape
     (7, 2)
     """
+    if not isinstance(program, ExportedProgram):
+        raise SignatureError(
+            f"export takes what torch.export.export returned, got {type(program).__name__}."
+        )
     state, fn = extract_exported(program)
     args, kwargs = input_avals(program)
     avals = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)

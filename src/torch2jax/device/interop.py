@@ -243,6 +243,9 @@ def extract(module: torch.nn.Module | torch.export.ExportedProgram) -> tuple[Any
       ``state``, ``{name: array}`` of parameters and buffers, and ``fn(state, args, kwargs=None)``,
       in the mode (train or eval) of the module.
 
+    Raises:
+      SignatureError: for anything else than a module or an exported program.
+
     >>> import torch, torch2jax, jax.numpy as jnp
     >>> state, fn = torch2jax.device.extract(torch.nn.Linear(3, 2))
     >>> fn(state, (jnp.ones((4, 3)),)).shape
@@ -253,6 +256,10 @@ def extract(module: torch.nn.Module | torch.export.ExportedProgram) -> tuple[Any
         from .exported import extract_exported
 
         return extract_exported(module)
+    if not isinstance(module, torch.nn.Module):
+        raise SignatureError(
+            f"extract takes a module or a program of torch.export, got {type(module).__name__}."
+        )
     found = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     state = {k: read(x) if isinstance(x, Tensor) else from_torch(x) for k, x in found.items()}
     dtypes = {k: x.dtype for k, x in found.items()}

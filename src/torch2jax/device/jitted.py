@@ -19,6 +19,14 @@ from .tensor import Cell, Tensor, wrap
 __all__ = ["JittedFunction", "JittedModule", "jit"]
 
 
+def _is_hashable(x: Any) -> bool:
+    try:
+        hash(x)
+    except TypeError:
+        return False
+    return True
+
+
 class JittedFunction:
     """A function of tensors on device jax as one compiled program; made by ``jit``."""
 
@@ -49,7 +57,15 @@ class JittedFunction:
         marks = tuple(None if x is TENSOR else (type(x), x) for x in statics)
         cast = torch.is_autocast_enabled("jax") and torch.get_autocast_dtype("jax")
         key = (spec, marks, metas, modes, cast, torch.is_grad_enabled(), x64_enabled())
-        plan = self._plans.get(key)
+        try:
+            plan = self._plans.get(key)
+        except TypeError:
+            kinds = ", ".join(sorted({type(x).__name__ for x in statics if not _is_hashable(x)}))
+            raise SignatureError(
+                f"{self.__name__} is compiled for device jax, and an argument that is no tensor "
+                f"selects a program by its value, which a {kinds} cannot: make arrays tensors by "
+                "device.tensor(array)."
+            ) from None
         if plan is None:
             options = dict(self._options)
             plan = self._plans[key] = Plan(self.__wrapped__, spec, statics, metas, options)

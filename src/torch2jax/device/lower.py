@@ -12,6 +12,7 @@ import jax
 import torch
 
 from .. import _lease, _state
+from .. import _signature as sig
 from .._dtypes import canonical, dtype_j2t, x64_enabled
 from .._errors import SignatureError, Torch2JaxError, Torch2JaxWarning
 from .._flat import Arguments, flatten_result
@@ -20,9 +21,10 @@ from .._options import Config, Operands
 from .._replica import Forward, Layout
 from .._shards import Shards
 from .._torch_compat import DeviceContext
-from . import dispatch, random
+from . import random
 from .constants import value_of
 from .custom import differentiable_by_jax
+from .events import recorded
 from .registration import enable
 from .state import lowering_scope
 from .tensor import Tensor, from_torch, wrap
@@ -114,11 +116,25 @@ class LoweredFunction(TorchFunction):
                 result = None
             else:
                 found, treedef = flatten_result(out, self._label)
+                self._check_shapes([t for _, t in found], treedef, arrays)
                 result = treedef.unflatten([_result(t) for _, t in found])
             updated = [_result(tensors[i]) for i in inplace]
         if not self._config.inplace_argnums:
             return result
         return self._with_new(arguments, inplace, result, updated)
+
+    def _check_shapes(self, found: list[Any], treedef: Any, arrays: list[Any]) -> None:
+        if self._config.output_shapes is None:
+            return
+        dtypes = [x.dtype for x in arrays]
+        declared = sig.declared_result(self._config.output_shapes, dtypes, self._label)
+        got = [(tuple(t.shape), canonical(t.dtype)) for t in found]
+        expected = [(leaf.shape, leaf.dtype) for leaf in declared.leaves]
+        if treedef != declared.treedef or got != expected:
+            raise SignatureError(
+                f"{self._label} returned {_named(treedef, got)}, and output_shapes says "
+                f"{_named(declared.treedef, expected)}."
+            )
 
     def _with_new(self, arguments: Arguments, inplace: Any, result: Any, updated: Any) -> Any:
         by_leaf = dict(zip(inplace, updated, strict=True))
@@ -126,6 +142,10 @@ class LoweredFunction(TorchFunction):
         chosen = tuple(args[i] for i in self._config.inplace_argnums)
         values = chosen[0] if self._config.inplace_single else chosen
         return values if result is None else (result, values)
+
+
+def _named(treedef: Any, leaves: list[Any]) -> str:
+    return str(treedef.unflatten([f"{d}[{','.join(map(str, s))}]" for s, d in leaves]))
 
 
 def _on_replica(module: torch.nn.Module) -> Function[..., Any]:
@@ -242,7 +262,7 @@ def lowering_report(fn: Function[..., Any], *args: Any, **kwargs: Any) -> Report
         # A fresh function each time: a cached trace would run nothing.
         return _untraced(fn)(*a, **k)
 
-    with dispatch.recorded() as events:
+    with recorded() as events:
         jax.eval_shape(call, *[leaves[i] for i in places])
     groups: dict[str, dict[tuple[str, str], int]] = {"native": {}, "decomposed": {}, "bridge": {}}
     for (op, route, where), count in events.counts.items():

@@ -117,7 +117,7 @@ def next_words_if_any() -> Any:
 _NO_KEY = (
     "random numbers are drawn in a traced function without a key, which would make them constants "
     "of the program. Pass rng=, a JAX key: torch2jax(fn, lower=True, stochastic=True) and "
-    "from_module(module, lower=True) take it, and device.jit."
+    "from_module(module, lower=True) take it."
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -271,7 +272,8 @@ def _spec(
                 f"{name} {shape}: {size} cannot be split over {names!r} ({parts})."
             )
     if fsdp is not None and fsdp not in _flat(axes):
-        free = [d for d, a in enumerate(axes) if a is None and shape[d] % mesh.shape[fsdp] == 0]
+        parts = _axis(mesh, fsdp)
+        free = [d for d, a in enumerate(axes) if a is None and shape[d] % parts == 0]
         if free and max(shape[d] for d in free) > 1:
             axes[max(free, key=lambda d: shape[d])] = fsdp
     return PartitionSpec(*axes)
@@ -282,7 +284,11 @@ def _flat(axes: Any) -> list[str]:
 
 
 def _size(mesh: Mesh, names: Any) -> int:
-    size = 1
-    for n in _flat([names]):
-        size *= mesh.shape[n]
-    return size
+    return math.prod(_axis(mesh, n) for n in _flat([names]))
+
+
+def _axis(mesh: Mesh, name: str) -> int:
+    """The size of a mesh axis."""
+    if name not in mesh.shape:
+        raise SignatureError(f"the mesh has no axis {name!r}; it has {list(mesh.axis_names)}.")
+    return mesh.shape[name]

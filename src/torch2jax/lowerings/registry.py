@@ -132,7 +132,7 @@ def register_lowering(op: Any, fn: Callable[..., Any]) -> None:
             the derivative that PyTorch has for ``op``.
 
     Raises:
-        TypeError: for what is not an operator.
+        TypeError: ``op`` is not an operator, or ``fn`` cannot be called.
 
     >>> import torch, torch2jax, jax.numpy as jnp
     >>> torch2jax.device.register_lowering(torch.ops.aten.sinc.default, jnp.sinc)
@@ -145,6 +145,8 @@ def register_lowering(op: Any, fn: Callable[..., Any]) -> None:
         overloads = [op]
     else:
         raise TypeError(f"register_lowering takes an operator of torch.ops, got {op!r}.")
+    if not callable(fn):
+        raise TypeError(f"register_lowering takes a function of arrays, got {fn!r}.")
     for one in overloads:
         TABLE[one] = Lowering(fn)
     dispatch.forget()
