@@ -12,9 +12,15 @@ JOBS   ?= 2
 # More options for pytest: make test PYTEST="-x tests/test_convert.py"
 PYTEST ?=
 
-# The other bridges' environment, and options of the benchmarks: make bench BENCH="--only size"
+# The other bridges' environments, and options of the benchmarks: make bench BENCH="--only size"
 PEERS ?= .venv-peers
+REVERSE ?= .venv-reverse
+# An interpreter with torchax, whose PyTorch has several GB: see benchmarks/README.md
+TORCHAX ?=
 BENCH ?=
+
+# Options of the GPU's checks: make gpu-check GPU="--help"
+GPU ?=
 
 # Options of the soak: make soak SOAK="--scale 0.1 --only hangs"
 SOAK ?=
@@ -64,8 +70,9 @@ test-matrix: $(VENV)/.test ## run the core tests on the oldest and the newest ja
 docs: $(VENV)/.docs ## build the site, strictly, into build/site
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build
 
-bench: $(VENV)/.demo $(VENV)/.test $(PEERS)/.peers ## run all benchmarks beside the other bridges; write their pages and plots
-	$(PY) benchmarks/run.py --peers $(PEERS)/bin/python $(BENCH)
+bench: $(VENV)/.demo $(VENV)/.test $(PEERS)/.peers $(REVERSE)/.reverse ## run all benchmarks beside the other bridges; write their pages and plots
+	$(PY) benchmarks/run.py --peers $(PEERS)/bin/python --reverse $(REVERSE)/bin/python \
+	  $(if $(TORCHAX),--torchax $(TORCHAX)) $(BENCH)
 
 gpu-check: ## GPU tests and benchmarks into docs/gpu.md (8 minutes; by PYTHON, which has torch and jax)
 	$(PYTHON) benchmarks/gpu.py $(GPU)
@@ -86,7 +93,7 @@ format: $(VENV)/.lint ## let ruff and clang-format rewrite the sources
 	$(VENV)/bin/clang-format -i $(CPP)
 
 clean: ## remove the environments and all that was built
-	rm -rf $(VENV) $(PEERS) .venv-matrix build dist .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(PEERS) $(REVERSE) .venv-matrix build dist .pytest_cache .ruff_cache
 	find src tests examples tools -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # -- the environment: one stamp for each step, so that a second run starts at once -------------------
@@ -105,6 +112,13 @@ $(PEERS)/.peers: $(VENV)/.torch benchmarks/requirements-peers.txt
 	$(PEERS)/bin/python -m pip --disable-pip-version-check install --quiet '$(TORCH)'
 	$(PEERS)/bin/python -m pip --disable-pip-version-check install --quiet \
 	  -r benchmarks/requirements-peers.txt
+	@touch $@
+
+$(REVERSE)/.reverse: $(VENV)/.torch benchmarks/requirements-reverse.txt
+	$(PYTHON) -m venv $(REVERSE)
+	$(REVERSE)/bin/python -m pip --disable-pip-version-check install --quiet '$(TORCH)'
+	$(REVERSE)/bin/python -m pip --disable-pip-version-check install --quiet \
+	  -r benchmarks/requirements-reverse.txt
 	@touch $@
 
 # Editable: changes under src/ count at once, and what the extension is built of builds it again. In

@@ -15,8 +15,10 @@ same arrays.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -95,11 +97,27 @@ def budget(what: str, at_most: float, found: float) -> list[str]:
     return [what, f"{at_most:g} x", f"{found:.2f} x", "met" if found <= at_most else "missed"]
 
 
+def of_torchax(python: str, rounds: int) -> list[str]:
+    """The same of torchax, in a process of its own, with a sum of jax.numpy for comparison."""
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    program = Path(__file__).with_name("torchax_eager.py")
+    command = [python, "-W", "ignore", str(program), str(rounds)]
+    out = subprocess.run(command, stdout=subprocess.PIPE, check=True, env=environment).stdout
+    told = json.loads(out.splitlines()[-1])
+    named = ", ".join(f"{name} {version}" for name, version in told["versions"].items())
+    rows = [[name, number(value)] for name, value in told["us"].items()]
+    return [
+        f"The same of torchax, in a process of its own: {named}.",
+        table(["µs", "median"], rows),
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
     add("--rounds", type=int, default=400, help="rounds of the operators (400)")
     add("--sync", action="store_true", help="programs run in the caller's thread")
+    add("--torchax", metavar="PYTHON", help="interpreter that has torchax")
     add("--output", type=Path, metavar="FILE", help="replace the section of FILE")
     arguments = parser.parse_args()
     load = os.getloadavg()[0]
@@ -170,13 +188,14 @@ def main() -> None:
         budget("eager step / its jitted operators", 3, eager / parts),
     ]
     rows = [[name, number(value)] for name, value in {**found, **steps}.items()]
-    text = "\n\n".join(
-        (
-            measured(load, versions()),
-            table(["µs", "median"], rows),
-            table(["budget", "at most", "measured", "verdict"], budgets),
-        )
-    )
+    parts = [
+        measured(load, versions()),
+        table(["µs", "median"], rows),
+        table(["budget", "at most", "measured", "verdict"], budgets),
+    ]
+    if arguments.torchax:
+        parts += of_torchax(arguments.torchax, arguments.rounds)
+    text = "\n\n".join(parts)
     print(text)
     if arguments.output:
         write_section(arguments.output, text, "device")

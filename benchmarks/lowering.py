@@ -13,7 +13,6 @@ and in seconds of the processor, because it is work of one thread.
 from __future__ import annotations
 
 import argparse
-import datetime
 import importlib.metadata
 import os
 import platform
@@ -31,14 +30,14 @@ import jax
 import jax.numpy as jnp
 import torch
 import transformers
-from page import number, write_section
+from page import measured, number, write_section
 
 LAYERS, WIDTH, HEADS, WORDS, ROWS, LENGTH = 4, 256, 4, 8192, 8, 128
 BUDGETS = {"forward": 1.05, "forward and backward": 1.2}
 """At most, in times of PyTorch."""
 TRACING = 0.5
 """Seconds, at most."""
-OURS, FLAX, PYTORCH = "torch2jax, lower=True", "flax", "PyTorch"
+OURS, FLAX, PYTORCH, TORCHAX = "torch2jax, lower=True", "flax", "PyTorch", "torchax"
 WARM_UP = 2
 
 Step = Callable[[], Any]
@@ -155,6 +154,68 @@ def flax_loss() -> tuple[Loss, Any, jax.Array]:
     return loss, flax_weights(model), jnp.asarray(tokens.numpy().astype("int32"))
 
 
+def torchax_loss() -> tuple[Loss, Any, jax.Array]:
+    import torchax  # type: ignore[import-not-found]
+
+    model, tokens = torch_model()
+    state, fn = torchax.extract_jax(model)
+    params = {k: x for k, x in state.items() if jnp.issubdtype(x.dtype, jnp.floating)}
+    rest = {k: x for k, x in state.items() if k not in params}
+
+    def loss(params: Any, tokens: jax.Array) -> jax.Array:
+        return (fn({**rest, **params}, (tokens,))["last_hidden_state"] ** 2).mean()
+
+    return loss, params, jnp.asarray(tokens.numpy().astype("int32"))
+
+
+LOSSES = {OURS: our_loss, FLAX: flax_loss, TORCHAX: torchax_loss}
+
+
+class Served:
+    """Steps of a subject in a process of its own, under its own interpreter."""
+
+    def __init__(self, python: str, subject: str, cores: int) -> None:
+        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+        command = [python, "-W", "ignore", __file__, "--serve", subject, "--cores", str(cores)]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+        self.versions = self._ask("versions")
+
+    def steps(self) -> tuple[Step, Step]:
+        return lambda: self._ask("0"), lambda: self._ask("1")
+
+    def norms(self) -> tuple[float, float]:
+        loss, norm = self._ask("norms").split()
+        return float(loss), float(norm)
+
+    def _ask(self, what: str) -> str:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        print(what, file=self._process.stdin, flush=True)
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise SystemExit("a peer's process ended; its error is above")
+        return answer.strip()
+
+
+def serve(subject: str) -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # libraries print
+    fn, params, inputs = LOSSES[subject]()
+    steps = jax_steps(fn, params, inputs)
+    for line in map(str.strip, sys.stdin):
+        if line == "versions":
+            names = ("torchax", "jax", "torch")
+            reply = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
+        elif line == "norms":
+            reply = "{} {}".format(*norms(fn, params, inputs))
+        else:
+            steps[int(line)]()
+            reply = "done"
+        print(reply, file=answers, flush=True)
+
+
 def jax_steps(loss: Loss, params: Any, tokens: jax.Array) -> tuple[Step, Step]:
     forward = jax.jit(loss)
     both = jax.jit(jax.value_and_grad(loss))
@@ -164,15 +225,19 @@ def jax_steps(loss: Loss, params: Any, tokens: jax.Array) -> tuple[Step, Step]:
     )
 
 
-def check(params: dict[str, Any]) -> None:
+def norms(fn: Loss, params: Any, inputs: Any) -> tuple[float, float]:
+    """The loss, and the norm of all gradients."""
+    value, grads = jax.jit(jax.value_and_grad(fn))(params, inputs)
+    return float(value), float(sum((g**2).sum() for g in jax.tree.leaves(grads))) ** 0.5
+
+
+def check(found_by: dict[str, tuple[float, float]]) -> None:
     """Same loss, and the same norm of all gradients."""
     model, tokens = torch_model()
     loss = (model(tokens).last_hidden_state ** 2).mean()
     loss.backward()
     norm = float(sum((p.grad**2).sum() for p in model.parameters() if p.grad is not None)) ** 0.5
-    for name, (fn, weights, inputs) in params.items():
-        value, grads = jax.jit(jax.value_and_grad(fn))(weights, inputs)
-        found = float(sum((g**2).sum() for g in jax.tree.leaves(grads))) ** 0.5
+    for name, (value, found) in found_by.items():
         if abs(value - loss.item()) > 1e-4 or abs(found - norm) > 1e-3 * norm:
             raise SystemExit(f"{name}: loss {value}, norm {found}; PyTorch {loss.item()}, {norm}")
 
@@ -195,7 +260,7 @@ def timed(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
 
 def trace(subject: str) -> None:
     """Prints seconds: the first trace of this process, and that of an equal model after it."""
-    make = our_loss if subject == OURS else flax_loss
+    make = LOSSES[subject]
     model, tokens = torch_model()
     with torch.no_grad():
         model(tokens)  # PyTorch's own start is not counted
@@ -207,12 +272,13 @@ def trace(subject: str) -> None:
             print(time.process_time() - start)
 
 
-def traces(subject: str, processes: int) -> list[float]:
+def traces(subject: str, python: str, processes: int) -> list[float]:
     """Medians: first forward, first with its backward, next forward, next with its backward."""
     runs = []
     for _ in range(processes):
-        command = [sys.executable, "-W", "ignore", __file__, "--trace", subject]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        command = [python, "-W", "ignore", __file__, "--trace", subject]
+        own = {k: v for k, v in os.environ.items() if k != "PYTHONPATH" or subject != TORCHAX}
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=own)
         runs.append([float(x) for x in done.stdout.split()[-4:]])
     return [statistics.median(column) for column in zip(*runs, strict=True)]
 
@@ -225,24 +291,20 @@ def table(head: list[str], rows: list[list[str]]) -> list[str]:
     return [*lines, *("| " + " | ".join(row) + " |" for row in rows), ""]
 
 
-def section(rounds: int, processes: int) -> str:
+def section(rounds: int, processes: int, cores: int, torchax: str | None) -> str:
     load = os.getloadavg()[0]
     losses = {OURS: our_loss(), FLAX: flax_loss()}
-    check(losses)
     steps = {PYTORCH: torch_steps(), **{k: jax_steps(*v) for k, v in losses.items()}}
-    versions = ", ".join(
-        f"{name} {importlib.metadata.version(name)}"
-        for name in ("jax", "jaxlib", "torch", "flax", "transformers")
-    )
-    lines = [
-        f"Measured {datetime.datetime.now(datetime.UTC):%Y-%m-%d} on {processor()}, "
-        f"{len(os.sched_getaffinity(0))} of {os.cpu_count()} cores, {platform.system()}",
-        f"{platform.machine()} (load {load:.1f} at the start; threads of PyTorch: "
-        f"{torch.get_num_threads()}), by",
-        f"`python benchmarks/lowering.py --rounds {rounds} --output docs/performance.md`.",
-        f"Python {platform.python_version()}, {versions}.",
-        "",
-    ]
+    found = {name: norms(*loss) for name, loss in losses.items()}
+    names = ("jax", "jaxlib", "torch", "flax", "transformers")
+    versions = {"python": platform.python_version()}
+    versions |= {name: importlib.metadata.version(name) for name in names}
+    lines = [measured(load, versions), f"Every subject on {cores} of the cores.", ""]
+    if torchax:
+        served = Served(torchax, TORCHAX, cores)
+        steps[TORCHAX], found[TORCHAX] = served.steps(), served.norms()
+        lines[1] += f" torchax in an environment of its own: {served.versions}."
+    check(found)
     for i, what in enumerate(BUDGETS):
         samples = timed({name: pair[i] for name, pair in steps.items()}, rounds)
         base = samples[PYTORCH]
@@ -265,8 +327,9 @@ def section(rounds: int, processes: int) -> str:
         lines += table(head, rows)
         lines += [f"Budget: at most {BUDGETS[what]} x PyTorch; {ratios[OURS]:.2f} x: {met}.", ""]
     rows, ours = [], []
-    for subject in (OURS, FLAX):
-        seconds = traces(subject, processes)
+    for subject in (OURS, FLAX, TORCHAX) if torchax else (OURS, FLAX):
+        python = torchax if torchax and subject == TORCHAX else sys.executable
+        seconds = traces(subject, python, processes)
         ours = ours or seconds
         rows.append([subject, *(f"{s:.2f}" for s in seconds)])
     head = ["tracing, s of CPU", "first: forward", "and backward", "next: forward", "and backward"]
@@ -279,20 +342,15 @@ def section(rounds: int, processes: int) -> str:
     return "\n".join(lines)
 
 
-def processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--processes", type=int, default=3, help="in which tracing is timed")
     parser.add_argument("--cores", type=int, default=1, help="for all subjects alike")
     parser.add_argument("--output", type=Path, help="replace the section of a page")
+    parser.add_argument("--torchax", metavar="PYTHON", help="interpreter that has torchax")
     parser.add_argument("--trace", help=argparse.SUPPRESS)
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.cores])  # XLA's threads too
@@ -300,7 +358,10 @@ def main() -> None:
     if args.trace:
         trace(args.trace)
         return
-    text = section(args.rounds, args.processes)
+    if args.serve:
+        serve(args.serve)
+        return
+    text = section(args.rounds, args.processes, args.cores, args.torchax)
     print(text)
     if args.output:
         write_section(args.output, text, "lowering")

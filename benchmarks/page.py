@@ -56,18 +56,18 @@ def _cpu() -> str:
     return platform.processor() or platform.machine()
 
 
-_PATHS = {"--peers": "PYTHON", "--wheel": "WHEEL", "--json": "FILE"}
+_PATHS = {"--peers": "PYTHON", "--wheel": "WHEEL", "--json": "FILE", "--torchax": "PYTHON"}
 
 
 def shown_command() -> str:
     """The command that runs, without the paths of this machine."""
-    words, previous = ["python", f"benchmarks/{Path(sys.argv[0]).name}"], ""
+    words, current = ["python", f"benchmarks/{Path(sys.argv[0]).name}"], ""
     for word in sys.argv[1:]:
         option, equals, _ = word.partition("=")
         if equals and option in _PATHS:
             word = f"{option}={_PATHS[option]}"
-        words.append(_PATHS.get(previous, word))
-        previous = word
+        current = word if word.startswith("--") else current
+        words.append(word if word.startswith("--") else _PATHS.get(current, word))
     return " ".join(words)
 
 

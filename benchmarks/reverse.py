@@ -22,17 +22,15 @@ result is computed. (It is not named jax2torch.py: that would shadow the peer of
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from page import write_section
+from page import measured, write_section
 from reverse_subjects import CASES, PEERS, SUBJECTS
 
 HERE = Path(__file__).resolve().parent
@@ -133,15 +131,13 @@ def main() -> None:
     add("--output", type=Path, metavar="FILE", help="replace the section of FILE")
     arguments = parser.parse_args()
     load = os.getloadavg()[0]
+    # Of several cores the calls of one process would disturb those of another.
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     processes = [Process(python) for python in (sys.executable, *arguments.peers)]
-    text = [
-        f"Measured {datetime.date.today()} on {os.cpu_count()} cores of {platform.machine()}, load "
-        f"{load:.1f} at the start, {arguments.rounds} rounds, by `benchmarks/reverse.py`.",
-        "",
-    ]
-    for i, process in enumerate(processes):
+    text = [measured(load, processes[0].ask("versions")), ""]
+    for process in processes[1:]:
         found = ", ".join(f"{k} {v}" for k, v in process.ask("versions").items())
-        text.append(f"- {f'peers {i}' if i else 'ours'}: {found}")
+        text.append(f"- peers: {found}")
     for n in arguments.sizes:
         text += report(processes, n, arguments.rounds, arguments.calls)
     for process in processes:

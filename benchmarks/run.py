@@ -28,43 +28,50 @@ class Program(NamedTuple):
     options: str = ""
     quick: str = ""
     """Options of a trial, instead."""
-    peers: bool = False
+    peers: str = ""
+    """How it takes the other bridges' interpreters, by the names of this program's options."""
 
 
 PAGE = "docs/performance.md"
+PEERS = ("peers", "reverse", "torchax")
+"""Environments of other bridges, by the file of their requirements."""
 PROGRAMS = (
-    Program("features", "README.md", peers=True),
-    Program("overhead", PAGE, "--build", "--rounds 3 --startup-rounds 1", peers=True),
-    Program("training", PAGE, "--plot docs/images/training.png", "--rounds 3", peers=True),
+    Program("features", "README.md", peers="--peers {peers}"),
+    Program("overhead", PAGE, "--build", "--rounds 3 --startup-rounds 1", "--peers {peers}"),
+    Program("training", PAGE, "--plot docs/images/training.png", "--rounds 3", "--peers {peers}"),
     Program("size", PAGE, "--plot docs/images/size.svg", "--rounds 3 --bytes 4000000"),
-    Program("reverse", PAGE, quick="--rounds 3 --sizes 4"),
-    Program("device", PAGE, quick="--rounds 1"),
-    Program("lowering", PAGE, quick="--rounds 2 --processes 1"),
+    Program("reverse", PAGE, "", "--rounds 3 --sizes 4", "--peers {reverse} {torchax}"),
+    Program("device", PAGE, "", "--rounds 1", "--torchax {torchax}"),
+    Program("lowering", PAGE, "", "--rounds 2 --processes 1", "--torchax {torchax}"),
     Program("scaling", "docs/devices.md", quick="--rounds 3"),
     Program("summary", "README.md"),  # last: it reads what the others wrote
 )
 
 
-def command(program: Program, quick: bool, peers: str | None) -> list[str]:
+def command(program: Program, quick: bool, pythons: dict[str, str]) -> list[str]:
     options = program.quick if quick else f"--output {program.page} {program.options}"
     words = [sys.executable, f"benchmarks/{program.name}.py", *options.split()]
-    return [*words, "--peers", peers] if program.peers and peers else words
+    option, *names = program.peers.split() or [""]
+    given = [python for name in names if (python := pythons[name.strip("{}")])]
+    return [*words, option, *given] if given else words
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     names = [program.name for program in PROGRAMS]
-    parser.add_argument("--peers", metavar="PYTHON", help="interpreter of the peers' environment")
+    for name in PEERS:
+        parser.add_argument(f"--{name}", metavar="PYTHON", help=f"see requirements-{name}.txt")
     parser.add_argument("--quick", action="store_true", help="a short trial, written nowhere")
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME")
     arguments = parser.parse_args()
-    peers = os.path.abspath(arguments.peers) if arguments.peers else None
+    given = {name: getattr(arguments, name) for name in PEERS}
+    pythons = {name: os.path.abspath(python) if python else "" for name, python in given.items()}
     failed, times = [], []
     for program in PROGRAMS:
         if program.name in arguments.only:
             print(f"\n==== {program.name}", flush=True)
             started = time.monotonic()
-            done = subprocess.run(command(program, arguments.quick, peers), cwd=ROOT)
+            done = subprocess.run(command(program, arguments.quick, pythons), cwd=ROOT)
             times.append(f"{time.monotonic() - started:6.0f} s  {program.name}")
             failed += [program.name] * (done.returncode != 0)
     print("\n==== times", *times, sep="\n")
