@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -79,7 +80,7 @@ def measure(
             if "skip" not in reply:
                 where[subject] = process
                 break
-            reasons.append(reply["skip"].partition("\n")[0])
+            reasons.append(re.sub(r" at 0x\w+", "", reply["skip"].partition("\n")[0]))
         else:
             if subject not in PEERS:
                 raise SystemExit(f"{subject} does not run: {'; '.join(reasons)}")
