@@ -206,3 +206,36 @@ def test_arguments_that_select_no_program(value: Any) -> None:
     f = device.jit(lambda x, value: x * 2)
     with pytest.raises(SignatureError, match=r"selects a program .*device\.tensor"):
         f(torch.ones(2, device="jax"), value)
+
+
+def test_only_what_draws_takes_from_the_generator() -> None:
+    dropout = device.jit(lambda x: nn.functional.dropout(x, 0.5))
+    plain = device.jit(lambda x, scale=1.0: x * scale)
+    x = torch.ones(200, device="jax")
+    dropout(x), plain(x)  # step by step
+
+    def draws(others: int) -> list[torch.Tensor]:
+        torch.manual_seed(3)
+        found = []
+        for _ in range(3):
+            found.append(dropout(x).cpu())
+            for _ in range(others):
+                plain(x, scale=2.0)
+        return found
+
+    alone, among = draws(0), draws(2)
+    assert all(map(torch.equal, alone, among))
+    assert not torch.equal(alone[0], alone[1])
+    assert torch.equal(plain(x, 3.0).cpu(), torch.full((200,), 3.0))
+
+
+def test_arguments_with_and_without_containers() -> None:
+    f = device.jit(lambda x, *more, **named: (x + sum(more), named))
+    x = torch.ones(2, device="jax")
+    for _ in range(3):
+        for args, kwargs in (((x,), {}), ((x, x, 2), {}), ((x,), {"a": x, "b": None, "c": "d"})):
+            total, named = f(*args, **kwargs)
+            assert total.cpu().tolist() == [1 + (3 if len(args) == 3 else 0)] * 2
+            assert list(named) == list(kwargs)
+        total, named = f(x, a=[x, {"b": x * 2}])
+        assert named["a"][1]["b"].cpu().tolist() == [2, 2]

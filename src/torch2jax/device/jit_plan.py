@@ -52,6 +52,7 @@ class Plan:
         self.out: Any = None
         self.grad = torch.is_grad_enabled()
         self.differentiable = False
+        self.draws = True
         self.ran = False
         self.ready = False
         donate = (1,) if options.pop("donate_state", False) else ()
@@ -107,8 +108,10 @@ class Plan:
             with capturing(self.inputs) as capture:
                 # It may be traced inside a forward pass of autograd, where gradients are off.
                 grad = torch.enable_grad if self.grad else torch.no_grad
-                with random.drawing_from(words, words=True), scope, grad(), compiling(), Watch():
+                key = random.drawing_from(words, words=True)
+                with key as stream, scope, grad(), compiling(), Watch():
                     result = self.fn(*args, **kwargs)
+                self.draws = stream is not None and stream.count > 0
                 outs, self.out = _flatten_result(result)
                 results = [value_of(x) for x in outs]
                 given = [(i, x.grad) for i, x in enumerate(tensors) if x.grad is not None]
@@ -144,12 +147,12 @@ class Plan:
         self.written, self.made = changed, made
         return results, new_state, (new_made, new_grads, new_arguments)
 
-    def prepare(self, arrays: Any, words: Any) -> None:
+    def prepare(self, arrays: Any) -> None:
         """Find out what it closes over: trace until nothing new is found."""
         while True:
             state = [c.array for c in self.inputs]
             try:
-                jax.eval_shape(self.run, arrays, state, words)
+                jax.eval_shape(self.run, arrays, state, random.NO_WORDS)
                 break
             except _MoreInputs as more:
                 self.inputs += more.cells

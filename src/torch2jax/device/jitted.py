@@ -19,6 +19,9 @@ from .tensor import Cell, Tensor, wrap
 __all__ = ["JittedFunction", "JittedModule", "jit"]
 
 
+_LEAVES = frozenset({Tensor, int, float, bool, str, type(None)})
+
+
 def _is_hashable(x: Any) -> bool:
     try:
         hash(x)
@@ -36,9 +39,21 @@ class JittedFunction:
         self._module, self._options = module, options
         self._plans: dict[Any, Plan] = {}
         self._cells: list[Cell] = []
+        self._specs: dict[Any, Any] = {}
+
+    def _flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Any]:
+        """As PyTorch's; of arguments without containers at a third of the time."""
+        leaves = [*args, *kwargs.values()]
+        if not _LEAVES.issuperset(map(type, leaves)):
+            return torch_tree.tree_flatten((args, kwargs))
+        key = (len(args), *kwargs)
+        spec = self._specs.get(key)
+        if spec is None:
+            spec = self._specs[key] = torch_tree.tree_flatten((args, kwargs))[1]
+        return leaves, spec
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        leaves, spec = torch_tree.tree_flatten((args, kwargs))
+        leaves, spec = self._flatten(args, kwargs)
         tensors = [x for x in leaves if isinstance(x, Tensor)]
         statics = [TENSOR if isinstance(x, Tensor) else x for x in leaves]
         for x in statics:
@@ -78,10 +93,10 @@ class JittedFunction:
             plan.differentiable = any(x.requires_grad for x in outs)
             return result
         arrays = [x._cell.array if x._chain is None else x.jax() for x in tensors]
-        words = random.next_words()
         plan = plan.here()
         if not plan.ready:
-            plan.prepare(arrays, words)
+            plan.prepare(arrays)
+        words = random.next_words() if plan.draws else random.NO_WORDS
         plan.check(tensors)
         if plan.differentiable:
             places = set(map(id, plan.inputs))

@@ -21,7 +21,20 @@ from .._compat import trace_state_clean
 from .._errors import SignatureError
 from .._random import seed_of
 
-__all__ = ["Stream", "current", "drawing_from", "get_state", "next_words", "seed", "set_state"]
+__all__ = [
+    "NO_WORDS",
+    "Stream",
+    "current",
+    "drawing_from",
+    "get_state",
+    "next_words",
+    "seed",
+    "set_state",
+]
+
+
+NO_WORDS = np.zeros(2, np.uint32)
+"""In the place of the words of a key, for what draws nothing."""
 
 
 class Stream:
