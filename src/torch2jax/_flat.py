@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from jax.tree_util import keystr, tree_flatten, tree_flatten_with_path
 
-from ._dtypes import canonical, dtype_j2t, x64_enabled
+from ._dtypes import NARROWED, canonical, dtype_j2t, x64_enabled
 from ._errors import SignatureError, UnsupportedDtypeError
 from ._infer import ShapeDependsOnValues
 
@@ -293,12 +293,7 @@ def _cast(leaves: Tensors, casts: Sequence[tuple[int, torch.dtype]]) -> Tensors:
     return tuple(out)
 
 
-_WIDE = {
-    torch.float32: torch.float64,
-    torch.complex64: torch.complex128,
-    torch.int32: torch.int64,
-    torch.uint32: torch.uint64,
-}
+_WIDE = {narrow: wide for wide, narrow in NARROWED.items()}
 """With x64 off, the torch dtype that JAX carries as this one."""
 
 

@@ -277,16 +277,7 @@ class TorchFunction:
         result = plan.result.treedef.unflatten(out[:n])
         if not self._config.inplace_argnums:
             return result
-        return self._with_updated(plan, result, out[n:])
-
-    def _with_updated(self, plan: Plan, result: Any, updated: Sequence[Any]) -> Any:
-        """``(result, updated arguments)``, in the structure of the arguments."""
-        by_leaf = dict(zip(plan.inplace, updated, strict=True))
-        leaves = [by_leaf.get(i) for i in range(len(plan.arguments.labels))]
-        args, _ = plan.arguments.unflatten(leaves)
-        chosen = tuple(args[i] for i in self._config.inplace_argnums)
-        values = chosen[0] if self._config.inplace_single else chosen
-        return values if result is None else (result, values)
+        return self._config.with_updated(plan.arguments, plan.inplace, result, out[n:])
 
 
 # The class itself changes, so that calls elsewhere pay nothing.

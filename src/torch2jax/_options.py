@@ -63,6 +63,16 @@ class Config:
 
         return tuple(one(option, value) for option, value in vars(self).items())
 
+    def with_updated(
+        self, arguments: Arguments, inplace: Sequence[int], result: Any, updated: Sequence[Any]
+    ) -> Any:
+        """``(result, updated arguments)``, in the structure of the arguments."""
+        by_leaf = dict(zip(inplace, updated, strict=True))
+        args, _ = arguments.unflatten([by_leaf.get(i) for i in range(len(arguments.labels))])
+        chosen = tuple(args[i] for i in self.inplace_argnums)
+        values = chosen[0] if self.inplace_single else chosen
+        return values if result is None else (result, values)
+
     def changes_nothing(self) -> bool:
         """Whether the function means what it means without options: they say how, not what."""
         given = (

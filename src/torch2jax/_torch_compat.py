@@ -204,7 +204,7 @@ def set_up_device(name: str, module: Any) -> None:
         )
     except ImportError:
         raise Torch2JaxError(
-            f"torch {torch.__version__} cannot have a device made in Python: lower=True and "
+            "this PyTorch cannot have a device made in Python: lower=True and "
             "device.enable() need a newer one."
         ) from None
     set_up(name, backend_module=module)

@@ -26,10 +26,6 @@ __all__ = [
 ]
 
 
-def _is_tensor(x: Any) -> bool:
-    return isinstance(x, torch.Tensor)
-
-
 def jax_view(tree: Any) -> Any:
     """Tensors on device "jax" as their arrays, a function of tensors as a function of arrays.
 
@@ -48,13 +44,13 @@ def jax_view(tree: Any) -> Any:
     >>> torch2jax.device.jax_view({"w": torch.ones(2, device="jax")})
     {'w': Array([1., 1.], dtype=float32)}
     """
-    if callable(tree) and not _is_tensor(tree):
+    if callable(tree) and not torch.is_tensor(tree):
         return lambda *args, **kwargs: call_torch(tree, *args, **kwargs)
-    return jax.tree.map(_array, tree, is_leaf=_is_tensor)
+    return jax.tree.map(_array, tree, is_leaf=torch.is_tensor)
 
 
 def _array(x: Any) -> Any:
-    if not _is_tensor(x):
+    if not torch.is_tensor(x):
         return x
     if not isinstance(x, Tensor):
         raise SignatureError(f'a tensor on {x.device} is not on device jax: use tensor.to("jax").')
@@ -141,8 +137,8 @@ def call_jax(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     tensor([2., 2.], device='jax:0')
     """
     enable()
-    leaves, structure = jax.tree.flatten((args, kwargs), is_leaf=_is_tensor)
-    places = [i for i, x in enumerate(leaves) if _is_tensor(x)]
+    leaves, structure = jax.tree.flatten((args, kwargs), is_leaf=torch.is_tensor)
+    places = [i for i, x in enumerate(leaves) if torch.is_tensor(x)]
     for i in places:
         _array(leaves[i])
 

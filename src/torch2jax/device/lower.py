@@ -121,7 +121,7 @@ class LoweredFunction(TorchFunction):
             updated = [_result(tensors[i]) for i in inplace]
         if not self._config.inplace_argnums:
             return result
-        return self._with_new(arguments, inplace, result, updated)
+        return self._config.with_updated(arguments, inplace, result, updated)
 
     def _check_shapes(self, found: list[Any], treedef: Any, arrays: list[Any]) -> None:
         if self._config.output_shapes is None:
@@ -135,13 +135,6 @@ class LoweredFunction(TorchFunction):
                 f"{self._label} returned {_named(treedef, got)}, and output_shapes says "
                 f"{_named(declared.treedef, expected)}."
             )
-
-    def _with_new(self, arguments: Arguments, inplace: Any, result: Any, updated: Any) -> Any:
-        by_leaf = dict(zip(inplace, updated, strict=True))
-        args, _ = arguments.unflatten([by_leaf.get(i) for i in range(len(arguments.labels))])
-        chosen = tuple(args[i] for i in self._config.inplace_argnums)
-        values = chosen[0] if self._config.inplace_single else chosen
-        return values if result is None else (result, values)
 
 
 def _named(treedef: Any, leaves: list[Any]) -> str:

@@ -35,10 +35,6 @@ def _repr(self: Tensor, *, tensor_contents: Any = None) -> str:
     return text
 
 
-def _plain(self: Tensor) -> Any:
-    return self.detach()
-
-
 def _host(self: Tensor, what: str) -> torch.Tensor:
     if self.requires_grad:
         raise RuntimeError(
@@ -48,7 +44,7 @@ def _host(self: Tensor, what: str) -> torch.Tensor:
 
 
 def _numpy(self: Tensor, *, force: bool = False) -> np.ndarray[Any, Any]:
-    return _host(_plain(self) if force else self, "numpy()").numpy()
+    return _host(_detached(self) if force else self, "numpy()").numpy()
 
 
 def _array(self: Tensor, dtype: Any = None, copy: Any = None) -> Any:
@@ -56,7 +52,7 @@ def _array(self: Tensor, dtype: Any = None, copy: Any = None) -> Any:
 
 
 def _tolist(self: Tensor) -> Any:
-    return to_torch(_plain(self), "tolist()").tolist()
+    return to_torch(_detached(self), "tolist()").tolist()
 
 
 def _item(self: Tensor) -> Any:
@@ -118,7 +114,7 @@ def _deepcopy(self: Tensor, memo: dict[int, Any]) -> Any:
 
 def _reduce(self: Tensor, protocol: int) -> Any:
     """A saved tensor is one of PyTorch's own, on the CPU: files load anywhere."""
-    host: Any = to_torch(_plain(self), "pickling")
+    host: Any = to_torch(_detached(self), "pickling")
     if getattr(self, "_is_param", False):
         host = torch.nn.Parameter(host, self.requires_grad)
     else:
@@ -126,7 +122,7 @@ def _reduce(self: Tensor, protocol: int) -> Any:
     return host.__reduce_ex__(protocol)
 
 
-def _get_data(self: Tensor) -> Any:
+def _detached(self: Tensor) -> Any:
     return self.detach()
 
 
@@ -205,7 +201,7 @@ def install() -> None:
         ("__index__", _index),
         ("__format__", _format),
         ("block_until_ready", _block),
-        ("data", property(_get_data, _set_data)),
+        ("data", property(_detached, _set_data)),
         ("__tensor_flatten__", _NoInnerTensors()),
         ("is_jax", property(lambda self: True)),
         ("is_cpu", property(lambda self: False)),

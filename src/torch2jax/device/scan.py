@@ -60,9 +60,9 @@ def scan(
             )
     tensors = [_tensors(m) for m in modules]
     stacked = {name: torch.stack([t[name] for t in tensors]) for name in tensors[0]}
-    leaves, structure = jax.tree.flatten((args, kwargs), is_leaf=_is_tensor)
-    operands = [leaf for leaf in leaves if _is_tensor(leaf)]
-    statics = tuple(None if _is_tensor(leaf) else leaf for leaf in leaves)
+    leaves, structure = jax.tree.flatten((args, kwargs), is_leaf=torch.is_tensor)
+    operands = [leaf for leaf in leaves if torch.is_tensor(leaf)]
+    statics = tuple(None if torch.is_tensor(leaf) else leaf for leaf in leaves)
     autocast = torch.is_autocast_enabled("jax"), torch.get_autocast_dtype("jax")
     key = (len(modules), structure, statics, checkpoint, autocast, tuple(facts.items()))
     program = _programs.setdefault(first, {}).get(key)
@@ -127,10 +127,6 @@ class _Program:
         out = torch.func.functional_call(layer, weights, (carry, *args), kwargs)
         changed = [name for name in buffers if weights[name]._cell.version != before[name]]
         return out, {name: weights[name].detach() for name in changed}
-
-
-def _is_tensor(x: Any) -> bool:
-    return isinstance(x, torch.Tensor)
 
 
 def _tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:

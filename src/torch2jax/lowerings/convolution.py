@@ -9,14 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from .registry import lowering
+from .registry import lowering, spread
 
 _LETTERS = "HWD"
-
-
-def _spread(values: Any, n: int) -> tuple[int, ...]:
-    values = (values,) if isinstance(values, int) else tuple(values)
-    return values * n if len(values) == 1 else values
 
 
 @lowering("convolution", "convolution_overrideable")
@@ -44,7 +39,7 @@ def _convolve(
     output_padding: Any, groups: int,
 ) -> Any:  # fmt: skip
     n = w.ndim - 2
-    stride, padding, dilation = (_spread(v, n) for v in (stride, padding, dilation))
+    stride, padding, dilation = (spread(v, n) for v in (stride, padding, dilation))
     space = _LETTERS[:n]
     layout = (f"NC{space}", f"OI{space}", f"NC{space}")
     if not transposed:
@@ -53,7 +48,7 @@ def _convolve(
         )
     # The transpose of a convolution: a convolution of x, its elements `stride` apart, with the
     # flipped kernel, whose channels change places within each group.
-    extra = _spread(output_padding, n)
+    extra = spread(output_padding, n)
     w = jnp.flip(w, tuple(range(2, w.ndim)))
     w = w.reshape(groups, w.shape[0] // groups, w.shape[1], *w.shape[2:])
     w = jnp.swapaxes(w, 1, 2).reshape(-1, w.shape[1], *w.shape[3:])

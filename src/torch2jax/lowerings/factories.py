@@ -10,14 +10,10 @@ import numpy as np
 import torch
 
 from .._compat import trace_state_clean
-from .registry import carried, cast, kind, lowering, result_dtype
+from .registry import carried, cast, kind, lowering, of_dtype, result_dtype
 
 FEW = 1 << 16
 """Elements up to which a tensor without operands may be a constant of a program."""
-
-
-def _dtype(dtype: torch.dtype | None) -> Any:
-    return carried(dtype or torch.get_default_dtype())
 
 
 def _filled(size: Any, value: Any, dtype: Any) -> Any:
@@ -31,22 +27,22 @@ def _filled(size: Any, value: Any, dtype: Any) -> Any:
 @lowering("empty.memory_format", "zeros", "prims.empty")
 def zeros(size: Any, *, dtype: Any = None, **_: Any) -> Any:
     # Uninitialised memory is zeros: XLA has no other.
-    return _filled(size, 0, _dtype(dtype))
+    return _filled(size, 0, of_dtype(dtype))
 
 
 @lowering("_efficientzerotensor")
 def efficientzerotensor(size: Any, *, dtype: Any = None, **_: Any) -> Any:
-    return _filled(size, 0, _dtype(dtype))
+    return _filled(size, 0, of_dtype(dtype))
 
 
 @lowering("empty_strided", "empty_permuted", "prims.empty_strided", "prims.empty_permuted")
 def empty_strided(size: Any, stride: Any, *, dtype: Any = None, **_: Any) -> Any:
-    return _filled(size, 0, _dtype(dtype))
+    return _filled(size, 0, of_dtype(dtype))
 
 
 @lowering("ones")
 def ones(size: Any, *, dtype: Any = None, **_: Any) -> Any:
-    return _filled(size, 1, _dtype(dtype))
+    return _filled(size, 1, of_dtype(dtype))
 
 
 def _natural(value: Any) -> torch.dtype:
@@ -139,7 +135,7 @@ def _known(values: torch.Tensor, dtype: torch.dtype | None) -> Any:
     """Values that PyTorch has computed, for few elements: a constant."""
     if values.is_floating_point():
         values = values.to(torch.float64)
-    return jnp.asarray(values.numpy().astype(_dtype(dtype)))
+    return jnp.asarray(values.numpy().astype(of_dtype(dtype)))
 
 
 def _length(start: Any, end: Any, step: Any) -> int:
@@ -175,4 +171,4 @@ def kaiser_window(
 
 @lowering("eye", "eye.m")
 def eye(n: int, m: int | None = None, *, dtype: Any = None, **_: Any) -> Any:
-    return jnp.eye(n, n if m is None else m, dtype=_dtype(dtype))
+    return jnp.eye(n, n if m is None else m, dtype=of_dtype(dtype))

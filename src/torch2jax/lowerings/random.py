@@ -10,15 +10,11 @@ import numpy as np
 import torch
 
 from .binary import mul
-from .registry import carried, cast, default_int, is_inexact, kind, lowering, wide
+from .registry import carried, cast, default_int, is_inexact, kind, lowering, of_dtype, wide
 
 
 def _key(words: Any) -> Any:
     return jax.random.wrap_key_data(words)
-
-
-def _dtype(dtype: torch.dtype | None) -> Any:
-    return carried(dtype or torch.get_default_dtype())
 
 
 def _uniform(words: Any, shape: Any, dtype: Any) -> Any:
@@ -31,12 +27,12 @@ def _normal(words: Any, shape: Any, dtype: Any) -> Any:
 
 @lowering("rand", "rand.generator", random=True)
 def rand(words: Any, size: Any, *, dtype: Any = None, **_: Any) -> Any:
-    return _uniform(words, size, _dtype(dtype))
+    return _uniform(words, size, of_dtype(dtype))
 
 
 @lowering("randn", "randn.generator", random=True)
 def randn(words: Any, size: Any, *, dtype: Any = None, **_: Any) -> Any:
-    dtype = _dtype(dtype)
+    dtype = of_dtype(dtype)
     if kind(dtype) == 3:
         return jax.random.normal(_key(words), tuple(size), dtype)
     return _normal(words, size, dtype)

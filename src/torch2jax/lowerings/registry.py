@@ -177,6 +177,17 @@ _WIDE = {
 }
 
 
+def of_dtype(dtype: torch.dtype | None) -> np.dtype[Any]:
+    """The dtype that a factory is asked for; None: PyTorch's default."""
+    return carried(dtype or torch.get_default_dtype())
+
+
+def spread(values: Any, n: int) -> tuple[int, ...]:
+    """A size or step for each of ``n`` dimensions, of which one may stand for all."""
+    values = (values,) if isinstance(values, int) else tuple(values)
+    return values * n if len(values) == 1 else values
+
+
 def kind(dtype: Any) -> int:
     """0 bool, 1 integer, 2 floating, 3 complex: the category in which PyTorch promotes."""
     if dtype == np.bool_:

@@ -207,7 +207,7 @@ class Environment(contextlib.ContextDecorator):
                 return x.detach().to("jax")
             return x
 
-        return jax.tree.map(move, tree, is_leaf=_is_tensor)
+        return jax.tree.map(move, tree, is_leaf=torch.is_tensor)
 
     def t2j_iso(self, tree: Any) -> Any:
         """Tensors on device jax as their arrays."""
@@ -221,19 +221,15 @@ class Environment(contextlib.ContextDecorator):
         """Tensors of any device as arrays."""
 
         def array(x: Any) -> Any:
-            return read(x) if isinstance(x, Tensor) else from_torch(x) if _is_tensor(x) else x
+            return read(x) if isinstance(x, Tensor) else from_torch(x) if torch.is_tensor(x) else x
 
-        return jax.tree.map(array, tree, is_leaf=_is_tensor)
+        return jax.tree.map(array, tree, is_leaf=torch.is_tensor)
 
     def j2t_copy(self, tree: Any) -> Any:
         """Arrays as tensors in PyTorch's own CPU memory."""
         return jax.tree.map(
             lambda x: j2t(np.asarray(x)).clone() if isinstance(x, jax.Array) else x, tree
         )
-
-
-def _is_tensor(x: Any) -> bool:
-    return isinstance(x, torch.Tensor)
 
 
 def words_of(key: Any) -> Any:

@@ -38,10 +38,6 @@ __all__ = [
 Function = Callable[..., Any]
 
 
-def _is_tensor(x: Any) -> bool:
-    return isinstance(x, torch.Tensor)
-
-
 def jax_view(tree: Any) -> Any:
     """What PyTorch has in a pytree as what JAX has: without a copy.
 
@@ -57,7 +53,7 @@ def jax_view(tree: Any) -> Any:
             return functools.partial(call_torch, x)
         return x
 
-    return jax.tree.map(view, tree, is_leaf=_is_tensor)
+    return jax.tree.map(view, tree, is_leaf=torch.is_tensor)
 
 
 def torch_view(tree: Any) -> Any:
@@ -76,7 +72,7 @@ def torch_view(tree: Any) -> Any:
             return functools.partial(call_jax, x)
         return x
 
-    return jax.tree.map(view, tree, is_leaf=_is_tensor)
+    return jax.tree.map(view, tree, is_leaf=torch.is_tensor)
 
 
 def call_jax(jax_func: Function, *args: Any, **kwargs: Any) -> Any:
@@ -85,10 +81,12 @@ def call_jax(jax_func: Function, *args: Any, **kwargs: Any) -> Any:
     ``backward()`` goes through it, with JAX's derivative, where a tensor among the arguments
     requires a gradient.
     """
-    leaves = jax.tree.leaves((args, kwargs), is_leaf=_is_tensor)
-    if torch.is_grad_enabled() and any(_is_tensor(x) and x.requires_grad for x in leaves):
+    leaves = jax.tree.leaves((args, kwargs), is_leaf=torch.is_tensor)
+    if torch.is_grad_enabled() and any(torch.is_tensor(x) and x.requires_grad for x in leaves):
         args, kwargs = jax.tree.map(
-            lambda x: x if _is_tensor(x) else jax_view(x), (args, kwargs), is_leaf=_is_tensor
+            lambda x: x if torch.is_tensor(x) else jax_view(x),
+            (args, kwargs),
+            is_leaf=torch.is_tensor,
         )
         return _device.call_jax(jax_func, *args, **kwargs)
     args, kwargs = jax_view((args, kwargs))
