@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -218,15 +219,22 @@ def allow_foreach(device: str) -> None:
     _foreach_utils._get_foreach_kernels_supported_devices = lambda: [*known(), device]
 
 
+_compiling_lock = threading.Lock()
+_compiling: list[bool] = []
+"""PyTorch's flag as it was, once for each trace under way: it is one for all threads."""
+
+
 @contextlib.contextmanager
 def compiling() -> Iterator[None]:
     """While ``torch.compiler.is_compiling()``, so that PyTorch's own code asks for no values."""
-    before = torch.compiler._is_compiling_flag
-    torch.compiler._is_compiling_flag = True
+    with _compiling_lock:
+        _compiling.append(torch.compiler._is_compiling_flag)
+        torch.compiler._is_compiling_flag = True
     try:
         yield
     finally:
-        torch.compiler._is_compiling_flag = before
+        with _compiling_lock:
+            torch.compiler._is_compiling_flag = _compiling.pop()
 
 
 def foreach_types() -> list[list[Any]]:

@@ -206,12 +206,12 @@ class Operator:
     ) -> Any:
         """What the operator returns; new tensors are appended to ``made``."""
         if program.mutated:
-            if self.route.returns_mutated:
-                n = len(self.func._schema.returns)  # of what is written to, the first
+            n = self.route.returns
+            if not n:
+                return None
+            if self.route.returns_mutated:  # of what is written to, the first
                 found = [operands[slot] for slot in program.mutated]
                 return found[0] if n == 1 else tuple(found[:n])
-            if not self.func._schema.returns:
-                return None
         if made is None:
             made = []
         return _tensors(out, program.torch_dtypes, made)
@@ -224,7 +224,7 @@ def _tensors(out: Any, dtypes: Sequence[torch.dtype], made: list[Tensor]) -> Any
     if isinstance(out, list | tuple):
         found = [_tensors(x, dtypes, made) for x in out]
         return found if type(out) is list else tuple(found)
-    if not isinstance(out, jax.Array):
+    if type(out) is not ArrayImpl and not isinstance(out, jax.Array):
         out = jax.numpy.asarray(out)
     made.append(wrap(out, dtypes[min(len(made), len(dtypes) - 1)]))
     return made[-1]

@@ -112,11 +112,10 @@ class Program:
             return out, new
         if not route.mutable:
             return out, []
-        returns = route.func._schema.returns
-        if route.returns_mutated or not returns:
+        n = route.returns
+        if route.returns_mutated or not n:
             return None, jax.tree.leaves(out)[: len(self.mutated)]
         # The functional form returns what is written to after the results.
-        n = len(returns)
         self.torch_dtypes = self.torch_dtypes[:n]
         return (out[0] if n == 1 else tuple(out[:n])), list(out[n:])
 

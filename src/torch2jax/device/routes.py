@@ -39,9 +39,9 @@ class Route:
         outs = [a.name for a in written if a.is_out]
         self.to_outs = bool(outs)
         self.writes_several = len(written) > 1 or any("List" in str(a.type) for a in written)
-        self.returns_mutated = bool(schema.returns) and all(
-            r.alias_info is not None for r in schema.returns
-        )
+        returns = schema.returns  # made anew each time: not to be asked for at each call
+        self.returns = len(returns)
+        self.returns_mutated = bool(returns) and all(r.alias_info is not None for r in returns)
         self.target: Any = func
         self.drop: tuple[str, ...] = ()
         if self.mutable:
@@ -64,7 +64,7 @@ class Route:
         self.random = self.lowered is not None and self.lowered.random
         # A result that is a Python value is read from tensors: there is nothing to compile.
         self.returns_values = self.kind == "decomposed" and any(
-            "Tensor" not in str(r.type) for r in schema.returns
+            "Tensor" not in str(r.type) for r in returns
         )
 
     def scalar(self, name: str) -> bool:
