@@ -27,6 +27,8 @@ from torch._functorch.vmap import (
 from torch.autograd import forward_ad
 from torch.utils._device import DeviceContext as DeviceContext
 
+from ._errors import Torch2JaxError
+
 unwrap_if_dead: Any = _unwrap_if_dead
 add_batch_dim: Any = _add_batch_dim
 remove_batch_dim: Any = _remove_batch_dim
@@ -52,6 +54,10 @@ def exchange_api() -> Any:
 
 
 # --- gradients -----------------------------------------------------------------------------------
+
+python_node: Any = torch._C._FunctionBase
+"""A node of a ``torch.autograd.Function``. In torch 2.6 it lives as long as the function's result
+or the node after it, not as long as this object, and a backward pass from it then crashes."""
 
 _run_backward: Any = torch.autograd.Variable._execution_engine.run_backward  # type: ignore[attr-defined]
 
@@ -200,9 +206,9 @@ def set_up_device(name: str, module: Any) -> None:
             _setup_privateuseone_for_python_backend as set_up,
         )
     except ImportError:
-        raise RuntimeError(
-            "this PyTorch cannot have a device made in Python; install a newer one for "
-            " torch2jax(..., lower=True) and device.enable()."
+        raise Torch2JaxError(
+            f"the device {name!r}, which lower=True, device.enable() and torch2jax.torchax need, "
+            f"needs PyTorch 2.10 or later; this is {torch.__version__}."
         ) from None
     set_up(name, backend_module=module)
 
