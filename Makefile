@@ -64,7 +64,7 @@ soak: $(VENV)/.package ## long runs before a release: memory is flat, nothing ha
 test-fuzz: $(VENV)/.test ## 20,000 random calls, right and wrong (half an hour)
 	T2J_FUZZ_EXAMPLES=20000 $(PY) -m pytest --timeout=0 tests/test_fuzz.py $(PYTEST)
 
-test-matrix: $(VENV)/.test ## run the core tests on the oldest and the newest jax, and on Python 3.13
+test-matrix: $(VENV)/.test ## run the core tests on the oldest and newest jax, the oldest torch, Python 3.13 and 3.14
 	$(PY) tools/matrix.py --torch '$(TORCH)' $(if $(PYTEST),,--output README.md) -- $(PYTEST)
 
 docs: $(VENV)/.docs ## build the site, strictly, into build/site

@@ -22,8 +22,10 @@ from torch2jax import (
     Torch2JaxWarning,
     TorchCallError,
     UnsupportedDtypeError,
+    device,
     torch2jax,
 )
+from torch2jax.device import registration
 
 X = np.arange(1, 5, dtype=np.float32)
 
@@ -653,3 +655,14 @@ def test_what_an_operator_refuses_is_not_logged_beside(caplog: pytest.LogCapture
     with pytest.raises(TorchCallError, match="mat1 and mat2 shapes cannot be multiplied"):
         torch2jax(lambda a, b: a @ b)(jnp.ones((3, 4)), jnp.ones((3, 4)))
     assert not caplog.records
+
+
+def test_a_torch_that_is_too_old_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch before 2.10 lacks what the device is made with; from a newer one it is taken away here."""
+    maker = "torch.utils.backend_registration._setup_privateuseone_for_python_backend"
+    monkeypatch.delattr(maker, raising=False)
+    monkeypatch.setattr(registration, "_libraries", [])
+    for use in (device.enable, lambda: torch2jax(torch.sin, lower=True)(X)):
+        with pytest.raises(Torch2JaxError, match=r"needs PyTorch 2\.10 or later"):
+            use()
+    same(torch2jax(torch.sin)(X), np.sin(X))

@@ -1,15 +1,16 @@
-"""Run the core tests on the oldest and the newest supported jax, and on Python 3.13.
+"""Run the core tests on the oldest and newest jax, the oldest torch, and Python 3.13 and 3.14.
 
     make test-matrix                              # all of it; writes the README's table
     T2J_MATRIX_PY313=0 make test-matrix           # without Python 3.13
     make test-matrix PYTEST=tests/test_convert.py # these tests alone, written nowhere
     python tools/matrix.py --only oldest --output README.md   # that row alone is written anew
 
-The two jax of this Python are installed beside the environment, into .venv-matrix, and put first
-on PYTHONPATH: the same binary of the package meets both, as it does at a user's. Python 3.13 gets
-an environment of its own and builds the package there; on Linux, pip may bring a PyTorch with
-several GB of CUDA libraries into it. T2J_MATRIX_PY313 names the interpreter, or leaves it out with
-0. Where there is none, that run is skipped, and the summary says so.
+The two jax and the oldest torch of this Python are installed beside the environment, into
+.venv-matrix, and put first on PYTHONPATH: the same binary of the package meets all of them, as it
+does at a user's. The newer Pythons get an environment each and build the package there. On Linux,
+pip may bring a PyTorch with several GB of CUDA libraries into each of these. T2J_MATRIX_PY313 and
+T2J_MATRIX_PY314 name the interpreter, or leave it out with 0. Where there is none, that run is
+skipped, and the summary says so.
 """
 
 from __future__ import annotations
@@ -48,14 +49,19 @@ NOT_CORE = (
 # jnp.fft inside a loop or a branch, and its compiled convolution of float64 is not the eager one;
 # linear_transpose of a lax.map beside constants is an assertion, with jax.numpy too; and the flax
 # and the orbax of the environment need a newer jax.
-OLDEST = (
-    "-k",
-    "not (test_transforms_control and fft) and not (test_jvp_of_jvp and conv2d) "
-    "and not (test_vmap_of_linearized and branch) and not test_flax_nnx "
-    "and not test_sharded_checkpoints",
+OLDEST_JAX = (
+    *("test_transforms_control and fft", "test_jvp_of_jvp and conv2d"),
+    *("test_vmap_of_linearized and branch", "test_flax_nnx", "test_sharded_checkpoints"),
 )
 
-CELLS = ("oldest", "newest", "python3.13")
+# torch before 2.10 cannot have a device made in Python, which all of these use. That enable() and
+# lower=True say so is tested in test_errors.py.
+NEED_DEVICE = (
+    *("test_device.py", "test_device_calls.py", "test_device_jit.py", "test_device_modules.py"),
+    *("test_device_programs.py", "test_lower.py", "test_torchax.py"),
+)
+
+CELLS = ("oldest", "oldest-torch", "newest", "python3.13", "python3.14")
 
 VERSIONS = """
 import importlib.metadata as m, json, platform
@@ -66,13 +72,14 @@ print(json.dumps({"Python": platform.python_version(), **found}))
 
 
 class Cell(NamedTuple):
-    """One run of the tests: an interpreter, and a folder that goes before its own packages."""
+    """One run of the tests: an interpreter, and folders that go before its own packages."""
 
     label: str
     python: Path
-    beside: Path | None = None
-    options: tuple[str, ...] = ()
-    """Of pytest."""
+    beside: tuple[Path, ...] = ()
+    without: tuple[str, ...] = ()
+    """Tests that are left out, each as pytest's ``-k`` names them."""
+    without_files: tuple[str, ...] = ()
 
 
 class Result(NamedTuple):
@@ -83,12 +90,12 @@ class Result(NamedTuple):
     counts: dict[str, int] = {}  # noqa: RUF012
 
 
-def environment(beside: Path | None = None) -> dict[str, str]:
+def environment(beside: Sequence[Path] = ()) -> dict[str, str]:
     without = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    return without if beside is None else {**without, "PYTHONPATH": str(beside)}
+    return {**without, "PYTHONPATH": os.pathsep.join(map(str, beside))} if beside else without
 
 
-def run(*command: str | Path, beside: Path | None = None) -> int:
+def run(*command: str | Path, beside: Sequence[Path] = ()) -> int:
     return subprocess.run([str(c) for c in command], cwd=ROOT, env=environment(beside)).returncode
 
 
@@ -98,25 +105,35 @@ def pip(python: Path, *arguments: str | Path) -> None:
         sys.exit(f"pip failed: {' '.join(map(str, arguments))}")
 
 
-def oldest_jax() -> str:
-    """The lower bound that the package declares."""
+def oldest(name: str) -> str:
+    """The lower bound that the package declares, as a release."""
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     for requirement in settings["project"]["dependencies"]:
-        bound = re.fullmatch(r"jax\s*>=\s*([\d.]+)", requirement)
+        bound = re.fullmatch(rf"{name}\s*>=\s*([\d.]+)", requirement)
         if bound:
             return bound[1] if bound[1].count(".") > 1 else bound[1] + ".0"
-    sys.exit("pyproject.toml declares no lower bound of jax.")
+    sys.exit(f"pyproject.toml declares no lower bound of {name}.")
 
 
-def jax_beside(python: Path, version: str | None) -> Path:
-    """A folder with this jax (None: the newest for this Python) and its jaxlib, nothing else."""
-    folder = FOLDER / f"jax-{version or 'newest'}"
-    if version is not None and folder.is_dir():
+def folder_beside(python: Path, name: str, *packages: str) -> Path:
+    """The folder of this name with these packages; made where it is missing, newest always."""
+    folder = FOLDER / name
+    if folder.is_dir() and not name.endswith("-newest"):
         return folder
     shutil.rmtree(folder, ignore_errors=True)
-    pin = f"=={version}" if version else ""
-    pip(python, "--no-deps", "--target", folder, f"jax{pin}", f"jaxlib{pin}")
+    pip(python, "--target", folder, *packages)
     return folder
+
+
+def jax_beside(python: Path, version: str = "") -> Path:
+    """This jax (none named: the newest for this Python) and its jaxlib, nothing else."""
+    packages = [f"{name}=={version}" if version else name for name in ("jax", "jaxlib")]
+    return folder_beside(python, f"jax-{version or 'newest'}", "--no-deps", *packages)
+
+
+def torch_beside(python: Path, version: str) -> Path:
+    """This torch and what it depends on."""
+    return folder_beside(python, f"torch-{version}", f"torch=={version}")
 
 
 def find_python(version: str, choice: str = "") -> Path | str:
@@ -133,18 +150,13 @@ def find_python(version: str, choice: str = "") -> Path | str:
     return f"{choice} is not Python {version}" if choice else f"no Python {version} here"
 
 
-def find_python313() -> Path | str:
-    choice = os.environ.get("T2J_MATRIX_PY313", "")
-    return "T2J_MATRIX_PY313=0" if choice == "0" else find_python("3.13", choice)
-
-
-def python313_environment(base: Path, torch: str) -> Path:
-    """An environment of Python 3.13 with PyTorch and jax; made when it is missing."""
-    folder = FOLDER / "python3.13"
+def own_environment(version: str, base: Path, torch: str) -> Path:
+    """An environment of this Python with PyTorch and jax; made when it is missing."""
+    folder = FOLDER / f"python{version}"
     python = folder / "bin" / "python"
     if not python.exists():
         print(
-            "Python 3.13: installing PyTorch, which may bring several GB of CUDA libraries",
+            f"Python {version}: installing PyTorch, which may bring several GB of CUDA libraries",
             flush=True,
         )
         if run(base, "-m", "venv", folder) != 0:
@@ -164,12 +176,13 @@ def test(cell: Cell, pytest_args: Sequence[str]) -> Result:
         return Result(cell.label, "jax or torch cannot be imported", False)
     versions = json.loads(told.stdout)
     print(" / ".join(f"{name} {version}" for name, version in versions.items()), flush=True)
-    ignored = [f"--ignore=tests/{name}" for name in NOT_CORE]
+    ignored = [f"--ignore=tests/{name}" for name in (*NOT_CORE, *cell.without_files)]
+    named = " and ".join(f"not ({names})" for names in cell.without)
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         parallel = ["-q", "-n", "2", "--dist", "loadfile", f"--junit-xml={report}"]
-        options = [*parallel, *ignored, *cell.options, *pytest_args]
+        options = [*parallel, *ignored, *(["-k", named] if named else []), *pytest_args]
         status = run(cell.python, "-m", "pytest", *options, beside=cell.beside)
         counts = counts_of(report)
     outcome = "passed" if status == 0 else f"failed (pytest's exit status {status})"
@@ -210,12 +223,14 @@ def _cells(line: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
-def python313(torch: str) -> Cell | Result:
-    label = "Python 3.13, newest jax"
-    found = find_python313()
+def newer_python(version: str, torch: str) -> Cell | Result:
+    """The newest jax on this Python, and the package built there."""
+    label, variable = f"Python {version}, newest jax", f"T2J_MATRIX_PY{version.replace('.', '')}"
+    choice = os.environ.get(variable, "")
+    found = f"{variable}=0" if choice == "0" else find_python(version, choice)
     if not isinstance(found, Path):
         return Result(label, f"SKIPPED: {found}", True)
-    python = python313_environment(found, torch)
+    python = own_environment(version, found, torch)
     pip(python, "--upgrade", "jax", "jaxlib")
     pip(python, f"{ROOT}[test]")
     return Cell(label, python)
@@ -223,7 +238,7 @@ def python313(torch: str) -> Cell | Result:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--torch", default="torch", help="the PyTorch for Python 3.13")
+    parser.add_argument("--torch", default="torch", help="the PyTorch for the newer Pythons")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write into the table of FILE")
     parser.add_argument("--only", choices=CELLS, help="one row of the table")
     parser.add_argument("pytest_args", nargs="*", metavar="-- PYTEST ARGUMENTS")
@@ -231,18 +246,28 @@ def main() -> int:
 
     here = Path(sys.executable)  # not resolved: the link is what makes it the environment's Python
     name = f"Python {sys.version_info.major}.{sys.version_info.minor}"
-    oldest = oldest_jax()
+    jax, torch = oldest("jax"), oldest("torch")
     make: dict[str, Callable[[], Cell | Result]] = {
-        "oldest": lambda: Cell(f"{name}, oldest jax", here, jax_beside(here, oldest), OLDEST),
-        "newest": lambda: Cell(f"{name}, newest jax", here, jax_beside(here, None)),
-        "python3.13": lambda: python313(arguments.torch),
+        "oldest": lambda: Cell(
+            f"{name}, oldest jax", here, (jax_beside(here, jax),), without=OLDEST_JAX
+        ),
+        "oldest-torch": lambda: Cell(
+            f"{name}, oldest jax and torch",
+            here,
+            (torch_beside(here, torch), jax_beside(here, jax)),
+            without=OLDEST_JAX,
+            without_files=NEED_DEVICE,
+        ),
+        "newest": lambda: Cell(f"{name}, newest jax", here, (jax_beside(here),)),
+        "python3.13": lambda: newer_python("3.13", arguments.torch),
+        "python3.14": lambda: newer_python("3.14", arguments.torch),
     }
     cells = [make[each]() for each in ([arguments.only] if arguments.only else CELLS)]
     results = [c if isinstance(c, Result) else test(c, arguments.pytest_args) for c in cells]
 
     print("\n== The matrix")
     for result in results:
-        print(f"{result.label:<26} {result.outcome}")
+        print(f"{result.label:<32} {result.outcome}")
     page = arguments.output
     written = section(page, "versions") if page else ""
     text = markdown(results, written)

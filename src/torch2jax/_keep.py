@@ -34,7 +34,7 @@ from ._programs import (
 )
 from ._saved import Cell, Source, held, nothing, packing, refuses_hooks, saved_tensors, storages_of
 from ._tape import no_token, tape
-from ._torch_compat import pull_back, pull_back_rows
+from ._torch_compat import pull_back, pull_back_rows, python_node
 
 
 class Keep:
@@ -148,6 +148,9 @@ def _edge(y: Tensor) -> GradientEdge | None:
     if not y.requires_grad:
         return None
     node = y.grad_fn
+    if isinstance(node, python_node):
+        y = y.view_as(y)
+        node = y.grad_fn
     return get_gradient_edge(y) if node is None else GradientEdge(node, y.output_nr)
 
 

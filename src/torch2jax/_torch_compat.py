@@ -57,6 +57,10 @@ def exchange_api() -> Any:
 
 # --- gradients -----------------------------------------------------------------------------------
 
+python_node: Any = torch._C._FunctionBase
+"""A node of a ``torch.autograd.Function``. In torch 2.6 it lives as long as the function's result
+or the node after it, not as long as this object, and a backward pass from it then crashes."""
+
 _run_backward: Any = torch.autograd.Variable._execution_engine.run_backward  # type: ignore[attr-defined]
 
 
@@ -205,8 +209,8 @@ def set_up_device(name: str, module: Any) -> None:
         )
     except ImportError:
         raise Torch2JaxError(
-            "this PyTorch cannot have a device made in Python: lower=True and "
-            "device.enable() need a newer one."
+            f"the device {name!r}, which lower=True, device.enable() and torch2jax.torchax need, "
+            f"needs PyTorch 2.10 or later; this is {torch.__version__}."
         ) from None
     set_up(name, backend_module=module)
 

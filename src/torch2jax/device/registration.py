@@ -105,7 +105,8 @@ def enable() -> None:
     before: there is no mode.
 
     Raises:
-        Torch2JaxError: another library has taken PyTorch's one place for a device of a library.
+        Torch2JaxError: another library has taken PyTorch's one place for a device of a library;
+            or PyTorch is older than 2.10.
 
     >>> import torch, torch2jax
     >>> torch2jax.device.enable()
