@@ -381,7 +381,11 @@ def test_only_one_file_touches_private_jax_and_one_the_extension(path: Path) -> 
 
 def test_versions_are_compared_in_one_file() -> None:
     for path in SOURCES:
-        if relative(path) not in ("_compat.py", "_torch_compat.py", "_doctor.py"):  # which prints them
+        if relative(path) not in (
+            "_compat.py",
+            "_torch_compat.py",
+            "_doctor.py",
+        ):  # which prints them
             assert not re.search(
                 r"(jax|torch)\.__version__|version_info|jax\.version", path.read_text()
             ), path
