@@ -104,11 +104,12 @@ def test_distributions_check_their_arguments_in_eager_mode_only() -> None:
         divergence = kl_divergence(normal, Normal(torch.zeros_like(x), 1.0)).sum(-1)
         return normal.log_prob(x + 1).sum(-1) + choice.entropy() + divergence
 
+    torch.manual_seed(0)
     x = torch.randn(4, 3)
     compiled = device.jit(fn)
     lowered = jax.jit(torch2jax(fn, lower=True))(x.numpy())
     for found in (compiled(x.to("jax")), compiled(x.to("jax")), device.tensor(lowered)):
-        np.testing.assert_allclose(found.cpu(), fn(x), 1e-4, 1e-5)
+        np.testing.assert_allclose(found.cpu(), fn(x), 1e-4, 1e-4)
     with pytest.raises(ValueError, match="to satisfy the constraint"):
         Normal(x.to("jax"), -x.to("jax").abs())
 

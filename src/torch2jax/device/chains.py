@@ -102,7 +102,7 @@ class Chain:
     """The steps of one view, with numbers; programs that its pattern allows are shared."""
 
     __slots__ = (
-        "_next", "_overlaps", "_starts_on_device", "_used", "pattern", "starts", "steps"
+        "_next", "_overlaps", "_starts_on_device", "_used", "blurred", "pattern", "starts", "steps"
     )  # fmt: skip
 
     def __init__(self, steps: tuple[Step, ...], pattern: Pattern, starts: tuple[int, ...]) -> None:
@@ -111,6 +111,8 @@ class Chain:
         self._starts_on_device: Any = None
         self._used = False
         self._overlaps: bool | None = None
+        self.blurred = False
+        """Values of another kind, of elements that are seen several times: a part cannot be set."""
         self._next: dict[Any, Chain] = {}
 
     def get(self, array: Any) -> Any:
@@ -150,7 +152,9 @@ class Chain:
         if chain is None:
             if len(self._next) > 4096:
                 self._next.clear()
-            chain = self._next[key] = self._further(*key)
+            chain = self._further(*key)
+            chain.blurred = self.blurred
+            self._next[key] = chain
         return chain
 
     def _further(

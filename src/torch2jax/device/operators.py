@@ -101,7 +101,7 @@ class Operator:
         if program is None:
             program = self.programs[hashed] = Program(route, args, kwargs, operands)
         for slot in program.views_written:
-            refuse_overlap(operands[slot])
+            refuse_overlap(operands[slot], route.fills)
         if captures:
             note_read(operands)
         traced = False

@@ -52,10 +52,7 @@ class Program:
         self.mutated = route.written(self.args, self.kwargs)
         self.outs = set(self.mutated if route.to_outs else ())
         self.cells = cells_of(operands)
-        self.views_written = [
-            slot for slot in self.mutated if chains[slot] is not None and not route.fills
-        ]
-        """Operands that may not see an element of their memory twice."""
+        self.views_written = [slot for slot in self.mutated if chains[slot] is not None]
         self.torch_dtypes: list[torch.dtype] = []
         self.jitted = jax.jit(self.run)
 

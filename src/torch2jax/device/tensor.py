@@ -185,9 +185,11 @@ def become(x: Tensor, other: Tensor) -> Tensor:
     return x
 
 
-def refuse_overlap(t: Tensor) -> None:
-    """A view that sees an element several times has no one value to write there."""
-    if t._chain is not None and t._chain.overlaps(t.shape, t.stride()):
+def refuse_overlap(t: Tensor, fills: bool) -> None:
+    """A view that sees an element several times has no one value to write there, but to fill it."""
+    chain = t._chain
+    assert chain is not None
+    if chain.blurred or (not fills and chain.overlaps(t.shape, t.stride())):
         raise RuntimeError(
             "unsupported operation: more than one element of the written-to tensor refers to a "
             "single memory location. Please clone() the tensor before performing the operation."

@@ -12,7 +12,7 @@ from .chains import ROOT
 from .operands import foreign
 from .state import state
 from .tensor import Tensor, captures, wrap_view
-from .views import OTHER_ELEMENTS, geometry
+from .views import OTHER_ELEMENTS, OTHER_VALUES, geometry
 
 __all__ = ["ViewOperator"]
 
@@ -70,12 +70,15 @@ class ViewOperator:
         found = geometry(self.func, rest, dtype, size, stride, offset)
         if self.strided:
             return self._as_strided(x, rest, found)
-        same = None if self.func in OTHER_ELEMENTS else (dtype, size, stride, offset)
+        base, here = chain or ROOT, (dtype, size, stride, offset)
+        blurs = self.func in OTHER_ELEMENTS and base.overlaps(size, stride)
 
         def further(where: Any, index: int | None = None) -> Any:
-            if where == same:  # what the operand sees: no step
+            if where == here and self.func not in OTHER_VALUES:  # what the operand sees: no step
                 return (chain, *where)
-            return ((chain or ROOT).then(size, self.func, rest, index), *where)
+            step = base.then(size, self.func, rest, index)
+            step.blurred = step.blurred or blurs
+            return (step, *where)
 
         if type(found) is list:
             return [further(where, i) for i, where in enumerate(found)]

@@ -348,14 +348,15 @@ SETTERS: dict[Any, Get] = {
 }
 
 
-OTHER_ELEMENTS = {
+OTHER_VALUES = {aten._conj.default, aten._neg_view.default}
+"""Views of the same elements that see other values than are in memory."""
+
+OTHER_ELEMENTS = OTHER_VALUES | {
     aten.view.dtype,
     aten.view_as_real.default,
     aten.view_as_complex.default,
-    aten._conj.default,
-    aten._neg_view.default,
 }
-"""Views that see other values than are in memory, not a part of them."""
+"""Views that see something else than a part of the elements that are in memory."""
 
 
 def overlaps(size: Sequence[int], stride: Sequence[int]) -> bool:
