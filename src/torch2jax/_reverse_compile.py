@@ -188,7 +188,12 @@ def _gone(name: str) -> Torch2JaxError:
 # --- the operator --------------------------------------------------------------------------------
 
 
-@torch.library.custom_op(f"{__name__.partition('.')[0]}::apply", mutates_args=())
+@torch.library.custom_op(
+    f"{__name__.partition('.')[0]}::apply",
+    mutates_args=(),
+    # Written out, because torch 2.6 does not read the annotations below.
+    schema="(Tensor[] tensors, float[] floats, SymInt[] ints, str program) -> Tensor[]",
+)
 def _op(
     tensors: Sequence[Tensor], floats: Sequence[float], ints: Sequence[int], program: str
 ) -> list[Tensor]:
