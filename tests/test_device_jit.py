@@ -99,8 +99,9 @@ def test_distributions_check_their_arguments_in_eager_mode_only() -> None:
     from torch.distributions import Categorical, Normal, kl_divergence
 
     def fn(x: torch.Tensor) -> torch.Tensor:
-        normal = Normal(x, x.exp())
-        choice = Categorical(logits=x)
+        # Asked for, because torch.compile switches the checks off for the process.
+        normal = Normal(x, x.exp(), validate_args=True)
+        choice = Categorical(logits=x, validate_args=True)
         divergence = kl_divergence(normal, Normal(torch.zeros_like(x), 1.0)).sum(-1)
         return normal.log_prob(x + 1).sum(-1) + choice.entropy() + divergence
 
@@ -111,7 +112,7 @@ def test_distributions_check_their_arguments_in_eager_mode_only() -> None:
     for found in (compiled(x.to("jax")), compiled(x.to("jax")), device.tensor(lowered)):
         np.testing.assert_allclose(found.cpu(), fn(x), 1e-4, 1e-4)
     with pytest.raises(ValueError, match="to satisfy the constraint"):
-        Normal(x.to("jax"), -x.to("jax").abs())
+        Normal(x.to("jax"), -x.to("jax").abs(), validate_args=True)
 
 
 def test_a_compiled_optimizer_and_an_eager_backward() -> None:
