@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from ._torch_compat import outside_transforms
+from ._torch_compat import numbers, outside_transforms
 
 Tensor = torch.Tensor
 Tensors = tuple[Tensor, ...]
@@ -72,7 +72,7 @@ def _state_of_generator() -> bytes:
 
 @contextlib.contextmanager
 def _generators_from(words: Tensor) -> Iterator[None]:
-    seed = seed_of(words.tolist())
+    seed = seed_of(numbers(words))
     generators = [torch.default_generator]
     if words.device.type == "cuda":
         generators.append(torch.cuda.default_generators[words.device.index or 0])

@@ -50,6 +50,15 @@ def outside_transforms() -> Any:
     return temporarily_clear_interpreter_stack()
 
 
+def numbers(x: torch.Tensor) -> list[int]:
+    """``x.tolist()`` of a plain tensor, which torch 2.6 refuses inside of ``torch.func``."""
+    try:
+        return x.tolist()
+    except RuntimeError:
+        with outside_transforms():
+            return x.tolist()
+
+
 def exchange_api() -> Any:
     """The capsule of torch's DLPack C exchange API, or None where torch has none (before 2.10)."""
     return getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
