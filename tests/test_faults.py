@@ -290,6 +290,7 @@ def right():
 @pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
 def test_interrupt_of_a_long_call(jit: bool) -> None:
     out = run_python(f"""
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background has none
         def fn(a):
             end = time.monotonic() + 60
             threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()

@@ -17,6 +17,7 @@ import torch
 
 import torch2jax as t2j_module
 from torch2jax import (
+    SignatureError,
     Size,
     TapeInfo,
     Torch2JaxError,
@@ -91,7 +92,7 @@ def test_wrong_uses() -> None:
         j2t([1.0, 2.0])  # pyright: ignore[reportArgumentType]
     with pytest.raises((TypeError, Torch2JaxError)):
         from_module(torch.nn.Linear)  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match="number of bytes"):
+    with pytest.raises(SignatureError, match="number of bytes"):
         set_tape_budget("1 GB")  # pyright: ignore[reportArgumentType]
     with pytest.raises(AttributeError):
         _ = t2j_module.torch2jaxx  # pyright: ignore[reportAttributeAccessIssue]
