@@ -331,7 +331,7 @@ def _jax_device(device: torch.device) -> Any:
     if platform == "cpu":
         return found[0]
     if index >= len(found):
-        here = ", ".join(sorted({str(d) for d in jax.local_devices()}))
+        here = ", ".join(f"{d.platform}:{d.id}" for d in jax.local_devices())
         raise Torch2JaxError(
             f"JAX has no device {device} here, but {here}: leave device= out, or install the JAX "
             "that knows it."
