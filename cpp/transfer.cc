@@ -2,6 +2,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <utility>
 
 #include "dlpack_abi.h"
@@ -95,18 +96,19 @@ Owned PlainArray(const Torch& torch, PyObject* tensor, const Importer& importer)
   if (found == nullptr) return Owned();
   Owned array = FindLeaf(tensor, *found);
   if (array) return array;
-  View view(*found);
   int keep = Bytes(*found) <= kLargestLeaf ? IsTrue(tensor, torch.name_requires_grad) : 0;
   if (keep > 0) keep = IsTrue(tensor, torch.name_is_leaf);
   if (keep > 0) keep = AllowsReferences(torch);
   if (keep < 0) return Owned();
+  std::optional<View> view;
   if (keep > 0) {
+    view.emplace(*found);
     Owned detached = CallMethod(tensor, torch.name_detach.get());
     capsule = detached ? PlainCapsule(torch, detached.get(), importer) : Owned();
     if (!capsule) return Owned();
   }
   array = CallFunction(importer.import_capsule, capsule.get(), importer.device, Py_None);
-  if (array && keep > 0 && !KeepLeaf(tensor, std::move(view), array.get())) return Owned();
+  if (array && view && !KeepLeaf(tensor, *std::move(view), array.get())) return Owned();
   return array;
 }
 
