@@ -27,9 +27,11 @@ from torch2jax import (
     TorchCallError,
     _ext,
     _state,
+    device,
     jax2torch,
     torch2jax,
 )
+from torch2jax.device import dispatch
 
 testing: Any = _ext
 """The extension with what a T2J_TESTING build adds."""
@@ -324,3 +326,59 @@ def test_conversions_of_jax2torch() -> None:
             gc.collect()
         assert freed() is None, f"the leaf is kept after {step}"
     print(f"{len(steps)} steps, {harmless} of them without effect")
+
+
+# --- eager calls on device "jax" -----------------------------------------------------------------
+
+
+def test_repeated_calls_on_device_jax() -> None:
+    """Numbers, views, writes, several results: each step of a call that is known, and of a new one."""
+    device.enable()
+
+    def fresh() -> torch.Tensor:
+        return torch.arange(6.0).reshape(2, 3).to("jax")
+
+    def calls(a: torch.Tensor) -> Any:
+        try:
+            b = torch.add(a * 2.5, a, alpha=3)
+            b[1].mul_(torch.div(b, 2, rounding_mode="floor").sum())
+            torch._foreach_add_([a, b], [b, a])
+            return [*a.split([1, 2], 1), b.t().detach(), *torch.sort(a)]
+        except MemoryError as error:
+            return error
+
+    def is_right(got: Any) -> bool:
+        return all(
+            torch.equal(x.cpu(), y)
+            for x, y in zip(got, calls(torch.arange(6.0).reshape(2, 3)), strict=True)
+        )
+
+    for known in (True, False):
+        assert is_right(calls(fresh()))
+        assert is_right(calls(fresh()))
+        if not known:
+            dispatch.forget()
+        a = fresh()
+        testing.arm()
+        calls(a)
+        steps = testing.disarm()
+        assert {"PyObject_Vectorcall", "PyObject_GetAttr", "operator new"} <= set(steps)
+        harmless = 0
+        chosen = range(0, len(steps), 1 if known else max(len(steps) // 30, 1))
+        for k in chosen:
+            if not known:
+                dispatch.forget()
+            a = fresh()
+            testing.arm(k)
+            got = calls(a)
+            testing.disarm()
+            if not isinstance(got, Exception):
+                assert is_right(got), steps[k]
+                harmless += 1
+            assert is_right(calls(fresh())), f"the call after {steps[k]}"
+            freed = weakref.ref(a)
+            del got, a
+            if freed() is not None:  # by the frames of an exception
+                gc.collect()
+            assert freed() is None, f"the tensor is kept after {steps[k]}"
+        print(f"{'known' if known else 'new'}: {len(chosen)} steps, {harmless} without effect")

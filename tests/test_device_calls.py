@@ -27,7 +27,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def noted(cls: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found.append(func.name())
-        return dispatch.dispatch(cls, func, types, args, kwargs)
+        return dispatch.dispatch(func, types, args, kwargs)
 
     monkeypatch.setattr(Tensor, "__torch_dispatch__", classmethod(noted))
     return found

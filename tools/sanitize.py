@@ -30,7 +30,7 @@ RUNTIMES = {"address": "libasan.so", "thread": "libtsan.so"}
 TESTS = {
     "address": [
         *("tests/injected.py", "tests/test_extension.py"),
-        *("tests/test_stress.py", "tests/test_jax2torch.py"),
+        *("tests/test_stress.py", "tests/test_jax2torch.py", "tests/test_device_repeated.py"),
         # It is about glibc's malloc, in whose place the sanitizer's is.
         "--deselect=tests/test_extension.py::test_large_results_take_no_fresh_pages",
     ],

@@ -26,6 +26,7 @@ TARGET = __name__.partition(".")[0]
 dlpack_path, dtype_routes = _ext.dlpack_path, _ext.dtype_routes
 to_arrays, to_tensors = _ext.to_arrays, _ext.to_tensors
 requiring_grad = _ext.requiring_grad
+eager_dispatch, forget_plans = _ext.eager_dispatch, _ext.forget_plans
 
 PLATFORMS = ("cpu", "cuda", "rocm")
 

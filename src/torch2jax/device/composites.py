@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 import torch
 
 from .._torch_compat import dispatch_modes, eager, plain_apply
-from .dispatch import operator_of
+from .dispatch import dispatch
 from .state import state
 from .tensor import Tensor
+from .unchecked import register_unchecked
 
 __all__ = ["register_composites"]
 
@@ -96,6 +97,7 @@ def register_composites() -> Any:
             library.impl(composite.op._opname, kernel, key)
     for key in ("AutogradLazy", "AutogradPrivateUse1", "Lazy", "PrivateUse1"):
         library.impl("ctc_loss.Tensor", _ctc_loss, key)
+    register_unchecked(library)
     return library
 
 
@@ -118,7 +120,7 @@ def _kernel(composite: _Composite) -> Callable[..., Any]:
         if not eager() or _watched():
             return op.decompose(*operands)
         if not (needed and torch.is_grad_enabled()):
-            return operator_of(op)(operands, {})
+            return dispatch(op, (), operands)
         if not composite.takes(*operands):
             return op.decompose(*operands)
         return apply(*operands)
@@ -141,14 +143,14 @@ def _function(composite: _Composite) -> Any:
         keep = composite.saved(ctx.needs_input_grad)
         ctx.save_for_backward(*[x if k else None for x, k in zip(operands, keep, strict=False)])
         with torch.enable_grad() if state.lowering else _AS_IT_IS:  # JAX differentiates it as well
-            return operator_of(op)(operands, {})
+            return dispatch(op, (), operands)
 
     def backward(ctx: Any, g: Any) -> Any:
         operands, need = ctx.saved_tensors, ctx.needs_input_grad
         if torch.is_grad_enabled() or type(g) is not Tensor or _watched():
             found = composite.by_parts(g, operands, need)
         else:
-            found = operator_of(composite.backward)(composite.arguments(g, operands, need), {})
+            found = dispatch(composite.backward, (), composite.arguments(g, operands, need))
         return found[: len(need)]
 
     body = {"forward": staticmethod(forward), "backward": staticmethod(backward)}

@@ -1,12 +1,23 @@
-"""``Tensor.__torch_dispatch__``: which of our objects carries out an operator."""
+"""``Tensor.__torch_dispatch__``: which of our objects carries out an operator.
+
+The extension has the call first, and repeats by itself what has been done before in eager mode: see
+NOTE [Repeated calls] in ``cpp/eager.h``. It asks the functions here.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import torch
+
+from .._compat import ArrayImpl, trace_state_clean
+from .._dtypes import x64_enabled
+from .._ffi import eager_dispatch, forget_plans
 from .operators import Operator
-from .tensor import Tensor
+from .state import state
+from .tensor import OPTIONS, Cell, Tensor, captures, make, refuse_overlap
 from .view_operators import ViewOperator
 from .views import GETTERS
 
@@ -28,10 +39,6 @@ def special(*ops: Any) -> Callable[[Any], Any]:
     return register
 
 
-def dispatch(cls: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-    return operator_of(func)(args, kwargs or {})
-
-
 def operator_of(func: Any) -> Callable[[Any, Any], Any]:
     """What carries out an operator: ``(args, kwargs) -> result``."""
     op = _ops.get(func)
@@ -43,6 +50,7 @@ def operator_of(func: Any) -> Callable[[Any, Any], Any]:
 def forget() -> None:
     """Look lowerings up again."""
     _ops.clear()
+    forget_plans()
 
 
 def _find(func: Any) -> Callable[[Any, Any], Any]:
@@ -68,4 +76,55 @@ def _makes_views(func: Any) -> bool:
     return any(a is not None and not a.is_write for a in aliases)
 
 
-Tensor.__torch_dispatch__ = classmethod(dispatch)  # type: ignore[assignment]
+# --- what the extension asks ---------------------------------------------------------------------
+
+_situations: dict[Any, Any] = {}
+
+
+def _situation() -> Any:
+    """What programs depend on beside arguments; None while calls are looked at one by one."""
+    if captures or not trace_state_clean() or state.lowering or state.events is not None:
+        return None
+    now = x64_enabled(), torch.get_default_dtype()
+    return _situations.setdefault(now, now)
+
+
+def _describe(func: Any) -> Any:
+    """Python's way of an operator; of one whose calls are repeated what tells them apart."""
+    op = operator_of(func)
+    if type(op) is ViewOperator:
+        return op, (True, (), {}, False)
+    if type(op) is not Operator or not op.compiles or op.route.random:
+        return op, None
+    route = op.route
+    named = dict(zip(route.names, route.scalars, strict=True))
+    return op, (False, tuple(route.scalars), named, route.writes_several)
+
+
+def _plan(func: Any, args: Any, kwargs: Any) -> Any:
+    op: Any = operator_of(func)
+    return op.plan(args, kwargs)
+
+
+def _may_write(x: Tensor, func: Any) -> None:
+    op: Any = operator_of(func)
+    refuse_overlap(x, op.route.fills)
+
+
+dispatch = eager_dispatch(
+    tensor_type=Tensor,
+    array_type=ArrayImpl,
+    cell_type=Cell,
+    make=make,
+    options=("dtype", *OPTIONS),
+    given=tuple(OPTIONS.values()),
+    constants=(torch.dtype, torch.layout, torch.memory_format),
+    situation=_situation,
+    describe=_describe,
+    plan=_plan,
+    number=jax.numpy.asarray,
+    may_write=_may_write,
+)
+"""``(operator, types, args, kwargs)``: carries out an operator."""
+
+Tensor.__torch_dispatch__ = dispatch  # type: ignore[assignment]

@@ -11,7 +11,9 @@ from .._dtypes import x64_enabled
 from .state import state
 from .tensor import Tensor, captures, from_torch, wrap
 
-__all__ = ["Slot", "cells_of", "fill", "flatten", "foreign", "note_read", "template"]
+__all__ = [
+    "Slot", "cells_of", "fill", "flatten", "foreign", "items_meet", "note_read", "template"
+]  # fmt: skip
 
 
 class Slot:
@@ -54,6 +56,27 @@ def cells_of(operands: Sequence[Any]) -> list[int]:
     return [
         first.setdefault(id(x._cell if type(x) is Tensor else x), i) for i, x in enumerate(operands)
     ]
+
+
+def items_meet(lists: Sequence[Sequence[Any]]) -> bool:
+    """Whether tensors at two places of lists see the same elements, taking views as whole spans."""
+    tensors = [(i, x) for xs in lists for i, x in enumerate(xs) if type(x) is Tensor]
+    if len({id(x._cell) for _, x in tensors}) == len(tensors):
+        return False
+    spans: dict[int, list[tuple[int, int, int]]] = {}
+    for i, x in tensors:
+        stride: Any = x.stride()
+        start: Any = x.storage_offset()
+        reach = 1 + sum((n - 1) * s for n, s in zip(x.shape, stride, strict=True))
+        if x.numel():
+            spans.setdefault(id(x._cell), []).append((start, start + reach, i))
+    for found in spans.values():
+        end, item = 0, -1
+        for start, stop, i in sorted(found):
+            if start < end and i != item:
+                return True
+            end, item = max(end, stop), i
+    return False
 
 
 def template(x: Any, count: list[int], scalars: bool) -> Any:

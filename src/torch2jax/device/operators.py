@@ -20,11 +20,21 @@ from .._dtypes import x64_enabled
 from ..lowerings.registry import DataDependentShape
 from . import random
 from .constants import is_large, keep_recipe, value_of
-from .operands import cells_of, flatten, note_read
+from .operands import cells_of, flatten, items_meet, note_read
 from .program import NoDecompositionHere, Program
 from .routes import Route
 from .state import state
-from .tensor import Tensor, ValueNeeded, captures, read_cell, refuse_overlap, replace, wrap
+from .tensor import (
+    Tensor,
+    ValueNeeded,
+    captures,
+    read,
+    read_cell,
+    refuse_overlap,
+    replace,
+    to_torch,
+    wrap,
+)
 
 __all__ = ["Operator"]
 
@@ -39,13 +49,23 @@ class Operator:
         self.looks_at_values = False
         lowered = self.route.lowered
         self.compiles = lowered is not None and not lowered.eager
+        # Of what takes a device, these alone read the values of tensors.
+        self.reads_ends = func._opname in ("linspace", "logspace")
+        self.in_lists = self.route.writes_several and "::_foreach" in func.name()
 
     def __call__(self, args: Any, kwargs: Any) -> Any:
         route = self.route
         if kwargs:
             device = kwargs.get("device")
             if device is not None and device.type not in ("jax", "lazy"):
-                return self._elsewhere(device, args, kwargs)
+                if not self.reads_ends:
+                    return self._elsewhere(device, args, kwargs)
+                if not any(type(a) is Tensor and isinstance(read(a), Tracer) for a in args):
+                    there = [to_torch(a) if type(a) is Tensor else a for a in args]
+                    return self.func(*there, **kwargs)
+                kwargs = {**kwargs, "device": torch.device("jax")}
+        if self.in_lists and len(args[0]) > 1 and items_meet(_lists(args)):
+            return self._in_turn(args, kwargs)
         if route.decomposition is None:
             return self._call(args, kwargs)
         if route.target in state.active:
@@ -71,35 +91,20 @@ class Operator:
 
         return self.func(*[like(a) for a in args], **kwargs)
 
+    def _in_turn(self, args: Any, kwargs: Any) -> None:
+        """``_foreach_add_([a, a], 1)``: an item sees what was written for those before it."""
+        for i in range(len(args[0])):
+            self.func(*[_item(a, i) for a in args], **kwargs)
+
     def _call(self, args: Any, kwargs: Any) -> Any:
         route = self.route
-        scalars = route.scalars
-        x64 = x64_enabled()
-        operands: list[Any] = []
-        key: list[Any] = [x64, torch.get_default_dtype()]
-        generator = None
-        for i, a in enumerate(args):
-            if type(a) is Tensor:
-                operands.append(a)
-                chain = a._chain
-                key += (Tensor, None if chain is None else chain.pattern, a.dtype)
-            else:
-                flatten(a, operands, key, scalars[i])
-        if kwargs:
-            if "generator" in kwargs:
-                kwargs = dict(kwargs)
-                generator = kwargs.pop("generator")
-            for name in kwargs:
-                key.append(name)
-                flatten(kwargs[name], operands, key, route.scalar(name))
         if state.events is not None and not state.composite:
             state.events.add(self.func, route.kind)
-        if route.writes_several:  # which may be views of one cell
-            key += cells_of(operands)
-        hashed = tuple(key)
-        program = self.programs.get(hashed)
+        key, operands = self._key(args, kwargs)
+        program = self.programs.get(key)
         if program is None:
-            program = self.programs[hashed] = Program(route, args, kwargs, operands)
+            given = {k: v for k, v in kwargs.items() if k != "generator"}
+            program = self.programs[key] = Program(route, args, given, operands)
         for slot in program.views_written:
             refuse_overlap(operands[slot], route.fills)
         if captures:
@@ -114,11 +119,11 @@ class Operator:
                 elif x._chain is not None:
                     a = x._chain.operand(a)
             else:
-                a = _numbers.get((x64, type(x), x), x)
+                a = x
             arrays.append(a)
         words = None
         if route.random:
-            words = random.next_words(generator)
+            words = random.next_words(kwargs.get("generator"))
             traced = traced or isinstance(words, Tracer)
             arrays.append(words)
         if state.factories_traced and not (route.random or _has_tensors(operands)):
@@ -127,10 +132,7 @@ class Operator:
             return self._call_traced(program, operands, words)
         if self.compiles:
             if trace_state_clean():
-                _remember_numbers(arrays, x64)
                 out, bases = program.jitted(*arrays)
-                if type(out) is ArrayImpl and not bases:
-                    return wrap(out, program.torch_dtypes[0])
                 return self._wrapped(program, operands, out, bases, False)
             with jax.ensure_compile_time_eval():
                 if route.random or _has_tensors(operands):
@@ -142,6 +144,46 @@ class Operator:
             result = self._call_decomposed(program, operands, arrays)
             return route.decomposition(*args, **kwargs) if result is _VALUES else result
         return self._call_concrete(program, operands)
+
+    def _key(self, args: Any, kwargs: Any) -> tuple[Any, list[Any]]:
+        """What selects the program of a call, and its operands."""
+        route = self.route
+        operands: list[Any] = []
+        key: list[Any] = [x64_enabled(), torch.get_default_dtype()]
+        for a, scalars in zip(args, route.scalars, strict=False):
+            flatten(a, operands, key, scalars)
+        for name, a in kwargs.items():
+            if name != "generator":
+                key.append(name)
+                flatten(a, operands, key, route.scalar(name))
+        if route.writes_several:  # which may be views of one cell
+            key += cells_of(operands)
+        return tuple(key), operands
+
+    def plan(self, args: Any, kwargs: Any) -> Any:
+        """How calls like this one, which has been made, are repeated; None: they are not.
+
+        Such a plan stands for ``_call`` where nothing is traced: see ``dispatch``.
+        """
+        key, operands = self._key(args, kwargs)
+        program = self.programs.get(key)
+        if program is None or program.outs:
+            return None
+        if self.in_lists and any(program.patterns) and len(set(program.cells)) < len(operands):
+            return None  # whether items meet, is to be asked each time
+        returned = -1  # the results of the program
+        if program.mutated and (self.route.returns_mutated or not self.route.returns):
+            returned = self.route.returns
+        if returned > len(program.mutated) or (returned < 0 and not program.torch_dtypes):
+            return None
+        return (
+            program,
+            program.jitted,
+            tuple(program.torch_dtypes),
+            tuple(program.mutated),
+            tuple(program.views_written),
+            returned,
+        )
 
     def _call_decomposed(self, program: Program, operands: Any, arrays: Any) -> Any:
         """One compiled program; step by step where the decomposition looks at values."""
@@ -192,9 +234,7 @@ class Operator:
             if x._chain is None and slot in program.outs:
                 replace(x, base)
                 continue
-            cell = x._cell
-            cell.array, cell.recipe = base, None
-            cell.version += 1
+            x._cell.renew(base)
         made: list[Tensor] = []
         result = self._results(program, operands, out, made)
         if recipes and not bases:
@@ -230,24 +270,22 @@ def _tensors(out: Any, dtypes: Sequence[torch.dtype], made: list[Tensor]) -> Any
     return made[-1]
 
 
+def _item(a: Any, i: int) -> Any:
+    if isinstance(a, torch.Tensor):  # of one number, or of one for each item
+        return a[i : i + 1] if a.ndim else a
+    return [a[i]] if isinstance(a, list | tuple) else a
+
+
+def _lists(args: Any) -> list[Any]:
+    return [a for a in args if isinstance(a, list | tuple)]
+
+
 def _has_tensors(operands: list[Any]) -> bool:
     return any(type(x) is Tensor for x in operands)
 
 
 _VALUES = object()
 _NOTHING = contextlib.nullcontext()
-
-_numbers: dict[Any, Any] = {}
-"""Numbers that have been operands, as arrays: a Python number costs its call 1 µs more."""
-
-
-def _remember_numbers(arrays: list[Any], x64: bool) -> None:
-    for i, x in enumerate(arrays):
-        # Not 0.0, which equals -0.0, and not NaN, which is never found again.
-        if (type(x) is float and x and x == x) or type(x) is int:
-            if len(_numbers) > 4096:
-                _numbers.clear()
-            arrays[i] = _numbers[x64, type(x), x] = jax.numpy.asarray(x)
 
 
 @jax.custom_jvp

@@ -155,7 +155,7 @@ def _register_factories() -> Any:
 
 def _copy_from(source: Any, target: Any, non_blocking: bool = False) -> Any:
     """As which ``torch.tensor(data, device="jax")`` moves its data, past ``__torch_dispatch__``."""
-    return dispatch.dispatch(Tensor, torch.ops.aten.copy_.default, (), (target, source))
+    return dispatch.dispatch(torch.ops.aten.copy_.default, (), (target, source))
 
 
 _FACTORIES = (
@@ -199,6 +199,6 @@ def _factory(op: Any) -> Any:
         kwargs.pop("layout", None)
         if kwargs.get("dtype", 0) is None:
             kwargs.pop("dtype")
-        return dispatch.dispatch(Tensor, op, (), args, kwargs)
+        return dispatch.dispatch(op, (), args, kwargs)
 
     return make

@@ -321,8 +321,8 @@ def _index_put(func: Any) -> Any:
             whole = len(only) == 1 and indices[0] is not None and only[0].dtype is torch.bool
             if whole and not accumulate and values.numel() == 1:
                 return _masked(func, x, _beside(only[0]), values)
-            if whole and not accumulate and isinstance(read(_beside(only[0])), Tracer):
-                return _masked_rows(func, x, _beside(only[0]), values)
+            if whole and isinstance(read(_beside(only[0])), Tracer):
+                return _masked_rows(func, x, _beside(only[0]), values, accumulate)
             indices = _without_masks(x, indices, "an index that is a mask")
         indices = [i if i is None else _beside(i) for i in indices]
         return plain((x, indices, values, *rest), kwargs)
@@ -339,13 +339,15 @@ def _masked(func: Any, x: Any, mask: Any, values: Any) -> Any:
     return aten.masked_fill.Tensor(x, mask, number)
 
 
-def _masked_rows(func: Any, x: Any, mask: Any, values: Any) -> Any:
-    """``x[mask] = values``: the k-th place that is true takes the k-th row."""
+def _masked_rows(func: Any, x: Any, mask: Any, values: Any, accumulate: bool) -> Any:
+    """``x[mask] = values``: the k-th place that is true takes the k-th row, or all the only one."""
     places = aten.cumsum.default(mask.reshape(-1), 0) - 1
-    rows = values.reshape(-1, *x.shape[mask.ndim :]).expand(-1, *x.shape[mask.ndim :])
+    row = x.shape[mask.ndim :]
+    rows = values.expand(-1 if values.ndim > len(row) else 1, *row)
     taken = aten.index_select.default(rows, 0, places.clamp(0, rows.shape[0] - 1))
+    taken = taken.reshape(x.shape)
     new = aten.where.self(
-        mask.view(*mask.shape, *[1] * (x.ndim - mask.ndim)), taken.reshape(x.shape), x
+        mask.view(*mask.shape, *[1] * len(row)), x + taken if accumulate else taken, x
     )
     return aten.copy_.default(x, new) if func._schema.is_mutable else new
 

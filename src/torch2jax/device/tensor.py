@@ -42,8 +42,8 @@ __all__ = [
 LAZY = torch.device("lazy", 0)
 # Autocast's kernels are found by a key of their own, which "lazy" does not bring.
 AUTOCAST: Any = torch._C.DispatchKey.AutocastPrivateUse1  # type: ignore[attr-defined]
-_KEYS = torch._C.DispatchKeySet(AUTOCAST)
-_make = torch.Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
+OPTIONS = {"device": LAZY, "_extra_dispatch_keys": torch._C.DispatchKeySet(AUTOCAST)}
+make = torch.Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
 
 
 _serials = itertools.count()
@@ -71,13 +71,18 @@ class Cell:
         if captures:
             note_born(self)
 
+    def renew(self, array: Any) -> None:
+        """After a write."""
+        self.array, self.recipe = array, None
+        self.version += 1
+
 
 class Tensor(torch.Tensor):
     """A PyTorch tensor on device "jax". Made by PyTorch's own functions, and by ``tensor``."""
 
     _cell: Cell
-    _chain: Chain | None
-    _memo: Any
+    _chain: Chain | None = None
+    _memo: Any = None
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     # ``__torch_dispatch__`` and the everyday methods are put in by ``dispatch`` and ``methods``.
@@ -115,8 +120,8 @@ def device_of(x: Tensor) -> torch.device:
 
 def wrap(array: Any, dtype: torch.dtype, recipe: Any = None) -> Tensor:
     """A new tensor with memory of its own that is ``array``."""
-    t = _make(Tensor, array.shape, dtype=dtype, device=LAZY, _extra_dispatch_keys=_KEYS)
-    t._cell, t._chain, t._memo = Cell(array, recipe), None, None
+    t = make(Tensor, array.shape, dtype=dtype, **OPTIONS)
+    t._cell = Cell(array, recipe)
     return t
 
 
@@ -129,8 +134,8 @@ def wrap_view(
     offset: int,
 ) -> Tensor:
     """A new tensor on the memory of ``base``."""
-    t = _make(Tensor, size, stride, offset, dtype=dtype, device=LAZY, _extra_dispatch_keys=_KEYS)
-    t._cell, t._chain, t._memo = base._cell, chain, None
+    t = make(Tensor, size, stride, offset, dtype=dtype, **OPTIONS)
+    t._cell, t._chain = base._cell, chain
     return t
 
 
@@ -158,9 +163,7 @@ def read_cell(t: Tensor, array: Any) -> Any:
 def write(t: Tensor, value: Any) -> None:
     """Replace the values of a tensor; other tensors on the same memory see it."""
     cell, chain = t._cell, t._chain
-    cell.array = value if chain is None else chain.set(cell.array, value)
-    cell.recipe = None
-    cell.version += 1
+    cell.renew(value if chain is None else chain.set(cell.array, value))
 
 
 def replace(t: Tensor, value: Any) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
 
 from .._compat import trace_state_clean
-from .registry import carried, cast, kind, lowering, of_dtype, result_dtype
+from .registry import carried, cast, kind, lowering, of_dtype, result_dtype, wide
 
 FEW = 1 << 16
 """Elements up to which a tensor without operands may be a constant of a program."""
@@ -151,6 +152,20 @@ def iota(length: int, *, start: int, step: int, dtype: Any, **_: Any) -> Any:
 def linspace(start: Any, end: Any, steps: int, *, dtype: Any = None, **_: Any) -> Any:
     values = torch.linspace(start, end, steps, dtype=dtype, device="cpu")
     return _known(values, dtype)
+
+
+@lowering("linspace.Tensor_Tensor", "linspace.Tensor_Scalar", "linspace.Scalar_Tensor")
+def linspace_of_values(start: Any, end: Any, steps: int, *, dtype: Any = None, **_: Any) -> Any:
+    """From both ends to the middle; for integers the ends are integers, the steps are not."""
+    found = of_dtype(dtype)
+    first, last = cast(start, found), cast(end, found)
+    compute = jnp.result_type(float) if kind(found) < 2 else wide(found)
+    first, last = cast(first, compute), cast(last, compute)
+    # XLA would multiply by the rounded inverse of a constant.
+    step = (last - first) / jax.lax.optimization_barrier(jnp.asarray(max(steps - 1, 1), compute))
+    i = np.arange(steps, dtype=compute)
+    up, down = first + step * i, last - step * i[::-1]
+    return cast(jnp.where(i < steps // 2, up, down) if steps > 1 else up, found)
 
 
 @lowering("logspace")

@@ -70,9 +70,9 @@ def put(self: Any, index: Any, source: Any, accumulate: bool = False) -> Any:
 
 @lowering("gather")
 def gather(self: Any, dim: int, index: Any, *, sparse_grad: bool = False) -> Any:
+    if not index.size:  # it may have any number of dimensions
+        return index.astype(self.dtype)
     if self.ndim == 0 or index.ndim == 0:
-        if not index.size:
-            return index.astype(self.dtype)
         return jnp.broadcast_to(self.reshape(-1)[0], index.shape)
     return self[_along(index, dim)]
 
@@ -87,6 +87,8 @@ def _along(index: Any, dim: int) -> tuple[Any, ...]:
 
 
 def _scatter(self: Any, dim: int, index: Any, src: Any, how: str) -> Any:
+    if not index.size:
+        return self
     scalar = self.ndim == 0
     x = self.reshape(1) if scalar else self
     index = index.reshape(1) if index.ndim == 0 else index

@@ -178,6 +178,13 @@ def solve_triangular(
     )
 
 
+@lowering("cholesky_solve")
+def cholesky_solve(self: Any, input2: Any, upper: bool = False) -> Any:
+    factor = jnp.conj(jnp.swapaxes(input2, -1, -2)) if upper else input2
+    half = solve_triangular(factor, self, upper=False)
+    return solve_triangular(jnp.conj(jnp.swapaxes(factor, -1, -2)), half, upper=True)
+
+
 @lowering("linalg_matrix_exp")
 def matrix_exp(self: Any) -> Any:
     return jax.scipy.linalg.expm(self) if self.size else self

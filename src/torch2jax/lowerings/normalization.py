@@ -152,7 +152,7 @@ def _channels(v: Any, ndim: int) -> Any:
 def native_group_norm(
     input: Any, weight: Any, bias: Any, N: int, C: int, HxW: int, group: int, eps: float
 ) -> Any:
-    x = cast(input, wide(input.dtype)).reshape(N, group, -1)
+    x = cast(input, wide(input.dtype)).reshape(N, group, C // group * HxW)
     out, mean, rstd = _standardised(x, (2,), eps)
     out = out.reshape(input.shape)
     if weight is not None:
@@ -178,7 +178,7 @@ def native_group_norm_backward(
     output_mask: Any,
 ) -> Any:
     compute = wide(input.dtype)
-    shape = (N, group, -1)
+    shape = (N, group, C // group * HxW)
     x, g = cast(input, compute), cast(grad_out, compute)
     m, r = cast(mean, compute)[..., None], cast(rstd, compute)[..., None]
     n = (x.reshape(shape) - m) * r

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.scipy import special
@@ -57,12 +58,21 @@ def _erfcx(x: Any) -> Any:
     return jnp.where(big, tail, jnp.exp(small * small) * lax.erfc(small))
 
 
+@jax.custom_jvp
+def _i0(x: Any) -> Any:
+    return special.i0(x)
+
+
+# JAX's own derivative is 1 at 0, where I0' = I1 is 0.
+_i0.defjvp(lambda x, t: (_i0(*x), special.i1(*x) * t[0]))
+
+
 _TABLE: dict[str, Fn] = {
     "digamma": _digamma,
     "erf": lax.erf,
     "erfc": lax.erfc,
     "erfinv": lax.erf_inv,
-    "i0": special.i0,
+    "i0": _i0,
     "lgamma": lax.lgamma,
     "sinc": _sinc,
     "special_entr": special.entr,
@@ -77,7 +87,7 @@ for _name, _fn in _TABLE.items():
     lowering(_name, f"prims.{_name}")(unary(_fn, True))
 for _name, _fn in {
     "prims.erf_inv": lax.erf_inv,
-    "prims.bessel_i0": special.i0,
+    "prims.bessel_i0": _i0,
     "prims.bessel_i0e": special.i0e,
     "prims.bessel_i1": special.i1,
     "prims.bessel_i1e": special.i1e,
