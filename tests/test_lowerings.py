@@ -1,15 +1,14 @@
 """PyTorch's operator samples (`op_db`) as JAX programs: on device "jax", and with `lower=True`.
 
-One sample of every sixth operator, variant and dtype: a compiled program each. With
-T2J_ALL_LOWERINGS=1, as `make test-ops` sets it, two samples of all of them, and in bfloat16 one of
-those that have a lowering of their own. Values and gradients are PyTorch's own on CPU: in eager mode
-by `backward`, under `jit` by JAX's derivatives.
+One sample of each operator, variant and dtype, in bfloat16 of those that have a lowering of their
+own: a compiled program each. With T2J_ALL_OP_SAMPLES=1, as `make test-ops` sets it, all samples.
+Values and gradients are PyTorch's own on CPU: in eager mode by `backward`, under `jit` by JAX's
+derivatives.
 """
 
 from __future__ import annotations
 
 import itertools
-import os
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,12 +20,10 @@ import torch
 from harness import precision
 from lowering_exceptions import EXCEPTIONS, RANDOM, UNDEFINED_GRADIENTS
 from op_exceptions import UNDEFINED_VALUES
-from test_ops import Sample, compare, entries, is_inexact, op_db, samples, to_numpy
+from test_ops import ALL_SAMPLES, Sample, compare, entries, is_inexact, op_db, samples, to_numpy
 
 from torch2jax import device, lowerings, t2j, torch2jax  # noqa: F401  lowerings fill the table
 from torch2jax.lowerings.registry import TABLE, DataDependentShape
-
-ALL = os.environ.get("T2J_ALL_LOWERINGS") == "1"
 
 
 def eager(op: Any, sample: Sample) -> None:
@@ -104,7 +101,7 @@ def as_array(x: Any) -> Any:
 def failures(op: Any, dtype: torch.dtype, run: Callable[[Any, Sample], None]) -> Any:
     """How many samples torch itself can run, and what went wrong with which."""
     ran, wrong = 0, []
-    some = None if ALL and dtype is not torch.bfloat16 else 1
+    some = None if ALL_SAMPLES else 1
     torch.manual_seed(0)
     with precision(True), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -136,19 +133,14 @@ def all_variants() -> Iterator[Any]:
             yield pytest.param(*entry.values, mode, id=f"{entry.id}-{mode.__name__}")
 
 
-def variants() -> list[Any]:
-    """All, or of every sixth operator: its two modes stand side by side."""
-    return [p for i, p in enumerate(all_variants()) if ALL or i // 2 % 6 == 0]
-
-
-@pytest.mark.parametrize(("op", "dtype", "mode"), variants())
+@pytest.mark.parametrize(("op", "dtype", "mode"), list(all_variants()))
 def test_operator(op: Any, dtype: torch.dtype, mode: Any, request: Any) -> None:
     ran, wrong = failures(op, dtype, mode)
     name = request.node.callspec.id
     if not ran:
         pytest.skip(f"torch runs no sample of {name} on this CPU")
     if name in EXCEPTIONS:
-        if not wrong and not ALL:
+        if not wrong and not ALL_SAMPLES:
             pytest.skip("its exception is of another sample")
         assert wrong, f"{name} passes: take it out of lowering_exceptions.py"
         pytest.xfail(EXCEPTIONS[name])
