@@ -654,3 +654,16 @@ def test_a_compiled_module_sees_new_parameters_and_autocast() -> None:
         with torch.autocast("jax", torch.bfloat16):
             assert compiled(x).dtype is torch.bfloat16
         assert compiled(x).dtype is torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
+def test_factories_of_another_device_take_values_from_ours(dtype: torch.dtype) -> None:
+    start, end = torch.tensor(1.5), torch.tensor(9.0)
+    for make in (torch.linspace, torch.logspace):
+        ours = make(start.to("jax"), end.to("jax"), 5, dtype=dtype, device="cpu")
+        assert ours.device.type == "cpu"
+        assert torch.equal(ours, make(start, end, 5, dtype=dtype))
+        torch.testing.assert_close(
+            make(start.to("jax"), end, 5, dtype=dtype, device="jax").cpu(),
+            make(start, end, 5, dtype=dtype),
+        )

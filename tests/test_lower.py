@@ -505,3 +505,104 @@ def test_output_shapes_are_checked() -> None:
             SignatureError, match=r"returned float32\[2,3\], and output_shapes says"
         ):
             torch2jax(torch.sin, lower=True, output_shapes=wrong)(x)
+
+
+# --- operators whose own code reads values, or meets what few programs have ----------------------
+
+FREQUENCIES = torch.stft(
+    torch.sin(torch.arange(64.0)), 16, 4, return_complex=True, window=torch.ones(16)
+)
+ROWS = torch.arange(12.0).reshape(3, 4).cos()
+
+# name: a function, and its operands, all of which are traced
+RARE: dict[str, tuple[Any, tuple[torch.Tensor, ...]]] = {
+    "cov with importance": (lambda x, w: torch.cov(x, aweights=w), (ROWS, torch.rand(4) + 1)),
+    "cov with counts": (lambda x, n: torch.cov(x, fweights=n), (ROWS, torch.tensor([1, 2, 3, 1]))),
+    "cov with both": (
+        lambda x, w: torch.cov(x, correction=0, fweights=w.int(), aweights=w),
+        (ROWS, torch.tensor([1.0, 2.0, 3.0, 1.0])),
+    ),
+    "cov of too few": (
+        lambda x, w: torch.cov(x, correction=9, aweights=w), (ROWS, torch.rand(4) + 1)
+    ),
+    "istft": (
+        lambda f, w: torch.istft(f, 16, 4, window=w), (FREQUENCIES, torch.hann_window(16) + 1)
+    ),
+    "istft of a short window": (
+        lambda f, w: torch.istft(f, 16, 4, win_length=12, window=w, length=50),
+        (FREQUENCIES, torch.hann_window(12) + 1),
+    ),
+    "istft beyond the end": (
+        lambda f, w: torch.istft(f[None], 16, 4, window=w, normalized=True, length=70),
+        (FREQUENCIES, torch.hann_window(16) + 1),
+    ),
+    "add at a mask": (
+        lambda x, m, v: x.clone().index_put_((m,), v, accumulate=True),
+        (ROWS, torch.tensor([True, False, True]), ROWS[:2] + 1),
+    ),
+    "add one row at a mask": (
+        lambda x, m, v: x.index_put((m,), v, accumulate=True),
+        (ROWS, torch.tensor([True, False, True]), ROWS[0] + 1),
+    ),
+    "one number for each place of a mask": (
+        lambda x, m, v: x.index_put((m,), v),
+        (ROWS, ROWS > 0, torch.arange(float((ROWS > 0).sum()))),
+    ),
+    "I0 at 0": (torch.i0, (torch.tensor([0.0, 1.0, -2.0]),)),
+    "gather of nothing": (
+        lambda x, i: x.gather(1, i).sum() + x.sum(), (ROWS, torch.zeros(3, 0, dtype=torch.int64))
+    ),
+    "group_norm of no rows": (lambda x, w: torch.group_norm(x[:0], 2, w, w), (ROWS, ROWS[0])),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RARE)
+def test_values_and_gradients_of_rare_operators(name: str) -> None:
+    fn, operands = RARE[name]
+    lowered = torch2jax(fn, lower=True)
+    arrays = [jnp.asarray(x.numpy()) for x in operands]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, of covariances and lengths
+        wanted = fn(*operands)
+        leaves = [x.clone().requires_grad_(x.is_floating_point()) for x in operands]
+        total = fn(*leaves).sum()
+        floats = [i for i, x in enumerate(leaves) if x.requires_grad]
+        gradients = torch.autograd.grad(total, [leaves[i] for i in floats], allow_unused=True)
+    np.testing.assert_allclose(jax.jit(lowered)(*arrays), wanted, rtol=1e-4, atol=1e-5)
+    found = jax.jit(jax.grad(lambda *xs: lowered(*xs).sum(), argnums=tuple(floats)))(*arrays)
+    for ours, theirs, i in zip(found, gradients, floats, strict=True):
+        zeros = torch.zeros_like(leaves[i])
+        theirs = zeros if theirs is None else theirs
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+def test_linspace_between_values() -> None:
+    """It has a derivative here, which PyTorch's own has not."""
+    f = torch2jax(lambda a, b: torch.linspace(a, b, 7), lower=True)
+    close(jax.jit(f)(1.5, 4.0), jnp.linspace(1.5, 4.0, 7))
+    close(jax.grad(lambda a: f(a, 4.0).sum())(1.5), jnp.float32(3.5))
+
+
+def test_cholesky_solve_has_the_gradient_of_what_it_reads() -> None:
+    factor = torch.linalg.cholesky(ROWS @ ROWS.T + torch.eye(3))
+    both = torch2jax(lambda b, a: torch.cholesky_solve(b, torch.linalg.cholesky(a)), lower=True)
+    b, a = ROWS.numpy(), (factor @ factor.T).numpy()
+    close(both(b, a), np.linalg.solve(a, b))
+    by_jax = jax.grad(lambda b, a: jnp.linalg.solve(a, b).sum(), (0, 1))(b, a)
+    ours = jax.grad(lambda b, a: both(b, a).sum(), (0, 1))(b, a)
+    close(ours[0], by_jax[0])
+    close(ours[1], (by_jax[1] + by_jax[1].T) / 2)
+
+
+@pytest.mark.parametrize(
+    ("fn", "match"),
+    [
+        (lambda w: torch.cov(ROWS, aweights=w), "as many elements as there are observations"),
+        (lambda w: torch.cov(ROWS[None], aweights=w), "two or fewer dimensions"),
+        (lambda w: torch.istft(FREQUENCIES, 16, 4, window=w), "a window of win_length elements"),
+        (lambda w: torch.istft(FREQUENCIES.abs(), 5, window=w), "expected a complex tensor"),
+    ],
+)
+def test_operands_of_rare_operators_are_checked(fn: Any, match: str) -> None:
+    with pytest.raises(RuntimeError, match=match):
+        jax.jit(torch2jax(fn, lower=True))(jnp.ones(5))
