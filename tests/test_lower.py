@@ -576,6 +576,52 @@ def test_values_and_gradients_of_rare_operators(name: str) -> None:
         np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-5)
 
 
+ZEROS: dict[str, Any] = {
+    "abs": lambda x: x.abs().sum(),
+    "norm 2": lambda x: x.norm(),
+    **{
+        f"norm {p}": lambda x, p=p: torch.linalg.vector_norm(x, p)
+        for p in (0.5, 1, 3, float("inf"), -1, -0.5, float("-inf"))
+    },
+    "norm of complex": lambda x: torch.complex(x, x).norm(),
+    "cdist": lambda x: torch.cdist(x[None], x[None]).sum(),
+    "pdist": lambda x: torch.pdist(x.view(3, 1)).sum(),
+    "normalize": lambda x: torch.nn.functional.normalize(x, dim=0).sum(),
+    "atan2": lambda x: torch.atan2(x, x).sum(),
+    "std": lambda x: x.std(),
+    "std_mean": lambda x: sum(torch.std_mean(x)),
+    "median": lambda x: x.median(),
+    "nanmedian": lambda x: x.nanmedian(),
+    "median beside others": lambda x: torch.cat([x, x + 1, x - 1]).median(),
+    "max": lambda x: x.max(),
+    "amax": lambda x: x.amax(),
+    "maximum": lambda x: torch.maximum(x, x * 2).sum(),
+    "fmax": lambda x: torch.fmax(x, x * 2).sum(),
+    "fmin": lambda x: torch.fmin(x, x * 2).sum(),
+    "clamp": lambda x: x.clamp(0, 1).sum(),
+    "copysign": lambda x: torch.copysign(x, torch.tensor(-1.0)).sum(),
+    "prod": lambda x: x.prod(),
+    "cumprod": lambda x: x.cumprod(0).sum(),
+    "sinc": lambda x: x.sinc().sum(),
+    "xlogy": lambda x: torch.xlogy(x, x + 1).sum(),
+    "hardswish": lambda x: torch.nn.functional.hardswish(x + 3).sum(),
+    "huber": lambda x: torch.nn.functional.huber_loss(x, x * 0),
+    "i0": lambda x: torch.i0(x).sum(),
+}
+
+
+@pytest.mark.parametrize("name", ZEROS)
+def test_derivatives_at_zero(name: str) -> None:
+    """Where there is none, infinite or several, JAX's derivative is the one PyTorch chose."""
+    fn = ZEROS[name]
+    x = torch.zeros(3, requires_grad=True)
+    [wanted] = torch.autograd.grad(fn(x), x)
+    lowered = torch2jax(fn, lower=True)
+    np.testing.assert_allclose(lowered(jnp.zeros(3)), fn(x).detach(), atol=1e-6)
+    found = jax.grad(lowered)(jnp.zeros(3))
+    np.testing.assert_allclose(found, wanted.numpy(force=True), atol=1e-6)
+
+
 def test_linspace_between_values() -> None:
     """It has a derivative here, which PyTorch's own has not."""
     f = torch2jax(lambda a, b: torch.linspace(a, b, 7), lower=True)

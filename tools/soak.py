@@ -8,6 +8,7 @@ python tools/soak.py --only calls hangs
 from __future__ import annotations
 
 import argparse
+import contextlib
 import faulthandler
 import gc
 import os
@@ -29,7 +30,7 @@ import torch
 import torch.utils.checkpoint as checkpoints
 from jax.sharding import AxisType
 
-from torch2jax import Size, from_module, jax2torch, tape_info, torch2jax
+from torch2jax import Size, device, from_module, jax2torch, tape_info, torch2jax
 
 Step = Callable[[int], Any]
 
@@ -97,6 +98,24 @@ def calls(scale: float) -> None:
         torch.autograd.grad(y, (x, weight), y)
 
     measure("jax2torch", count, both, count // 20)
+
+
+def operators(scale: float) -> None:
+    """Of device "jax" in eager mode: numbers, views, writes, lists, gradients, and an error."""
+    device.enable()
+    x = torch.linspace(0.1, 0.9, 16).to("jax")
+    weight = torch.ones(4, 4).to("jax").requires_grad_()
+
+    def step(_: int) -> None:
+        y = x * 2.5 + x
+        y[3].add_(1.0)
+        torch._foreach_add_([y], [x])
+        parts = y.view(4, 4).split([1, 3], 1)
+        torch.autograd.grad(((y.view(4, 4) @ weight).relu().sum() + parts[0].sum()), weight)
+        with contextlib.suppress(RuntimeError):
+            y + parts[1]
+
+    measure("operators of device jax", int(20_000 * scale), step, 200)
 
 
 class HoldsInput(torch.autograd.Function):
@@ -323,7 +342,7 @@ def hangs(scale: float) -> None:
     rounds("collections meanwhile", count, collector)
 
 
-SECTIONS = [calls, transforms, wraps, shapes, exceptions, hangs]
+SECTIONS = [calls, operators, transforms, wraps, shapes, exceptions, hangs]
 
 
 def main() -> None:

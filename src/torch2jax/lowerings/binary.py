@@ -116,7 +116,21 @@ def fmod(self: Any, other: Any) -> Any:
 
 @lowering("atan2", "prims.atan2")
 def atan2(self: Any, other: Any) -> Any:
-    return arithmetic(jnp.arctan2, self, other, True)
+    return arithmetic(_atan2, self, other, True)
+
+
+@jax.custom_jvp
+def _atan2(y: Any, x: Any) -> Any:
+    return jnp.arctan2(y, x)
+
+
+@_atan2.defjvp
+def _atan2_jvp(primals: Any, tangents: Any) -> Any:
+    """(x dy - y dx) / (x^2 + y^2), and 0 at the origin, as in PyTorch."""
+    (y, x), (dy, dx) = primals, tangents
+    square = x * x + y * y
+    slope = (x * dy - y * dx) / jnp.where(square == 0, 1, square)
+    return _atan2(y, x), slope
 
 
 @lowering("maximum", "prims.maximum")
@@ -129,14 +143,19 @@ def minimum(self: Any, other: Any) -> Any:
     return arithmetic(jnp.minimum, self, other)
 
 
+def _choose(a: Any, b: Any, first: Any) -> Any:
+    """One of two values, and all of the derivative; a number before NaN."""
+    return jnp.where(first | jnp.isnan(b) if kind(b.dtype) == 2 else first, a, b)
+
+
 @lowering("fmax", "prims.fmax")
 def fmax(self: Any, other: Any) -> Any:
-    return arithmetic(jnp.fmax, self, other)
+    return arithmetic(lambda a, b: _choose(a, b, a >= b), self, other)
 
 
 @lowering("fmin", "prims.fmin")
 def fmin(self: Any, other: Any) -> Any:
-    return arithmetic(jnp.fmin, self, other)
+    return arithmetic(lambda a, b: _choose(a, b, a <= b), self, other)
 
 
 @lowering("hypot", "prims.hypot")
@@ -146,7 +165,16 @@ def hypot(self: Any, other: Any) -> Any:
 
 @lowering("copysign.Tensor", "copysign.Scalar")
 def copysign(self: Any, other: Any) -> Any:
-    return arithmetic(jnp.copysign, self, other, True)
+    return arithmetic(_copysign, self, other, True)
+
+
+@jax.custom_jvp
+def _copysign(size: Any, sign: Any) -> Any:
+    return jnp.copysign(size, sign)
+
+
+# At 0 the derivative is 0, as that of the size.
+_copysign.defjvps(lambda t, out, x, _: t * jnp.where(x == 0, 0, jnp.sign(x) * jnp.sign(out)), None)
 
 
 @lowering("nextafter", "prims.nextafter")

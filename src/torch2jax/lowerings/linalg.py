@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from .reductions import norm
 from .registry import (
     cast,
     complex_of,
@@ -227,15 +228,9 @@ def fft_c2r(self: Any, dim: Any, normalization: int, last_dim_size: int) -> Any:
 # --- distances -----------------------------------------------------------------------------------
 
 
-def _powered(size: Any, p: float) -> Any:
-    from .reductions import _norm
-
-    return _norm(size, p, (-1,), False)
-
-
 @lowering("_cdist_forward")
 def cdist_forward(x1: Any, x2: Any, p: float, compute_mode: int | None = None) -> Any:
-    return _powered(jnp.abs(x1[..., :, None, :] - x2[..., None, :, :]), p)
+    return norm(x1[..., :, None, :] - x2[..., None, :, :], p, (-1,))
 
 
 @lowering("_euclidean_dist")
@@ -246,4 +241,4 @@ def euclidean_dist(x1: Any, x2: Any) -> Any:
 @lowering("_pdist_forward")
 def pdist_forward(self: Any, p: float = 2) -> Any:
     rows, columns = np.triu_indices(self.shape[0], 1)
-    return _powered(jnp.abs(self[rows] - self[columns]), p)
+    return norm(self[rows] - self[columns], p, (-1,))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -24,6 +25,7 @@ from .registry import (
     real_of,
     wide,
 )
+from .unary import abs_
 
 
 def _accumulated(x: Any, dtype: torch.dtype | None) -> tuple[Any, Any]:
@@ -121,7 +123,13 @@ def var(self: Any, dim: Any = None, *, correction: Any = None, keepdim: bool = F
 @lowering("std.correction")
 def std(self: Any, dim: Any = None, *, correction: Any = None, keepdim: bool = False) -> Any:
     v, _ = _moments(cast(self, wide(self.dtype)), dim, correction, keepdim)
-    return cast(jnp.sqrt(v), real_of(self.dtype))
+    return cast(_deviation(v), real_of(self.dtype))
+
+
+def _deviation(variance: Any) -> Any:
+    """Its derivative is 0 where all values are the same, as in PyTorch."""
+    zero = variance == 0
+    return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, variance)))
 
 
 @lowering("var_mean.correction")
@@ -133,7 +141,7 @@ def var_mean(self: Any, dim: Any = None, *, correction: Any = None, keepdim: boo
 @lowering("std_mean.correction")
 def std_mean(self: Any, dim: Any = None, *, correction: Any = None, keepdim: bool = False) -> Any:
     v, m = _moments(cast(self, wide(self.dtype)), dim, correction, keepdim)
-    return cast(jnp.sqrt(v), real_of(self.dtype)), cast(m, self.dtype)
+    return cast(_deviation(v), real_of(self.dtype)), cast(m, self.dtype)
 
 
 @lowering("all", "all.dim", "all.dims")
@@ -300,7 +308,7 @@ def _at_places(x: Any, places: Any, dim: int, keepdim: bool) -> Any:
 
 @lowering("median")
 def median(self: Any) -> Any:
-    return median_dim(self.reshape(-1), 0)[0]
+    return _middle(self, median_dim)
 
 
 @lowering("nanmedian.dim")
@@ -316,7 +324,21 @@ def nanmedian_dim(self: Any, dim: int, keepdim: bool = False) -> Any:
 
 @lowering("nanmedian")
 def nanmedian(self: Any) -> Any:
-    return nanmedian_dim(self.reshape(-1), 0)[0]
+    return _middle(self, nanmedian_dim)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _middle(x: Any, median_of: Any) -> Any:
+    return median_of(x.reshape(-1), 0)[0]
+
+
+@_middle.defjvp
+def _middle_jvp(median_of: Any, primals: Any, tangents: Any) -> Any:
+    """The derivative is shared by all values that are the median."""
+    (x,), (dx,) = primals, tangents
+    value = _middle(x, median_of)
+    same = (x == value) | (jnp.isnan(x) & jnp.isnan(value))
+    return value, jnp.sum(jnp.where(same, dx, 0)) / jnp.sum(same).astype(dx.dtype)
 
 
 # --- norms ---------------------------------------------------------------------------------------
@@ -329,11 +351,13 @@ def vector_norm(
     out = real_of(carried(dtype) if dtype is not None else self.dtype)
     x = cast(self, carried(dtype)) if dtype is not None else self
     axes = dims_of(x, dim)
-    size = jnp.abs(x) if kind(x.dtype) == 3 else jnp.abs(cast(x, wide(x.dtype)))
-    return cast(_norm(size, float(ord), axes, keepdim), out)
+    x = x if kind(x.dtype) == 3 else cast(x, wide(x.dtype))
+    return cast(norm(x, float(ord), axes, keepdim), out)
 
 
-def _norm(size: Any, ord: float, axes: tuple[int, ...], keepdim: bool) -> Any:
+def norm(x: Any, ord: float, axes: tuple[int, ...], keepdim: bool = False) -> Any:
+    """Of the sizes of ``x`` along axes. Where a derivative is infinite or undefined it is 0."""
+    size = abs_(x)
     if ord == float("inf"):
         return jnp.max(size, axes, keepdims=keepdim)
     if ord == float("-inf"):
@@ -342,12 +366,15 @@ def _norm(size: Any, ord: float, axes: tuple[int, ...], keepdim: bool) -> Any:
         return jnp.sum((size != 0).astype(size.dtype), axes, keepdims=keepdim)
     if ord == 1:
         return jnp.sum(size, axes, keepdims=keepdim)
-    total = jnp.sum(size * size if ord == 2 else size**ord, axes, keepdims=keepdim)
-    # At 0 the derivative of the root is infinite and PyTorch's norm has 0.
-    zero = total == 0
-    safe = jnp.where(zero, 1, total)
-    root = jnp.sqrt(safe) if ord == 2 else safe ** (1 / ord)
-    return jnp.where(zero, 0.0, root)
+    zero = size == 0
+    powers = size * size if ord == 2 else jnp.where(zero, 0, jnp.where(zero, 1, size) ** ord)
+    total = jnp.sum(powers, axes, keepdims=keepdim)
+    none = jnp.any(zero, axes, keepdims=keepdim) if ord < 0 else total == 0
+    return jnp.where(none, 0.0, _root(jnp.where(none, 1, total), ord))
+
+
+def _root(x: Any, ord: float) -> Any:
+    return jnp.sqrt(x) if ord == 2 else x ** (1 / ord)
 
 
 @lowering("logsumexp")

@@ -145,7 +145,15 @@ def xlog1py(self: Any, other: Any) -> Any:
 
 @lowering("special_zeta", "prims.zeta")
 def zeta(self: Any, other: Any) -> Any:
-    return arithmetic(special.zeta, self, other, True)
+    return arithmetic(_zeta, self, other, True)
+
+
+def _zeta(x: Any, q: Any) -> Any:
+    # As in Cephes: a pole at x = 1 and at q = 0, -1, ...; below those powers of negative numbers.
+    below = q <= 0
+    y = jnp.where(below & (x != jnp.floor(x)), jnp.nan, special.zeta(x, q))
+    y = jnp.where(below & (q == jnp.floor(q)), jnp.inf, y)
+    return jnp.where(x < 1, jnp.nan, jnp.where(x == 1, jnp.inf, y))
 
 
 @lowering("igamma", "prims.igamma")
