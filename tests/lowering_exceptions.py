@@ -44,7 +44,13 @@ _add(
 )
 _add(_ONCE, "addbmm-bfloat16", "atanh-bfloat16-lowered", "erfinv-bfloat16-lowered")
 _add(_STATISTICS, "native_layer_norm-bfloat16", "_native_batch_norm_legit-bfloat16")
-_add(_EQUALS, "sort-bfloat16")
+_add(_EQUALS, "sort-bfloat16", "topk-bfloat16")
+_add(_ONCE, "native_group_norm-bfloat16-lowered", "nextafter-bfloat16-lowered")
+_add(_NOISE, "cov-float32-lowered")
+_add(
+    "PyTorch's gradient of the triangle that is not read is not 0",
+    "cholesky_solve-float32-lowered",
+)
 _add(_SPARSE, "sparse_mm_reduce-bfloat16")
 _add(_ROUNDING, "logcumsumexp-bfloat16-lowered")
 _add(_REPEATED, "as_strided_scatter-bfloat16-lowered")

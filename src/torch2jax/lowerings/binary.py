@@ -78,12 +78,14 @@ def div_mode(self: Any, other: Any, *, rounding_mode: str | None) -> Any:
     if rounding_mode is None:
         return div(self, other)
     if rounding_mode == "trunc":
+        if kind(result_dtype(self, other)) == 2:
+            return jnp.trunc(div(self, other))  # of half precision the quotient is rounded first
         return arithmetic(_trunc_divide, self, other)
     return arithmetic(_floor_divide, self, other)
 
 
 def _trunc_divide(a: Any, b: Any) -> Any:
-    return jnp.trunc(a / b) if is_inexact(a) else lax.div(*jnp.broadcast_arrays(a, b))
+    return lax.div(*jnp.broadcast_arrays(a, b))
 
 
 def _floor_divide(a: Any, b: Any) -> Any:
