@@ -21,7 +21,18 @@ namespace {
 // have the same words. Objects stand by their address: a plan keeps those alive that could die.
 using Key = std::vector<uint64_t>;
 
-enum Item : uint64_t { kTensor, kObject, kInt, kFloat, kIntOperand, kFloatOperand, kText, kList };
+// Of tensors without dimensions dtypes are promoted in another way.
+enum Item : uint64_t {
+  kTensor,
+  kNumber,
+  kObject,
+  kInt,
+  kFloat,
+  kIntOperand,
+  kFloatOperand,
+  kText,
+  kList
+};
 
 struct KeyHash {
   size_t operator()(const Key& key) const noexcept {
@@ -69,7 +80,9 @@ struct State {
   Operators operators;
   Numbers numbers;
   Owned name_cell, name_chain, name_array, name_pattern, name_dtype, name_shape, name_stride;
-  Owned name_offset, name_operand, name_renew;
+  Owned name_offset, name_operand, name_renew, name_ndim, name_committed;
+  Owned zero;
+  uint64_t generation = 0;  // how often operators were forgotten
 };
 
 // Never destroyed: threads may outlive static destructors.
@@ -126,7 +139,11 @@ class Reader {
   Read Text(PyObject* x) {
     Py_ssize_t size = 0;
     const char* text = PyUnicode_AsUTF8AndSize(x, &size);
-    if (text == nullptr) return Read::kError;
+    if (text == nullptr) {
+      if (PyErr_ExceptionMatches(PyExc_UnicodeError) == 0) return Read::kError;
+      PyErr_Clear();
+      return Read::kNo;
+    }
     const auto bytes = static_cast<size_t>(size);
     Add(kText, bytes);
     const size_t start = key_.size();
@@ -163,12 +180,14 @@ class Reader {
   }
 
   Read Tensor(PyObject* x) {
-    Owned chain, dtype, pattern;
+    Owned chain, dtype, ndim, pattern;
     if (!Get(x, state_.name_chain, chain) || !Get(x, state_.name_dtype, dtype) ||
+        !Get(x, state_.name_ndim, ndim) ||
         (chain.get() != Py_None && !Get(chain.get(), state_.name_pattern, pattern))) {
       return Read::kError;
     }
-    Add(kTensor, Word(pattern.get()));
+    Add(PyObject_RichCompareBool(ndim.get(), state_.zero.get(), Py_EQ) == 1 ? kNumber : kTensor,
+        Word(pattern.get()));
     key_.push_back(Word(dtype.get()));
     operands_.push_back(Owned::Borrow(x));
     return Read::kYes;
@@ -337,9 +356,12 @@ Owned NumberArray(PyObject* number, PyObject* situation) {
     auto found = state->numbers.find(key);
     if (found != state->numbers.end()) return Owned::Borrow(found->second.get());
   }
-  Owned array = CallFunction(state->hooks.number.get(), number);
+  Owned array = CallFunction(state->hooks.array.get(), number);
   if (!array) return array;
-  Numbers old;  // outlives the lock
+  Owned committed = Attribute(array.get(), state->name_committed);
+  if (!committed) return committed;
+  if (committed.get() == Py_True) return array;  // to a mesh that is not always there
+  Numbers old;                                   // outlives the lock
   Owned kept = Owned::Borrow(array.get());
   std::lock_guard lock(state->mutex);
   if (state->numbers.size() >= kMostNumbers) old.swap(state->numbers);
@@ -370,7 +392,9 @@ Owned Results(PyObject* out, const Plan& plan, size_t& index) {
   if (!tuple && !PyList_Check(out)) {
     const size_t which = index < plan.dtypes.size() ? index : plan.dtypes.size() - 1;
     ++index;
-    return Wrap(out, plan.dtypes[which].get());
+    if (Is(out, state->hooks.array_type)) return Wrap(out, plan.dtypes[which].get());
+    Owned array = CallFunction(state->hooks.array.get(), out);  // while jit is disabled
+    return array ? Wrap(array.get(), plan.dtypes[which].get()) : Owned();
   }
   Owned found = Owned::Steal(PyList_New(0));
   const Py_ssize_t size = tuple ? PyTuple_Size(out) : PyList_Size(out);
@@ -399,7 +423,7 @@ Owned CallProgram(const Operator& op, const Plan& plan, const std::vector<Owned>
   std::vector<PyObject*> vector(operands.size() + 1);
   done = true;
   for (size_t slot : plan.views_written) {
-    if (!CallFunction(state->hooks.may_write.get(), operands[slot].get(), op.self.get()))
+    if (!CallFunction(state->hooks.may_write.get(), operands[slot].get(), op.call.get()))
       return Owned();
   }
   for (size_t i = 0; i < operands.size(); ++i) {
@@ -435,7 +459,7 @@ bool Indices(PyObject* tuple, std::vector<size_t>& indices) {
   return PyErr_Occurred() == nullptr;
 }
 
-// `plan(operator, args, kwargs)` is None; or (what to keep, program, dtypes, written, views
+// `plan(call, args, kwargs)` is None; or (what to keep, program, dtypes, written, views
 // written, how many are returned); or (what to keep, view, whether it is several). Null: an
 // exception is set.
 std::shared_ptr<const Plan> MakePlan(PyObject* told) {
@@ -493,14 +517,17 @@ std::shared_ptr<Operator> Describe(PyObject* self) {
 }
 
 std::shared_ptr<Operator> Find(PyObject* self) {
+  uint64_t generation = 0;
   {
     std::lock_guard lock(state->mutex);
     auto found = state->operators.find(self);
     if (found != state->operators.end()) return found->second;
+    generation = state->generation;
   }
   std::shared_ptr<Operator> op = Describe(self);
   if (!op) return op;
   std::lock_guard lock(state->mutex);
+  if (generation != state->generation) return op;  // described before operators were forgotten
   return state->operators.try_emplace(self, op).first->second;
 }
 
@@ -508,7 +535,7 @@ std::shared_ptr<Operator> Find(PyObject* self) {
 Owned CallFirst(Operator& op, Key key, PyObject* args, PyObject* kwargs) {
   Owned result = CallFunction(op.call.get(), args, kwargs);
   if (!result) return result;
-  Owned told = CallFunction(state->hooks.plan.get(), op.self.get(), args, kwargs);
+  Owned told = CallFunction(state->hooks.plan.get(), op.call.get(), args, kwargs);
   if (!told) return told;
   std::shared_ptr<const Plan> plan;
   if (told.get() != Py_None && !(plan = MakePlan(told.get()))) return Owned();
@@ -523,6 +550,11 @@ Owned DispatchCall(PyObject* self, PyObject* args, PyObject* kwargs) {
   std::shared_ptr<Operator> op = Find(self);
   if (!op) return Owned();
   if (!op->repeats) return CallFunction(op->call.get(), args, kwargs);
+  if (op->is_view) {  // views of ordinary tensors are ordinary tensors, also in inference mode
+    Owned inference = CallFunction(state->hooks.inference.get());
+    if (!inference) return inference;
+    if (inference.get() == Py_True) return CallFunction(op->call.get(), args, kwargs);
+  }
   Owned situation = CallFunction(state->hooks.situation.get());
   if (!situation) return situation;
   if (situation.get() == Py_None) return CallFunction(op->call.get(), args, kwargs);
@@ -551,10 +583,29 @@ Owned DispatchCall(PyObject* self, PyObject* args, PyObject* kwargs) {
   return done ? std::move(result) : CallFunction(op->call.get(), args, kwargs);
 }
 
-// (operator, types, args, kwargs=None)
-PyObject* Dispatch(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  if (count < 3 || count > 4 || !PyTuple_Check(arguments[2])) {
-    PyErr_SetString(PyExc_TypeError, "__torch_dispatch__ takes (operator, types, args, kwargs)");
+// (operator, types, args=(), kwargs=None)
+PyObject* Dispatch(PyObject*, PyObject* const* given, Py_ssize_t positional, PyObject* names) {
+  PyObject* arguments[] = {nullptr, nullptr, nullptr, Py_None};
+  const Py_ssize_t named = names == nullptr ? 0 : PyTuple_Size(names);
+  bool good = positional <= 4;
+  for (Py_ssize_t i = 0; good && i < positional; ++i) arguments[i] = given[i];
+  for (Py_ssize_t i = 0; good && i < named; ++i) {
+    PyObject* name = PyTuple_GetItem(names, i);
+    const int which = PyUnicode_CompareWithASCIIString(name, "args") == 0     ? 2
+                      : PyUnicode_CompareWithASCIIString(name, "kwargs") == 0 ? 3
+                                                                              : -1;
+    good = which >= positional;
+    if (good) arguments[which] = given[positional + i];
+  }
+  Owned no_arguments;
+  if (good && arguments[2] == nullptr) {
+    no_arguments = Owned::Steal(PyTuple_New(0));
+    arguments[2] = no_arguments.get();
+    if (!no_arguments) return nullptr;
+  }
+  if (!good || arguments[0] == nullptr || !PyTuple_Check(arguments[2])) {
+    PyErr_SetString(PyExc_TypeError,
+                    "__torch_dispatch__ takes (operator, types, args=(), kwargs=None)");
     return nullptr;
   }
   if (state == nullptr) {
@@ -563,7 +614,7 @@ PyObject* Dispatch(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   }
   try {
     Owned none;
-    PyObject* kwargs = count == 4 ? arguments[3] : Py_None;
+    PyObject* kwargs = arguments[3];
     if (kwargs == Py_None) {
       none = Owned::Steal(PyDict_New());
       kwargs = none.get();
@@ -576,7 +627,7 @@ PyObject* Dispatch(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
 
 PyMethodDef dispatch_method = {"__torch_dispatch__",
                                reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(Dispatch)),
-                               METH_FASTCALL, nullptr};
+                               METH_FASTCALL | METH_KEYWORDS, nullptr};
 
 }  // namespace
 
@@ -595,6 +646,9 @@ Owned MakeEagerDispatch(EagerHooks hooks) {
   state->name_offset = intern("storage_offset");
   state->name_operand = intern("operand");
   state->name_renew = intern("renew");
+  state->name_ndim = intern("ndim");
+  state->name_committed = intern("committed");
+  state->zero = Owned::Steal(PyLong_FromLong(0));
   return Owned::Steal(PyCFunction_NewEx(&dispatch_method, nullptr, nullptr));
 }
 
@@ -603,6 +657,7 @@ void ForgetPlans() {
   Operators operators;  // outlive the lock: dropping them may run arbitrary code
   Numbers numbers;
   std::lock_guard lock(state->mutex);
+  ++state->generation;
   operators.swap(state->operators);
   numbers.swap(state->numbers);
 }

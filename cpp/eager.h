@@ -30,9 +30,10 @@ struct EagerHooks {
   Owned constants;  // types whose objects are compared by identity
   Owned situation;  // () -> an object that stays, or None
   Owned describe;   // (operator) -> see `Describe` in eager.cc
-  Owned plan;       // (operator, args, kwargs) -> see `MakePlan` in eager.cc
-  Owned number;     // (number) -> array
-  Owned may_write;  // (tensor, operator): raises where a view cannot be written to
+  Owned plan;       // (call, args, kwargs) -> see `MakePlan` in eager.cc; of what was described
+  Owned array;      // (number) -> array
+  Owned may_write;  // (tensor, call): raises where a view cannot be written to
+  Owned inference;  // () -> whether inference mode is on
 };
 
 // `__torch_dispatch__`: a function (operator, types, args, kwargs). Null: a Python exception is

@@ -187,7 +187,8 @@ nb::object IndicesRequiringGrad(nb::handle operands) {
 nb::object EagerDispatch(nb::handle tensor_type, nb::handle array_type, nb::handle cell_type,
                          nb::handle make, nb::handle options, nb::handle given,
                          nb::handle constants, nb::handle situation, nb::handle describe,
-                         nb::handle plan, nb::handle number, nb::handle may_write) {
+                         nb::handle plan, nb::handle array, nb::handle may_write,
+                         nb::handle inference) {
   EagerHooks hooks;
   hooks.tensor_type = ToOwned(tensor_type);
   hooks.array_type = ToOwned(array_type);
@@ -199,8 +200,9 @@ nb::object EagerDispatch(nb::handle tensor_type, nb::handle array_type, nb::hand
   hooks.situation = ToOwned(situation);
   hooks.describe = ToOwned(describe);
   hooks.plan = ToOwned(plan);
-  hooks.number = ToOwned(number);
+  hooks.array = ToOwned(array);
   hooks.may_write = ToOwned(may_write);
+  hooks.inference = ToOwned(inference);
   return Returned(MakeEagerDispatch(std::move(hooks)));
 }
 
@@ -287,14 +289,14 @@ NB_MODULE(_ext, m) {
   m.def(
       "requiring_grad", &IndicesRequiringGrad, nb::arg("operands"),
       "A tuple of the indices of those that are tensors which require a gradient. After setup().");
-  m.def(
-      "eager_dispatch", &EagerDispatch, nb::kw_only(), nb::arg("tensor_type"),
-      nb::arg("array_type"), nb::arg("cell_type"), nb::arg("make"), nb::arg("options"),
-      nb::arg("given"), nb::arg("constants"), nb::arg("situation"), nb::arg("describe"),
-      nb::arg("plan"), nb::arg("number"), nb::arg("may_write"),
-      "`__torch_dispatch__` of tensors on device \"jax\": (operator, types, args, kwargs=None).\n\n"
-      "Calls like one that has been made before go to their compiled program; `describe`, `plan` "
-      "and `situation`\nsay which are alike, and what the first of them did. See cpp/eager.h.");
+  m.def("eager_dispatch", &EagerDispatch, nb::kw_only(), nb::arg("tensor_type"),
+        nb::arg("array_type"), nb::arg("cell_type"), nb::arg("make"), nb::arg("options"),
+        nb::arg("given"), nb::arg("constants"), nb::arg("situation"), nb::arg("describe"),
+        nb::arg("plan"), nb::arg("array"), nb::arg("may_write"), nb::arg("inference"),
+        "`__torch_dispatch__` of tensors on device \"jax\": (operator, types, args=(), "
+        "kwargs=None).\n\n"
+        "Calls like one that has been made before go to their compiled program; `describe`, `plan` "
+        "and `situation`\nsay which are alike, and what the first of them did. See cpp/eager.h.");
   m.def("forget_plans", &ForgetPlans, "The next call of each operator is a first one.");
   m.def("begin_shutdown", &Shutdown,
         "From now on calls are refused with an error and touch no Python. Waits for calls under "

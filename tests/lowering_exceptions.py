@@ -34,7 +34,6 @@ _add(
 _add(_EQUALS, "kthvalue-int64", "topk-int64")
 _add(_SPARSE, "sparse_sampled_addmm-float32", "sparse_mm_reduce-float32")
 _add(_SPARSE, "to_sparse-float32-lowered", "to_sparse-int64-lowered")
-_add(_NOISE, "corrcoef-float32", "nn_functional_soft_margin_loss-float32-eager")
 _add(_VECTORS, "linalg_eigh-float32")
 _add(_ROUNDING, "matrix_exp-float32", "logcumsumexp-float32")
 _add(
@@ -42,7 +41,6 @@ _add(
     *("nn_functional_max_unpool1d-float32-lowered", "nn_functional_max_unpool2d-float32-lowered"),
     *("nn_functional_max_unpool3d-float32-lowered", "as_strided_scatter-float32-lowered"),
 )
-_add(_ONCE, "addbmm-bfloat16", "atanh-bfloat16-lowered", "erfinv-bfloat16-lowered")
 _add(_STATISTICS, "native_layer_norm-bfloat16", "_native_batch_norm_legit-bfloat16")
 _add(_EQUALS, "sort-bfloat16", "topk-bfloat16")
 _add(_ONCE, "native_group_norm-bfloat16-lowered", "nextafter-bfloat16-lowered")

@@ -67,9 +67,9 @@ CALLS: dict[str, Callable[[str], Any]] = {
     "a cast": lambda p: x(p).to(torch.int32),
     "in place": lambda p: x(p).mul_(3),
     "in place, into a part": lambda p: x(p)[1].add_(1),
-    "in place, several": lambda p: (lambda a, b: torch._foreach_add_([a, b], [a, b]) or [a, b])(
-        x(p), x(p) + 1
-    ),
+    "in place, several": lambda p: (
+        lambda a, b: torch._foreach_add_([a, b], [x(p), x(p)]) or [a, b]
+    )(x(p), x(p) + 1),
     "a view": lambda p: x(p).t(),
     "a view with numbers": lambda p: x(p)[1:, 2],
     "several views": lambda p: x(p).split([1, 3], 1),
@@ -307,8 +307,122 @@ def test_wrong_use_of_the_entry() -> None:
     a = torch.ones(2).to("jax")
     dispatch_of: Any = Tensor.__torch_dispatch__
     with pytest.raises(TypeError, match="operator, types, args"):
-        dispatch_of(aten.neg.default)
+        dispatch_of()
+    with pytest.raises(TypeError, match="operator, types, args"):
+        dispatch_of(aten.neg.default, (), (a,), {}, kwargs={})
+    with pytest.raises(TypeError, match="operator, types, args"):
+        dispatch_of(aten.neg.default, (), operands=(a,))
     with pytest.raises(TypeError, match="operator, types, args"):
         dispatch_of(aten.neg.default, (), [a])
     assert dispatch_of(aten.neg.default, (), (a,)).tolist() == [-1.0, -1.0]
+    assert dispatch_of(aten.neg.default, (), args=(a,), kwargs={}).tolist() == [-1.0, -1.0]
+    assert dispatch_of(aten.zeros.default, (), kwargs={"size": [2]}).tolist() == [0.0, 0.0]
     assert dispatch_of(aten.neg.default, (), (a,), None).tolist() == [-1.0, -1.0]
+
+
+PROMOTED: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "add": torch.add,
+    "sub": torch.sub,
+    "mul": torch.mul,
+    "div": torch.div,
+    "maximum": torch.maximum,
+    "where": lambda a, b: torch.where(a > 0, a, b),
+    "list": lambda a, b: torch._foreach_add([a], [b])[0],
+}
+
+
+@pytest.mark.parametrize("name", PROMOTED)
+@pytest.mark.parametrize("first", ["vector", "number"])
+@pytest.mark.parametrize(
+    ("low", "high"), [(torch.float16, torch.float32), (torch.int32, torch.int64)]
+)
+def test_numbers_promote_as_numbers(
+    name: str, first: str, low: torch.dtype, high: torch.dtype
+) -> None:
+    """A tensor without dimensions decides the dtype in another way than one with."""
+    fn = PROMOTED[name]
+    x = torch.tensor([1, 2, 3], dtype=low)
+    others = {"vector": torch.tensor([2, 3, 4], dtype=high), "number": torch.tensor(2, dtype=high)}
+    dispatch.forget()
+    for kind in [first, first, *others, *others]:
+        y = others[kind]
+        ours = fn(x.to("jax"), y.to("jax"))
+        same(ours, fn(x, y))
+        assert ours.jax().dtype.itemsize == min(ours.dtype.itemsize, 4)
+
+
+def test_lists_that_meet_are_told_from_lists_of_nothing() -> None:
+    dispatch.forget()
+    for n in (0, 0, 0, 3, 3):
+        a = torch.zeros(n).to("jax")
+        torch._foreach_add_([a, a], [2.0, 3.0])
+        assert a.tolist() == [5.0] * n
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_numbers_of_a_mesh_stay_there(kind: str) -> None:
+    types: Any = getattr(jax.sharding, "AxisType", None)
+    if types is None or len(jax.devices()) < 4:
+        pytest.skip("needs four devices, and meshes with types of axes")
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(getattr(types, kind),))
+    a = torch.ones(8, device="jax")
+    elsewhere = device.tensor(jax.device_put(np.ones(8, np.float32), jax.devices()[1]))
+    if kind == "Auto":
+        with jax.set_mesh(mesh):
+            for _ in range(3):
+                a * 5.25
+    else:
+        with jax.set_mesh(mesh):
+            for _ in range(3):
+                device.tensor(jax.numpy.ones(8)) * 5.25
+    for x in (a, elsewhere):
+        got = x * 5.25
+        assert got.jax().sharding.device_set == x.jax().sharding.device_set
+        assert got.tolist() == [5.25] * 8
+
+
+def test_without_jit() -> None:
+    with torch.library._scoped_library("unjitted", "DEF") as library:
+        library.define("three(Tensor x) -> Tensor")
+        three = torch.ops.unjitted.three.default
+        device.register_lowering(three, lambda x: np.ones(3, np.float32))
+        a = torch.zeros(2).to("jax")
+        with jax.disable_jit():
+            made = [three(a) for _ in range(3)]
+        assert all(isinstance(x.jax(), jax.Array) for x in made)
+
+
+def test_a_lowering_that_comes_while_another_is_looked_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with torch.library._scoped_library("looked_up", "DEF") as library:
+        library.define("n(Tensor x) -> Tensor")
+        op = torch.ops.looked_up.n.default
+        device.register_lowering(op, lambda x: x + 1)
+        find = dispatch._find
+
+        def found(func: Any) -> Any:
+            made = find(func)
+            if func is op:
+                monkeypatch.setattr(dispatch, "_find", find)
+                device.register_lowering(op, lambda x: x + 2)
+            return made
+
+        monkeypatch.setattr(dispatch, "_find", found)
+        a = torch.zeros(2).to("jax")
+        op(a)
+        assert [op(a).tolist() for _ in range(3)] == [[2.0, 2.0]] * 3
+
+
+def test_views_in_inference_mode() -> None:
+    """Of an ordinary tensor they are ordinary tensors, as on a CPU."""
+    results = []
+    for place in ("cpu", "jax"):
+        a = x(place)
+        a[0], a.view(4, 3), a.detach()
+        with torch.inference_mode():
+            views = [a[0], a[0:1], a.view(4, 3), a.detach(), a.t(), *a.split(2)]
+            views += [(a + 1)[0], torch.atleast_3d(a)]
+            views[0].add_(1)
+            results.append([(v.tolist(), v.is_inference()) for v in views])
+    assert results[0] == results[1]

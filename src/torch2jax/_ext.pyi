@@ -66,8 +66,9 @@ def eager_dispatch(
     situation: Callable[[], Any],
     describe: Callable[[Any], Any],
     plan: Callable[[Any, Any, Any], Any],
-    number: Callable[[float], Any],
+    array: Callable[[Any], Any],
     may_write: Callable[[Any, Any], None],
+    inference: Callable[[], bool],
 ) -> Callable[..., Any]: ...
 def forget_plans() -> None: ...
 def begin_shutdown() -> None: ...

@@ -41,15 +41,17 @@ def special(*ops: Any) -> Callable[[Any], Any]:
 
 def operator_of(func: Any) -> Callable[[Any, Any], Any]:
     """What carries out an operator: ``(args, kwargs) -> result``."""
-    op = _ops.get(func)
+    ops = _ops  # which may be forgotten meanwhile
+    op = ops.get(func)
     if op is None:
-        op = _ops[func] = _find(func)
+        op = ops[func] = _find(func)
     return op
 
 
 def forget() -> None:
     """Look lowerings up again."""
-    _ops.clear()
+    global _ops
+    _ops = {}
     forget_plans()
 
 
@@ -73,7 +75,11 @@ def _makes_views(func: Any) -> bool:
     and not in its own kernels.
     """
     aliases = [r.alias_info for r in func._schema.returns]
-    return any(a is not None and not a.is_write for a in aliases)
+    return func._opname in _UNSAID or any(a is not None and not a.is_write for a in aliases)
+
+
+_UNSAID = {"atleast_1d", "atleast_2d", "atleast_3d", "broadcast_tensors", "meshgrid"}
+"""Those whose schema does not say so."""
 
 
 # --- what the extension asks ---------------------------------------------------------------------
@@ -101,13 +107,11 @@ def _describe(func: Any) -> Any:
     return op, (False, tuple(route.scalars), named, route.writes_several)
 
 
-def _plan(func: Any, args: Any, kwargs: Any) -> Any:
-    op: Any = operator_of(func)
+def _plan(op: Operator | ViewOperator, args: Any, kwargs: Any) -> Any:
     return op.plan(args, kwargs)
 
 
-def _may_write(x: Tensor, func: Any) -> None:
-    op: Any = operator_of(func)
+def _may_write(x: Tensor, op: Operator) -> None:
     refuse_overlap(x, op.route.fills)
 
 
@@ -122,9 +126,10 @@ dispatch = eager_dispatch(
     situation=_situation,
     describe=_describe,
     plan=_plan,
-    number=jax.numpy.asarray,
+    array=jax.numpy.asarray,
     may_write=_may_write,
+    inference=torch.is_inference_mode_enabled,
 )
-"""``(operator, types, args, kwargs)``: carries out an operator."""
+"""``(operator, types, args=(), kwargs=None)``: carries out an operator."""
 
 Tensor.__torch_dispatch__ = dispatch  # type: ignore[assignment]

@@ -31,7 +31,7 @@ def flatten(x: Any, operands: list[Any], key: list[Any], scalars: bool) -> None:
     if t is Tensor:
         operands.append(x)
         chain = x._chain
-        key += (Tensor, None if chain is None else chain.pattern, x.dtype)
+        key += (_kind(x), None if chain is None else chain.pattern, x.dtype)
     elif t is float or t is int:
         if scalars and (t is float or -(2**31) <= x < 2**31):
             operands.append(x)
@@ -45,7 +45,7 @@ def flatten(x: Any, operands: list[Any], key: list[Any], scalars: bool) -> None:
     elif isinstance(x, torch.Tensor):
         x = foreign(x)
         operands.append(x)
-        key += (Tensor, None, x.dtype)
+        key += (_kind(x), None, x.dtype)
     else:
         key += (t, x)
 
@@ -56,6 +56,11 @@ def cells_of(operands: Sequence[Any]) -> list[int]:
     return [
         first.setdefault(id(x._cell if type(x) is Tensor else x), i) for i, x in enumerate(operands)
     ]
+
+
+def _kind(x: torch.Tensor) -> str:
+    """Of tensors without dimensions dtypes are promoted in another way."""
+    return "tensor" if x.ndim else "number"
 
 
 def items_meet(lists: Sequence[Sequence[Any]]) -> bool:

@@ -169,7 +169,7 @@ class Operator:
         program = self.programs.get(key)
         if program is None or program.outs:
             return None
-        if self.in_lists and any(program.patterns) and len(set(program.cells)) < len(operands):
+        if self.in_lists and len(set(program.cells)) < len(operands):
             return None  # whether items meet, is to be asked each time
         returned = -1  # the results of the program
         if program.mutated and (self.route.returns_mutated or not self.route.returns):

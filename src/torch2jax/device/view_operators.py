@@ -35,6 +35,9 @@ class ViewOperator:
 
     def __call__(self, args: Any, kwargs: Any) -> Any:
         x: Any = args[0]
+        if torch.is_inference_mode_enabled() and not x.is_inference():
+            with torch.inference_mode(False):  # a view of an ordinary tensor is one
+                return self(args, kwargs)
         if type(x) is not Tensor:
             return self.func(foreign(x), *args[1:], **kwargs)
         if captures:
