@@ -58,7 +58,7 @@ OLDEST_JAX = (
 # lower=True say so is tested in test_errors.py.
 NEED_DEVICE = (
     *("test_device.py", "test_device_calls.py", "test_device_jit.py", "test_device_modules.py"),
-    *("test_device_programs.py", "test_lower.py", "test_torchax.py"),
+    *("test_device_programs.py", "test_device_repeated.py", "test_lower.py", "test_torchax.py"),
 )
 
 CELLS = ("oldest", "oldest-torch", "newest", "python3.13", "python3.14")
