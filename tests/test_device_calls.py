@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -40,15 +40,16 @@ def _count(event: str, duration_secs: float, **kwargs: str | int) -> None:
     _compilations[0] += "backend_compile" in event
 
 
+jax.monitoring.register_event_duration_secs_listener(_count)
+
+
 @pytest.fixture
-def compilations() -> Iterator[list[int]]:
+def compilations() -> list[int]:
     """How many programs XLA has compiled, not counting JAX's own for ``asarray`` of a number."""
     for number in (0.25, 1):
         jax.numpy.asarray(number)
-    jax.monitoring.register_event_duration_secs_listener(_count)
     _compilations[0] = 0
-    yield _compilations
-    jax.monitoring.unregister_event_duration_listener(_count)
+    return _compilations
 
 
 def tensors(shapes: Any, dtype: torch.dtype, place: str) -> list[torch.Tensor]:

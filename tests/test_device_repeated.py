@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 import torch
+from harness import precision
 from torch.utils._pytree import tree_leaves as leaves
 
 from torch2jax import device, lowering_report, torch2jax
@@ -20,6 +21,8 @@ from torch2jax.device import dispatch
 from torch2jax.device.operators import Operator
 from torch2jax.device.tensor import Tensor
 from torch2jax.device.view_operators import ViewOperator
+
+entered_mesh: Any = getattr(jax, "set_mesh", None) or getattr(jax.sharding, "use_mesh", None)
 
 device.enable()
 aten = torch.ops.aten
@@ -167,7 +170,7 @@ def test_x64_and_the_default_dtype_count() -> None:
             assert found()[0] is torch.bfloat16
         finally:
             torch.set_default_dtype(torch.float32)
-        with jax.enable_x64(True):
+        with precision(True):
             assert found() == (torch.float32, np.int64)
 
 
@@ -368,11 +371,11 @@ def test_numbers_of_a_mesh_stay_there(kind: str) -> None:
     a = torch.ones(8, device="jax")
     elsewhere = device.tensor(jax.device_put(np.ones(8, np.float32), jax.devices()[1]))
     if kind == "Auto":
-        with jax.set_mesh(mesh):
+        with entered_mesh(mesh):
             for _ in range(3):
                 a * 5.25
     else:
-        with jax.set_mesh(mesh):
+        with entered_mesh(mesh):
             for _ in range(3):
                 device.tensor(jax.numpy.ones(8)) * 5.25
     for x in (a, elsewhere):
