@@ -47,7 +47,7 @@ demo: $(VENV)/.demo ## train a PyTorch CNN with JAX on handwritten digits (one m
 test: $(VENV)/.test $(VENV)/.demo ## run the tests; of PyTorch's operator samples one or two of each (test-ops: all)
 	$(PY) -m pytest -n $(JOBS) --dist loadfile --ignore=tests/test_lower_vision.py --ignore=tests/test_wheel.py $(PYTEST)
 
-test-ops: $(VENV)/.test $(VENV)/.vision ## all of PyTorch's own operator samples, and all lowerings (two hours)
+test-ops: $(VENV)/.test $(VENV)/.vision ## all of PyTorch's own operator samples, also through the lowerings (hours)
 	T2J_ALL_OP_SAMPLES=1 $(PY) -m pytest -n $(JOBS) tests/test_ops.py tests/test_lowerings.py $(PYTEST)
 	T2J_ALL_LOWERINGS=1 $(PY) -m pytest -n $(JOBS) tests/test_lower_models.py $(PYTEST)
 	T2J_ALL_LOWERINGS=1 PYTHONPATH=$(VENV)/vision $(PY) -m pytest -n $(JOBS) tests/test_lower_vision.py $(PYTEST)
