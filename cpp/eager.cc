@@ -57,7 +57,7 @@ struct Plan {
 
 // What is known of an operator. `call` is Python's way; the rest counts where `plans` has any.
 struct Operator {
-  Owned self;
+  Owned self;               // by whose address it is found
   Owned call;               // (args, kwargs)
   bool repeats = false;     // there may be plans
   bool is_view = false;     // of the first argument
@@ -110,6 +110,14 @@ bool Is(PyObject* object, const Owned& type) {
   return Py_TYPE(object) == reinterpret_cast<PyTypeObject*>(type.get());
 }
 
+// Of a float: two zeros differ, and NaN is itself.
+uint64_t Bits(PyObject* x) {
+  const double value = PyFloat_AsDouble(x);
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
+
 // --- the key of a call ---------------------------------------------------------------------------
 
 enum class Read { kYes, kNo, kError };
@@ -153,8 +161,8 @@ class Reader {
   }
 
   // The first argument of a view operator: all that its result depends on.
-  Read Viewed(PyObject* x, Owned& chain) {
-    Owned dtype, shape;
+  Read Viewed(PyObject* x) {
+    Owned chain, dtype, shape;
     if (!Get(x, state_.name_chain, chain) || !Get(x, state_.name_dtype, dtype) ||
         !Get(x, state_.name_shape, shape)) {
       return Read::kError;
@@ -241,15 +249,6 @@ class Reader {
     return true;
   }
 
- public:
-  static uint64_t Bits(PyObject* x) {
-    const double value = PyFloat_AsDouble(x);
-    uint64_t bits = 0;
-    std::memcpy(&bits, &value, sizeof(bits));
-    return bits;
-  }
-
- private:
   const State& state_;
   Key& key_;
   std::vector<Owned>& operands_;
@@ -271,13 +270,13 @@ bool AddCells(const std::vector<Owned>& operands, Key& key) {
 }
 
 Read ReadCall(const Operator& op, PyObject* args, PyObject* kwargs, Key& key,
-              std::vector<Owned>& operands, Owned& chain) {
+              std::vector<Owned>& operands) {
   Reader reader(*state, key, operands);
   const Py_ssize_t count = PyTuple_Size(args);
   Py_ssize_t i = 0;
   if (op.is_view) {
     if (count == 0 || !Is(PyTuple_GetItem(args, 0), state->hooks.tensor_type)) return Read::kNo;
-    const Read read = reader.Viewed(PyTuple_GetItem(args, 0), chain);
+    const Read read = reader.Viewed(PyTuple_GetItem(args, 0));
     if (read != Read::kYes) return read;
     i = 1;
   }
@@ -289,7 +288,7 @@ Read ReadCall(const Operator& op, PyObject* args, PyObject* kwargs, Key& key,
   }
   Py_ssize_t position = 0;
   PyObject *name = nullptr, *value = nullptr;
-  while (kwargs != nullptr && PyDict_Next(kwargs, &position, &name, &value) != 0) {
+  while (PyDict_Next(kwargs, &position, &name, &value) != 0) {
     PyObject* takes = PyDict_GetItemWithError(op.takes_named.get(), name);
     if (takes == nullptr && PyErr_Occurred() != nullptr) return Read::kError;
     Read read = reader.Text(name);
@@ -350,7 +349,7 @@ Owned CallView(const Plan& plan, PyObject* base) {
 Owned NumberArray(PyObject* number, PyObject* situation) {
   const bool floating = Py_TYPE(number) == &PyFloat_Type;
   Key key = {Word(situation), static_cast<uint64_t>(floating),
-             floating ? Reader::Bits(number) : static_cast<uint64_t>(PyLong_AsLongLong(number))};
+             floating ? Bits(number) : static_cast<uint64_t>(PyLong_AsLongLong(number))};
   {
     std::lock_guard lock(state->mutex);
     auto found = state->numbers.find(key);
@@ -361,7 +360,8 @@ Owned NumberArray(PyObject* number, PyObject* situation) {
   Owned committed = Attribute(array.get(), state->name_committed);
   if (!committed) return committed;
   if (committed.get() == Py_True) return array;  // to a mesh that is not always there
-  Numbers old;                                   // outlives the lock
+
+  Numbers old;  // outlives the lock
   Owned kept = Owned::Borrow(array.get());
   std::lock_guard lock(state->mutex);
   if (state->numbers.size() >= kMostNumbers) old.swap(state->numbers);
@@ -563,8 +563,7 @@ Owned DispatchCall(PyObject* self, PyObject* args, PyObject* kwargs) {
   key.push_back(Word(situation.get()));
   std::vector<Owned> operands;
   operands.reserve(8);
-  Owned chain;
-  const Read read = ReadCall(*op, args, kwargs, key, operands, chain);
+  const Read read = ReadCall(*op, args, kwargs, key, operands);
   if (read == Read::kError) return Owned();
   if (read == Read::kNo) return CallFunction(op->call.get(), args, kwargs);
   bool known = false;
@@ -606,10 +605,6 @@ PyObject* Dispatch(PyObject*, PyObject* const* given, Py_ssize_t positional, PyO
   if (!good || arguments[0] == nullptr || !PyTuple_Check(arguments[2])) {
     PyErr_SetString(PyExc_TypeError,
                     "__torch_dispatch__ takes (operator, types, args=(), kwargs=None)");
-    return nullptr;
-  }
-  if (state == nullptr) {
-    PyErr_SetString(PyExc_RuntimeError, "the interpreter is shutting down");
     return nullptr;
   }
   try {

@@ -189,20 +189,11 @@ nb::object EagerDispatch(nb::handle tensor_type, nb::handle array_type, nb::hand
                          nb::handle constants, nb::handle situation, nb::handle describe,
                          nb::handle plan, nb::handle array, nb::handle may_write,
                          nb::handle inference) {
-  EagerHooks hooks;
-  hooks.tensor_type = ToOwned(tensor_type);
-  hooks.array_type = ToOwned(array_type);
-  hooks.cell_type = ToOwned(cell_type);
-  hooks.make = ToOwned(make);
-  hooks.options = ToOwned(options);
-  hooks.given = ToOwned(given);
-  hooks.constants = ToOwned(constants);
-  hooks.situation = ToOwned(situation);
-  hooks.describe = ToOwned(describe);
-  hooks.plan = ToOwned(plan);
-  hooks.array = ToOwned(array);
-  hooks.may_write = ToOwned(may_write);
-  hooks.inference = ToOwned(inference);
+  EagerHooks hooks = {ToOwned(tensor_type), ToOwned(array_type), ToOwned(cell_type),
+                      ToOwned(make),        ToOwned(options),    ToOwned(given),
+                      ToOwned(constants),   ToOwned(situation),  ToOwned(describe),
+                      ToOwned(plan),        ToOwned(array),      ToOwned(may_write),
+                      ToOwned(inference)};
   return Returned(MakeEagerDispatch(std::move(hooks)));
 }
 

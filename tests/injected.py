@@ -50,6 +50,13 @@ def test_the_registry_without_the_gil() -> None:
     testing.stress_registry(threads=8, rounds=300)
 
 
+def is_freed(reference: weakref.ref[Any]) -> bool:
+    """Whether an object is gone, once the frames of exceptions are."""
+    if reference() is not None:
+        gc.collect()
+    return reference() is None
+
+
 # --- calls of the handler ------------------------------------------------------------------------
 
 kept: list[Any] = []
@@ -236,9 +243,7 @@ def test_each_step_fails_once(case: str, path: str) -> None:
         freed = weakref.ref(fn)
         del fn, entry
         _state._exceptions.clear()  # an exception keeps its frames, and they their functions
-        if freed() is not None:
-            gc.collect()
-        assert freed() is None, f"the function is kept after {what}"
+        assert is_freed(freed), f"the function is kept after {what}"
     print(f"{case}, {path}: {len(steps)} steps, {harmless} of them without effect")
     after = sys.getrefcount(torch.float32), sys.getrefcount(torch.Tensor)
     assert all(b - a < 5 for a, b in zip(objects, after, strict=True)), (objects, after)
@@ -320,11 +325,9 @@ def test_conversions_of_jax2torch() -> None:
             assert is_right(got), step
             harmless += 1
         assert is_right(both(x)), f"the call after {step}"
-        freed = weakref.ref(x)
+        reference = weakref.ref(x)
         del got, x
-        if freed() is not None:  # by the frames of an exception
-            gc.collect()
-        assert freed() is None, f"the leaf is kept after {step}"
+        assert is_freed(reference), f"the leaf is kept after {step}"
     print(f"{len(steps)} steps, {harmless} of them without effect")
 
 
@@ -376,9 +379,7 @@ def test_repeated_calls_on_device_jax() -> None:
                 assert is_right(got), steps[k]
                 harmless += 1
             assert is_right(calls(fresh())), f"the call after {steps[k]}"
-            freed = weakref.ref(a)
+            reference = weakref.ref(a)
             del got, a
-            if freed() is not None:  # by the frames of an exception
-                gc.collect()
-            assert freed() is None, f"the tensor is kept after {steps[k]}"
+            assert is_freed(reference), f"the tensor is kept after {steps[k]}"
         print(f"{'known' if known else 'new'}: {len(chosen)} steps, {harmless} without effect")

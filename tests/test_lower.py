@@ -647,6 +647,8 @@ def test_cholesky_solve_has_the_gradient_of_what_it_reads() -> None:
         (lambda w: torch.cov(ROWS[None], aweights=w), "two or fewer dimensions"),
         (lambda w: torch.istft(FREQUENCIES, 16, 4, window=w), "a window of win_length elements"),
         (lambda w: torch.istft(FREQUENCIES.abs(), 5, window=w), "expected a complex tensor"),
+        (lambda w: torch.istft(FREQUENCIES, 16, 0, 5, window=w), "expected 0 < hop_length"),
+        (lambda w: torch.istft(FREQUENCIES, 16, 4, 5, window=w + 0j), "needs return_complex=True"),
     ],
 )
 def test_operands_of_rare_operators_are_checked(fn: Any, match: str) -> None:

@@ -20,7 +20,7 @@ from .._torch_compat import dispatch_modes, eager, plain_apply
 from .dispatch import dispatch
 from .state import state
 from .tensor import Tensor
-from .unchecked import register_unchecked
+from .unchecked import cov, istft
 
 __all__ = ["register_composites"]
 
@@ -95,9 +95,9 @@ def register_composites() -> Any:
         kernel = _kernel(composite)
         for key in ("AutogradLazy", "AutogradPrivateUse1"):
             library.impl(composite.op._opname, kernel, key)
-    for key in ("AutogradLazy", "AutogradPrivateUse1", "Lazy", "PrivateUse1"):
-        library.impl("ctc_loss.Tensor", _ctc_loss, key)
-    register_unchecked(library)
+    for name, kernel in {"ctc_loss.Tensor": _ctc_loss, "cov": cov, "istft": istft}.items():
+        for key in ("AutogradLazy", "AutogradPrivateUse1", "Lazy", "PrivateUse1"):
+            library.impl(name, kernel, key)
     return library
 
 

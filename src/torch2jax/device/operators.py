@@ -28,7 +28,6 @@ from .tensor import (
     Tensor,
     ValueNeeded,
     captures,
-    read,
     read_cell,
     refuse_overlap,
     replace,
@@ -60,7 +59,8 @@ class Operator:
             if device is not None and device.type not in ("jax", "lazy"):
                 if not self.reads_ends:
                     return self._elsewhere(device, args, kwargs)
-                if not any(type(a) is Tensor and isinstance(read(a), Tracer) for a in args):
+                ours = [a for a in args if type(a) is Tensor]
+                if not any(isinstance(a._cell.array, Tracer) for a in ours):
                     there = [to_torch(a) if type(a) is Tensor else a for a in args]
                     return self.func(*there, **kwargs)
                 kwargs = {**kwargs, "device": torch.device("jax")}

@@ -13,22 +13,16 @@ from jax.core import Tracer
 
 from .tensor import Tensor, read
 
-__all__ = ["register_unchecked"]
+__all__ = ["cov", "istft"]
 
 aten = torch.ops.aten
-
-
-def register_unchecked(library: Any) -> None:
-    for key in ("AutogradLazy", "AutogradPrivateUse1", "Lazy", "PrivateUse1"):
-        library.impl("cov", _cov, key)
-        library.impl("istft", _istft, key)
 
 
 def _is_traced(x: Any) -> bool:
     return type(x) is Tensor and isinstance(read(x), Tracer)
 
 
-def _cov(x: Any, *, correction: int = 1, fweights: Any = None, aweights: Any = None) -> Any:
+def cov(x: Any, *, correction: int = 1, fweights: Any = None, aweights: Any = None) -> Any:
     """Sum of w (x - m)(x - m)^H / f; m is the mean by the weights w, counts times importance."""
     if not (_is_traced(fweights) or _is_traced(aweights)):
         weights = {"fweights": fweights, "aweights": aweights}
@@ -56,7 +50,7 @@ def _cov(x: Any, *, correction: int = 1, fweights: Any = None, aweights: Any = N
     return ((centred @ (centred * w).mT.conj()) / spread).squeeze()
 
 
-def _istft(
+def istft(
     x: Any,
     n_fft: int,
     hop_length: int | None = None,
@@ -72,8 +66,8 @@ def _istft(
     if not _is_traced(window):
         options = (center, normalized, onesided, length, return_complex)
         return aten.istft.default.decompose(x, n_fft, hop_length, win_length, window, *options)
-    hop = hop_length or n_fft // 4
-    size = win_length or n_fft
+    hop = n_fft // 4 if hop_length is None else hop_length
+    size = n_fft if win_length is None else win_length
     if not 0 < hop <= size <= n_fft or tuple(window.shape) != (size,):
         raise RuntimeError(
             "istft: expected 0 < hop_length <= win_length <= n_fft and a window of win_length "
@@ -89,6 +83,8 @@ def _istft(
         )
     if onesided and return_complex:
         raise RuntimeError("istft: cannot have onesided output if window or input is complex")
+    if window.is_complex() and not return_complex:
+        raise RuntimeError("istft: a complex window needs return_complex=True")
     frames = x.unsqueeze(0) if x.ndim == 2 else x
     count = frames.shape[2]
     left = (n_fft - size) // 2

@@ -154,8 +154,9 @@ def linspace(start: Any, end: Any, steps: int, *, dtype: Any = None, **_: Any) -
     return _known(values, dtype)
 
 
-def _between(start: Any, end: Any, steps: int, dtype: Any, compute: Any) -> Any:
+def _between(start: Any, end: Any, steps: int, dtype: Any) -> Any:
     """From both ends to the middle; for integers the ends are integers, the steps are not."""
+    compute = jnp.result_type(float) if kind(dtype) < 2 else wide(dtype)
     rounded = kind(dtype) < 2 or steps > 1  # as PyTorch has it
     ends = [cast(x, dtype) if rounded else x for x in (start, end)]
     first, last = (cast(x, compute) for x in ends)
@@ -166,15 +167,10 @@ def _between(start: Any, end: Any, steps: int, dtype: Any, compute: Any) -> Any:
     return jnp.where(i < steps // 2, up, down) if steps > 1 else up
 
 
-def _in_steps(dtype: np.dtype[Any]) -> Any:
-    """The dtype in which the steps are taken."""
-    return jnp.result_type(float) if kind(dtype) < 2 else wide(dtype)
-
-
 @lowering("linspace.Tensor_Tensor", "linspace.Tensor_Scalar", "linspace.Scalar_Tensor")
 def linspace_of_values(start: Any, end: Any, steps: int, *, dtype: Any = None, **_: Any) -> Any:
     found = of_dtype(dtype)
-    return cast(_between(start, end, steps, found, _in_steps(found)), found)
+    return cast(_between(start, end, steps, found), found)
 
 
 @lowering("logspace.Tensor_Tensor", "logspace.Tensor_Scalar", "logspace.Scalar_Tensor")
@@ -182,7 +178,7 @@ def logspace_of_values(
     start: Any, end: Any, steps: int, base: float = 10.0, *, dtype: Any = None, **_: Any
 ) -> Any:
     found = of_dtype(dtype)
-    values = jnp.power(base, _between(start, end, steps, found, _in_steps(found)))
+    values = jnp.power(base, _between(start, end, steps, found))
     if kind(found) < 2:  # a power that is an integer, but for rounding
         near = jnp.round(values)
         off = 4 * jnp.finfo(values.dtype).eps * jnp.abs(values)
