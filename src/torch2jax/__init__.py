@@ -5,9 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Size
 
-from . import _rules as _rules  # registers the primitive's rules
-from ._convert import j2t, t2j, tree_j2t, tree_t2j
-from ._dtypes import dtype_j2t, dtype_t2j
+from ._bridge import jax_side as jax_side  # registers the primitive's rules
+from ._bridge.jax_side.exporting import export_checks
+from ._bridge.torch_side.tape.table import TapeInfo, clear_tape, set_tape_budget, tape_info
+from ._conversions.convert import j2t, t2j, tree_j2t, tree_t2j
+from ._conversions.dtypes import dtype_j2t, dtype_t2j
 from ._errors import (
     DifferentiationError,
     SignatureError,
@@ -16,12 +18,10 @@ from ._errors import (
     TorchCallError,
     UnsupportedDtypeError,
 )
-from ._export import export_checks
-from ._jax_module import jax_module
-from ._module import from_module, to_state_dict
-from ._reverse import jax2torch
-from ._tape import TapeInfo, clear_tape, set_tape_budget, tape_info
-from ._wrap import register, torch2jax, torch2jax_with_vjp, torch2jax_without_vjp
+from ._from_module import from_module, to_state_dict
+from ._jax2torch.function import jax2torch
+from ._jax2torch.module import jax_module
+from ._torch2jax import register, torch2jax, torch2jax_with_vjp, torch2jax_without_vjp
 
 __version__ = "0.1.0"
 
@@ -61,7 +61,7 @@ if TYPE_CHECKING:
     from . import equinox as equinox
     from . import flax as flax
     from . import torchax as torchax
-    from .device.lower import lowering_report
+    from ._lower.report import lowering_report
 else:
 
     def __getattr__(name: str) -> Any:
@@ -69,5 +69,7 @@ else:
         if name in ("device", "equinox", "flax", "torchax"):
             return importlib.import_module(f".{name}", __name__)
         if name == "lowering_report":
-            return importlib.import_module(".device.lower", __name__).lowering_report
+            from ._lower.report import lowering_report as found
+
+            return found
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

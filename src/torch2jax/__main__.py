@@ -2,7 +2,7 @@
 
 import sys
 
-from ._doctor import main
+from ._doctor.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

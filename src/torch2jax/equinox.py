@@ -12,7 +12,7 @@ import jax
 import torch
 
 from ._errors import SignatureError
-from ._module import Apply, Variables, from_module, to_state_dict
+from ._from_module import Apply, Variables, from_module, to_state_dict
 
 try:
     import equinox as eqx

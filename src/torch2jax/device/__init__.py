@@ -2,22 +2,15 @@
 
 from typing import TYPE_CHECKING, Any
 
-from ..lowerings.registry import register_lowering
 from .checkpoints import load_checkpoint, save_checkpoint
-from .interop import (
-    call_jax,
-    call_torch,
-    checkpoint,
-    extract,
-    jax_view,
-    torch_view,
-    value_and_grad,
-)
-from .jitted import jit
-from .registration import enable, is_enabled
+from .extract import extract
+from .interop import call_jax, call_torch, checkpoint, jax_view, tensor, torch_view, value_and_grad
+from .jit.jitted import jit
+from .operators.dispatch import register_lowering
 from .scan import scan
+from .setup.enable import enable, is_enabled
 from .sharding import mark_sharding, shard_map, shard_module, sharded_init
-from .tensor import Tensor, tensor
+from .tensors.tensor import Tensor
 
 if TYPE_CHECKING:
     from .exported import export

@@ -11,8 +11,8 @@ import torch
 
 from .._errors import SignatureError
 from .interop import jax_view, torch_view
-from .registration import enable
-from .tensor import Tensor, from_torch, read, to_torch, wrap
+from .setup.enable import enable
+from .tensors.tensor import Tensor, from_torch, read, to_torch, wrap
 
 __all__ = ["load_checkpoint", "save_checkpoint"]
 

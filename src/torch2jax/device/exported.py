@@ -19,12 +19,13 @@ from torch.utils import _pytree as torch_tree
 
 from .. import lowerings  # noqa: F401  fills the table
 from .._errors import SignatureError, Torch2JaxError
-from ..lowerings.registry import carried, cast, lowering_of
+from ..lowerings.promotion import carried, cast
+from ..lowerings.registry import lowering_of
+from ..lowerings.views import GETTERS
 from . import random
 from .interop import call_torch
-from .registration import enable
-from .tensor import Tensor, from_torch, read
-from .views import GETTERS
+from .setup.enable import enable
+from .tensors.tensor import Tensor, from_torch, read
 
 __all__ = ["export", "extract_exported", "input_avals"]
 

@@ -9,17 +9,17 @@ import jax
 import torch
 from jax.core import Tracer
 
+from .._conversions.dtypes import dtype_j2t
 from .._errors import SignatureError
-from .lower import running
-from .registration import enable
-from .state import state
-from .tensor import Tensor, from_torch, read, tensor, wrap
+from .setup.enable import enable
+from .tensors.tensor import Tensor, read, wrap
+from .thread_state import state
+from .tracing.scope import running
 
 __all__ = [
     "call_jax",
     "call_torch",
     "checkpoint",
-    "extract",
     "jax_view",
     "torch_view",
     "value_and_grad",
@@ -229,51 +229,36 @@ def checkpoint(fn: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     return lambda *args, **kwargs: call_jax(inner, *args, **kwargs)
 
 
-def extract(module: torch.nn.Module | torch.export.ExportedProgram) -> tuple[Any, Any]:
-    """A module as ``(state, fn)``: arrays by name, and a JAX function ``fn(state, args, kwargs)``.
+def tensor(array: Any, requires_grad: bool = False) -> Tensor:
+    """A JAX array, or tracer, as a tensor on device "jax", without a copy.
+
+    In-place operations on the tensor leave the array as it is.
 
     Args:
-      module: on device "jax" or the CPU, which is not changed; or a program of ``torch.export``.
+        array: a ``jax.Array`` of a dtype that PyTorch has, on any device, sharded or not; inside a
+            traced function a tracer.
+        requires_grad: as in ``torch.tensor``.
 
     Returns:
-      ``state``, ``{name: array}`` of parameters and buffers, and ``fn(state, args, kwargs=None)``,
-      in the mode (train or eval) of the module.
+        A tensor of the same shape and dtype.
 
     Raises:
-      SignatureError: for anything else than a module or an exported program.
+        SignatureError: not a JAX array.
+        UnsupportedDtypeError: PyTorch has no such dtype.
 
-    >>> import torch, torch2jax, jax.numpy as jnp
-    >>> state, fn = torch2jax.device.extract(torch.nn.Linear(3, 2))
-    >>> fn(state, (jnp.ones((4, 3)),)).shape
-    (4, 2)
+    >>> import jax.numpy as jnp, torch2jax
+    >>> torch2jax.device.enable()
+    >>> x = torch2jax.device.tensor(jnp.arange(3.0))
+    >>> (x * 2).jax()
+    Array([0., 2., 4.], dtype=float32)
     """
-    enable()
-    if isinstance(module, torch.export.ExportedProgram):
-        from .exported import extract_exported
-
-        return extract_exported(module)
-    if not isinstance(module, torch.nn.Module):
+    if not isinstance(array, jax.Array):
         raise SignatureError(
-            f"extract takes a module or a program of torch.export, got {type(module).__name__}."
+            f"device.tensor takes a jax.Array, got {type(array).__name__}; torch.tensor(..., "
+            'device="jax") and tensor.to("jax") take the rest.'
         )
-    found = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    state = {k: read(x) if isinstance(x, Tensor) else from_torch(x) for k, x in found.items()}
-    dtypes = {k: x.dtype for k, x in found.items()}
-    # Tied tensors have many places; PyTorch's own search fails to restore a part with two names.
-    names = {id(x): k for k, x in found.items()}
-    places = {
-        f"{prefix}.{last}" if prefix else last: names[id(x)]
-        for prefix, part in module.named_modules()
-        for last, x in {**part._parameters, **part._buffers}.items()
-        if x is not None
-    }
-
-    def fn(state: Any, args: Any, kwargs: Any = None) -> Any:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            given: dict[str, torch.Tensor] = {k: wrap(x, dtypes[k]) for k, x in state.items()}
-            tensors = {place: given[k] for place, k in places.items() if k in given}
-            return torch.func.functional_call(module, tensors, args, kwargs, tie_weights=False)
-
-        return call_torch(call, *args, **(kwargs or {}))
-
-    return state, fn
+    enable()
+    t = wrap(array, dtype_j2t(array.dtype))
+    if requires_grad:
+        t.requires_grad_()
+    return t

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .._compat import trace_state_clean
+from .._bridge.torch_side.random import seed_of
+from .._compat.jax import trace_state_clean
 from .._errors import SignatureError
-from .._random import seed_of
 
 __all__ = [
     "NO_WORDS",

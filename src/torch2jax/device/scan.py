@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import torch
 
-from .._compat import trace_state_clean
+from .._compat.jax import trace_state_clean
 from .._errors import SignatureError
 from . import random
 from .interop import call_jax, call_torch

@@ -12,15 +12,15 @@ import torch
 from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
-from .._compat import current_mesh, get_opaque_trace_state
+from .._compat.jax import current_mesh, get_opaque_trace_state
 from .._errors import SignatureError
-from ..lowerings.registry import carried
+from ..lowerings.promotion import carried
 from . import random
-from .constants import value_of
 from .interop import call_jax, jax_view
-from .registration import enable
-from .state import state
-from .tensor import Tensor
+from .operators.constants import value_of
+from .setup.enable import enable
+from .tensors.tensor import Tensor
+from .thread_state import state
 
 __all__ = ["mark_sharding", "shard_map", "shard_module", "sharded_init"]
 

@@ -10,11 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .registry import (
-    cast,
-    lowering,
-    wide,
-)
+from .promotion import cast, wide
+from .registry import lowering
 from .unary import unary
 
 Fn = Callable[..., Any]

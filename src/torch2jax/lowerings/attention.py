@@ -8,7 +8,8 @@ from typing import Any
 import jax.numpy as jnp
 
 from .normalization import safe_softmax
-from .registry import cast, lowering, wide
+from .promotion import cast, wide
+from .registry import lowering
 
 
 @lowering("scaled_dot_product_attention")

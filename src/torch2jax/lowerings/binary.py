@@ -10,16 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from .registry import (
-    cast,
-    floating,
-    is_inexact,
-    kind,
-    lowering,
-    promote,
-    result_dtype,
-    wide,
-)
+from .promotion import cast, floating, is_inexact, kind, promote, result_dtype, wide
+from .registry import lowering
 from .unary import unary
 
 Fn = Callable[..., Any]

@@ -8,15 +8,8 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from .registry import (
-    cast,
-    is_inexact,
-    kind,
-    lowering,
-    promote,
-    result_dtype,
-    wide,
-)
+from .promotion import cast, is_inexact, kind, promote, result_dtype, wide
+from .registry import lowering
 
 Fn = Callable[..., Any]
 

@@ -9,10 +9,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from .binary import arithmetic, both
-from .registry import (
-    lowering,
-    promote,
-)
+from .promotion import promote
+from .registry import lowering
 
 Fn = Callable[..., Any]
 

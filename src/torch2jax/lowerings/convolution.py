@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from .registry import lowering, spread
+from .promotion import spread
+from .registry import lowering
 
 _LETTERS = "HWD"
 

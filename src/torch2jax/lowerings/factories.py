@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from .._compat import trace_state_clean
-from .registry import carried, cast, kind, lowering, of_dtype, result_dtype, wide
+from .._compat.jax import trace_state_clean
+from .promotion import carried, cast, kind, of_dtype, result_dtype, wide
+from .registry import lowering
 
 FEW = 1 << 16
 """Elements up to which a tensor without operands may be a constant of a program."""

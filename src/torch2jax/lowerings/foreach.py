@@ -13,8 +13,16 @@ import jax.numpy as jnp
 import torch
 
 # They fill the table that is read here.
-from . import binary, choices, factories, reductions, special, unary  # noqa: F401
-from .registry import TABLE, Lowering, cast, lowering, overload, wide
+from . import (
+    binary,  # noqa: F401
+    choices,  # noqa: F401
+    factories,  # noqa: F401
+    reductions,  # noqa: F401
+    special,  # noqa: F401
+    unary,  # noqa: F401
+)
+from .promotion import cast, wide
+from .registry import TABLE, Lowering, lowering, overload
 
 _UNARY = (
     *("abs", "acos", "asin", "atan", "ceil", "cos", "cosh", "erf", "erfc", "exp", "expm1", "floor"),

@@ -14,7 +14,8 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 
-from .registry import DataDependentShape, cast, default_int, is_inexact, lowering, wide
+from .promotion import cast, default_int, is_inexact, wide
+from .registry import DataDependentShape, lowering
 
 
 def _wrapped(index: Any, size: int) -> Any:

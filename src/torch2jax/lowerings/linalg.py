@@ -10,15 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from .promotion import cast, complex_of, is_inexact, result_dtype, wide
 from .reductions import norm
-from .registry import (
-    cast,
-    complex_of,
-    is_inexact,
-    lowering,
-    result_dtype,
-    wide,
-)
+from .registry import lowering
 
 
 def _product(a: Any, b: Any) -> Any:

@@ -7,7 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .registry import cast, lowering, wide
+from .promotion import cast, wide
+from .registry import lowering
 
 
 @lowering("torch_nn._linear_cross_entropy_batch_chunked")

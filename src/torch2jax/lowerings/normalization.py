@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from jax import lax
 
-from .registry import carried, cast, floating, lowering, wide
+from .promotion import carried, cast, floating, wide
+from .registry import lowering
 
 
 @lowering("_softmax")

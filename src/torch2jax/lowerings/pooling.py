@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from .registry import cast, default_int, is_inexact, lowering, spread, wide
+from .promotion import cast, default_int, is_inexact, spread, wide
+from .registry import lowering
 
 
 def _extra(size: int, kernel: int, stride: int, pad: int, dilation: int, ceil_mode: bool) -> int:

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from .binary import mul
-from .registry import carried, cast, default_int, is_inexact, kind, lowering, of_dtype, wide
+from .promotion import carried, cast, default_int, is_inexact, kind, of_dtype, wide
+from .registry import lowering
 
 
 def _key(words: Any) -> Any:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from jax import lax
 
-from .registry import (
+from .promotion import (
     carried,
     cast,
     default_int,
@@ -21,10 +21,10 @@ from .registry import (
     floating,
     is_inexact,
     kind,
-    lowering,
     real_of,
     wide,
 )
+from .registry import lowering
 from .unary import abs_
 
 

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from jax import lax
 
-from .registry import carried, cast, dims_of, lowering, result_dtype
+from .promotion import carried, cast, dims_of, result_dtype
+from .registry import lowering
 
 
 @lowering("cat", "concat", "prims.cat")
@@ -101,7 +102,7 @@ def diag_embed(self: Any, offset: int = 0, dim1: int = -2, dim2: int = -1) -> An
 
 @lowering("_unsafe_view", "view_copy", "prims.reshape")
 def unsafe_view(self: Any, size: Any) -> Any:
-    from ..device.views import resolved
+    from .views import resolved
 
     return self.reshape(resolved(size, self.size))
 
@@ -140,7 +141,7 @@ def view_of(a: Any) -> Any:
 
 @lowering("unfold_backward")
 def unfold_backward(grad_in: Any, input_sizes: Any, dim: int, size: int, step: int) -> Any:
-    from ..device.views import GETTERS
+    from .views import GETTERS
 
     places = GETTERS[torch.ops.aten.unfold.default](
         np.arange(int(np.prod(input_sizes))).reshape(input_sizes), dim, size, step
@@ -154,7 +155,7 @@ def unfold_backward(grad_in: Any, input_sizes: Any, dim: int, size: int, step: i
 
 def _part_set(x: Any, part: Any, dim: int, start: Any, step: int) -> Any:
     """``x`` with the elements of a slice replaced; PyTorch's default start is None."""
-    from ..device.views import SETTERS, SLICE_AT
+    from .views import SETTERS, SLICE_AT
 
     dim = dim % x.ndim
     n, count = x.shape[dim], part.shape[dim]
@@ -168,7 +169,7 @@ def _part_set(x: Any, part: Any, dim: int, start: Any, step: int) -> Any:
 
 
 def _row_set(x: Any, row: Any, dim: int, index: Any) -> Any:
-    from ..device.views import SELECT_AT, SETTERS
+    from .views import SELECT_AT, SETTERS
 
     return SETTERS[SELECT_AT](x, row, index, dim)
 
@@ -201,7 +202,7 @@ def select_scatter(self: Any, src: Any, dim: int, index: Any) -> Any:
 def as_strided_scatter(
     self: Any, src: Any, size: Any, stride: Any, storage_offset: int | None = None
 ) -> Any:
-    from ..device.views import GETTERS, scatter
+    from .views import GETTERS, scatter
 
     seen = GETTERS[torch.ops.aten.as_strided.default]
     return scatter(lambda x: seen(x, size, stride, storage_offset), self, cast(src, self.dtype))

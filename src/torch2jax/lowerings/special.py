@@ -12,12 +12,8 @@ from jax import lax
 from jax.scipy import special
 
 from .binary import arithmetic
-from .registry import (
-    cast,
-    floating,
-    lowering,
-    wide,
-)
+from .promotion import cast, floating, wide
+from .registry import lowering
 from .unary import unary
 
 Fn = Callable[..., Any]

@@ -16,16 +16,8 @@ import numpy as np
 import torch
 from jax import lax
 
-from .registry import (
-    carried,
-    cast,
-    floating,
-    is_float,
-    is_inexact,
-    kind,
-    lowering,
-    wide,
-)
+from .promotion import carried, cast, floating, is_float, is_inexact, kind, wide
+from .registry import lowering
 
 Fn = Callable[..., Any]
 

@@ -7,7 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .registry import cast, lowering_by_name, wide
+from .promotion import cast, wide
+from .registry import lowering_by_name
 
 __all__ = ["SHAPES_DEPEND_ON_VALUES"]
 

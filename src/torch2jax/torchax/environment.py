@@ -15,9 +15,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import device as _device
-from .._convert import j2t
-from ..device import dispatch, random
-from ..device.tensor import Tensor, from_torch, read
+from .._conversions.convert import j2t
+from ..device import random
+from ..device.operators import dispatch
+from ..device.operators.special import table
+from ..device.tensors.tensor import Tensor, from_torch, read
 from .config import Configuration
 
 __all__ = ["Environment", "Properties", "default_env", "words_of"]
@@ -129,7 +131,7 @@ class Environment(contextlib.ContextDecorator):
             for which in op_to_override.overloads():
                 self.override_op_definition(getattr(op_to_override, which), op_impl)
         elif isinstance(op_to_override, torch._ops.OpOverload):
-            dispatch.special(op_to_override)(lambda args, kwargs: op_impl(*args, **kwargs))
+            table.special(op_to_override)(lambda args, kwargs: op_impl(*args, **kwargs))
             dispatch.forget()
         else:
             self._definitions[op_to_override] = op_impl

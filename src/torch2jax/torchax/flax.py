@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from .calls import call_jax
 from .environment import Environment
-from .interop import call_jax
 
 __all__ = ["FlaxNNModule"]
 

@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 import torch
 
-from .. import device as _device
-from .._compat import trace_state_clean
-from .._dtypes import canonical, dtype_j2t
-from ..device import random
-from ..device.lower import running
-from .environment import default_env
+from .calls import Function, call_jax, call_torch, jax_jit, jax_view, torch_view, wrap_jax_jit
 from .jittable import JittableModule, extract_all_buffers, set_all_buffers
 
 __all__ = [
@@ -35,76 +28,6 @@ __all__ = [
     "wrap_jax_jit",
 ]
 
-Function = Callable[..., Any]
-
-
-def jax_view(tree: Any) -> Any:
-    """What PyTorch has in a pytree as what JAX has: without a copy.
-
-    Tensors on device jax become arrays, dtypes dtypes, functions of tensors functions of arrays.
-    """
-
-    def view(x: Any) -> Any:
-        if isinstance(x, torch.dtype):
-            return canonical(x)
-        if isinstance(x, torch.Tensor):
-            return _device.jax_view(x)
-        if callable(x) and not isinstance(x, torch.nn.Module):
-            return functools.partial(call_torch, x)
-        return x
-
-    return jax.tree.map(view, tree, is_leaf=torch.is_tensor)
-
-
-def torch_view(tree: Any) -> Any:
-    """What JAX has in a pytree as what PyTorch has: the other way of ``jax_view``.
-
-    JAX's keys stay as they are.
-    """
-
-    def view(x: Any) -> Any:
-        if isinstance(x, jax.Array):
-            is_key = jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
-            return x if is_key else _device.tensor(x)
-        if isinstance(x, np.dtype):
-            return dtype_j2t(x)
-        if callable(x) and not isinstance(x, torch.nn.Module):
-            return functools.partial(call_jax, x)
-        return x
-
-    return jax.tree.map(view, tree, is_leaf=torch.is_tensor)
-
-
-def call_jax(jax_func: Function, *args: Any, **kwargs: Any) -> Any:
-    """Call a JAX function with tensors on device jax, and with functions of tensors.
-
-    ``backward()`` goes through it, with JAX's derivative, where a tensor among the arguments
-    requires a gradient.
-    """
-    leaves = jax.tree.leaves((args, kwargs), is_leaf=torch.is_tensor)
-    if torch.is_grad_enabled() and any(torch.is_tensor(x) and x.requires_grad for x in leaves):
-        args, kwargs = jax.tree.map(
-            lambda x: x if torch.is_tensor(x) else jax_view(x),
-            (args, kwargs),
-            is_leaf=torch.is_tensor,
-        )
-        return _device.call_jax(jax_func, *args, **kwargs)
-    args, kwargs = jax_view((args, kwargs))
-    return torch_view(jax_func(*args, **kwargs))
-
-
-def call_torch(torch_func: Function, *args: Any, **kwargs: Any) -> Any:
-    """Call a PyTorch function with arrays, tracers and functions of arrays, on device jax."""
-    env = default_env()
-    args, kwargs = torch_view((args, kwargs))
-    if trace_state_clean():
-        with env:
-            return jax_view(torch_func(*args, **kwargs))
-    stream = random.current()
-    key = None if stream is None else stream.next()
-    with running(torch.get_default_dtype(), key), env.definitions():
-        return jax_view(torch_func(*args, **kwargs))
-
 
 def j2t_autograd(fn: Function, call_jax: Function = call_jax) -> Function:
     """A JAX function as a function of tensors with JAX's derivative, as all of ``torch_view``."""
@@ -117,52 +40,6 @@ def j2t_autograd(fn: Function, call_jax: Function = call_jax) -> Function:
 
 
 fori_loop = torch_view(jax.lax.fori_loop)
-
-
-def wrap_jax_jit(
-    torch_function: Function,
-    jax_jit_func: Function = jax.jit,
-    kwargs_for_jax: dict[str, Any] | None = None,
-) -> Function:
-    """A transform of JAX, with these options, of a function of tensors on device jax."""
-    return torch_view(jax_jit_func(jax_view(torch_function), **(kwargs_for_jax or {})))
-
-
-def jax_jit(
-    torch_function: Function,
-    kwargs_for_jax_jit: dict[str, Any] | None = None,
-    fix_for_buffer_donation: bool = False,
-) -> Function:
-    """``jax.jit`` of a function of tensors on device jax that closes over none.
-
-    Each call has random numbers of its own: their key is an argument of the program, in front of
-    the others.
-    """
-    options = dict(kwargs_for_jax_jit or {})
-    shardings = options.get("in_shardings")
-    if shardings is not None:
-        if not isinstance(shardings, list | tuple):  # one for all arguments, however many
-            return wrap_jax_jit(torch_function, jax.jit, options)
-        options["in_shardings"] = (None, *shardings)
-    for name in ("donate_argnums", "static_argnums"):
-        if options.get(name) is not None:
-            given = options[name]
-            places = (given,) if isinstance(given, int) else tuple(given)
-            options[name] = tuple(i + 1 if i >= 0 else i for i in places)
-
-    def run(words: Any, *args: Any, **kwargs: Any) -> Any:
-        with random.drawing_from(words, words=True):
-            return call_torch(torch_function, *args, **kwargs)
-
-    run.__name__ = getattr(torch_function, "__name__", type(torch_function).__name__)
-    compiled = jax.jit(run, **options)
-
-    @functools.wraps(torch_function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        missing = random.current() is None and not trace_state_clean()
-        return call_jax(compiled, None if missing else random.next_words(), *args, **kwargs)
-
-    return call
 
 
 def jax_shard_map(

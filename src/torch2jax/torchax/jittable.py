@@ -12,7 +12,7 @@ import torch
 from torch.nn.utils import stateless
 
 from ..device import random
-from ..device.tensor import Tensor
+from ..device.tensors.tensor import Tensor
 from .environment import Environment, default_env, words_of
 
 __all__ = ["JittableModule", "extract_all_buffers", "set_all_buffers"]
@@ -142,7 +142,7 @@ class JittableModule(torch.nn.Module):
 
     def make_jitted(self, key: str) -> None:
         """Compile the method of this name from now on."""
-        from .interop import jax_jit
+        from .calls import jax_jit
 
         compiled = jax_jit(functools.partial(self.functional_call, key), self._options)
 

@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 
+from ..device.interop import tensor as _tensor
 from ..device.sharding import mark_sharding
-from ..device.specials import become
-from ..device.tensor import Tensor, read, to_torch, write
-from ..device.tensor import tensor as _tensor
+from ..device.tensors.tensor import Tensor, become, read, to_torch, write
+from .calls import call_jax
 from .environment import Environment
-from .interop import call_jax
 
 __all__ = ["Environment", "Tensor"]
 

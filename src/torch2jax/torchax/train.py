@@ -8,12 +8,8 @@ from typing import Any
 import jax
 import torch
 
-from .interop import (
-    call_jax,
-    gradient_checkpoint,
-    jax_value_and_grad,
-    torch_view,
-)
+from .calls import call_jax, torch_view
+from .interop import gradient_checkpoint, jax_value_and_grad
 
 __all__ = ["ScannedModule", "make_train_step", "mark_sharding", "remat"]
 

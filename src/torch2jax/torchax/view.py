@@ -1,5 +1,5 @@
 """Views under torchax's name: here a tensor that shares memory is a tensor like any other."""
 
-from ..device.tensor import Tensor as View
+from ..device.tensors.tensor import Tensor as View
 
 __all__ = ["View"]

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import torch
 
-from ..._dtypes import canonical, dtype_j2t
+from ..._conversions.dtypes import canonical, dtype_j2t
 from ..environment import default_env
 
 __all__ = ["j2t", "j2t_dtype", "t2j", "t2j_dtype"]

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 from ... import device as _device
+from ..calls import call_jax
 from ..environment import default_env
-from ..interop import call_jax
 
 __all__ = ["register_torch_dispatch_op", "register_torch_function_op"]
 

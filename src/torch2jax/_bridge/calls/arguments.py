@@ -1,0 +1,96 @@
+"""The arguments of a call: which are operands, which are static, and the tree of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jax.tree_util import tree_flatten_with_path
+
+from ..._errors import SignatureError
+from . import checks
+
+Tensor = torch.Tensor
+Tensors = tuple[Tensor, ...]
+
+
+class Static:
+    """A static argument as a leaf; equal where type and value are."""
+
+    def __init__(self, value: Any, where: str, label: str) -> None:
+        self.value = value
+        key = (slice, value.start, value.stop, value.step) if isinstance(value, slice) else value
+        try:
+            hash(key)
+        except TypeError:
+            raise SignatureError(
+                f"the static argument {where} of {label} is a {type(value).__name__}, which cannot "
+                "be hashed; static arguments select a trace, so pass a tuple or a frozen object."
+            ) from None
+        self.key = (type(value), key)
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Static) and self.key == other.key
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """How flat operands become the arguments of ``fn``.
+
+    ``statics`` are (leaf index, static value) pairs; the other leaves are operands in order.
+    ``casts`` gives operands another dtype before ``fn`` sees them; ``copies`` are the operands that
+    ``fn`` changes undeclared and gets as private copies.
+    """
+
+    treedef: Any
+    statics: tuple[tuple[int, Static], ...]
+    labels: tuple[str, ...]
+    casts: tuple[tuple[int, torch.dtype], ...] = ()
+    copies: tuple[int, ...] = ()
+
+    def unflatten(self, operands: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """``(args, kwargs)`` from operands."""
+        leaves = list(operands)
+        for i, static in self.statics:  # in ascending order
+            leaves.insert(i, static.value)
+        return self.treedef.unflatten(leaves)
+
+    def prepare(self, operands: Tensors) -> Tensors:
+        """Operands as ``fn`` gets them."""
+        if not self.casts and not self.copies:
+            return operands
+        xs = list(operands)
+        for i, dtype in self.casts:
+            xs[i] = xs[i].to(dtype)
+        for i in self.copies:
+            xs[i] = xs[i].clone()
+        return tuple(xs)
+
+    def applied(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """``fn`` as a function of prepared operands, which returns what ``fn`` returns."""
+        args, kwargs = self.unflatten([_HOLE] * len(self.labels))
+        positional = not kwargs and not self.statics and all(a is _HOLE for a in args)
+        if positional:
+            return fn
+
+        def call(*operands: Tensor) -> Any:
+            args, kwargs = self.unflatten(operands)
+            return fn(*args, **kwargs)
+
+        return call
+
+
+_HOLE = object()
+
+
+def arguments_of(treedef: Any, statics: tuple[tuple[int, Static], ...]) -> Arguments:
+    """The arguments of calls with this structure, before anything is known of dtypes."""
+    static = {i for i, _ in statics}
+    paths, _ = tree_flatten_with_path(treedef.unflatten([0] * treedef.num_leaves))
+    labels = tuple(checks.argument_label(p) for i, (p, _) in enumerate(paths) if i not in static)
+    return Arguments(treedef, statics, labels)

@@ -1,0 +1,313 @@
+"""A wrapped function: from a Python call to the operands of the primitive, and back."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable as Function
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import jax
+import torch
+from jax.tree_util import tree_flatten, tree_flatten_with_path
+
+from ... import _refusals
+from ..._compat.jax import ArrayImpl, varying_everywhere
+from ..._conversions.dtypes import x64_enabled
+from ..._errors import SignatureError, TorchCallError
+from ..jax_side.limited_depth import call_to_depth
+from ..jax_side.primitive import call as call_primitive
+from ..torch_side import exceptions
+from ..torch_side.callable import Callable
+from . import checks
+from .arguments import Static, arguments_of
+from .operands import Operands, mark_static
+from .options import Config
+from .planning import Avals, Plan, Planner
+from .shards import Shards
+
+
+class _Call:
+    """The structure of a call: what selects a trace beside shapes and dtypes. Interned."""
+
+    def __init__(
+        self,
+        treedef: Any,
+        statics: tuple[tuple[int, Static], ...],
+        trace: Function[..., Any],
+        name: str,
+    ) -> None:
+        self.arguments = arguments_of(treedef, statics)
+
+        # A function of its own, so that it and not a class names the call in profiles.
+        def traced(*operands: Any) -> Any:
+            return trace(self, *operands)
+
+        traced.__name__ = traced.__qualname__ = name
+        self.jitted = jax.jit(traced, inline=True)
+
+
+class TorchFunction:
+    """A PyTorch function as a JAX function; made by ``torch2jax``."""
+
+    def __init__(
+        self, fn: Function[..., Any], run: Function[..., Any], label: str, config: Config
+    ) -> None:
+        self.__wrapped__ = fn
+        self.__name__ = getattr(fn, "__name__", None) or type(fn).__name__
+        self.__qualname__ = label
+        self.__doc__ = fn.__doc__
+        self.__module__ = getattr(fn, "__module__", None) or type(fn).__module__
+        self._config = config
+        self._label = label
+        self._planner = Planner(fn, run, label, config)
+        self._plans: dict[Hashable, Plan] = {}
+        self._calls: dict[Hashable, _Call] = {}
+        self._positional: dict[int, Function[..., Any]] = {}
+        self._plain = not (config.static_argnums or config.static_argnames)
+
+    def __repr__(self) -> str:
+        return f"torch2jax({self._label})"
+
+    def is_plain(self) -> bool:
+        """Whether it has the arguments, the results and the derivatives of the function itself."""
+        return self._config.changes_nothing()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # The quick path to jit's own: arrays by position, in a number met before.
+        jitted = None
+        if not kwargs:
+            for a in args:
+                if type(a) is not ArrayImpl:
+                    break
+            else:
+                jitted = self._positional.get(len(args))
+        if jitted is None:
+            return self._call_any(args, kwargs)
+        try:
+            return jitted(*args)
+        except _RUNTIME_ERRORS as error:
+            _raise_original(error, self._label)
+            raise
+
+    def _call_any(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        call, operands = self._flatten(args, kwargs)
+        try:
+            return call.jitted(*operands)
+        except _RUNTIME_ERRORS as error:
+            _raise_original(error, self._label)
+            self._check_operands(call, operands)
+            raise
+        except (TypeError, OverflowError):
+            self._check_operands(call, operands)
+            raise
+
+    def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
+        """``jax.stages.Lowered`` for these arguments; ``jax.ShapeDtypeStruct``s do."""
+        call, operands = self._flatten(args, kwargs)
+        return call.jitted.lower(*operands)
+
+    def trace(self, *args: Any, **kwargs: Any) -> jax.stages.Traced:
+        """``jax.stages.Traced`` for these arguments; ``jax.ShapeDtypeStruct``s do."""
+        call, operands = self._flatten(args, kwargs)
+        return call.jitted.trace(*operands)
+
+    def callable_for(self, args: Any, kwargs: Any) -> tuple[Callable, Avals]:
+        """The callable of calls with such arguments, and the avals of its operands."""
+        call, operands = self._flatten_arguments(args, kwargs)
+        avals = tuple(checks.leaf_aval(x) for x in operands)
+        plan = self._planner.plan(call.arguments, avals, [False] * len(avals))
+        return plan.callable, avals
+
+    # --- arguments -------------------------------------------------------------------------------
+
+    def _flatten(self, args: Any, kwargs: Any) -> tuple[_Call, list[Any]]:
+        """Split a call's arguments into its structure and its operands."""
+        key = []
+        if self._config.stochastic:
+            kwargs = dict(kwargs)
+            key = [self._key(kwargs.pop("rng", None))]
+        call, operands = self._flatten_arguments(args, kwargs)
+        return call, [*operands, *key]
+
+    def _key(self, rng: Any) -> Any:
+        if rng is None:
+            raise SignatureError(
+                f"{self._label} is wrapped with stochastic=True: pass a JAX key as rng=."
+            )
+        if not (hasattr(rng, "dtype") and hasattr(rng, "shape")):
+            raise SignatureError(
+                f"rng of {self._label} is a {type(rng).__name__}; pass a key such as "
+                "jax.random.key(0)."
+            )
+        return rng
+
+    def _flatten_arguments(self, args: Any, kwargs: Any) -> tuple[_Call, list[Any]]:
+        given = (args, kwargs)
+        if not self._plain:
+            given = mark_static(self._config, args, kwargs, self._label)
+        try:
+            leaves, treedef = tree_flatten(given)
+        except (TypeError, ValueError) as error:  # keys of a dict that cannot be sorted
+            raise SignatureError(f"an argument of {self._label} is no tree: {error}") from None
+        if any(isinstance(x, _NOT_OPERANDS) for x in leaves):
+            return self._flatten_statics(given)
+        key = (treedef, ())
+        call = self._calls.get(key)
+        if call is None:
+            self._check_structure(treedef, args, kwargs)
+            call = self._intern(key)
+            if (
+                self._plain
+                and not (kwargs or self._config.stochastic)
+                and jax.tree_util.all_leaves(args)
+            ):
+                self._positional[len(args)] = call.jitted
+        return call, leaves
+
+    def _flatten_statics(self, given: Any) -> tuple[_Call, list[Any]]:
+        operands: list[Any] = []
+        statics: list[tuple[int, Static]] = []
+        paths, treedef = tree_flatten_with_path(given)
+        for i, (path, x) in enumerate(paths):
+            where = checks.argument_label(path)
+            if isinstance(x, torch.Tensor):
+                raise SignatureError(
+                    f"{where} of {self._label} is a torch.Tensor; the wrapped function takes JAX "
+                    "arrays: pass torch2jax.t2j(tensor), which shares its memory."
+                )
+            if isinstance(x, Static):
+                statics.append((i, x))
+            elif isinstance(x, checks.STATIC_TYPES):
+                statics.append((i, Static(x, where, self._label)))
+            else:
+                operands.append(x)
+        key = (treedef, tuple(statics))
+        call = self._calls.get(key)
+        if call is None:
+            args, kwargs = given
+            self._check_structure(treedef, args, kwargs)
+            call = self._intern(key)
+        return call, operands
+
+    def _check_operands(self, call: _Call, operands: Sequence[Any]) -> None:
+        """Raise where an operand is nothing that JAX takes."""
+        labels = [*call.arguments.labels, "rng"]
+        for where, x in zip(labels, operands, strict=False):
+            if isinstance(x, int) and x.bit_length() > (63 if x64_enabled() else 31):
+                raise SignatureError(
+                    f"{where} of {self._label} is {x}, which does not fit JAX's integers; pass a "
+                    "float, or name the argument in static_argnums or static_argnames."
+                )
+            try:
+                if isinstance(x, jax.ShapeDtypeStruct):  # has a type, and no value
+                    raise TypeError
+                jax.typeof(x)
+            except (TypeError, ValueError):  # the latter for a masked array
+                raise SignatureError(
+                    f"{where} of {self._label} is a {type(x).__name__}, which is no JAX value; "
+                    "pass an array or a number, or name the argument in static_argnums or "
+                    "static_argnames."
+                ) from None
+
+    def _check_structure(self, treedef: Any, args: Any, kwargs: Any) -> None:
+        given = kwargs if self._config.out_arg is None else {**kwargs, self._config.out_arg: None}
+        checks.check_call(self.__wrapped__, args, given, self._label)
+        if self._config.examples is not None:
+            expected = mark_static(self._config, *self._config.examples, self._label)
+            checks.check_structure(treedef, tree_flatten(expected)[1], self._label)
+
+    def _intern(self, key: tuple[Any, tuple[tuple[int, Static], ...]]) -> _Call:
+        return self._calls.setdefault(key, _Call(*key, self._trace, self.__name__))
+
+    # --- tracing ---------------------------------------------------------------------------------
+
+    def _trace(self, call: _Call, *operands: Any) -> Any:
+        if self._config.out_specs is None:
+            return self._trace_here(call, operands)
+        given = Operands(self.__wrapped__, self._config, call.arguments, self._label).in_specs()
+        shards = Shards(self._config, given, operands, call.arguments.labels, self._label)
+
+        def local(*operands: Any) -> Any:
+            if self._config.stochastic:
+                operands = (*operands[:-1], shards.own_key(operands[-1]))
+            return self._trace_here(call, operands, shards)
+
+        return shards.map(local, operands)
+
+    def _trace_here(
+        self, call: _Call, operands: tuple[Any, ...], shards: Shards | None = None
+    ) -> Any:
+        words = None
+        if self._config.stochastic:
+            words = self._words(operands[-1])
+            operands = operands[:-1]
+        avals = tuple((x.shape, x.dtype) for x in map(jax.typeof, operands))
+        key = (call, avals, x64_enabled(), shards and shards.mesh)
+        plan = self._plans.get(key)
+        if plan is None:
+            numbers = [x.weak_type and not x.shape for x in map(jax.typeof, operands)]
+            plan = self._plans[key] = self._planner.plan(call.arguments, avals, numbers, shards)
+        if words is None and plan.callable.options.rng is not None:
+            [words] = call_primitive(self._planner.seed, [], [((2,), "uint32")])
+            words = varying_everywhere(words)  # each device draws its own
+        return self._bind(plan, operands, words)
+
+    def _words(self, rng: Any) -> Any:
+        """The words of a key: uint32 of shape (n,)."""
+        if jax.dtypes.issubdtype(rng.dtype, jax.dtypes.prng_key):
+            rng = jax.random.key_data(rng)
+        if rng.dtype != "uint32" or len(rng.shape) != 1:
+            raise SignatureError(
+                f"rng of {self._label} is {rng.dtype}[{','.join(map(str, rng.shape))}]; pass one "
+                "key, such as jax.random.key(0), and use jax.vmap for several."
+            )
+        return rng
+
+    def _bind(self, plan: Plan, operands: Sequence[Any], words: Any) -> Any:
+        held = [
+            jax.lax.stop_gradient(x) if i in plan.nondiff else x for i, x in enumerate(operands)
+        ]
+        if words is not None:
+            held.append(words)
+        if self._config.depth is None:
+            out = call_primitive(plan.callable, held, plan.results)
+        else:
+            depth = self._config.depth
+            out = call_to_depth(plan.callable, held, plan.results, depth, plan.nondiff)
+        n = len(plan.result.leaves)
+        result = plan.result.treedef.unflatten(out[:n])
+        if not self._config.inplace_argnums:
+            return result
+        return self._config.with_updated(plan.arguments, plan.inplace, result, out[n:])
+
+
+# The class itself changes, so that calls elsewhere pay nothing.
+os.register_at_fork(
+    after_in_child=lambda: setattr(TorchFunction, "__call__", _refusals.refuse_forked)
+)
+
+_NOT_OPERANDS = (*checks.STATIC_TYPES, Static, torch.Tensor)
+
+_RUNTIME_ERRORS = (jax.errors.JaxRuntimeError, ValueError)
+"""As which an error of XLA comes: the latter from jit's C++ path."""
+
+
+_NOT_CAUGHT = (KeyboardInterrupt, SystemExit)
+"""What asks the process to end: `except Exception` would swallow a TorchCallError in its place."""
+
+
+def _raise_original(error: Exception, label: str) -> None:
+    """Raise what the user should meet in place of an error of XLA that carries one of ours."""
+    text = str(error)
+    found = exceptions.take_exception(text)
+    if found is not None:
+        message, original = found
+        if isinstance(original, _NOT_CAUGHT):
+            raise original from original.__cause__  # a cause hides the error of XLA
+        raise TorchCallError(message) from original
+    # The handler's own checks; INTERNAL is an exception that was not kept: too many came since.
+    for status in ("INVALID_ARGUMENT: ", "FAILED_PRECONDITION: ", "INTERNAL: "):
+        _, ours, message = text.partition(status)
+        if ours and message.startswith(label):
+            raise TorchCallError(message) from error

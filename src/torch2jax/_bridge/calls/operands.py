@@ -1,0 +1,155 @@
+"""What the options say of each operand."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+from jax.core import Tracer
+from jax.tree_util import tree_flatten
+
+from ..._conversions.convert import j2t
+from ..._conversions.dtypes import dtype_j2t
+from ..._errors import SignatureError
+from . import checks
+from .arguments import Arguments, Static
+from .options import Config
+
+
+@dataclass(frozen=True)
+class _Spot:
+    """Stands for a leaf of the arguments: the ``index``-th operand, or a static one (None)."""
+
+    index: int | None
+
+
+class Operands:
+    """The options as facts about the operands of calls with one structure."""
+
+    def __init__(
+        self, fn: Callable[..., Any], config: Config, arguments: Arguments, label: str
+    ) -> None:
+        self.fn, self.config, self.label = fn, config, label
+        static = {i for i, _ in arguments.statics}
+        spots, count = [], 0
+        for i in range(arguments.treedef.num_leaves):
+            spots.append(_Spot(None if i in static else count))
+            count += i not in static
+        self.args, self.kwargs = arguments.treedef.unflatten(spots)
+        self.examples: dict[int, Any] = {}
+        if config.examples is not None:
+            examples = tree_flatten(mark_static(config, *config.examples, label))[0]
+            self.examples = {
+                s.index: x for s, x in zip(spots, examples, strict=True) if s.index is not None
+            }
+
+    def of_argnums(self, argnums: Sequence[int], option: str) -> tuple[int, ...]:
+        """Operands of whole positional arguments."""
+        found: list[int] = []
+        for i in argnums:
+            if not -len(self.args) <= i < len(self.args):
+                raise SignatureError(
+                    f"{option} of {self.label} names argument {i}; the call has {len(self.args)} "
+                    "positional arguments."
+                )
+            found += _indices_in(self.args[i])
+        return tuple(found)
+
+    def nondiff(self, labels: Sequence[str]) -> frozenset[int]:
+        """Operands that are never differentiated."""
+        never = getattr(self.fn, "never_differentiated", ())
+        found = {i for i, label in enumerate(labels) if label.startswith(never)} if never else set()
+        found |= set(self.of_argnums(self.config.nondiff_argnums, "nondiff_argnums"))
+        if self.config.nondiff_mask is not None:
+            items = self._spread(self.config.nondiff_mask, "nondiff_mask")
+            found |= {k for k, masked in items.items() if masked}
+        return frozenset(found)
+
+    def casts(self, dtypes: Sequence[Any]) -> tuple[tuple[int, torch.dtype], ...]:
+        """Operands that reach ``fn`` in another dtype, from ``arg_dtypes`` or 64-bit examples."""
+        wanted: dict[int, Any] = {}
+        for k, x in self.examples.items():
+            dtype = checks.example_dtype(x)
+            # Wider than JAX carries it: with x64 off, in the dtype that JAX gives such an example.
+            if dtype is not None and checks.leaf_aval(x)[1] == dtypes[k]:
+                wanted[k] = dtype
+        given = self._by_operand(self.config.arg_dtypes, "arg_dtypes")
+        wanted |= {k: dtype for k, dtype in given.items() if dtype is not None}
+        for dtype in wanted.values():
+            if not isinstance(dtype, torch.dtype):
+                raise SignatureError(
+                    f"arg_dtypes of {self.label} has {dtype!r}; give torch dtypes such as "
+                    "torch.int64, or None."
+                )
+        return tuple(
+            (k, dtype) for k, dtype in sorted(wanted.items()) if dtype is not dtype_j2t(dtypes[k])
+        )
+
+    def in_specs(self) -> dict[int, Any] | None:
+        """Specs of operands, None where types say it; None where ``in_specs`` is not given."""
+        given = self.config.in_specs
+        return None if given is None else self._by_operand(given, "in_specs")
+
+    def _by_operand(self, given: Any, option: str) -> dict[int, Any]:
+        """Items of a prefix tree over the positional arguments, or of a dict by argument name."""
+        if not isinstance(given, dict):
+            return {} if given is None else self._spread(given, option)
+        found: dict[int, Any] = {}
+        for name, item in given.items():
+            argument = self._argument(name, option)
+            items = checks.prefix_leaves(item, argument, option, self.label)
+            spots = jax.tree.leaves(argument)
+            found |= {s.index: x for s, x in zip(spots, items, strict=True) if s.index is not None}
+        return found
+
+    def example_value(self, index: int, shape: tuple[int, ...]) -> torch.Tensor | None:
+        """The value of an operand's example, if it has one and fits."""
+        x = self.examples.get(index)
+        if isinstance(x, jax.Array) and not isinstance(x, Tracer):
+            # A donated array has no value left, and one over several devices none for one tensor.
+            x = None if x.is_deleted() or len(x.devices()) > 1 else j2t(x)
+        elif isinstance(x, np.ndarray):
+            x = torch.from_numpy(x)
+        if isinstance(x, torch.Tensor) and tuple(x.shape) == shape and x.device.type != "meta":
+            return x.detach()
+        return None
+
+    def _spread(self, tree: Any, option: str) -> dict[int, Any]:
+        """Items of a prefix tree over the positional arguments, by operand."""
+        tree = tuple(tree) if isinstance(tree, list) else tree
+        items = checks.prefix_leaves(tree, self.args, option, self.label)
+        spots = jax.tree.leaves(self.args)
+        return {s.index: x for s, x in zip(spots, items, strict=True) if s.index is not None}
+
+    def _argument(self, name: str, option: str) -> Any:
+        """The argument passed to ``fn``'s parameter ``name``."""
+        if name in self.kwargs:
+            return self.kwargs[name]
+        target = self.fn.forward if isinstance(self.fn, torch.nn.Module) else self.fn
+        try:
+            return inspect.signature(target).bind(*self.args, **self.kwargs).arguments[name]
+        except (TypeError, ValueError, KeyError):
+            raise SignatureError(
+                f"{option} of {self.label} names {name!r}, which is not an argument of the call."
+            ) from None
+
+
+def mark_static(config: Config, args: Any, kwargs: Any, label: str) -> tuple[Any, Any]:
+    """``(args, kwargs)`` with declared static arguments as single leaves."""
+    marked = list(args)
+    for i in config.static_argnums:
+        if -len(args) <= i < len(args):
+            marked[i] = Static(args[i], f"args[{i}]", label)
+    return tuple(marked), {
+        k: Static(v, f"kwargs[{k!r}]", label) if k in config.static_argnames else v
+        for k, v in kwargs.items()
+    }
+
+
+def _indices_in(tree: Any) -> list[int]:
+    return [s.index for s in jax.tree.leaves(tree) if s.index is not None]

@@ -1,0 +1,317 @@
+"""From the avals of a call to what it binds: a callable and the shapes of its results."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable as Function
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import torch
+
+from ..._conversions.dtypes import dtype_j2t, x64_enabled
+from ..._errors import (
+    SignatureError,
+    Torch2JaxError,
+    Torch2JaxWarning,
+    TorchCallError,
+    UnsupportedDtypeError,
+)
+from ..torch_side.callable import Callable, Options
+from ..torch_side.derivatives import Flat
+from ..torch_side.inference import FakeSurvived, Inference, ShapeDependsOnValues, Spec, infer
+from ..torch_side.modules.forward import Forward
+from ..torch_side.random import draw_seed, refusing, seeded
+from . import checks, results
+from .arguments import Arguments
+from .flat_function import flat_function, out_function, with_buffers
+from .names import qualified_name
+from .operands import Operands
+from .options import Config
+from .results import Result, describe_result
+from .shards import Shards
+
+Avals = Sequence[tuple[tuple[int, ...], Any]]
+"""(shape, dtype) pairs."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a call with given structure, shapes and dtypes binds."""
+
+    callable: Callable
+    arguments: Arguments
+    result: Result
+    results: tuple[tuple[tuple[int, ...], Any], ...]
+    inplace: tuple[int, ...]
+    nondiff: frozenset[int]
+
+
+class Planner:
+    """Makes the plans of one wrapped function: ``fn`` under ``config``.
+
+    ``run`` is ``fn`` under its lock and the default device of wrap time.
+    """
+
+    def __init__(
+        self, fn: Function[..., Any], run: Function[..., Any], label: str, config: Config
+    ) -> None:
+        self._wrapped, self._fn = fn, run
+        self._label, self._config = label, config
+        self._callables: dict[Hashable, Callable] = {}
+
+    @functools.cached_property
+    def _options(self) -> Options:
+        # Made at the first trace: asking for the default device starts JAX's backend.
+        fn, config = self._wrapped, self._config
+        return Options(
+            label=self._label,
+            name=config.name or qualified_name(fn),
+            named=config.name is not None,
+            default_dtype=config.default_dtype,
+            device=default_device(),
+            roots=(fn,),
+            vmap_method=config.vmap_method,
+            tape=config.tape,
+            side_effects=config.side_effects,
+            borrows=isinstance(fn, Forward),
+        )
+
+    @functools.cached_property
+    def seed(self) -> Callable:
+        """What draws without a key draws a seed, and is then a function of that seed."""
+        options = replace(self._options, draws=True)
+        return Callable(Flat(draw_seed, None, False, ()), options, [], ["the seed"])
+
+    def plan(
+        self,
+        arguments: Arguments,
+        avals: Avals,
+        numbers: Sequence[bool],
+        shards: Shards | None = None,
+    ) -> Plan:
+        """The plan of a call; ``numbers`` are the operands that come from Python numbers.
+
+        With ``shards``, the plan of the call on one shard.
+        """
+        self._check_avals(arguments, avals)
+        facts = Operands(self._wrapped, self._config, arguments, self._label)
+        arguments = replace(arguments, casts=facts.casts([d for _, d in avals]))
+        inplace = facts.of_argnums(self._config.inplace_argnums, "inplace_argnums")
+        inference = None
+        if self._config.output_shapes is not None:
+            dtypes = [d for _, d in avals]
+            result = results.declared_result(self._config.output_shapes, dtypes, self._label)
+            if not (result.leaves or inplace or self._config.side_effects):
+                raise SignatureError(
+                    f"output_shapes of {self._label} describes no tensor, so there is nothing to "
+                    "compute. Describe the result; or wrap it with side_effects=True if it is "
+                    "called for its effect alone."
+                )
+            if shards is not None:
+                result = shards.result(result, bool(inplace))
+        else:
+            arguments, inference = self._infer(arguments, facts, avals, numbers, bool(inplace))
+            result = inference.result
+            copies = tuple(sorted(inference.mutated - set(inplace)))
+            if copies:
+                self._note_copies(arguments, copies)
+                arguments = replace(arguments, copies=copies)
+        updated = [avals[i] for i in inplace]
+        return Plan(
+            self._callable(arguments, result, inplace, inference),
+            arguments,
+            result,
+            (*((leaf.shape, leaf.dtype) for leaf in result.leaves), *updated),
+            inplace,
+            facts.nondiff(arguments.labels),
+        )
+
+    def _check_avals(self, arguments: Arguments, avals: Avals) -> None:
+        for label, (shape, dtype) in zip(arguments.labels, avals, strict=True):
+            if not all(isinstance(d, int) for d in shape):
+                raise SignatureError(
+                    f"{label} of {self._label} has the symbolic shape {shape}; PyTorch needs "
+                    "numbers: trace or export it with concrete shapes."
+                )
+            try:
+                dtype_j2t(dtype)
+            except UnsupportedDtypeError as error:
+                raise UnsupportedDtypeError(f"{label} of {self._label}: {error}") from None
+
+    def _infer(
+        self,
+        arguments: Arguments,
+        facts: Operands,
+        avals: Avals,
+        numbers: Sequence[bool],
+        none_allowed: bool,
+    ) -> tuple[Arguments, Inference]:
+        """What ``fn`` returns for these avals, and the arguments with the casts that it needs."""
+        device = self._options.device
+
+        def attempt(arguments: Arguments) -> Inference:
+            specs = [
+                Spec(shape, dtype_j2t(dtype), device, facts.example_value(i, shape))
+                for i, (shape, dtype) in enumerate(avals)
+            ]
+            call = arguments.applied(self._fn)
+            with jax.ensure_compile_time_eval():  # fn may call JAX: its values are no tracers here
+                return infer(
+                    lambda *operands: call(*arguments.prepare(operands)),
+                    specs,
+                    lambda out: describe_result(
+                        out, self._label, none_allowed or self._config.side_effects
+                    ),
+                    self._config.default_dtype,
+                    self._options.roots,
+                )
+
+        def attempt_wide() -> tuple[Arguments, Inference] | None:
+            cast = {i for i, _ in arguments.casts}
+            widened = tuple(
+                (i, torch.int64)
+                for i, (_, dtype) in enumerate(avals)
+                if dtype_j2t(dtype) is torch.int32 and i not in cast
+            )
+            if not widened or x64_enabled():
+                return None
+            wide = replace(arguments, casts=tuple(sorted(arguments.casts + widened)))
+            try:
+                inference = attempt(wide)
+            except Exception:
+                return None
+            self._note_wide([arguments.labels[i] for i, _ in widened])
+            return wide, inference
+
+        try:
+            inference = attempt(arguments)
+            if inference.refuses_int32 is not None:
+                return attempt_wide() or (arguments, inference)
+            return arguments, inference
+        except FakeSurvived:
+            raise Torch2JaxError(
+                f"{self._label} keeps a tensor of the run that infers its result somewhere outside "
+                "its modules (a cache, a global, an attribute of another object), so its next call "
+                "would compute garbage. To go on, empty that cache and pass output_shapes=, which "
+                "needs no such run, or remove the cache."
+            ) from None
+        except ShapeDependsOnValues:
+            raise SignatureError(
+                f"the shape of {self._label}'s result depends on the values of its arguments, and "
+                "XLA must know shapes when it compiles. Return a result of fixed size (a mask, or "
+                "padded), or pass output_shapes= if the size is known."
+                + self._hint_of_numbers(arguments, numbers)
+            ) from None
+        except Torch2JaxError:
+            raise
+        except Exception as error:
+            wide = attempt_wide()
+            if wide is None:
+                raise self._trace_error(error, arguments, avals, numbers) from error
+            return wide
+
+    def _trace_error(
+        self, error: Exception, arguments: Arguments, avals: Avals, numbers: Sequence[bool]
+    ) -> TorchCallError:
+        hint = self._hint_of_numbers(arguments, numbers)
+        operands = ", ".join(
+            f"{label}: {dtype}[{','.join(map(str, shape))}]"
+            for label, (shape, dtype) in zip(arguments.labels, avals, strict=True)
+        )
+        return TorchCallError(
+            f"{self._label} raised {type(error).__name__} when it was traced for ({operands}): "
+            + "\n".join([f"{error}{hint}", *getattr(error, "__notes__", ())])
+        )
+
+    def _hint_of_numbers(self, arguments: Arguments, numbers: Sequence[bool]) -> str:
+        scalars = [label for label, n in zip(arguments.labels, numbers, strict=True) if n]
+        if not scalars:
+            return ""
+        return (
+            f"\n(ints and floats reach it as 0-d tensors, here {', '.join(scalars)}: name them in "
+            "static_argnums or static_argnames if it needs Python numbers)"
+        )
+
+    def _note_copies(self, arguments: Arguments, copies: Sequence[int]) -> None:
+        names = ", ".join(arguments.labels[i] for i in copies)
+        self._note(
+            ("copies", names),
+            f"{self._label} changes {names} in place; JAX arrays are immutable, so it gets a "
+            "private copy at each call. Name the argument in inplace_argnums to receive its "
+            "updated value without a copy, or clone it yourself.",
+        )
+
+    def _note_wide(self, labels: Sequence[str]) -> None:
+        names = ", ".join(labels)
+        self._note(
+            ("wide", names),
+            f"{self._label} refuses int32, so {names} reach it as int64 (JAX's x64 mode is off). "
+            "arg_dtypes= or int64 examples say so without this note.",
+        )
+
+    def _note(self, key: Hashable, text: str) -> None:
+        if key not in self._options.notes:
+            self._options.notes.add(key)
+            warnings.warn(text, Torch2JaxWarning, stacklevel=4)
+
+    def _callable(
+        self,
+        arguments: Arguments,
+        result: Result,
+        inplace: tuple[int, ...],
+        inference: Inference | None,
+    ) -> Callable:
+        """One callable for each way in which flat operands become a flat result."""
+        forms = tuple((leaf.torch_dtype, leaf.dtype) for leaf in result.leaves)
+        key = (arguments, result.treedef, forms, x64_enabled())
+        known = self._callables.get(key)
+        if known is not None:
+            return known
+        fn = self._fn
+        out_arg = self._config.out_arg
+        if out_arg is not None and checks.requires(self._wrapped, out_arg):
+            fn = with_buffers(fn, out_arg, result)
+        pure, run, bare = flat_function(fn, arguments, result, self._label, inplace)
+        options = replace(self._options, mutated=tuple(sorted({*inplace, *arguments.copies})))
+        inputs = list(arguments.labels)
+        outputs = [leaf.label for leaf in result.leaves]
+        if inplace:
+            n = len(outputs)
+            aliases = tuple((i, n + k) for k, i in enumerate(inplace))
+            options = replace(options, aliases=aliases)
+            outputs += [f"the updated {arguments.labels[i]}" for i in inplace]
+        elif out_arg is not None:
+            run = out_function(self._fn, arguments, result, out_arg, self._label)
+            options = replace(options, pass_outputs=True)
+            bare = None
+        draws = inference.draws if inference is not None else None
+        if draws and isinstance(self._wrapped, Forward) and self._wrapped.refuses_draws:
+            raise SignatureError(
+                f"{self._label} draws random numbers ({draws}): pass a JAX key as rng=."
+            )
+        if self._config.stochastic or draws:
+            rng = len(inputs)
+            inputs.append("rng")
+            options = replace(options, rng=rng)
+            pure, run = seeded(pure, rng), seeded(run, rng) if run else None
+            bare = None
+        elif inference is None:
+            run, pure = run or pure, refusing(pure, self._label)
+        forward_ad = inference is not None and inference.forward_ad
+        program = Flat(pure, run, forward_ad, options.roots, bare)
+        return self._callables.setdefault(key, Callable(program, options, inputs, outputs))
+
+
+# Made here, where no mode of a caller sees it.
+_CPU, _CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def default_device() -> torch.device:
+    """Where torch computes for JAX's default backend."""
+    if jax.default_backend() in ("gpu", "cuda", "rocm") and torch.cuda.is_available():
+        return _CUDA
+    return _CPU

@@ -1,0 +1,98 @@
+"""Names of callables, and their entries in the handler's table."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import threading
+import time
+from collections import Counter
+from typing import Any
+
+import jax
+
+from ... import _refusals
+from ..torch_side.callable import Callable
+from ..torch_side.modules import loans
+from ..torch_side.normalizations import in_parts
+from . import extension
+
+_names: Counter[str] = Counter()
+_lock = threading.RLock()
+
+
+def register(callable: Callable, several_devices: bool = False) -> Any:
+    """The callable's entry in the handler's table; made, and named, when it is first lowered.
+
+    It has another one for programs on several devices.
+    """
+    with _lock:
+        if callable.registrations[several_devices] is None:
+            name = name_of(callable) + SEVERAL * several_devices
+            callable.registrations[several_devices] = entry_of(callable, name, several_devices)
+        return callable.registrations[several_devices]
+
+
+SEVERAL = "/several"
+"""Ends the name of a call in a program on several devices."""
+
+
+def entry_of(callable: Callable, name: str, several_devices: bool) -> Any:
+    """An entry of the handler's table; withdrawn when nothing refers to it."""
+    options, base = callable.options, callable.parent is None
+    run, collect = runnable(callable)
+    return extension.Entry(
+        name=name,
+        run=_refusals.on_one_of_several(run) if several_devices else run,
+        collect=collect,
+        label=options.label + callable.path,
+        inputs=list(callable.inputs),
+        outputs=list(callable.outputs),
+        default_dtype=options.default_dtype,
+        pass_outputs=base and options.pass_outputs,
+        inplace=[i for i, _ in options.aliases] if base else [],
+    )
+
+
+def runnable(callable: Callable) -> tuple[Any, Any]:
+    """``run``, and what makes a tuple of other results than one; None where there are none."""
+    program = callable.program
+    run, collect = getattr(program, "bare", None) or (in_parts(program, program.run), None)
+    return loans.scoped(run) if callable.options.borrows else run, collect
+
+
+def name_of(callable: Callable) -> str:
+    """The callable's name: ``module.qualname``, a counter, and how it is derived.
+
+    The counter of a root is given when it or anything derived from it is first lowered, so equal
+    programs have equal names in every process.
+    """
+    if callable.parent is not None:
+        return name_of(callable.parent) + callable.suffix
+    name = callable.memo.get("name")
+    if name is None:
+        root = callable.options.name
+        count = _names[root]
+        _names[root] += 1
+        name = root if callable.options.named and count == 0 else f"{root}#{count}"
+        callable.memo["name"] = name
+    return name
+
+
+def _shut_down() -> None:
+    """Let what was dispatched end, 5 s at most, then refuse calls.
+
+    A program that is still running while the interpreter goes has ended some processes by abort.
+    """
+    deadline = time.monotonic() + 5
+    if _names:  # something was lowered, so JAX has a backend
+        with contextlib.suppress(Exception):
+            for array in jax.live_arrays():
+                while not (array.is_deleted() or array.is_ready()):
+                    if time.monotonic() > deadline:
+                        break
+                    time.sleep(0.001)
+    extension.begin_shutdown()
+
+
+atexit.register(_shut_down)

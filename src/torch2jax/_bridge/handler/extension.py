@@ -1,0 +1,63 @@
+"""The extension: the only file that imports it. What it needs of PyTorch is given to it here."""
+
+from __future__ import annotations
+
+import gc
+import os
+from typing import Any
+
+import jax
+import torch
+import torch.utils.dlpack
+
+from ... import _ext, _refusals
+from ..._compat.torch import exchange_api
+from ..torch_side import ambient, exceptions
+
+TARGET = __name__.partition(".")[0]
+"""Name of the custom call: the package's import name, so that aliases live side by side."""
+
+dlpack_path, dtype_routes = _ext.dlpack_path, _ext.dtype_routes
+to_arrays, to_tensors = _ext.to_arrays, _ext.to_tensors
+requiring_grad = _ext.requiring_grad
+eager_dispatch, forget_plans = _ext.eager_dispatch, _ext.forget_plans
+Entry, begin_shutdown = _ext.Entry, _ext.begin_shutdown
+
+PLATFORMS = ("cpu", "cuda", "rocm")
+
+
+_resolver: Any = None
+"""``exporting.resolve``, which knows what exported names stand for."""
+
+
+def resolve_by(resolver: Any) -> None:
+    """Have unknown names resolved by ``resolver(name) -> str``, "" or why it cannot."""
+    global _resolver
+    _resolver = resolver
+
+
+def set_up(**others: Any) -> None:
+    """Give the handler what it uses of PyTorch and of the package, or others of it."""
+    hooks = {
+        "ambient_clean": ambient.ambient_clean,
+        "run_guarded": ambient.run_guarded,
+        "describe_exception": exceptions.describe_exception,
+        "collect": lambda: gc.collect(1),
+        "resolve": lambda name: _resolver(name),
+        "run_on_stream": ambient.run_on_stream,
+        "current_stream": ambient.current_stream,
+    }
+    rocm = torch.version.hip is not None
+    _ext.setup(exchange_api=exchange_api(), torch=torch, rocm=rocm, **{**hooks, **others})
+
+
+set_up()
+# In a forked process the handler refuses: what it asks before a call raises.
+os.register_at_fork(
+    after_in_child=lambda: set_up(
+        ambient_clean=_refusals.refuse_forked, run_on_stream=_refusals.refuse_forked
+    )
+)
+jax.ffi.register_ffi_target(TARGET, _ext.cpu_handler(), platform="cpu")
+for _platform in ("CUDA", "ROCM"):
+    jax.ffi.register_ffi_target(TARGET, _ext.gpu_handler(), platform=_platform)

@@ -1,0 +1,60 @@
+"""A call on a platform without a handler (TPUs): on the host, by JAX's own callback."""
+
+from __future__ import annotations
+
+from collections.abc import Callable as Function
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+from jax.experimental import io_callback
+
+from ..._conversions.convert import j2t
+from ..._conversions.dtypes import dtype_j2t
+from ..torch_side import ambient
+from ..torch_side.callable import Callable
+from . import entries
+
+
+def call_on_host(
+    *operands: Any,
+    callable: Callable,
+    results: Sequence[tuple[tuple[int, ...], Any]],
+    differentiable: bool,
+) -> Sequence[Any]:
+    """What the primitive computes, with operands and results copied between device and host."""
+    del differentiable
+    options = callable.options
+    shapes = [jax.ShapeDtypeStruct(*result) for result in results]
+    if options.side_effects or options.draws:
+        return io_callback(_on_arrays(callable, shapes), shapes, *operands)
+    return jax.pure_callback(_on_arrays(callable, shapes), shapes, *operands)
+
+
+def _on_arrays(
+    callable: Callable, shapes: Sequence[jax.ShapeDtypeStruct]
+) -> Function[..., list[np.ndarray[Any, Any]]]:
+    run, collect = entries.runnable(callable)
+    passes_outputs = callable.parent is None and callable.options.pass_outputs
+
+    def call(*arrays: Any) -> list[np.ndarray[Any, Any]]:
+        tensors = [j2t(np.asarray(x)) for x in arrays]  # copies: fn may change them in place
+        if passes_outputs:
+            tensors += [torch.empty(x.shape, dtype=dtype_j2t(x.dtype)) for x in shapes]
+        out = ambient.run_guarded(run, tuple(tensors), callable.options.default_dtype)
+        if collect is not None and not isinstance(out, tuple):
+            out = collect(out)
+        return [_to_numpy(t, x.dtype) for t, x in zip(out, shapes, strict=True)]
+
+    return call
+
+
+def _to_numpy(tensor: torch.Tensor, dtype: Any) -> np.ndarray[Any, Any]:
+    tensor = (
+        tensor.detach().resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
+    )
+    if dtype.isbuiltin != 1:  # not one of NumPy's own: bfloat16, float8
+        tensor = tensor.view(torch.uint8 if dtype.itemsize == 1 else torch.int16)
+    return tensor.numpy().view(dtype)

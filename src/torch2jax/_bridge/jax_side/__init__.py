@@ -1,0 +1,8 @@
+"""Rules of the primitive, one file per transform; importing this package registers them.
+
+They import JAX and never torch: derivatives and batches of a callable come from the callable.
+"""
+
+from . import batching, derivatives, lowering
+
+__all__ = ["batching", "derivatives", "lowering"]

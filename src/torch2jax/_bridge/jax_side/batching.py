@@ -1,0 +1,260 @@
+"""Between JAX's avals and torch's specs of operands."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import torch
+from jax.interpreters import batching
+
+from ..._conversions.dtypes import dtype_j2t
+from ..._errors import SignatureError, Torch2JaxError, Torch2JaxWarning
+from ..torch_side.callable import Callable
+from ..torch_side.inference import Spec, runs_on_fakes
+from ..torch_side.normalizations import in_parts
+from ..torch_side.tape.calls import is_keep, is_vjp, kept, with_token
+from .primitive import TOKEN, call, torch_call_p
+
+
+def specs_of(avals: Iterable[tuple[tuple[int, ...], Any]], device: torch.device) -> list[Spec]:
+    """Specs of operands with these (shape, dtype) pairs."""
+    return [Spec(tuple(shape), dtype_j2t(dtype), device) for shape, dtype in avals]
+
+
+VmapMethod = Literal[
+    "auto",
+    "torch",
+    "sequential",
+    "sequential_unrolled",
+    "expand_dims",
+    "broadcast_all",
+    "legacy_vectorized",
+]
+METHODS = get_args(VmapMethod)
+
+
+def _batch(
+    operands: Sequence[Any],
+    dims: Sequence[int | None],
+    *,
+    callable: Callable,
+    results: Any,
+    differentiable: bool,
+) -> tuple[list[Any], list[int | None]]:
+    if is_keep(callable):
+        return _batch_keep(operands, dims, callable, results, differentiable)
+    if callable.keep is not None:
+        return _batch_with_token(operands, dims, callable, results, differentiable)
+    size = _size(operands, dims)
+    operands, dims = _own_rows(callable, operands, dims, size)
+    rows = [((size, *shape), dtype) for shape, dtype in results]
+    if size == 0:
+        return [jnp.zeros(*row) for row in rows], [0] * len(rows)
+    method = _choose(callable, operands, dims)
+    if method in ("torch", "rows"):
+        out = call(_batched(callable, dims), operands, rows, differentiable)
+    elif method.startswith("sequential"):
+        out = _loop(
+            callable, operands, dims, results, differentiable, method == "sequential_unrolled"
+        )
+    else:
+        front = _front(operands, dims)
+        if method == "broadcast_all" or callable.parent is not None:
+            # A derivative needs its operands and their tangents in one shape.
+            front = [
+                jnp.broadcast_to(x, (size, *x.shape)) if d is None else x
+                for x, d in zip(front, dims, strict=True)
+            ]
+        elif method == "expand_dims":
+            front = [x[None] if d is None else x for x, d in zip(front, dims, strict=True)]
+        out = call(callable, front, rows, differentiable)
+    return out, [0] * len(out)
+
+
+def _batched(callable: Callable, dims: Sequence[int | None]) -> Callable:
+    return callable.rows(tuple(dims)) if _own_keys(callable, dims) else callable.vmap(tuple(dims))
+
+
+def _own_keys(callable: Callable, dims: Sequence[int | None]) -> bool:
+    """Whether every row has a key of its own. Of a derivative too, the primals come first."""
+    return callable.options.rng is not None and dims[callable.options.rng] is not None
+
+
+def _own_rows(
+    callable: Callable, operands: Sequence[Any], dims: Sequence[int | None], size: int
+) -> tuple[list[Any], list[int | None]]:
+    """Operands and dims in which what the function changes in place has rows of its own."""
+    operands, dims = list(operands), list(dims)
+    for i in callable.options.mutated:
+        if dims[i] is None:
+            operands[i] = jnp.broadcast_to(operands[i], (size, *operands[i].shape))
+            dims[i] = 0
+    return operands, dims
+
+
+def _size(operands: Sequence[Any], dims: Sequence[int | None]) -> int:
+    return next(x.shape[d] for x, d in zip(operands, dims, strict=True) if d is not None)
+
+
+def _front(operands: Sequence[Any], dims: Sequence[int | None]) -> list[Any]:
+    """Operands with their rows first."""
+    return [x if d is None else jnp.moveaxis(x, d, 0) for x, d in zip(operands, dims, strict=True)]
+
+
+def _batch_keep(
+    operands: Sequence[Any],
+    dims: Sequence[int | None],
+    callable: Callable,
+    results: Any,
+    differentiable: bool,
+) -> tuple[list[Any], list[int | None]]:
+    """A call that keeps its graph: the batched function keeps one graph for all rows.
+
+    Only where every operand that is differentiated has rows of its own: the gradient of one that is
+    shared would come out summed. Otherwise nothing is kept, and the token says so.
+    """
+    f = callable.parent
+    assert f is not None
+    size = _size(operands, dims)
+    if size == 0:
+        zeros = [jnp.zeros((0, *shape), dtype) for shape, dtype in results[:-1]]
+        return [*zeros, jnp.zeros(*TOKEN)], [0] * len(zeros) + [None]
+    operands, dims = _own_rows(f, operands, dims, size)
+    method = _choose(f, operands, dims)
+    if method.startswith("sequential"):
+        unroll = method == "sequential_unrolled"
+        out = _loop(callable, operands, dims, results, differentiable, unroll)
+        return out, [0] * len(out)
+    if method in ("torch", "rows") and all(dims[i] is not None for i in callable.program.wrt):
+        rows = [((size, *shape), dtype) for shape, dtype in results[:-1]]
+        batched = _batched(f, _zeros(dims))
+        out = call(kept(batched, callable.program.wrt), _front(operands, dims), (*rows, TOKEN))
+        return out, [0] * len(rows) + [None]
+    out, out_dims = _batch(
+        operands, dims, callable=f, results=results[:-1], differentiable=differentiable
+    )
+    return [*out, jnp.zeros(*TOKEN)], [*out_dims, None]
+
+
+def _batch_with_token(
+    operands: Sequence[Any],
+    dims: Sequence[int | None],
+    callable: Callable,
+    results: Any,
+    differentiable: bool,
+) -> tuple[list[Any], list[int | None]]:
+    """A derivative that takes a token: what it does with one graph for all rows."""
+    f, keep = callable.parent, callable.keep
+    assert f is not None
+    assert keep is not None
+    at = callable.inputs.index("the token")
+    after = len(operands) - at - 1
+    token, inner = operands[at], [*operands[:at], *operands[at + 1 :]]
+    inner_dims = [*dims[:at], *dims[at + 1 :]]
+    size = _size(operands, dims)
+    rows = [((size, *shape), dtype) for shape, dtype in results]
+    if size == 0:
+        return [jnp.zeros(*row) for row in rows], [0] * len(rows)
+    inner, inner_dims = _own_rows(f, inner, inner_dims, size)
+    method = "sequential" if dims[at] is not None else _choose(f, inner, inner_dims)
+    if method.startswith("sequential"):
+        unroll = method == "sequential_unrolled"
+        out = _loop(callable, operands, dims, results, differentiable, unroll)
+        return out, [0] * len(out)
+    if method not in ("torch", "rows"):  # the function batches by itself, and keeps nothing
+        return _batch(inner, inner_dims, callable=f, results=results, differentiable=differentiable)
+    front, front_dims = _front(inner, inner_dims), _zeros(inner_dims)
+    primal_dims, seed_dims = front_dims[:at], front_dims[at:]
+    if is_vjp(f):
+        # Every cotangent gets rows, so that one backward pass serves them all.
+        front[at:] = [
+            jnp.broadcast_to(x, (size, *x.shape)) if d is None else x
+            for x, d in zip(front[at:], seed_dims, strict=True)
+        ]
+        seed_dims = (0,) * after
+    if is_vjp(f) and all(primal_dims[i] is not None for i in keep.program.wrt):
+        assert f.parent is not None
+        batched = _batched(f.parent, primal_dims)
+        pullback = batched.vjp(f.program.wrt, f.program.of)
+        derived = with_token(pullback, after, kept(batched, keep.program.wrt))
+    else:
+        derived = with_token(_batched(f, (*primal_dims, *seed_dims)), after, keep)
+    out = call(derived, [*front[:at], token, *front[at:]], rows, differentiable)
+    return out, [0] * len(out)
+
+
+def _zeros(dims: Sequence[int | None]) -> tuple[int | None, ...]:
+    return tuple(None if d is None else 0 for d in dims)
+
+
+def _choose(callable: Callable, operands: Sequence[Any], dims: Sequence[int | None]) -> str:
+    if _own_keys(callable, dims):
+        return "rows"
+    method = callable.options.vmap_method
+    if method not in ("auto", "torch"):
+        return method
+    avals = tuple((x.shape, x.dtype) for x in map(jax.typeof, operands))
+    if not all(isinstance(n, int) for shape, _ in avals for n in shape):
+        raise SignatureError(
+            f"{callable.options.label}: a batch of symbolic size reaches torch code, which needs "
+            "numbers; export with concrete shapes."
+        )
+    batched = callable.vmap(tuple(dims))
+    # On the root: between eager calls nobody holds a derived callable.
+    memo = callable.root.memo
+    key = ("refusal", batched.path, avals)
+    if key not in memo:
+        with jax.ensure_compile_time_eval():
+            memo[key] = runs_on_fakes(
+                in_parts(batched.program, batched.program.functional),
+                specs_of(avals, callable.options.device),
+                callable.options.default_dtype,
+                callable.options.roots,
+            )
+    refusal = memo[key]
+    if refusal is None:
+        return "torch"
+    label = callable.options.label
+    if method == "torch":
+        raise Torch2JaxError(
+            f"{label}{callable.path} cannot be batched by torch.func.vmap: {refusal}. Use "
+            'vmap_method="auto" or "sequential" to call it row by row.'
+        )
+    if ("warned", label) not in callable.options.notes:
+        callable.options.notes.add(("warned", label))
+        warnings.warn(
+            f"{label} is called row by row under jax.vmap, because torch.func.vmap cannot batch "
+            f'it: {refusal}. vmap_method="sequential" says so without this warning.',
+            Torch2JaxWarning,
+            stacklevel=2,
+        )
+    return "sequential"
+
+
+def _loop(
+    callable: Callable,
+    operands: Sequence[Any],
+    dims: Sequence[int | None],
+    results: Any,
+    differentiable: bool,
+    unroll: bool,
+) -> list[Any]:
+    mapped = [jnp.moveaxis(x, d, 0) for x, d in zip(operands, dims, strict=True) if d is not None]
+
+    def one(rows: list[Any]) -> list[Any]:
+        it = iter(rows)
+        args = [x if d is None else next(it) for x, d in zip(operands, dims, strict=True)]
+        return call(callable, args, results, differentiable)
+
+    if not unroll:
+        return jax.lax.map(one, mapped)
+    size = mapped[0].shape[0]
+    calls = [one([x[i] for x in mapped]) for i in range(size)]
+    return [jnp.stack(column) for column in zip(*calls, strict=True)]
+
+
+batching.primitive_batchers[torch_call_p] = _batch

@@ -1,0 +1,69 @@
+"""The primitive: one call of a torch callable. Its rules are in ``_rules``.
+
+Parameters: ``callable`` (a ``_callable.Callable``), ``results`` (a ``ShapeDtypeStruct`` per output,
+hashable) and ``differentiable`` (False where a limit of ``depth=`` is reached).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend.core import Primitive
+
+from ..._compat.jax import random_effect, result_aval, torch_effect, varying_together
+from ..torch_side.callable import Callable
+from .sharded_types import check_whole
+
+_PACKAGE = __name__.partition(".")[0]
+
+torch_call_p = Primitive(f"{_PACKAGE}_call")
+torch_call_p.multiple_results = True
+
+
+TOKEN = ((4,), np.dtype(np.uint32))
+"""Shape and dtype of a token: see ``_tape``."""
+
+
+def call(
+    callable: Callable,
+    operands: Sequence[Any],
+    results: Sequence[tuple[tuple[int, ...], Any]],
+    differentiable: bool = True,
+) -> list[Any]:
+    """Bind the primitive; ``results`` are (shape, dtype) pairs."""
+    return torch_call_p.bind(
+        *varying_together(operands),
+        callable=callable,
+        results=tuple((tuple(shape), np.dtype(dtype)) for shape, dtype in results),
+        differentiable=differentiable,
+    )
+
+
+@torch_call_p.def_effectful_abstract_eval
+def _abstract_eval(
+    *avals: Any, callable: Callable, results: Any, differentiable: bool
+) -> tuple[list[Any], set[Any]]:
+    options = callable.options
+    check_whole(avals, callable.inputs, options.label)
+    effects: set[Any] = {torch_effect} if options.side_effects else set()
+    if options.draws:
+        effects.add(random_effect)
+    return [result_aval(shape, dtype, avals) for shape, dtype in results], effects
+
+
+@torch_call_p.def_impl
+def _impl(*operands: Any, callable: Callable, **params: Any) -> list[Any]:
+    # Outside of jit: one jitted call per callable and parameters, which lives as long as they do.
+    key = ("impl", *sorted(params.items()))
+    jitted = callable.memo.get(key)
+    if jitted is None:
+
+        def torch_call(*xs: Any) -> list[Any]:
+            return torch_call_p.bind(*xs, callable=callable, **params)
+
+        jitted = callable.memo[key] = jax.jit(torch_call)
+    with jax.disable_jit(False):
+        return jitted(*operands)

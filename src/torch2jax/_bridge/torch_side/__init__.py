@@ -1,0 +1,1 @@
+"""Functions of tensors and their derivatives. Nothing here imports JAX."""

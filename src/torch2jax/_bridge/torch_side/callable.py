@@ -1,0 +1,184 @@
+"""A callable: a program, and the callables derived from it. Imports torch, never JAX."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable as Function
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .derivatives import Jvp, Program, Rows, Vjp, Vmap
+from .gradients import Dims, Indices
+
+_deriving = threading.RLock()
+
+
+@dataclass(frozen=True, eq=False)
+class Options:
+    """What every callable derived from one wrapped function shares."""
+
+    label: str
+    """The user's function in messages."""
+    name: str
+    """Root of the name in HLO."""
+    named: bool
+    """Whether the user chose the name: it then carries no counter."""
+    default_dtype: torch.dtype
+    device: torch.device
+    """Where stand-ins for operands live at trace time."""
+    roots: tuple[Any, ...] = ()
+    """Objects from which inference finds the modules that it must leave as they are."""
+    vmap_method: str = "auto"
+    side_effects: bool = False
+    aliases: tuple[tuple[int, int], ...] = ()
+    """(operand, output) pairs of the base call that share memory."""
+    tape: bool = True
+    """Whether a differentiated call keeps its autograd graph for the backward pass."""
+    borrows: bool = False
+    """Whether calls borrow replicas of a module: see ``_lease``."""
+    mutated: tuple[int, ...] = ()
+    """Operands that ``fn`` changes in place, on itself or on a copy."""
+    rng: int | None = None
+    """The operand that holds the words of a key. Random numbers are drawn from it."""
+    draws: bool = False
+    """The call itself takes numbers from torch's generator: never dropped, merged or moved."""
+    pass_outputs: bool = False
+    """The base call's ``run`` takes the output buffers after the operands."""
+    notes: set[Any] = field(default_factory=set)
+    """Warnings given once."""
+
+
+class Callable:
+    """A program as JAX knows it: an identity, a name, and a table of derived callables.
+
+    Derived callables hold their parent; a parent holds what is derived from it weakly, so that a
+    callable lives as long as a wrapper, a jaxpr or an executable that uses it.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        options: Options,
+        inputs: Sequence[str],
+        outputs: Sequence[str],
+        parent: Callable | None = None,
+        suffix: str = "",
+    ) -> None:
+        self.program: Any = program
+        self.options = options
+        self.inputs, self.outputs = tuple(inputs), tuple(outputs)
+        self.parent, self.suffix = parent, suffix
+        # Entries in the handler's table, made by _ffi when lowered: on one device, on several.
+        self.registrations: list[Any] = [None, None]
+        self.keep: Callable | None = None
+        """Where this one takes a token: the callable whose graphs the token names. See _tape."""
+        self.memo: dict[Any, Any] = {}  # what other modules remember about this callable
+        self._derived: weakref.WeakValueDictionary[str, Callable] = weakref.WeakValueDictionary()
+
+    def __repr__(self) -> str:
+        return f"<{self.options.label}{self.path}>"
+
+    @property
+    def root(self) -> Callable:
+        """The user's function."""
+        return self if self.parent is None else self.parent.root
+
+    @property
+    def path(self) -> str:
+        """How this callable is derived from the user's function: ``/vjp(0;0)/vmap(0,None)``."""
+        return (self.parent.path if self.parent else "") + self.suffix
+
+    def derive(self, suffix: str, make: Function[[], Program], ins: list[str], outs: list[str]):
+        child = self._derived.get(suffix)
+        if child is None:
+            with _deriving:  # two threads would each make one, of one name
+                child = self._derived.get(suffix)
+                if child is None:
+                    child = Callable(make(), self.options, ins, outs, self, suffix)
+                    self._derived[suffix] = child
+        return child
+
+    def jvp(self, wrt: Indices, of: Indices) -> Callable:
+        """``(x, tangents of wrt) -> tangents of the outputs ``of``."""
+        tangents = [f"the tangent of {self.inputs[i]}" for i in wrt]
+        return self.derive(
+            f"/jvp({_join(wrt)};{_join(of)})",
+            lambda: Jvp(self.program, wrt, of),
+            [*self.inputs, *tangents],
+            [f"the tangent of {self.outputs[i]}" for i in of],
+        )
+
+    def vjp(self, wrt: Indices, of: Indices) -> Callable:
+        """``(x, cotangents of the outputs ``of``) -> cotangents of wrt``."""
+        cotangents = [f"the cotangent of {self.outputs[i]}" for i in of]
+        return self.derive(
+            f"/vjp({_join(wrt)};{_join(of)})",
+            lambda: Vjp(self.program, wrt, of),
+            [*self.inputs, *cotangents],
+            [f"the cotangent of {self.inputs[i]}" for i in wrt],
+        )
+
+    def vmap(self, dims: Dims) -> Callable:
+        """This callable on every row of the operands whose dim is not None."""
+        return self._batched("vmap", Vmap, dims)
+
+    def rows(self, dims: Dims) -> Callable:
+        """The same, one row after the other: for rows with random numbers of their own."""
+        return self._batched("rows", Rows, dims)
+
+    def _batched(self, name: str, program: type[Vmap], dims: Dims) -> Callable:
+        return self.derive(
+            f"/{name}({_join(dims)})",
+            lambda: program(self.program, dims),
+            list(self.inputs),
+            list(self.outputs),
+        )
+
+    def batched_like(self, program: Vmap, dims: Dims) -> Callable:
+        """This callable batched the way ``program`` is."""
+        return self.rows(dims) if isinstance(program, Rows) else self.vmap(dims)
+
+    def batch_levels(self) -> list[Dims]:
+        """Dims of the operands in each enclosing batch, the outermost first."""
+        levels = []
+        callable: Callable | None = self
+        while callable is not None and isinstance(callable.program, Vmap):
+            levels.append(callable.program.dims)
+            callable = callable.parent
+        return levels
+
+    def transpose(self, linear: Indices, of: Indices) -> Callable | None:
+        """The callable ``(other operands, cotangents of ``of``) -> cotangents of ``linear``.
+
+        None where this callable is not known to be linear in those operands.
+        """
+        program = self.program
+        if self.parent is None:
+            return None
+        if isinstance(program, Jvp | Vjp):
+            n = len(self.parent.inputs)
+            if min(linear) < n:
+                return None
+            if isinstance(program, Jvp):
+                wrt = tuple(program.wrt[i - n] for i in linear)
+                return self.parent.vjp(wrt, tuple(program.of[i] for i in of))
+            return self.parent.jvp(
+                tuple(program.wrt[i] for i in of), tuple(program.of[i - n] for i in linear)
+            )
+        if isinstance(program, Vmap):
+            inner = self.parent.transpose(linear, of)
+            if inner is None:
+                return None
+            others = tuple(d for i, d in enumerate(program.dims) if i not in linear)
+            # The transposes drop operands that were linear too but are constant here.
+            others = others[: len(inner.inputs) - len(of)]
+            return inner.batched_like(program, others + (0,) * len(of))
+        return None
+
+
+def _join(items: Iterable[Any]) -> str:
+    return ",".join(map(str, items))

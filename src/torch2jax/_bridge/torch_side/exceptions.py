@@ -1,0 +1,79 @@
+"""Exceptions of a user's function, kept until the call that failed can raise them."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import traceback
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+# --- exceptions that cross XLA -----------------------------------------------------------------
+
+_KEPT = 16
+_exceptions: OrderedDict[str, BaseException] = OrderedDict()
+_exceptions_lock = threading.RLock()
+"""Reentrant: dropping an exception may run anything, a call that fails too."""
+
+
+def describe_exception(label: str, error: BaseException) -> str:
+    """The text that XLA carries for an exception in ``fn``; the exception is kept for its caller.
+
+    Frames are cleared and tensors that the exception carries are copied: they may be views of XLA's
+    memory, which is about to be used again.
+    """
+    text = "".join(traceback.format_exception(error)).rstrip()
+    try:
+        summary = f"{type(error).__name__}: {error}"
+    except Exception:
+        summary = f"{type(error).__name__} (whose __str__ raises)"
+    message = f"{label} raised {summary}\n\n{text}"
+    for each in _with_its_causes(error):
+        traceback.clear_frames(each.__traceback__)
+        _own_tensors(each)
+    with _exceptions_lock:
+        _exceptions[message] = error
+        while len(_exceptions) > _KEPT:
+            _exceptions.popitem(last=False)
+    return message
+
+
+def _with_its_causes(error: BaseException) -> Iterator[BaseException]:
+    """The exception, what it comes from, and the members of groups, each once."""
+    pending: list[BaseException | None] = [error]
+    seen: set[int] = set()
+    while pending:
+        each = pending.pop()
+        if each is None or id(each) in seen:
+            continue
+        seen.add(id(each))
+        yield each
+        pending += [each.__cause__, each.__context__]
+        if isinstance(each, BaseExceptionGroup):
+            pending += each.exceptions
+
+
+def _own_tensors(error: BaseException) -> None:
+    """Tensors among the arguments and attributes of an exception become copies."""
+    with contextlib.suppress(Exception):  # a class may refuse either
+        if any(isinstance(x, torch.Tensor) for x in error.args):
+            error.args = tuple(_owned(x) for x in error.args)
+        for name, x in list(vars(error).items()):
+            if isinstance(x, torch.Tensor):
+                setattr(error, name, _owned(x))
+
+
+def _owned(x: Any) -> Any:
+    return x.detach().clone() if isinstance(x, torch.Tensor) else x
+
+
+def take_exception(text: str) -> tuple[str, BaseException] | None:
+    """The message and exception of ``describe_exception`` that an error of XLA carries."""
+    with _exceptions_lock:
+        for message in reversed(_exceptions):
+            if message in text:
+                return message, _exceptions.pop(message)
+    return None

@@ -1,0 +1,1 @@
+"""Replicas of modules, which hold the tensors of one call."""

@@ -1,0 +1,58 @@
+"""A module's forward pass as a function of its variables."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from . import loans
+from .replica import Layout, Replica, Tensor
+
+
+class Forward:
+    """A module's forward pass as a function of its tensors: what ``from_module`` wraps.
+
+    ``train``: the result is ``(output, buffers as the pass left them)``.
+    """
+
+    never_differentiated = ("args[0]['frozen']",)
+    """Operands, by the beginning of their labels, that get no gradient work."""
+
+    def __init__(self, layout: Layout, train: bool, wrap: Any, keyed: bool) -> None:
+        self.layout, self.train, self.wrap = layout, train, wrap
+        self.refuses_draws = not keyed
+        """Whether drawing random numbers is an error: then no key was passed."""
+        self._pool: list[Replica] = []
+        self._lock = threading.Lock()
+
+    def __call__(
+        self, variables: dict[str, dict[str, Tensor]], /, *args: Any, **kwargs: Any
+    ) -> Any:
+        replica = self._acquire()
+        tensors = {**variables["params"], **variables["frozen"]}
+        for name, b in variables["buffers"].items():
+            tensors[name] = b.clone() if self.train else b
+        try:
+            replica.fill(tensors)
+            out = replica.call(*args, **kwargs)
+            if self.train:
+                out = (out, replica.buffers(variables["buffers"]))
+        except BaseException:
+            self._give_back(replica)
+            raise
+        if replica.referenced():
+            loans.hold(loans.Lease(lambda: self._give_back(replica)))
+        else:
+            self._give_back(replica)
+        return out
+
+    def _acquire(self) -> Replica:
+        with self._lock:
+            if self._pool:
+                return self._pool.pop()
+        return Replica(self.layout, self.train, self.wrap).seal()
+
+    def _give_back(self, replica: Replica) -> None:
+        if replica.clear():
+            with self._lock:
+                self._pool.append(replica)

@@ -1,0 +1,160 @@
+"""Replicas of a module, which hold a call's tensors in its place. Imports torch, never JAX.
+
+The user's module is shared: calls run on several threads at once, and a graph may run part of the
+module again in its backward pass. So no call puts its tensors into the module itself, as
+``torch.func.functional_call`` does, but into a replica: a copy of the structure without parameters.
+Replicas are pooled. One is as it was made at the start of every call: what a call caches in its
+attributes is forgotten.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+Tensor = torch.Tensor
+Module = torch.nn.Module
+Place = tuple[str, str, str]
+"""Path of a submodule, ``_parameters`` or ``_buffers``, and a key in it."""
+
+
+class Layout:
+    """Names of a module's tensors: canonical ones, their places, dtypes and kinds."""
+
+    def __init__(self, module: Module) -> None:
+        self.module = module
+        self.places: dict[str, list[Place]] = {}
+        self.tensors: dict[str, dict[str, Tensor]] = {"params": {}, "frozen": {}, "buffers": {}}
+        self.aliases: dict[str, str] = {}
+        """Other names of tied tensors, and the name that stands for them."""
+        first: dict[int, str] = {}
+        for path, sub in module.named_modules(remove_duplicate=False):
+            prefix = f"{path}." if path else ""
+            for key, p in sub._parameters.items():
+                if p is not None:
+                    kind = "params" if p.requires_grad else "frozen"
+                    self._add(first, prefix + key, p, kind, (path, "_parameters", key))
+            for key, b in sub._buffers.items():
+                if b is not None and key not in sub._non_persistent_buffers_set:
+                    self._add(first, prefix + key, b, "buffers", (path, "_buffers", key))
+        self.dtypes = {k: t.dtype for group in self.tensors.values() for k, t in group.items()}
+
+    def _add(self, first: dict[int, str], name: str, t: Tensor, kind: str, place: Place) -> None:
+        canonical = first.setdefault(id(t), name)
+        if canonical == name:
+            self.tensors[kind][name] = t
+        else:
+            self.aliases[name] = canonical
+        self.places.setdefault(canonical, []).append(place)
+
+
+class Replica:
+    """A copy of a module's structure, which takes tensors for one call at a time."""
+
+    def __init__(self, layout: Layout, train: bool, wrap: Any) -> None:
+        # Parameters and buffers come with each call; what else is a tensor is the replica's own.
+        memo: dict[int, Any] = {id(t): None for g in layout.tensors.values() for t in g.values()}
+        for sub in layout.module.modules():
+            for value in vars(sub).values():
+                if isinstance(value, Tensor) and not value.is_leaf:  # deepcopy refuses it
+                    memo[id(value)] = value.detach().clone()
+        with _disable_current_modes(), torch.no_grad():  # the first one is made under inference
+            self.module: Module = copy.deepcopy(layout.module, memo).train(train)
+        memo.pop(id(memo), None)  # deepcopy's list of originals
+        copies = list(memo.values())
+        subs = dict(self.module.named_modules(remove_duplicate=False))
+        self.slots = {
+            name: [(vars(subs[path])[table], key) for path, table, key in places]
+            for name, places in layout.places.items()
+        }
+        self.dtypes = layout.dtypes
+        self.rnns = [m for m in subs.values() if isinstance(m, torch.nn.RNNBase)]
+        for rnn in self.rnns:
+            rnn._flat_weights = []
+        self.call = wrap(self.module)
+        self.modules = list({id(m): m for m in subs.values()}.values())
+        owned = [x for x in copies if isinstance(x, Tensor)]
+        owned += [b for m in self.modules for b in m._buffers.values() if b is not None]
+        self._owned = [(x, x._version) for x in owned]
+        containers: dict[int, Any] = {}
+        for x in (*copies, *self.modules):
+            for c in (x, getattr(x, "__dict__", None)):
+                if isinstance(c, dict | list | set):
+                    containers[id(c)] = c
+        self._pristine = [_Pristine(c) for c in containers.values()]
+        self._references: list[int] = []
+
+    def seal(self) -> Replica:
+        """Count who refers to its modules now that nobody but the replica itself should."""
+        self._references = self._count()
+        return self
+
+    def _count(self) -> list[int]:
+        return [sys.getrefcount(m) for m in self.modules]
+
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put in a call's tensors, each in the dtype of the module's own."""
+        for name, t in tensors.items():
+            own = self.dtypes[name]
+            if t.dtype is not own and _NARROW.get(own) is t.dtype:
+                t = t.to(own)
+            for table, key in self.slots[name]:
+                table[key] = t
+        for rnn in self.rnns:
+            rnn._flat_weights = [getattr(rnn, name) for name in rnn._flat_weights_names]
+
+    def buffers(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The buffers as the call left them."""
+        found = {}
+        for name in names:
+            table, key = self.slots[name][0]
+            found[name] = table[key]
+        return found
+
+    def referenced(self) -> bool:
+        """Whether something beside the pool refers to the replica: a graph that will run it."""
+        return any(map(operator.gt, self._count(), self._references))
+
+    def clear(self) -> bool:
+        """Forget the call: its tensors, and whatever it left in attributes.
+
+        False where it wrote to tensors of the replica's own: those cannot be put back.
+        """
+        for slots in self.slots.values():
+            for table, key in slots:
+                table[key] = None
+        for pristine in self._pristine:
+            pristine.restore()
+        return all(x._version == version for x, version in self._owned)
+
+
+_NARROW = {
+    torch.int64: torch.int32,
+    torch.uint64: torch.uint32,
+    torch.float64: torch.float32,
+    torch.complex128: torch.complex64,
+}
+
+
+class _Pristine:
+    """A container and what it held; of a module, its attributes."""
+
+    def __init__(self, live: Any) -> None:
+        self.live, self.copy, self.size = live, live.copy(), len(live)
+        self.values = list(live.values()) if isinstance(live, dict) else list(live)
+
+    def restore(self) -> None:
+        # Nearly always nothing has changed; seeing that must be cheap.
+        live = self.live
+        if len(live) == self.size:
+            values = live.values() if type(live) is not list and isinstance(live, dict) else live
+            if all(map(operator.is_, values, self.values)):
+                return
+        live.clear()
+        live.extend(self.copy) if isinstance(live, list) else live.update(self.copy)

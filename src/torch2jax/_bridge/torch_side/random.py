@@ -1,0 +1,102 @@
+"""Random numbers: torch's generators seeded from a key for one call. Imports torch, never JAX.
+
+A seeded program has one more operand, the words of a JAX key (uint32). The same words give the same
+numbers, so a forward pass that runs again draws the same mask. torch's CPU generator is one for the
+process: a call that seeds it holds ``lock``, and puts its state back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+from ..._compat.torch import numbers, outside_transforms
+
+Tensor = torch.Tensor
+Tensors = tuple[Tensor, ...]
+
+lock = threading.RLock()
+
+_MASK = 2**64 - 1
+
+
+def seeded(fn: Callable[..., Tensors], at: int) -> Callable[..., Tensors]:
+    """``fn`` with the words of a key as operand ``at``, from which the generators are seeded."""
+
+    def run(*operands: Tensor) -> Tensors:
+        words = operands[at]
+        others = operands[:at] + operands[at + 1 :]
+        if type(words) is not Tensor:  # a fake tensor has no value
+            return fn(*others)
+        with _generators_from(words):
+            return fn(*others)
+
+    return run
+
+
+def draw_seed() -> Tensors:
+    """Two words from torch's own CPU generator, for a call without a key."""
+    with lock:
+        words = torch.randint(0, 2**32, (2,), dtype=torch.int64)
+    return (words.to(torch.uint32),)
+
+
+def refusing(fn: Callable[..., Tensors], label: str) -> Callable[..., Tensors]:
+    """``fn``, with an error where it draws: what is differentiated must draw from a key."""
+
+    def run(*operands: Tensor) -> Tensors:
+        if torch._C._len_torch_dispatch_stack():  # a fake run, whose generator stands still
+            return fn(*operands)
+        with lock:
+            before = _state_of_generator()
+            out = fn(*operands)
+            drew = before != _state_of_generator()
+        if drew:
+            raise RuntimeError(
+                f"{label} draws random numbers, and output_shapes= kept that from being seen when "
+                "it was traced; its derivatives would use other numbers than its results. Wrap it "
+                "with stochastic=True and pass rng=, or leave output_shapes out."
+            )
+        return out
+
+    return run
+
+
+def _state_of_generator() -> bytes:
+    with outside_transforms():
+        return torch.default_generator.get_state().numpy().tobytes()
+
+
+@contextlib.contextmanager
+def _generators_from(words: Tensor) -> Iterator[None]:
+    seed = seed_of(numbers(words))
+    generators = [torch.default_generator]
+    if words.device.type == "cuda":
+        generators.append(torch.cuda.default_generators[words.device.index or 0])
+    with lock:
+        states = [g.get_state() for g in generators]
+        try:
+            for g in generators:
+                g.manual_seed(seed)
+            yield
+        finally:
+            for g, state in zip(generators, states, strict=True):
+                g.set_state(state)
+
+
+def seed_of(words: Sequence[int]) -> int:
+    """A 64-bit seed in whose every bit each word has a part.
+
+    The finaliser of SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators,
+    2014), one round per word: torch's CPU generator uses the low half of a seed alone.
+    """
+    seed = 0
+    for word in words:
+        seed = (seed + word + 0x9E3779B97F4A7C15) & _MASK
+        seed = ((seed ^ (seed >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        seed = ((seed ^ (seed >> 27)) * 0x94D049BB133111EB) & _MASK
+        seed ^= seed >> 31
+    return seed

@@ -1,0 +1,166 @@
+"""What a function does while its result is inferred: what it draws, writes and keeps."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import re
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map
+
+_NATIVE_NAMESPACES = ("aten", "prims", "prim", "c10d", "profiler")
+
+
+class _Recorder(TorchDispatchMode):
+    """Sees every operator of a run: which draw, which are a library's own, what they write."""
+
+    def __init__(self, operands: Sequence[torch.Tensor], probe_int32: bool = False) -> None:
+        super().__init__()
+        self.last: str | None = None
+        self.draws: str | None = None
+        self.no_forward = False
+        self.refuses_int32: str | None = None
+        self.written: set[int] = set()
+        """Operands written, whatever their version counters say: ``_foreach`` moves none."""
+        self._operands = {x.untyped_storage()._cdata: i for i, x in enumerate(operands)}
+        self._created: set[int] = set()
+        self._outside: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._generators: list[tuple[torch.Generator, torch.Tensor]] = []
+        self._probed: set[Any] | None = set() if probe_int32 else None
+        self._results: list[weakref.ref[torch.Tensor]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func.namespace != "prim":  # queries of a device or a layout
+            self.last = str(func)
+        if torch.Tag.nondeterministic_seeded in func.tags and _draws(func._schema, args, kwargs):
+            self.draws = self.draws or str(func)
+            generator = kwargs.get("generator")
+            if generator is not None:
+                self._generators.append((generator, generator.get_state()))
+        if func.namespace not in _NATIVE_NAMESPACES or _pushes_wrong(func, args, kwargs):
+            self.no_forward = True
+        if func._schema.is_mutable or func._schema.name in _STATISTICS_WRITERS:
+            self._note_writes(func._schema, args, kwargs)
+        if self._probed is not None:
+            self._probe_int32(func, args, kwargs)
+        out = func(*args, **kwargs)
+        for t in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(t, torch.Tensor):
+                self._results.append(weakref.ref(t))
+                if t.layout is torch.strided and not func._schema.is_mutable:
+                    self._created.add(t.untyped_storage()._cdata)
+        return out
+
+    def _note_writes(self, schema: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for i, argument in enumerate(schema.arguments):
+            value = args[i] if i < len(args) else kwargs.get(argument.name)
+            declared = argument.alias_info is not None and argument.alias_info.is_write
+            if not declared and not _writes_statistics(schema, argument.name, args):
+                continue
+            for t in tree_leaves(value):
+                if not isinstance(t, torch.Tensor) or t.layout is not torch.strided:
+                    continue
+                storage = t.untyped_storage()._cdata
+                if storage in self._operands:
+                    self.written.add(self._operands[storage])
+                elif storage not in self._created and type(t) in _REAL:
+                    # Of the user's own: on fake operands, too, such a write is done.
+                    with _disable_current_modes():
+                        self._outside.append((t, t.detach().clone()))
+
+    @contextlib.contextmanager
+    def restoring(self) -> Iterator[None]:
+        """Put back the tensors and generators outside of the run that it wrote."""
+        try:
+            yield
+        finally:
+            with torch.no_grad(), _disable_current_modes():
+                for live, copy in reversed(self._outside):
+                    live.detach().copy_(copy)
+                for generator, state in reversed(self._generators):
+                    generator.set_state(state)
+
+    def _probe_int32(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Find operators that take int32 on fake tensors and refuse it on real ones.
+
+        The shape formulas of ``gather`` or ``nll_loss`` do not look at the index's dtype; the
+        kernels do. Each such operator runs once on zeros without memory of their own.
+        """
+        assert self._probed is not None
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        key = (func, *(t.dtype for t in tensors))
+        if key in self._probed or not any(t.dtype is torch.int32 for t in tensors):
+            return
+        self._probed.add(key)
+
+        def zeros(t: Any) -> Any:
+            if not isinstance(t, torch.Tensor):
+                return t
+            flat = torch.zeros((), dtype=t.dtype, device=t.device).expand(t.shape)
+            return flat.clone() if func._schema.is_mutable else flat
+
+        with _disable_current_modes():
+            try:
+                func(*tree_map(zeros, args), **tree_map(zeros, kwargs))
+            except Exception as error:
+                if re.search(r"\b(Long|int64|LongTensor)\b", str(error)):
+                    self.refuses_int32 = self.refuses_int32 or f"{func}: {error}"
+
+    def any_alive(self) -> bool:
+        if any(r() is not None for r in self._results):
+            gc.collect()
+        return any(r() is not None for r in self._results)
+
+
+def _pushes_wrong(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether torch's forward mode is silently wrong where its reverse mode is right.
+
+    Products of ``scatter_reduce`` have a tangent of zero. The others take a tangent for symmetric
+    or triangular, as they take the operand, and read of it what reverse mode leaves out.
+    """
+    name = func._schema.name
+    if name in ("aten::scatter_reduce", "aten::scatter_reduce_"):
+        return "prod" in (*args[4:], *kwargs.values())
+    return name in ("aten::linalg_cholesky_ex", "aten::_linalg_eigh", "aten::triangular_solve")
+
+
+def _writes_statistics(schema: Any, argument: str, args: tuple[Any, ...]) -> bool:
+    """Whether an argument is among the statistics that some normalisations write undeclared."""
+    if schema.name not in _STATISTICS_WRITERS or not argument.startswith("running_"):
+        return False
+    training = _STATISTICS_WRITERS[schema.name]
+    return training is None or bool(args[training])
+
+
+_STATISTICS_WRITERS = {
+    "aten::native_batch_norm": 5,
+    "aten::cudnn_batch_norm": 5,
+    "aten::miopen_batch_norm": 5,
+    "aten::batch_norm_update_stats": None,
+    "aten::batch_norm_gather_stats": None,
+    "aten::batch_norm_gather_stats_with_counts": None,
+}
+"""Where their argument ``training`` stands; None: they always write."""
+
+
+def _draws(schema: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether an operator that can draw random numbers does: a dropout of zero draws none."""
+    given = {**dict(zip((a.name for a in schema.arguments), args, strict=False)), **kwargs}
+    if "bernoulli" in schema.name:
+        return True
+    if any(given.get(name) is False for name in ("train", "training")):
+        return False
+    defaults = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
+    chances = [{**defaults, **given}.get(name) for name in ("dropout_p", "dropout", "p")]
+    return not any(isinstance(p, int | float) and p == 0 for p in chances)
+
+
+_REAL = (torch.Tensor, torch.nn.Parameter)

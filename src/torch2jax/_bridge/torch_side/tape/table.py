@@ -1,0 +1,268 @@
+"""The tape: graphs of forward passes, kept for their backward passes. Imports torch, never JAX.
+
+A table in this process, of bounded size; ``_keep.py`` has the programs that write and read it.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import secrets
+import threading
+import warnings
+from collections import OrderedDict, defaultdict
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from ...._errors import SignatureError, Torch2JaxWarning
+from ..gradients import Tensor, Tensors
+from .kept_graph import Cell
+
+if TYPE_CHECKING:
+    from .programs import Keep
+
+_ENVIRONMENT = f"{__name__.partition('.')[0].upper()}_TAPE_BYTES"
+
+Token = tuple[int, ...]
+
+
+def no_token(args: Tensors) -> Tensor:
+    return torch.zeros(4, dtype=torch.uint32, device=args[0].device)
+
+
+_NO_TOKEN = (0, 0, 0, 0)
+
+
+@dataclass
+class TapeInfo:
+    """What the tape holds and has done in this process.
+
+    Attributes:
+      entries: graphs that are kept now.
+      bytes: of their activations.
+      budget: bytes that may be kept on each device; None for a quarter of its memory.
+      hits: backward passes that found their graph.
+      misses: backward passes that ran forward again.
+      evictions: graphs that were dropped for the budget.
+      on_copies: functions whose graphs cannot be kept on views of XLA's memory: their operands
+        are copied.
+    """
+
+    entries: int = 0
+    bytes: int = 0
+    budget: int | None = None
+    hits: int = 0
+    misses: int = 0
+    evictions: int = 0
+    on_copies: list[str] = field(default_factory=list)
+
+
+class _Account:
+    """What is kept on one device."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self.storages: dict[int, tuple[int, int]] = {}
+        """By address: how many graphs hold it, and its bytes. What several hold counts once."""
+        self.fresh: list[tuple[Token, Tensor]] = []
+        """Tokens to come, with their words. Made in blocks: one alone costs microseconds."""
+
+    def enter(self, storages: dict[int, int]) -> None:
+        for address, size in storages.items():
+            # An address may have been another storage's before: the larger size counts.
+            held, counted = self.storages.get(address, (0, 0))
+            self.storages[address] = held + 1, max(size, counted)
+            self.bytes += max(size - counted, 0)
+
+    def leave(self, storages: dict[int, int]) -> None:
+        for address in storages:
+            held, counted = self.storages.pop(address)
+            if held > 1:
+                self.storages[address] = held - 1, counted
+            else:
+                self.bytes -= counted
+
+
+def _budget_of_environment() -> int | None:
+    given = os.environ.get(_ENVIRONMENT, "")
+    if given and not given.isdecimal():
+        raise SignatureError(f"{_ENVIRONMENT}={given!r} must be a number of bytes: 4000000000.")
+    return int(given) if given else None
+
+
+class Tape:
+    """Kept graphs by token, the least recently used first."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._cells: OrderedDict[Token, Cell] = OrderedDict()
+        self._accounts: defaultdict[torch.device, _Account] = defaultdict(_Account)
+        self._used: OrderedDict[Token, None] = OrderedDict()
+        self._nonce = secrets.randbits(63) + 1
+        self._count = 0
+        self._budget = _budget_of_environment()
+        self._hits = self._misses = self._evictions = 0
+        self._copying: dict[str, None] = {}
+
+    def add(self, cell: Cell) -> Tensor:
+        """Keep ``cell``; a tensor with the words of its token."""
+        with self._lock:
+            account = self._accounts[cell.device]
+            if not account.fresh:
+                account.fresh = self._new_tokens(cell.device)
+            token, words = account.fresh.pop()
+            self._enter(token, cell, account)
+            return words
+
+    def _new_tokens(self, device: torch.device) -> list[tuple[Token, Tensor]]:
+        high, low = self._nonce >> 32, self._nonce & 0xFFFFFFFF
+        counts = range(self._count, self._count + 64)
+        self._count += 64
+        tokens = [(high, low, n >> 32, n & 0xFFFFFFFF) for n in counts]
+        block = torch.tensor(tokens, dtype=torch.uint32, device=device)
+        return list(zip(tokens, block.unbind(), strict=True))
+
+    def restore(self, token: Token, cell: Cell) -> None:
+        """Keep ``cell`` under ``token``, and evict what is beyond the budget."""
+        with self._lock:
+            if cell.reused:
+                # One graph that is used again and again is kept per function, the latest.
+                same = [t for t, c in self._cells.items() if c.reused and c.keep is cell.keep]
+                for other in same:
+                    self._remove(other)
+            self._enter(token, cell, self._accounts[cell.device])
+
+    def _enter(self, token: Token, cell: Cell, account: _Account) -> None:
+        if cell.keep.copies:
+            self._copying[cell.keep.label] = None
+        self._cells[token] = cell
+        account.enter(cell.storages)
+        self._evict(cell.device, account)
+
+    def _evict(self, device: torch.device, account: _Account) -> None:
+        budget = default_budget(device) if self._budget is None else self._budget
+        while account.bytes > budget or budget == 0:
+            oldest = next((t for t, c in self._cells.items() if c.device == device), None)
+            if oldest is None:  # a budget of 0 keeps no graph, not even one without activations
+                return
+            self._remove(oldest)
+            self._evicted(budget)
+
+    def take(self, token: Token, keep: Keep, device: torch.device) -> Cell | None:
+        """The graph under ``token``, if it is there and is of ``keep`` on ``device``."""
+        if token == _NO_TOKEN:
+            return None
+        with self._lock:
+            cell = self._cells.get(token)
+            if cell is None or cell.keep is not keep or cell.device != device:
+                self._misses += 1
+                return None
+            self._hits += 1
+            if cell.reused:
+                self._cells.move_to_end(token)
+                return cell
+            self._remove(token)
+            self._used[token] = None
+            if len(self._used) > 4096:
+                self._used.popitem(last=False)
+            return cell
+
+    def used_up(self, token: Token) -> bool:
+        """Whether this token's graph was taken before, rather than evicted or unknown."""
+        return token in self._used
+
+    def clear(self) -> None:
+        with self._lock:
+            for token in list(self._cells):
+                self._remove(token)
+            self._used.clear()
+
+    def forget(self, keep: int) -> None:
+        """Drop the graphs of the ``Keep`` with this id, whose callable is gone."""
+        with self._lock:
+            for token in [t for t, c in self._cells.items() if id(c.keep) == keep]:
+                self._remove(token)
+
+    def set_budget(self, budget: int | None) -> None:
+        with self._lock:
+            self._budget = budget
+            for device, account in list(self._accounts.items()):
+                self._evict(device, account)
+
+    def info(self) -> TapeInfo:
+        with self._lock:
+            return TapeInfo(
+                len(self._cells),
+                sum(account.bytes for account in self._accounts.values()),
+                self._budget,
+                self._hits,
+                self._misses,
+                self._evictions,
+                list(self._copying),
+            )
+
+    def _remove(self, token: Token) -> None:
+        cell = self._cells.pop(token, None)
+        if cell is not None:  # freeing another graph may have freed the callable of this one
+            self._accounts[cell.device].leave(cell.storages)
+
+    def _evicted(self, budget: int) -> None:
+        self._evictions += 1
+        if self._evictions == 1 and budget > 0:
+            warnings.warn(
+                f"The tape holds more than its budget of {budget:,} bytes, so the oldest forward "
+                "passes are dropped and their backward passes run forward again. Differentiate "
+                "less at once, or raise the budget with set_tape_budget() or the environment "
+                f"variable {_ENVIRONMENT}.",
+                Torch2JaxWarning,
+                stacklevel=2,
+            )
+
+
+@functools.cache
+def default_budget(device: torch.device) -> int:
+    """A quarter of the device's memory."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory // 4
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+
+
+tape = Tape()
+
+
+def tape_info() -> TapeInfo:
+    """What the tape holds: entries, bytes, budget; hits, misses and evictions so far.
+
+    Examples:
+      >>> tape_info().entries
+      0
+    """
+    return tape.info()
+
+
+def clear_tape() -> None:
+    """Drop every kept graph. Backward passes that need one run forward again.
+
+    Examples:
+      >>> clear_tape()
+    """
+    tape.clear()
+
+
+def set_tape_budget(bytes: int | None) -> None:
+    """Bytes of activations that the tape keeps on each device; None: a quarter of its memory.
+
+    0 keeps nothing: every backward pass runs forward again.
+
+    Raises:
+      SignatureError: for anything but None and an int of at least 0.
+
+    Examples:
+      >>> set_tape_budget(2**30)
+      >>> set_tape_budget(None)
+    """
+    if bytes is not None and (not isinstance(bytes, int) or bytes < 0):
+        raise SignatureError(f"a tape budget is a number of bytes or None, got {bytes!r}.")
+    tape.set_budget(bytes)

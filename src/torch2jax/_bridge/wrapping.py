@@ -1,0 +1,63 @@
+"""One wrapped function for each function and its options."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import weakref
+from collections.abc import Callable as Function
+from collections.abc import Hashable
+from typing import Any, TypeVar
+
+import torch
+
+from .calls.function import TorchFunction
+from .calls.options import Config
+
+_CPU = torch.device("cpu")
+
+
+process_lock = threading.RLock()
+"""What ``lock=True`` stands for."""
+
+_lock = threading.Lock()
+_wrapped: weakref.WeakValueDictionary[Hashable, TorchFunction] = weakref.WeakValueDictionary()
+
+Wrapped = TypeVar("Wrapped", bound=TorchFunction)
+
+
+def wrapped(kind: type[Wrapped], fn: Function[..., Any], label: str, options: Config) -> Wrapped:
+    """``fn`` as a JAX function of a kind; the same object for the same function and options."""
+    key = (kind, _identity(fn), *options.key(label))
+    with _lock:
+        found = _wrapped.get(key)
+        if found is None:
+            found = _wrapped[key] = kind(fn, _prepared(fn, options), label, options)
+    return found  # type: ignore[return-value]  # its kind is a part of the key
+
+
+def _prepared(fn: Function[..., Any], config: Config) -> Function[..., Any]:
+    """``fn`` under its lock and the default device of wrap time."""
+    contexts: list[Any] = [config.lock] if config.lock is not None else []
+    if config.default_device != _CPU:
+        contexts.append(config.default_device)
+    if not contexts:
+        return fn
+
+    def prepared(*args: Any, **kwargs: Any) -> Any:
+        with contextlib.ExitStack() as stack:
+            for context in contexts:
+                stack.enter_context(context)
+            return fn(*args, **kwargs)
+
+    return prepared
+
+
+def _identity(fn: Any) -> Hashable:
+    """What makes two functions the same: a bound method is a new object at every access.
+
+    A wrapped function keeps ``fn`` alive, so that an id stays its own.
+    """
+    if hasattr(fn, "__func__") and hasattr(fn, "__self__"):
+        return (id(fn.__self__), id(fn.__func__))
+    return id(fn)

@@ -1,0 +1,1 @@
+"""What depends on a version of JAX or PyTorch, or on their private names."""

@@ -1,0 +1,262 @@
+"""What differs between versions of torch, and its private functions. Imports torch, never JAX."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch._C import _autograd
+from torch._C._functorch import (  # type: ignore[attr-defined]
+    TransformType,
+    get_unwrapped,
+    is_batchedtensor,
+    is_gradtrackingtensor,
+    peek_interpreter_stack,
+)
+from torch._C._functorch import (
+    unwrap_if_dead as _unwrap_if_dead,
+)
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch._functorch.vmap import (
+    _add_batch_dim,
+    _remove_batch_dim,
+    lazy_load_decompositions,
+    vmap_increment_nesting,
+)
+from torch.autograd import forward_ad
+from torch.utils._device import DeviceContext as DeviceContext
+
+from .._errors import Torch2JaxError
+
+unwrap_if_dead: Any = _unwrap_if_dead
+add_batch_dim: Any = _add_batch_dim
+remove_batch_dim: Any = _remove_batch_dim
+
+
+def vmap_level(size: int) -> Any:
+    """A context in which tensors can have rows that operators do not see; its value names it.
+
+    Random numbers are the same in all rows.
+    """
+    lazy_load_decompositions()
+    return vmap_increment_nesting(size, "same")
+
+
+def outside_transforms() -> Any:
+    """A context outside of all transforms of ``torch.func``: new tensors are plain."""
+    return temporarily_clear_interpreter_stack()
+
+
+def numbers(x: torch.Tensor) -> list[int]:
+    """``x.tolist()`` of a plain tensor, which torch 2.6 refuses inside of ``torch.func``."""
+    try:
+        return x.tolist()
+    except RuntimeError:
+        with outside_transforms():
+            return x.tolist()
+
+
+def exchange_api() -> Any:
+    """The capsule of torch's DLPack C exchange API, or None where torch has none (before 2.10)."""
+    return getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+
+
+# --- gradients -----------------------------------------------------------------------------------
+
+python_node: Any = torch._C._FunctionBase
+"""A node of a ``torch.autograd.Function``. In torch 2.6 it lives as long as the function's result
+or the node after it, not as long as this object, and a backward pass from it then crashes."""
+
+_run_backward: Any = torch.autograd.Variable._execution_engine.run_backward  # type: ignore[attr-defined]
+
+
+def pull_back(
+    outputs: Sequence[Any],
+    inputs: Sequence[torch.Tensor],
+    cotangents: Sequence[torch.Tensor],
+    retain_graph: bool,
+    create_graph: bool = False,
+) -> tuple[torch.Tensor | None, ...]:
+    """``torch.autograd.grad(..., allow_unused=True)`` of tensors or edges.
+
+    Without its checks of shapes, for cotangents that are known to have those of the outputs.
+    """
+    return _run_backward(
+        tuple(outputs),
+        tuple(cotangents),
+        retain_graph,
+        create_graph,
+        tuple(inputs),
+        allow_unreachable=True,
+        accumulate_grad=False,
+    )
+
+
+def pull_back_rows(
+    outputs: Sequence[Any],
+    inputs: Sequence[torch.Tensor],
+    cotangents: Sequence[torch.Tensor],
+    retain_graph: bool,
+) -> list[torch.Tensor | None]:
+    """The same with ``is_grads_batched=True``: the cotangents have leading rows.
+
+    Without the pytrees that cost ``torch.autograd.grad`` more than a small backward pass.
+    """
+    size = cotangents[0].shape[0]
+    level = torch._C._vmapmode_increment_nesting()
+    try:
+        rows = [torch._add_batch_dim(c, 0, level) for c in cotangents]
+        grads = pull_back(outputs, inputs, rows, retain_graph)
+        return [None if g is None else torch._remove_batch_dim(g, level, size, 0) for g in grads]
+    finally:
+        torch._C._vmapmode_decrement_nesting()
+
+
+# --- jax2torch -----------------------------------------------------------------------------------
+
+transforms_active: Any = torch._C._are_functorch_transforms_active
+_vmap_enter: Any = torch._C._vmapmode_increment_nesting
+_vmap_leave: Any = torch._C._vmapmode_decrement_nesting
+grad_enabled: Any = torch.is_grad_enabled
+
+
+def eager() -> bool:
+    """Whether no transform is at work here but autograd's own backward pass.
+
+    None of ``torch.func``, no level of ``torch.autograd.forward_ad``, not the older vmap below.
+    """
+    _vmap_enter()
+    return not (_vmap_leave() or transforms_active() or forward_ad._current_level >= 0)
+
+
+def forward_ad_active() -> bool:
+    """Whether a level of ``torch.autograd.forward_ad`` is entered."""
+    return forward_ad._current_level >= 0
+
+
+dispatch_modes: Any = torch._C._len_torch_dispatch_stack
+"""How many of ``TorchDispatchMode`` are at work: tracers, fake tensors, counters."""
+
+
+def plain_apply(function: Any) -> Any:
+    """``function.apply`` for calls outside of ``torch.func``.
+
+    The public one binds default arguments by ``inspect.signature``, at 8 µs a call.
+    """
+    base: Any = super(torch.autograd.Function, function)
+    return base.apply
+
+
+custom_function_base: Any = torch.autograd.function._SingleLevelFunction
+"""The class in which ``torch.autograd.Function.apply``, however it is reached, looks for PyTorch's
+own ``apply``."""
+
+
+def innermost_is_vmap() -> bool:
+    """Whether the innermost transform of ``torch.func`` at work is ``vmap``."""
+    return peek_interpreter_stack().key() == TransformType.Vmap
+
+
+def asks_for_gradient(x: torch.Tensor) -> bool:
+    """Whether ``x`` requires a gradient at any level of ``torch.func`` inside the next ``vmap``."""
+    while not is_batchedtensor(x):
+        if x.requires_grad:
+            return True
+        if not is_gradtrackingtensor(x):
+            return False
+        x = get_unwrapped(x)
+    return False
+
+
+# torch.autograd.grad(is_grads_batched=True) and torch.autograd.functional(vectorize=True) batch by
+# an older vmap, below autograd, of which torch.func knows nothing.
+
+
+def legacy_vmap_level() -> int:
+    """The level of that vmap at work here; 0: none."""
+    _vmap_enter()
+    return _vmap_leave()
+
+
+def is_legacy_batched(x: Any) -> bool:
+    return isinstance(x, torch.Tensor) and torch._C._dispatch_keys(x).has(_BATCHED)
+
+
+_BATCHED: Any = torch._C._parse_dispatch_key("Batched")
+
+
+keeps_graph: Any = _autograd._get_current_graph_task_keep_graph
+"""Whether the backward pass that runs now leaves the graph for another one."""
+
+_top_hooks: Any = getattr(_autograd, "_top_saved_tensors_default_hooks", None)
+
+
+def saving_is_watched() -> bool:
+    """Whether hooks take the tensors that autograd saves; torch before 2.7 does not tell."""
+    return _top_hooks is None or _top_hooks(True) is not None
+
+
+def nonstrict_trace(function: Any) -> Any:
+    """``function`` as what ``torch.compile`` calls on its placeholders, and does not look into."""
+    import torch._dynamo as dynamo
+
+    mark: Any = getattr(dynamo, "nonstrict_trace", dynamo.allow_in_graph)  # torch < 2.7
+    return mark(function)
+
+
+# --- the device jax ----------------------------------------------------------------------------
+
+
+def set_up_device(name: str, module: Any) -> None:
+    """Make PyTorch's device for libraries one of Python alone, called ``name``."""
+    try:
+        from torch.utils.backend_registration import (
+            _setup_privateuseone_for_python_backend as set_up,
+        )
+    except ImportError:
+        raise Torch2JaxError(
+            f"the device {name!r}, which lower=True, device.enable() and torch2jax.torchax need, "
+            f"needs PyTorch 2.10 or later; this is {torch.__version__}."
+        ) from None
+    set_up(name, backend_module=module)
+
+
+def allow_foreach(device: str) -> None:
+    """Let PyTorch's clipping of gradients take tensors of a device several at a time."""
+    from torch.utils import _foreach_utils
+
+    known = _foreach_utils._get_foreach_kernels_supported_devices
+    _foreach_utils._get_foreach_kernels_supported_devices = lambda: [*known(), device]
+
+
+_compiling_lock = threading.Lock()
+_compiling: list[bool] = []
+"""PyTorch's flag as it was, once for each trace under way: it is one for all threads."""
+
+
+@contextlib.contextmanager
+def compiling() -> Iterator[None]:
+    """While ``torch.compiler.is_compiling()``, so that PyTorch's own code asks for no values."""
+    with _compiling_lock:
+        _compiling.append(torch.compiler._is_compiling_flag)
+        torch.compiler._is_compiling_flag = True
+    try:
+        yield
+    finally:
+        with _compiling_lock:
+            torch.compiler._is_compiling_flag = _compiling.pop()
+
+
+def foreach_types() -> list[list[Any]]:
+    """PyTorch's lists of the types whose tensors optimizers and clipping take several at a time.
+
+    There is one for each of the two, or one for both.
+    """
+    import torch.optim.optimizer as optimizers
+    from torch.utils import _foreach_utils
+
+    found = [getattr(m, "_foreach_supported_types", None) for m in (_foreach_utils, optimizers)]
+    return [types for types in found if types is not None]

@@ -1,0 +1,1 @@
+"""Arrays, tensors and dtypes, from one side to the other."""

@@ -1,0 +1,363 @@
+"""Tensors and arrays from PyTorch to JAX and back, without a copy where the memory allows.
+
+NOTE [When t2j and j2t copy]. Both go through DLPack, which hands over a pointer. `j2t` never copies
+a `jax.Array`. `t2j` copies what XLA cannot read in place: strides other than row-major, lazy
+conjugation or negation, a CPU address off XLA's alignment, int64 while x64 is off. XLA could take a
+dense transposed block as it is, but such an array has a layout of its own: functions compiled ahead
+of time refuse it, `jax.jit` compiles once more for it, an FFI call transposes it each time, and
+jaxlib 0.7 reads it wrong on CPU without an error. The table for users, row by row as the tests hold
+it, is in docs/conversions.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import jax
+import numpy as np
+import torch
+from jax.core import Tracer
+
+from .._errors import SignatureError, Torch2JaxError, UnsupportedDtypeError
+from .._refusals import check_may_call_jax
+from .dtypes import NARROWED, TO_JAX, carrier_of, dtype_j2t, dtype_t2j, type_name, x64_enabled
+
+__all__ = ["j2t", "t2j", "tree_j2t", "tree_t2j"]
+
+NDArray: TypeAlias = "np.ndarray[Any, Any]"
+
+_INT32 = torch.iinfo(torch.int32)
+
+_ENABLE_X64 = 'jax.config.update("jax_enable_x64", True)'
+
+# --- tensor to array -----------------------------------------------------------------------------
+
+_ALIGNMENT = 64  # XLA reads CPU memory in place from here on
+
+
+def t2j(tensor: torch.Tensor) -> jax.Array:
+    """A PyTorch tensor as a JAX array, in the same memory where XLA can read it in place.
+
+    Array and tensor then share that memory, and either keeps it alive. JAX takes arrays for
+    immutable: writing into the tensor afterwards changes the array, and what JAX computes from it
+    is undefined. Where the tensor is still written to, give `t2j` a clone.
+
+    Args:
+        tensor: a dense tensor of any shape and strides on a CPU or GPU that JAX has too; an
+            `nn.Parameter` is one. `requires_grad` is no obstacle: the array carries no autograd
+            history, as if the tensor were detached.
+
+    Returns:
+        An array of the same shape in row-major layout, committed to the device on which the tensor
+        is, of the dtype of the same name; while x64 is off, int32 for int64.
+
+        Copied, on that device, are: a tensor that is not contiguous (transposed, expanded, sliced
+        with a step), one lazily conjugated or negated, int64 while x64 is off; on a CPU also memory
+        that is not aligned to 64 bytes (most slices that do not begin at the first element) or is
+        pinned.
+
+    Raises:
+        SignatureError: not a tensor, or one without dense memory of its own (sparse, nested, meta,
+            fake, inside a `torch.func` transform).
+        UnsupportedDtypeError: JAX has no such dtype. While x64 is off also: uint64, float64 and
+            complex128, and int64 values on a CPU that do not fit into int32. (On a GPU they wrap:
+            to look at them would be to wait for the device.)
+        Torch2JaxError: JAX does not have the device on which the tensor is, or the call is inside a
+            `torch2jax` function that runs on several devices at once.
+
+    Examples:
+        >>> t = torch.arange(3.)
+        >>> a = t2j(t)
+        >>> a
+        Array([0., 1., 2.], dtype=float32)
+        >>> a.unsafe_buffer_pointer() == t.data_ptr()
+        True
+    """
+    check_may_call_jax("t2j")
+    _check_tensor(tensor)
+    if tensor.dtype in NARROWED and not x64_enabled():
+        tensor = _narrowed(tensor)
+    if tensor.requires_grad or type(tensor) is not torch.Tensor:
+        tensor = tensor.detach().as_subclass(torch.Tensor)
+    tensor = tensor.resolve_conj().resolve_neg().contiguous()
+    if min(tensor.shape, default=2) < 2:
+        # The strides of such sizes are arbitrary, and XLA would read a layout into them.
+        tensor = tensor.reshape(-1).view(tensor.shape)
+    if tensor.is_cpu:
+        # Pinned memory would go to JAX's GPU backend; what comes from the CPU stays on the CPU.
+        if tensor.data_ptr() % _ALIGNMENT or tensor.is_pinned():
+            tensor = tensor.clone()
+        return _array(tensor)
+    _check_device(tensor)
+    with torch.cuda.device(tensor.device):  # torch exports from the current device only
+        return _array(tensor)
+
+
+def _array(tensor: torch.Tensor) -> jax.Array:
+    carrier = carrier_of(tensor.dtype)
+    if carrier is None:
+        return jax.dlpack.from_dlpack(tensor)
+    bits = jax.dlpack.from_dlpack(tensor.view(carrier))
+    with jax.ensure_compile_time_eval():  # an array, also while a function is traced
+        return jax.lax.bitcast_convert_type(bits, TO_JAX[tensor.dtype])
+
+
+def _narrowed(tensor: torch.Tensor) -> torch.Tensor:
+    """An int64 tensor as int32, checked where that waits for no device; others are an error."""
+    if tensor.dtype is not torch.int64:
+        raise UnsupportedDtypeError(
+            f"t2j got a tensor of {tensor.dtype}, and 64-bit values are switched off in JAX. "
+            f"Switch them on, {_ENABLE_X64}, or convert the tensor first: "
+            f"tensor.to({NARROWED[tensor.dtype]})."
+        )
+    if tensor.is_cpu and tensor.numel():
+        low, high = (int(x) for x in tensor.detach().aminmax())
+        if low < _INT32.min or high > _INT32.max:
+            raise UnsupportedDtypeError(
+                f"t2j got a tensor of torch.int64 with values from {low} to {high}: they do not "
+                f"fit into int32, and 64-bit values are switched off in JAX. "
+                f"Switch them on: {_ENABLE_X64}."
+            )
+    return tensor.to(torch.int32, memory_format=torch.contiguous_format)
+
+
+def _check_tensor(tensor: object) -> None:
+    if not isinstance(tensor, torch.Tensor):
+        if isinstance(tensor, jax.Array):
+            remedy = "It is a JAX array already; j2t goes the other way."
+        elif isinstance(tensor, torch.nn.Module):
+            remedy = "from_module(module) makes a JAX function and its variables of a module."
+        elif isinstance(tensor, torch.dtype):
+            remedy = "dtype_t2j converts dtypes."
+        elif callable(tensor):
+            remedy = "torch2jax(fn) makes a JAX function of a PyTorch function."
+        else:
+            remedy = (
+                "jnp.asarray makes arrays of numbers, lists and NumPy arrays; "
+                "tree_t2j takes trees of tensors."
+            )
+        raise SignatureError(f"t2j takes a torch.Tensor, got {type_name(tensor)}. {remedy}")
+    dtype_t2j(tensor.dtype)
+    without_memory = _without_memory(tensor)
+    if without_memory is not None:
+        raise SignatureError(f"t2j got {without_memory}")
+
+
+def _without_memory(tensor: torch.Tensor) -> str | None:
+    """What a tensor without dense memory of its own is, and the remedy; None for all others."""
+    if tensor.is_nested:
+        return (
+            "a nested tensor, and JAX arrays are dense. Convert it first: "
+            "tensor.to_padded_tensor(padding), or tensor.unbind() and tree_t2j."
+        )
+    if tensor.layout is not torch.strided:
+        return (
+            f"a tensor of layout {tensor.layout}, and JAX arrays are dense. "
+            f"Convert it first: tensor.to_dense()."
+        )
+    if tensor.is_meta:
+        return (
+            "a meta tensor, which has a shape and no values. Give it values first, "
+            'for example torch.zeros_like(tensor, device="cpu").'
+        )
+    try:
+        if type(tensor) is not torch.Tensor and tensor.untyped_storage().device.type == "meta":
+            return (
+                "a fake tensor, which has a shape and no values. PyTorch makes them where it "
+                "traces (torch.compile, torch.export, shape inference): convert outside of that."
+            )
+        if tensor.data_ptr() or not tensor.numel():
+            return None
+    except ValueError:
+        return "a parameter that is not initialized. Run its lazy module once first."
+    except RuntimeError:
+        return (
+            "a tensor inside a torch.func transform (vmap, grad, jvp), which holds no values "
+            "of its own. Convert outside of the transform; jax2torch calls a JAX function in it."
+        )
+    return (
+        f"a tensor of type {type_name(tensor)} that holds no memory of its own. "
+        f"Convert the tensors that it wraps, or a dense copy."
+    )
+
+
+def _check_device(tensor: torch.Tensor) -> None:
+    if not tensor.is_cuda:  # ROCm's tensors are "cuda" too
+        raise SignatureError(
+            f"t2j got a tensor on {tensor.device}, and PyTorch and JAX share memory on CPU, CUDA "
+            f"and ROCm devices. Move it first: tensor.cpu()."
+        )
+    try:
+        jax.local_devices(backend="rocm" if torch.version.hip else "cuda")
+    except RuntimeError:
+        found = ", ".join(sorted({device.platform for device in jax.local_devices()}))
+        raise Torch2JaxError(
+            f"t2j got a tensor on {tensor.device}, and JAX has no such device here, only: {found}. "
+            f"Move it first, tensor.cpu(), or install JAX for this GPU."
+        ) from None
+
+
+# --- array to tensor -----------------------------------------------------------------------------
+
+
+def j2t(array: jax.Array | NDArray) -> torch.Tensor:
+    """A JAX array as a PyTorch tensor, in the same memory.
+
+    The tensor keeps the memory alive, also when the array is deleted or donated. It must not be
+    written to: JAX takes arrays for immutable, so an in-place operation on the tensor changes the
+    array, and what JAX computes from it is undefined. Write to `j2t(array).clone()`.
+
+    Args:
+        array: an array of any shape on one device (CPU or GPU), or a NumPy array of any strides.
+
+    Returns:
+        A tensor of the same shape, of the dtype of the same name, on the device on which the array
+        is, with `requires_grad=False`. A `jax.Array` is not copied: the tensor has its layout, and
+        on a CPU the call waits until the array is computed. (Where the installed torch or JAX lacks
+        float8 in DLPack, float8 is copied, here and in `t2j`.) A NumPy array is copied to a
+        contiguous tensor on the CPU and keeps its dtype, float64 too, whatever `jax_enable_x64`
+        says.
+
+    Raises:
+        SignatureError: not an array; a tracer (inside `jax.jit`, `jax.grad`, `jax.vmap`); an array
+            over several devices.
+        UnsupportedDtypeError: PyTorch has no such dtype (`int4`, random keys, `float0`).
+        Torch2JaxError: the array is deleted or donated, or PyTorch does not have its device.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> a = jnp.arange(3.)
+        >>> t = j2t(a)
+        >>> t
+        tensor([0., 1., 2.])
+        >>> t.data_ptr() == a.unsafe_buffer_pointer()
+        True
+    """
+    if isinstance(array, np.ndarray):
+        return _from_numpy(array)
+    _check_array(array)
+    dtype = dtype_j2t(array.dtype)
+    carrier = carrier_of(dtype)
+    if carrier is None:
+        return torch.from_dlpack(array)
+    with jax.ensure_compile_time_eval():
+        bits = jax.lax.bitcast_convert_type(array, TO_JAX[carrier])
+    return torch.from_dlpack(bits).view(dtype)
+
+
+def _from_numpy(array: NDArray) -> torch.Tensor:
+    dtype = dtype_j2t(array.dtype)
+    native = np.array(array, dtype=TO_JAX[dtype], order="C", copy=True)
+    if native.dtype.isbuiltin == 1:
+        return torch.from_numpy(native)
+    return torch.from_numpy(native.view(f"i{native.itemsize}")).view(dtype)  # bfloat16, float8
+
+
+def _check_array(array: object) -> None:
+    if not isinstance(array, jax.Array):
+        if isinstance(array, torch.Tensor):
+            remedy = "It is a tensor already; t2j goes the other way."
+        elif isinstance(array, np.dtype | type):
+            remedy = "dtype_j2t converts dtypes."
+        elif callable(array):
+            remedy = "jax2torch(fn) makes a PyTorch function of a JAX function."
+        else:
+            remedy = (
+                "torch.tensor makes tensors of numbers and lists; tree_j2t takes trees of arrays."
+            )
+        raise SignatureError(
+            f"j2t takes a jax.Array or a NumPy array, got {type_name(array)}. {remedy}"
+        )
+    if isinstance(array, Tracer):
+        raise SignatureError(
+            f"j2t got a tracer, {array.aval}, which has no values yet: this code runs inside "
+            f"jax.jit, jax.grad, jax.vmap or another transform. Call the PyTorch code through "
+            f"torch2jax(fn), which works there, or convert outside."
+        )
+    if array.is_deleted():
+        raise Torch2JaxError(
+            f"j2t got an array, {array.aval}, that is deleted: it "
+            f"was donated to a jitted call (donate_argnums), or delete() "
+            f"was called. Use what that call returned, or donate a copy: jnp.copy(array)."
+        )
+    devices = array.sharding.device_set
+    if len(devices) > 1:
+        raise SignatureError(
+            f"j2t got an array, {array.aval}, over {len(devices)} devices "
+            f"({array.sharding}), and a tensor is on one. Gather "
+            f"it first, jax.device_put(array, jax.devices()[0]), or convert its shards: "
+            f"[shard.data for shard in array.addressable_shards]."
+        )
+    (device,) = devices
+    if not array.is_fully_addressable:
+        raise SignatureError(
+            f"j2t got an array, {array.aval}, on {device}, which "
+            f"belongs to process {device.process_index}, not to this one "
+            f"({jax.process_index()}). Convert it there, or bring it here first: "
+            f"jax.experimental.multihost_utils.process_allgather(array)."
+        )
+    if device.platform != "cpu" and not (device.platform == "gpu" and torch.cuda.is_available()):
+        raise Torch2JaxError(
+            f"j2t got an array, {array.aval}, on {device}, which PyTorch does not reach here. "
+            f'Move it first: jax.device_put(array, jax.devices("cpu")[0]).'
+        )
+
+
+# --- trees ---------------------------------------------------------------------------------------
+
+
+def tree_t2j(tree: Any) -> Any:
+    """Every tensor in a tree as a JAX array, by `t2j`.
+
+    Args:
+        tree: any JAX pytree; a module's `state_dict()` is one. Leaves that are not tensors
+            (numbers, strings, NumPy and JAX arrays, objects that JAX does not know) pass unchanged,
+            as does None.
+
+    Returns:
+        The same structure with arrays for tensors. They share memory as `t2j` says; a tensor that
+        occurs twice gives two arrays.
+
+    Raises:
+        Torch2JaxError: what `t2j` raises, with the path of the leaf in front.
+
+    Examples:
+        >>> tree_t2j({"lr": 0.1, "w": torch.ones(2)})
+        {'lr': 0.1, 'w': Array([1., 1.], dtype=float32)}
+    """
+    return _convert_leaves(t2j, torch.Tensor, tree)
+
+
+def tree_j2t(tree: Any) -> Any:
+    """Every array in a tree as a PyTorch tensor, by `j2t`.
+
+    Args:
+        tree: any JAX pytree. Leaves that are neither a `jax.Array` nor a `numpy.ndarray` (numbers,
+            NumPy scalars, strings, tensors, objects) pass unchanged, as does None.
+
+    Returns:
+        The same structure with tensors for arrays. They share memory as `j2t` says.
+
+    Raises:
+        Torch2JaxError: what `j2t` raises, with the path of the leaf in front.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> tree_j2t([jnp.ones(2), "name", None])
+        [tensor([1., 1.]), 'name', None]
+    """
+    return _convert_leaves(j2t, (jax.Array, np.ndarray), tree)
+
+
+def _convert_leaves(convert: Callable[[Any], Any], kind: type | tuple[type, ...], tree: Any) -> Any:
+    leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
+    converted: list[Any] = []
+    for path, leaf in leaves:
+        try:
+            converted.append(convert(leaf) if isinstance(leaf, kind) else leaf)
+        except Torch2JaxError as error:
+            raise type(error)(
+                f"{jax.tree_util.keystr(path)}: {error}" if path else str(error)
+            ) from None
+    return jax.tree_util.tree_unflatten(structure, converted)

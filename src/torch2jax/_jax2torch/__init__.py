@@ -1,0 +1,1 @@
+"""JAX functions called from PyTorch."""

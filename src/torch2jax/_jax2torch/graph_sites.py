@@ -1,0 +1,133 @@
+"""Calls that stand in compiled graphs: programs and functions by name."""
+
+from __future__ import annotations
+
+import itertools
+import secrets
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import torch
+
+from .._compat.jax import precision
+from .._conversions.dtypes import canonical, dtype_t2j
+from .._errors import Torch2JaxError, UnsupportedDtypeError
+from .autograd import Call
+from .programs import Program
+from .residuals import Traced
+
+named: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
+"""The functions of ``jax2torch`` by their keys, by which compiled graphs refer to them."""
+
+
+Tensor = torch.Tensor
+
+_PROCESS = secrets.token_hex(8)
+_numbers = itertools.count()
+_sites: weakref.WeakValueDictionary[str, Site] = weakref.WeakValueDictionary()
+
+
+class Site:
+    """A program and the kinds of its operands. The program keeps it alive; graphs hold its name.
+
+    ``kinds``: "tensor", "float", "int", or a tuple of one value that is a part of the graph.
+    ``n_primals``: the operands after them are cotangents, and at the end ``n_held`` held values.
+    """
+
+    def __init__(
+        self, program: Program, kinds: tuple[Any, ...], n_primals: int, n_held: int, x64: bool
+    ) -> None:
+        self._program = weakref.ref(program)
+        self.kinds, self.n_primals, self.n_held, self.x64 = kinds, n_primals, n_held, x64
+        self.tensors = [i for i, kind in enumerate(kinds) if kind == "tensor"]
+        self.name = f"{program.name}/{_PROCESS}/{next(_numbers)}"
+        _sites[self.name] = self
+
+    @property
+    def program(self) -> Program:
+        program = self._program()
+        if program is None:
+            raise gone(self.name)
+        return program
+
+    @staticmethod
+    def of(
+        program: Program, kinds: tuple[Any, ...], n_primals: int, n_held: int, x64: bool
+    ) -> Site:
+        key = (kinds, n_primals, n_held, x64)
+        site = program.sites.get(key)
+        return site or program.sites.setdefault(key, Site(program, *key))
+
+    def operands(self, tensors: Sequence[Any], floats: Sequence[Any], ints: Sequence[Any]) -> Any:
+        given = {"tensor": iter(tensors), "float": iter(floats), "int": iter(ints)}
+        return [next(given[k]) if isinstance(k, str) else k[0] for k in self.kinds]
+
+    def run(self, operands: Sequence[Any]) -> list[Tensor]:
+        return list(Call(self.program, self.x64, self.n_primals).run(operands))
+
+    def shapes(self, operands: Sequence[Any]) -> Traced:
+        """What ``run`` will return: nothing is computed, and a trace is found again by the run."""
+        reads = self.program.reads
+        with precision(self.x64):
+            avals = [
+                None if reads is not None and i < self.n_primals and i not in reads else aval_of(x)
+                for i, x in enumerate(operands)
+            ]
+            return self.program.jitted.eval_shape(*avals)  # type: ignore[attr-defined]
+
+
+def kind_of(x: Any) -> Any:
+    if isinstance(x, Tensor):
+        return "tensor"
+    if type(x) in (float, torch.SymFloat):
+        return "float"
+    if type(x) in (int, torch.SymInt):
+        return "int"
+    return _Constant(x)
+
+
+class _Constant(tuple):
+    """An operand that is a part of the graph: ``(value,)``, equal by value or by identity."""
+
+    def __new__(cls, value: Any) -> _Constant:
+        return super().__new__(cls, (value,))
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Constant) and self._key() == other._key()
+
+    def _key(self) -> Any:
+        value = self[0]
+        return type(value), value if isinstance(value, bool | complex) else id(value)
+
+
+def aval_of(x: Any) -> Any:
+    if not isinstance(x, Tensor):
+        number = {torch.SymFloat: float, torch.SymInt: int}.get(type(x))
+        return x if number is None else number(x)
+    dtype = canonical(x.dtype)
+    if dtype != dtype_t2j(x.dtype) and x.dtype is not torch.int64:
+        raise UnsupportedDtypeError(
+            f"got a tensor of {x.dtype}, and 64-bit values are switched off in JAX. Switch them "
+            'on, jax.config.update("jax_enable_x64", True), or convert the tensor first.'
+        )
+    # Sizes that the graph leaves open become fixed: JAX compiles for each shape.
+    return jax.ShapeDtypeStruct(tuple(map(int, x.shape)), dtype)
+
+
+def site_named(name: str) -> Site:
+    site = _sites.get(name)
+    if site is None:
+        raise gone(name)
+    return site
+
+
+def gone(name: str) -> Torch2JaxError:
+    return Torch2JaxError(
+        f"the JAX function {name} of a compiled graph is gone: it lives as long as what jax2torch "
+        "returned, in the process that compiled the graph."
+    )

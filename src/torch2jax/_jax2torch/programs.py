@@ -1,0 +1,245 @@
+"""A JAX function on flat arrays and the functions derived from it. Imports JAX, never torch.
+
+A *program* maps arrays to a tuple of arrays. With operands ``x``, tangents ``t`` of the operands
+``S`` and cotangents ``c`` of the results ``D``,
+
+    Pushforward(f, S):  (x, t) -> ∂f/∂x_S(x) · t
+    Pullback(f, S, D):  (x, c) -> (∂f_D/∂x_S(x))ᴴ · c
+    Batch(f, dims):     f on every row of the operands whose dim is not None; rows at dim 0
+    Emission(f, S):     x -> f(x) and the residuals r that Pullback(f, S', D) reads, S' in S
+
+are programs again, so derivatives of any order are calls of programs.
+
+NOTE [Two forms]. ``math`` is what derivatives are made of; ``run``, which is compiled, has the
+same values and may use residuals: it then ignores ``x`` but for what the residuals name, and a
+derivative of it would miss terms. ``Pullback(f, S, D, plan)`` takes ``(x, c, r)``; its ``math``
+ignores ``r``.
+
+NOTE [Conjugates]. PyTorch's gradient is the conjugate transpose, JAX's cotangent the plain one:
+``Jᴴ c = conj(Jᵀ conj(c))``. The other direction is in _programs.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .residuals import Facts, Indices, Plan, Traced, unflatten
+
+Flags = tuple[bool, ...]
+Dims = tuple["int | None", ...]
+Math = Callable[..., "Traced"]
+Asked = tuple["Program | None", Indices, Indices]
+
+
+jax.tree_util.register_pytree_node(
+    Traced, lambda traced: ((traced.outs, traced.residuals), traced.facts), unflatten
+)
+
+
+class Formula:
+    """What a program computes, in two forms; it knows what it is made of, not its derivatives."""
+
+    emits = True
+    """Whether residuals can be emitted: not where ``run`` already differs from ``math``."""
+
+    reads: frozenset[int] | None = None
+    """The operands that ``run`` reads; None: all."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def math(self, *operands: Any) -> Traced:
+        raise NotImplementedError
+
+    def run(self, *operands: Any) -> Traced:
+        return self.math(*operands)
+
+
+class Function(Formula):
+    """The user's function: ``call`` returns its results as a tree."""
+
+    def __init__(self, call: Callable[..., Any], check: Callable[[Any], Any], name: str) -> None:
+        super().__init__(name)
+        self._call, self._check = call, check
+
+    def math(self, *operands: Any) -> Traced:
+        leaves, tree = jax.tree.flatten(self._check(self._call(*operands)))
+        return Traced(tuple(map(jnp.asarray, leaves)), (), Facts(tree))
+
+
+class Emission(Formula):
+    """``x -> f(x), r``."""
+
+    emits = False
+
+    def __init__(self, parent: Formula, wrt: Indices) -> None:
+        super().__init__(f"{parent.name}_with_residuals")
+        self.parent, self.wrt = parent, wrt
+
+    def math(self, *operands: Any) -> Traced:
+        return self.parent.math(*operands)
+
+    def run(self, *operands: Any) -> Traced:
+        traced, pull = jax.vjp(
+            _restricted(self.parent, self.wrt, operands), *operands_at(operands, self.wrt)
+        )
+        plan = Plan(self.wrt, operands, traced, pull)
+        residuals, plan.residuals = tuple(plan.residuals), []
+        return Traced(traced.outs, residuals, Facts(traced.facts.tree, plan))
+
+
+class Pullback(Formula):
+    """``(x, c, r) -> Jᴴ c``. See NOTE [Two forms] and NOTE [Conjugates]."""
+
+    def __init__(
+        self, parent: Formula, n: int, wrt: Indices, of: Indices, plan: Plan | None
+    ) -> None:
+        super().__init__(f"{parent.name.removesuffix('_with_residuals')}_pullback")
+        self.parent, self.n, self.wrt, self.of, self.plan = parent, n, wrt, of, plan
+        self.emits = plan is None
+        if plan is not None:
+            self.reads = plan.reads
+
+    def _split(self, args: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:
+        end = self.n + len(self.of)
+        return args[: self.n], args[self.n : end], args[end:]
+
+    def math(self, *args: Any) -> Traced:
+        x, c, _ = self._split(args)
+        traced, pull = jax.vjp(_restricted(self.parent, self.wrt, x), *operands_at(x, self.wrt))
+        avals = [(out.shape, out.dtype) for out in traced.outs]
+        return self._result(pull(self._cotangents(avals, c, traced.facts)))
+
+    def run(self, *args: Any) -> Traced:
+        if self.plan is None:
+            return self.math(*args)
+        x, c, r = self._split(args)
+        pulled = self.plan.pull(x, r)(self._cotangents(self.plan.avals, c, self.plan.facts))
+        by_operand = dict(zip(self.plan.wrt, pulled, strict=True))
+        return self._result([by_operand[i] for i in self.wrt])
+
+    def _cotangents(self, avals: Sequence[Any], c: Sequence[Any], facts: Facts) -> Traced:
+        given = dict(zip(self.of, c, strict=True))
+        full = [
+            jnp.conj(given[j]) if j in given else _zero_cotangent(shape, dtype)
+            for j, (shape, dtype) in enumerate(avals)
+        ]
+        return Traced(tuple(full), (), facts)
+
+    def _result(self, pulled: Sequence[Any]) -> Traced:
+        return Traced(tuple(map(jnp.conj, pulled)), (), Facts())
+
+
+class Pushforward(Formula):
+    """``(x, t) -> J t``, of the results of inexact dtype."""
+
+    def __init__(self, parent: Formula, n: int, wrt: Indices) -> None:
+        super().__init__(f"{parent.name.removesuffix('_with_residuals')}_pushforward")
+        self.parent, self.n, self.wrt = parent, n, wrt
+
+    def math(self, *args: Any) -> Traced:
+        x, t = args[: self.n], args[self.n :]
+        f = _restricted(self.parent, self.wrt, x)
+        _, pushed = jax.jvp(f, tuple(operands_at(x, self.wrt)), tuple(t))
+        inexact = [u for u in pushed.outs if jnp.issubdtype(u.dtype, jnp.inexact)]
+        return Traced(tuple(inexact), (), Facts())
+
+
+class Batch(Formula):
+    """``f`` on every row."""
+
+    def __init__(self, parent: Formula, dims: Dims) -> None:
+        super().__init__(f"{parent.name}_vmap")
+        self.parent, self.dims = parent, dims
+        self.emits, self.reads = parent.emits, parent.reads
+
+    def math(self, *operands: Any) -> Traced:
+        return jax.vmap(self.parent.math, self.dims)(*operands)
+
+    def run(self, *operands: Any) -> Traced:
+        return jax.vmap(self.parent.run, self.dims)(*operands)
+
+
+class Program:
+    """A formula, compiled, and the programs derived from it, each made once.
+
+    NOTE [No cycles]. Derived programs refer to formulas, never to programs, and what JAX's caches
+    hold (plans) to neither: all that is compiled goes when the last reference to a program goes.
+    Left to the garbage collector, jitted functions would be collected inside of JAX's own tracing,
+    which up to jaxlib 0.10 can crash (jax pull request 38281).
+    """
+
+    def __init__(self, formula: Formula) -> None:
+        self.formula, self.name = formula, formula.name
+        self.emits, self.reads = formula.emits, formula.reads
+        self.is_emission = isinstance(formula, Emission)
+        self.sites: dict[Any, Any] = {}  # where compiled graphs call it: see _reverse_compile.py
+        self._derived: dict[Any, Program] = {}
+        self._asked: dict[Any, Asked] = {}
+
+        def call(*operands: Any) -> Traced:
+            traced = formula.run(*operands)
+            traced.facts.n_out = len(traced.outs)
+            traced.facts.dtypes = frozenset(x.dtype for x in (*traced.outs, *traced.residuals))
+            return traced
+
+        call.__name__ = call.__qualname__ = self.name
+        self.jitted = jax.jit(call)
+
+    def emission(self, wrt: Indices) -> Program:
+        return self._derived.get((Emission, wrt)) or self._derive(Emission, wrt)
+
+    def pushforward(self, n: int, wrt: Indices) -> Program:
+        return self._derive(Pushforward, n, wrt)
+
+    def pullback(self, n: int, wrt: Indices, of: Indices, plan: Plan | None) -> Program:
+        return self._derive(Pullback, n, wrt, of, plan)
+
+    def asked(self, needs: Flags, missing: Flags, plan: Plan) -> Asked:
+        """The pullback that a backward pass asks for, None where it is zero, its wrt and its of.
+
+        ``needs``: which operands need a gradient; ``missing``: which cotangents there are not.
+        """
+        key = (needs, missing, plan)
+        return self._asked.get(key) or self._asked.setdefault(key, self._ask(*key))
+
+    def _ask(self, needs: Flags, missing: Flags, plan: Plan) -> Asked:
+        wrt = tuple(i for i, need in enumerate(needs) if need)
+        of = tuple(j for j, none in enumerate(missing) if not none)
+        return self.pullback(len(needs), wrt, of, plan) if wrt and of else None, wrt, of
+
+    def batch(self, dims: Dims) -> Program:
+        return self._derive(Batch, dims)
+
+    def _derive(self, kind: type[Formula], *how: Any) -> Program:
+        key = (kind, *how)
+        made = self._derived.get(key)
+        make: Any = kind
+        return made or self._derived.setdefault(key, Program(make(self.formula, *how)))
+
+
+def operands_at(operands: Sequence[Any], wrt: Indices) -> list[Any]:
+    return [operands[i] for i in wrt]
+
+
+def _restricted(formula: Formula, wrt: Indices, operands: Sequence[Any]) -> Math:
+    """``math`` as a function of the operands ``wrt``, the others held."""
+
+    def f(*chosen: Any) -> Traced:
+        full = list(operands)
+        for i, x in zip(wrt, chosen, strict=True):
+            full[i] = x
+        return formula.math(*full)
+
+    return f
+
+
+def _zero_cotangent(shape: tuple[int, ...], dtype: Any) -> Any:
+    if jnp.issubdtype(dtype, jnp.inexact):
+        return jnp.zeros(shape, dtype)
+    return np.zeros(shape, jax.dtypes.float0)

@@ -1,0 +1,59 @@
+"""Tensors to arrays and back at the speed of a call: `t2j` and `j2t` without their checks.
+
+What is plain goes straight to DLPack, in the extension; everything else (GPUs, other layouts,
+float8, 64-bit values with x64 off, whatever is an error) goes through `t2j` and `j2t`, with the
+same result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .._bridge.handler import extension
+from .._compat.jax import cpu_device, export_capsule, import_capsule
+from .._conversions.convert import j2t, t2j
+from .._conversions.dtypes import dtype_t2j
+from .._errors import Torch2JaxError
+from .._refusals import check_may_call_jax
+
+_EXPORTED = frozenset(
+    map(
+        dtype_t2j,
+        (
+            *(torch.bool, torch.int8, torch.int16, torch.int32, torch.int64),
+            *(torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.float16, torch.bfloat16),
+            *(torch.float32, torch.float64, torch.complex64, torch.complex128),
+        ),
+    )
+)
+_is_pinned = torch.Tensor.is_pinned if torch.cuda.is_available() else None
+
+
+def to_arrays(operands: Sequence[Any], x64: bool) -> tuple[list[Any], int, bool]:
+    """Operands as JAX takes them: tensors as arrays, other values as they are.
+
+    Also how many tensors there are, and whether results are in a CPU's memory, for all that is
+    known: there are tensors, all there.
+    """
+    check_may_call_jax("a jax2torch function")
+    return extension.to_arrays(operands, x64, import_capsule, cpu_device(), _is_pinned, _array)
+
+
+def _array(x: torch.Tensor, i: int) -> Any:
+    try:
+        return t2j(x)
+    except Torch2JaxError as error:
+        error.operand = i  # type: ignore[attr-defined]  # whoever knows its name adds it
+        raise
+
+
+def to_tensors(
+    arrays: Sequence[Any], dtypes: frozenset[Any], on_cpu: bool
+) -> tuple[torch.Tensor, ...]:
+    """Results, of those dtypes, as tensors in their memory; on a CPU they are computed then."""
+    if on_cpu and dtypes <= _EXPORTED:
+        return extension.to_tensors(arrays, export_capsule)
+    return tuple([j2t(x) for x in arrays])

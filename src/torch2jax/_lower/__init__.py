@@ -1,0 +1,1 @@
+"""PyTorch functions as JAX programs, operator by operator: ``lower=True``."""

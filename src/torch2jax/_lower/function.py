@@ -1,0 +1,167 @@
+"""``torch2jax(fn, lower=True)``: ``fn`` runs once, on tensors that hold tracers."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable as Function
+from typing import Any
+
+import jax
+import torch
+
+from .._bridge.calls import results
+from .._bridge.calls.arguments import Arguments
+from .._bridge.calls.function import TorchFunction
+from .._bridge.calls.operands import Operands
+from .._bridge.calls.options import Config
+from .._bridge.calls.results import flatten_result
+from .._bridge.calls.shards import Shards
+from .._bridge.torch_side.modules import loans
+from .._bridge.torch_side.modules.forward import Forward
+from .._bridge.torch_side.modules.replica import Layout
+from .._conversions.dtypes import canonical, dtype_j2t, x64_enabled
+from .._errors import SignatureError, Torch2JaxError, Torch2JaxWarning
+from ..device.operators.constants import value_of
+from ..device.setup.enable import enable
+from ..device.tensors.tensor import Tensor, from_torch, wrap
+from ..device.tracing.scope import running
+
+__all__ = ["LoweredFunction"]
+
+
+class LoweredFunction(TorchFunction):
+    """A PyTorch function as a JAX program; made by ``torch2jax(fn, lower=True)``."""
+
+    def __init__(
+        self, fn: Function[..., Any], run: Function[..., Any], label: str, config: Config
+    ) -> None:
+        super().__init__(fn, run, label, config)
+        self._run = _on_replica(fn) if isinstance(fn, torch.nn.Module) else run
+        self._noted: set[str] = set()
+        if config.out_arg is not None:
+            raise SignatureError(
+                f"out_arg of {label} is for the bridge, where results land in XLA's buffers; "
+                "lower=True has no copies to save."
+            )
+        enable()
+
+    def __repr__(self) -> str:
+        return f"torch2jax({self._label}, lower=True)"
+
+    def untraced(self) -> LoweredFunction:
+        """A copy without cached traces, which runs ``fn`` when it is called."""
+        return LoweredFunction(self.__wrapped__, self._run, self._label, self._config)
+
+    def _trace_here(self, call: Any, operands: Any, shards: Shards | None = None) -> Any:
+        key = None
+        if self._config.stochastic:
+            key, operands = self._words(operands[-1]), operands[:-1]
+        facts = Operands(self.__wrapped__, self._config, call.arguments, self._label)
+        labels = call.arguments.labels
+        held = facts.nondiff(labels)
+        arrays = [
+            jax.lax.stop_gradient(x) if i in held else jax.numpy.asarray(x)
+            for i, x in enumerate(operands)
+        ]
+        avals = [jax.typeof(x) for x in arrays]
+        for label, a in zip(labels, avals, strict=True):
+            if not all(isinstance(n, int) for n in a.shape):
+                raise SignatureError(
+                    f"{label} of {self._label} has the shape {a.shape}: PyTorch code needs sizes "
+                    "that are numbers. Export one program for each size."
+                )
+        casts = dict(facts.casts([a.dtype for a in avals]))
+        dtypes = [casts.get(i) or dtype_j2t(a.dtype) for i, a in enumerate(avals)]
+        narrow = [i for i, d in enumerate(dtypes) if d is torch.int32 and i not in casts]
+        inplace = facts.of_argnums(self._config.inplace_argnums, "inplace_argnums")
+        try:
+            return self._attempt(call.arguments, arrays, dtypes, key, inplace)
+        except Torch2JaxError:
+            raise
+        except Exception as error:
+            # Without x64 PyTorch's int64 comes as int32, which some operators refuse.
+            if not narrow or x64_enabled():
+                raise
+            wide = [torch.int64 if i in narrow else d for i, d in enumerate(dtypes)]
+            try:
+                out = self._attempt(call.arguments, arrays, wide, key, inplace)
+            except Exception:
+                raise error from None
+            self._note([labels[i] for i in narrow])
+            return out
+
+    def _note(self, labels: list[str]) -> None:
+        names = ", ".join(labels)
+        if names not in self._noted:
+            self._noted.add(names)
+            warnings.warn(
+                f"{self._label} refuses int32, so {names} reach it as int64 (JAX's x64 mode is "
+                "off). arg_dtypes= or int64 examples say so without this note.",
+                Torch2JaxWarning,
+                stacklevel=4,
+            )
+
+    def _attempt(
+        self,
+        arguments: Arguments,
+        arrays: list[Any],
+        dtypes: list[torch.dtype],
+        key: Any,
+        inplace: tuple[int, ...],
+    ) -> Any:
+        tensors = [_argument(x, d) for x, d in zip(arrays, dtypes, strict=True)]
+        args, kwargs = arguments.unflatten(tensors)
+        with running(self._config.default_dtype, key):
+            out = loans.scoped(lambda: self._run(*args, **kwargs))()
+            if inplace and out is None:
+                result = None
+            else:
+                found, treedef = flatten_result(out, self._label)
+                self._check_shapes([t for _, t in found], treedef, arrays)
+                result = treedef.unflatten([_result(t) for _, t in found])
+            updated = [_result(tensors[i]) for i in inplace]
+        if not self._config.inplace_argnums:
+            return result
+        return self._config.with_updated(arguments, inplace, result, updated)
+
+    def _check_shapes(self, found: list[Any], treedef: Any, arrays: list[Any]) -> None:
+        if self._config.output_shapes is None:
+            return
+        dtypes = [x.dtype for x in arrays]
+        declared = results.declared_result(self._config.output_shapes, dtypes, self._label)
+        got = [(tuple(t.shape), canonical(t.dtype)) for t in found]
+        expected = [(leaf.shape, leaf.dtype) for leaf in declared.leaves]
+        if treedef != declared.treedef or got != expected:
+            raise SignatureError(
+                f"{self._label} returned {_named(treedef, got)}, and output_shapes says "
+                f"{_named(declared.treedef, expected)}."
+            )
+
+
+def _named(treedef: Any, leaves: list[Any]) -> str:
+    return str(treedef.unflatten([f"{d}[{','.join(map(str, s))}]" for s, d in leaves]))
+
+
+def _on_replica(module: torch.nn.Module) -> Function[..., Any]:
+    """A module whose parameters and buffers are constants, and which is not changed."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        layout = Layout(module)
+        variables: dict[str, dict[str, torch.Tensor]] = {
+            group: {k: wrap(from_torch(x), x.dtype) for k, x in tensors.items()}
+            for group, tensors in layout.tensors.items()
+        }
+        forward = Forward(layout, module.training, lambda replica: replica, True)
+        out = forward(variables, *args, **kwargs)
+        return out[0] if module.training else out
+
+    return run
+
+
+def _argument(x: Any, dtype: torch.dtype) -> Tensor:
+    want = canonical(dtype)
+    return wrap(x if x.dtype == want else x.astype(want), dtype)
+
+
+def _result(t: torch.Tensor) -> Any:
+    return value_of(t) if isinstance(t, Tensor) else from_torch(t)

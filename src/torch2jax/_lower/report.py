@@ -1,0 +1,80 @@
+"""What ``lower=True`` makes of the operators of a function, and on which lines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable as Function
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from .._bridge.calls.names import label_of
+from .._bridge.calls.options import Config as Options
+from .._bridge.wrapping import wrapped
+from ..device.tracing.events import recorded
+from .function import LoweredFunction
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of the operators of a function. ``print`` shows it as a table.
+
+    Each is ``{(operator, line of the user's code): count}``.
+    """
+
+    native: dict[tuple[str, str], int]
+    decomposed: dict[tuple[str, str], int]
+    bridge: dict[tuple[str, str], int]
+
+    def __str__(self) -> str:
+        lines = []
+        for name, found in (
+            ("lowered", self.native),
+            ("decomposed", self.decomposed),
+            ("through the bridge", self.bridge),
+        ):
+            lines.append(f"{name}: {sum(found.values())}")
+            for (op, where), count in sorted(found.items()):
+                lines.append(f"  {count:4d}  {op:45s} {where}")
+        return "\n".join(lines)
+
+
+def lowering_report(fn: Function[..., Any], *args: Any, **kwargs: Any) -> Report:
+    """What ``torch2jax(fn, lower=True)`` makes of each operator, and on which line of your code.
+
+    Args:
+      fn: a PyTorch function or module, or what ``torch2jax(..., lower=True)`` returned, or an
+        ``apply`` of ``from_module(..., lower=True)``.
+      *args: arrays, ``jax.ShapeDtypeStruct``s or pytrees of them, as ``fn`` takes them.
+      **kwargs: the same by keyword. ``rng=`` where random numbers are drawn.
+
+    Returns:
+      A ``Report`` with the operators that have a lowering (``native``), that go through PyTorch's
+      decompositions (``decomposed``) and through the bridge (``bridge``): those run on PyTorch's
+      kernels. Nothing is computed.
+
+    >>> import torch, jax.numpy as jnp, torch2jax
+    >>> report = torch2jax.lowering_report(lambda x: torch.sin(x) + 1, jnp.ones(3))
+    >>> sorted(op for op, line in report.native), report.bridge
+    (['aten.add.Tensor', 'aten.sin.default'], {})
+    """
+    if not hasattr(fn, "untraced"):
+        options = Options(stochastic="rng" in kwargs)
+        fn = wrapped(LoweredFunction, fn, label_of(fn), options)
+    leaves, treedef = jax.tree.flatten((args, kwargs))
+    places = [i for i, x in enumerate(leaves) if hasattr(x, "shape")]
+
+    def call(*arrays: Any) -> Any:
+        full = list(leaves)  # numbers, flags and strings are what they are in a call
+        for i, x in zip(places, arrays, strict=True):
+            full[i] = x
+        a, k = treedef.unflatten(full)
+        # A fresh function each time: a cached trace would run nothing.
+        return fn.untraced()(*a, **k)
+
+    with recorded() as events:
+        jax.eval_shape(call, *[leaves[i] for i in places])
+    groups: dict[str, dict[tuple[str, str], int]] = {"native": {}, "decomposed": {}, "bridge": {}}
+    for (op, route, where), count in events.counts.items():
+        groups[route][op, where] = count
+    return Report(groups["native"], groups["decomposed"], groups["bridge"])

@@ -1,0 +1,56 @@
+"""Where JAX must not be called: in a call on one of several devices, and in forked processes."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from ._errors import Torch2JaxError
+
+# --- one of several devices ----------------------------------------------------------------------
+
+
+class _Thread(threading.local):
+    one_of_several = False
+
+
+_thread = _Thread()
+
+
+def on_one_of_several(run: Callable[..., Any]) -> Callable[..., Any]:
+    """``run``, on a thread that knows that its program runs on several devices at once."""
+
+    def call(*args: Any) -> Any:
+        before, _thread.one_of_several = _thread.one_of_several, True
+        try:
+            return run(*args)
+        finally:
+            _thread.one_of_several = before
+
+    return call
+
+
+def check_may_call_jax(what: str) -> None:
+    """Raise inside a call that runs on one of several devices: calling JAX there deadlocks.
+
+    Devices wait for each other in a collective, and what is called waits for a device.
+    """
+    if _thread.one_of_several:
+        raise Torch2JaxError(
+            f"{what} is called inside a torch2jax function that runs on several devices at once. "
+            "Calling JAX from there deadlocks when the devices wait for each other: make the JAX "
+            "call outside, or compose the functions in JAX."
+        )
+
+
+# --- forked processes ----------------------------------------------------------------------------
+
+
+def refuse_forked(*_: Any, **__: Any) -> Any:
+    """What stands for a call in a process that was forked: threads of JAX and locks are missing."""
+    raise Torch2JaxError(
+        "a torch2jax function is called in a process made by os.fork(), in which the threads of "
+        "JAX and PyTorch do not exist and their locks may be held for ever. Start processes by "
+        'multiprocessing.get_context("spawn") or "forkserver".'
+    )

@@ -1,0 +1,1 @@
+"""``device.jit``: a function of jax tensors as one compiled program."""

@@ -1,0 +1,143 @@
+"""What a function uses that is not among its arguments, found while it runs or is traced.
+
+NOTE [What a compiled function closes over]. A PyTorch function reads and writes tensors that are
+not among its arguments: a module's parameters, an optimizer's state. While it is traced, memory
+(cells) from before the trace becomes an input when it is first read; what is written to becomes an
+output, and so does memory that was made in the trace and outlives it. After each call the outputs
+are put into their cells. The first call runs step by step, so that state that is made lazily (an
+optimizer's) is there when the second one is traced.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import torch
+from jax.core import Tracer
+from torch.utils import _pytree as torch_tree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..._errors import Torch2JaxError
+from ..tensors.tensor import Cell, Tensor, captures
+from ..thread_state import state
+
+__all__ = ["Watch", "capturing", "noting_leaves"]
+
+
+class Leaves:
+    """The leaves, from before, that a function uses on this thread."""
+
+    def __init__(self) -> None:
+        self.thread = threading.get_ident()
+        self.started = Cell(None).serial
+        self.leaves: dict[int, weakref.ref[Tensor]] = {}
+
+    def born(self, cell: Cell) -> None:
+        pass
+
+    def read(self, x: Tensor) -> None:
+        self.seen(x)
+
+    def seen(self, x: Tensor) -> None:
+        if x.is_leaf and x._cell.serial < self.started and threading.get_ident() == self.thread:
+            self.leaves[id(x)] = weakref.ref(x)
+
+    def living(self) -> list[Tensor]:
+        found = (ref() for ref in self.leaves.values())
+        return [x for x in found if x is not None and x.is_leaf]
+
+
+class Capture(Leaves):
+    """What one trace reads, writes and makes. Belongs to the thread that traces."""
+
+    def __init__(self, inputs: Sequence[Cell]) -> None:
+        super().__init__()
+        self.known = set(map(id, inputs))
+        self.found: dict[int, tuple[Cell, Any]] = {}
+        """Cells from before the trace that were not known, with their arrays."""
+        self.made: list[weakref.ref[Cell]] = []
+
+    def born(self, cell: Cell) -> None:
+        if threading.get_ident() == self.thread:
+            self.made.append(weakref.ref(cell))
+
+    def read(self, x: Tensor) -> None:
+        self.seen(x)
+        cell = x._cell
+        if cell.serial > self.started or id(cell) in self.known or id(cell) in self.found:
+            return
+        if threading.get_ident() != self.thread or isinstance(cell.array, Tracer):
+            return
+        self.found[id(cell)] = (cell, cell.array)
+        # A tracer, so that whatever depends on it is traced.
+        cell.array = jax.lax.optimization_barrier(cell.array)
+
+    def survivors(self) -> list[Cell]:
+        cells = [ref() for ref in self.made]
+        return [c for c in cells if c is not None and isinstance(c.array, Tracer)]
+
+
+@contextlib.contextmanager
+def noting_leaves() -> Iterator[Leaves]:
+    capture = Leaves()
+    captures.append(capture)
+    try:
+        yield capture
+    finally:
+        captures.remove(capture)
+
+
+@contextlib.contextmanager
+def capturing(inputs: Sequence[Cell]) -> Iterator[Capture]:
+    capture = Capture(inputs)
+    captures.append(capture)
+    try:
+        yield capture
+    finally:
+        captures.remove(capture)
+        for cell, array in capture.found.values():
+            cell.array = array
+
+
+class Watch(TorchDispatchMode):
+    """Refuses writes to tensors of other devices from before the trace: they would happen once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ours: set[int] = set()
+        self.kept: list[Any] = []
+
+    def __enter__(self) -> Any:
+        state.watches += 1
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        state.watches -= 1
+        super().__exit__(*error)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func._schema.is_mutable:
+            for argument, x in zip(func._schema.arguments, args, strict=False):
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    self._refuse(func, x if isinstance(x, list | tuple) else [x])
+        out = func(*args, **kwargs)
+        for x in torch_tree.tree_leaves(out):
+            if type(x) is torch.Tensor:
+                self.ours.add(id(x))
+                self.kept.append(x)
+        return out
+
+    def _refuse(self, func: Any, written: Any) -> None:
+        for x in written:
+            if type(x) is torch.Tensor and id(x) not in self.ours:
+                raise Torch2JaxError(
+                    f"{func} writes to a tensor on {x.device} while a function is compiled for "
+                    "device jax: that would happen once, not at each call. Keep such state on "
+                    'the device: capturable=True for optimizers, tensor.to("jax") otherwise.'
+                )

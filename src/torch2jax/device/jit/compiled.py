@@ -1,0 +1,278 @@
+"""One compiled program of a function of tensors: inputs, outputs, state, and its derivative.
+
+NOTE [Gradients of leaves]. ``backward()`` in a compiled function makes a leaf's ``grad``, or adds
+to one that is there. Which of the two is part of the program, so there is one for each pattern of
+gradients that are there before the call; the memory of ``grad`` is looked up at each call, and a
+new one is put into the leaf after it. A leaf among the arguments has none in the trace; what it
+gets there is added after the call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import torch
+from torch.utils import _pytree as torch_tree
+
+from ..._compat.torch import compiling
+from ..._conversions.dtypes import dtype_j2t
+from ..._errors import Torch2JaxError
+from .. import random
+from ..operators.constants import value_of
+from ..tensors.tensor import Cell, Tensor, wrap, write
+from ..thread_state import lowering_scope
+from .captured import Watch, capturing
+
+__all__ = ["TENSOR", "Differentiable", "Plan", "unflatten_result"]
+
+TENSOR = object()
+"""In the place of a tensor in a tree."""
+
+
+class Plan:
+    """A compiled function for arguments of one structure, and leaves with or without gradients."""
+
+    def __init__(self, fn: Callable[..., Any], spec: Any, statics: Any, metas: Any, options: Any):
+        self.fn, self.spec, self.statics, self.metas = fn, spec, statics, metas
+        self.inputs: list[Cell] = []
+        self.written: list[int] = []
+        self.made: list[Cell] = []
+        self.leaves: list[weakref.ref[Tensor]] = []
+        self.of_grads: list[tuple[int, weakref.ref[Tensor]]] = []
+        """Inputs that are the memory of a leaf's gradient."""
+        self.new_grads: list[tuple[weakref.ref[Tensor], torch.dtype | None]] = []
+        """Leaves whose gradient is another after the call; None: they have none."""
+        self.argument_grads: list[tuple[int, torch.dtype]] = []
+        self.argument_writes: list[int] = []
+        self.others: dict[Any, Plan] = {}
+        self.out: Any = None
+        self.grad = torch.is_grad_enabled()
+        self.differentiable = False
+        self.draws = True
+        self.ran = False
+        self.ready = False
+        donate = (1,) if options.pop("donate_state", False) else ()
+        self.options = {**options, "donate_argnums": donate} if donate else options
+
+    # --- leaves and their gradients
+
+    def note(self, leaves: Sequence[Tensor], arguments: Sequence[Tensor]) -> None:
+        """Leaves that it closes over."""
+        known = {id(x) for x in (*arguments, *self.living())}
+        self.leaves += [weakref.ref(x) for x in leaves if id(x) not in known]
+
+    def living(self) -> list[Tensor]:
+        found = (ref() for ref in self.leaves)
+        return [x for x in found if x is not None and x.requires_grad and x.is_leaf]
+
+    def here(self) -> Plan:
+        """The plan for the leaves that have gradients now."""
+        have = tuple((id(x), x.grad is not None) for x in self.living())
+        plan = self.others.get(have)
+        if plan is None:
+            plan = self
+            if self.others:
+                plan = Plan(self.fn, self.spec, self.statics, self.metas, dict(self.options))
+                plan.grad, plan.differentiable = self.grad, self.differentiable
+                plan.leaves = self.leaves
+            self.others[have] = plan
+        for i, ref in plan.of_grads:
+            leaf = ref()
+            if leaf is not None and leaf.grad is not None:
+                plan.inputs[i] = leaf.grad._cell  # type: ignore[attr-defined]
+        return plan
+
+    # --- the traced function
+
+    def run(self, arrays: Any, state: Any, words: Any) -> Any:
+        """(results), (new state), (memory made in the trace, gradients, arguments written to)."""
+        before = [c.array for c in self.inputs]
+        versions = [c.version for c in self.inputs]
+        tensors: list[Any] = [
+            wrap(a, dtype).requires_grad_(needs and not self.differentiable)
+            for a, (dtype, needs) in zip(arrays, self.metas, strict=True)
+        ]
+        leaves = list(self.statics)
+        slots = iter(tensors)
+        leaves = [next(slots) if x is TENSOR else x for x in leaves]
+        args, kwargs = torch_tree.tree_unflatten(leaves, self.spec)
+        scope = lowering_scope() if self.differentiable else contextlib.nullcontext()
+        grads = [(x, x.grad) for x in self.living()]
+        try:
+            for cell, array in zip(self.inputs, state, strict=True):
+                cell.array = array
+            with capturing(self.inputs) as capture:
+                # It may be traced inside a forward pass of autograd, where gradients are off.
+                grad = torch.enable_grad if self.grad else torch.no_grad
+                key = random.drawing_from(words, words=True)
+                with key as stream, scope, grad(), compiling(), Watch():
+                    result = self.fn(*args, **kwargs)
+                self.draws = stream is not None and stream.count > 0
+                outs, self.out = _flatten_result(result)
+                results = [value_of(x) for x in outs]
+                given = [(i, x.grad) for i, x in enumerate(tensors) if x.grad is not None]
+                self.argument_grads = [(i, g.dtype) for i, g in given]
+                changed_grads = [(x, x.grad) for x, was in grads if x.grad is not was]
+                self.new_grads = [
+                    (weakref.ref(x), None if g is None else g.dtype) for x, g in changed_grads
+                ]
+                self.argument_writes = [i for i, x in enumerate(tensors) if x._cell.version]
+                new_arguments = [value_of(tensors[i]) for i in self.argument_writes]
+                after = [g for _, g in (*given, *changed_grads) if g is not None]
+                new_grads = [value_of(g) for g in after]  # type: ignore[arg-type]
+                for x, was in grads:
+                    x.grad = was
+                del result, args, kwargs, tensors, slots, leaves, given, changed_grads, after
+                found = [cell for cell, _ in capture.found.values()]
+                changed = [
+                    i
+                    for i, (c, v) in enumerate(zip(self.inputs, versions, strict=True))
+                    if c.version != v
+                ]
+                new_state = [self.inputs[i].array for i in changed]
+                del outs
+                made = [] if found else capture.survivors()
+                new_made = [c.array for c in made]
+        finally:
+            for x, was in grads:
+                x.grad = was
+            for cell, array in zip(self.inputs, before, strict=True):
+                cell.array = array
+        if found:
+            raise _MoreInputs(found)
+        self.written, self.made = changed, made
+        return results, new_state, (new_made, new_grads, new_arguments)
+
+    def prepare(self, arrays: Any) -> None:
+        """Find out what it closes over: trace until nothing new is found."""
+        while True:
+            state = [c.array for c in self.inputs]
+            try:
+                jax.eval_shape(self.run, arrays, state, random.NO_WORDS)
+                break
+            except _MoreInputs as more:
+                self.inputs += more.cells
+        for cell in self.made:  # made for a trace that is not used
+            cell.array = None
+        places = {id(c): i for i, c in enumerate(self.inputs)}
+        for x in self.living():
+            cell = None if x.grad is None else x.grad._cell  # type: ignore[attr-defined]
+            if cell is not None and id(cell) in places:
+                self.of_grads.append((places[id(cell)], weakref.ref(x)))
+        self.jitted = jax.jit(self.run, **self.options)
+        self.pulled = jax.jit(self._with_pullback)
+        self.ready = True
+
+    def _with_pullback(self, arrays: Any, state: Any, words: Any) -> Any:
+        def of(arrays: Any, state: Any) -> Any:
+            results, new_state, made = self.run(arrays, state, words)
+            return results, (new_state, made)
+
+        results, pull, (new_state, made) = jax.vjp(of, arrays, state, has_aux=True)
+        return results, new_state, made, pull
+
+    def check(self, tensors: Sequence[Tensor]) -> None:
+        if self.argument_writes and len({id(x._cell) for x in tensors}) < len(tensors):
+            raise Torch2JaxError(
+                "a compiled function writes to an argument that shares its memory with another "
+                "one: pass x.clone(), or close over the tensor."
+            )
+        for i, _ in self.argument_grads:
+            if not tensors[i].is_leaf:
+                raise Torch2JaxError(
+                    "backward() in a compiled function reaches an argument that is a result of "
+                    "other operations, whose graph it cannot follow: compute it in the function "
+                    "too, or pass x.detach()."
+                )
+
+    def finish(self, tensors: Sequence[Tensor], new_state: Any, made: Any) -> None:
+        for i, array in zip(self.written, new_state, strict=True):
+            cell = self.inputs[i]
+            cell.array, cell.recipe = array, None
+            cell.version += 1
+        made, new_grads, new_arguments = made
+        for i, array in zip(self.argument_writes, new_arguments, strict=True):
+            write(tensors[i], array)
+            torch.autograd.graph.increment_version(tensors[i])
+        for cell, array in zip(self.made, made, strict=True):
+            cell.array = array
+        grads = iter(new_grads)
+        for i, dtype in self.argument_grads:
+            _add_gradient(tensors[i], wrap(next(grads), dtype))
+        for ref, dtype in self.new_grads:
+            new = None if dtype is None else wrap(next(grads), dtype)
+            leaf = ref()
+            if leaf is not None:
+                leaf.grad = new
+
+
+def _add_gradient(x: Tensor, gradient: Tensor) -> None:
+    with torch.no_grad():
+        x.grad = gradient if x.grad is None else x.grad.add_(gradient)
+
+
+class _MoreInputs(Exception):
+    def __init__(self, cells: list[Cell]) -> None:
+        self.cells = cells
+
+
+def _flatten_result(result: Any) -> tuple[list[Tensor], Any]:
+    leaves, spec = torch_tree.tree_flatten(result)
+    outs = [x for x in leaves if isinstance(x, Tensor)]
+    rest = [(TENSOR, x.dtype) if isinstance(x, Tensor) else (None, x) for x in leaves]
+    return outs, (spec, rest)
+
+
+def unflatten_result(out: Any, tensors: Sequence[Any]) -> Any:
+    spec, rest = out
+    made = iter(tensors)
+    leaves = [next(made) if mark is TENSOR else x for mark, x in rest]
+    return torch_tree.tree_unflatten(leaves, spec)
+
+
+_pull = jax.jit(lambda pull, cotangents: pull(cotangents))
+
+
+class Differentiable(torch.autograd.Function):
+    """A compiled call whose derivative, compiled too, is JAX's."""
+
+    @staticmethod
+    def forward(ctx: Any, plan: Plan, words: Any, inputs: Any, count: int, *tensors: Any) -> Any:  # type: ignore[override]
+        arrays = [x._cell.array if x._chain is None else x.jax() for x in tensors[:count]]
+        state = [c.array for c in plan.inputs]
+        results, new_state, made, ctx.pull = plan.pulled(arrays, state, words)
+        plan.finish(tensors[:count], new_state, made)
+        ctx.needs = [id(x._cell) for x in tensors[count:]]
+        ctx.order = [id(c) for c in plan.inputs]
+        ctx.avals = [(r.shape, r.dtype) for r in results]
+        ctx.count = count
+        dtypes = [dtype for mark, dtype in plan.out[1] if mark is TENSOR]
+        outs = tuple(wrap(r, d) for r, d in zip(results, dtypes, strict=True))
+        ctx.mark_non_differentiable(
+            *[x for x in outs if not (x.is_floating_point() or x.is_complex())]
+        )
+        return outs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:  # type: ignore[override]
+        cotangents = []
+        for g, (shape, dtype) in zip(grads, ctx.avals, strict=True):
+            if not jax.numpy.issubdtype(dtype, jax.numpy.inexact):
+                cotangents.append(jax.numpy.zeros(shape, jax.dtypes.float0))
+            elif g is None:
+                cotangents.append(jax.numpy.zeros(shape, dtype))
+            else:
+                cotangents.append(jax.numpy.conj(g.jax()).astype(dtype))
+        by_argument, by_state = _pull(ctx.pull, cotangents)
+        found = list(by_argument) + [by_state[ctx.order.index(i)] for i in ctx.needs]
+        return (None, None, None, None, *[_gradient(g) for g in found])
+
+
+def _gradient(g: Any) -> Any:
+    if g is None or g.dtype == jax.dtypes.float0:
+        return None
+    return wrap(jax.numpy.conj(g), dtype_j2t(g.dtype))

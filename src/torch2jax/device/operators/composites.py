@@ -1,0 +1,158 @@
+"""Composite operators that are one call here: one program forward, and one backward.
+
+PyTorch makes a linear layer of ``t`` and ``addmm`` and of ten more calls in its backward pass; on
+small arrays each costs a dozen microseconds, whatever it computes. Kernels for autograd's key take
+such an operator as a whole, with a derivative that is one operator too. Where something looks at
+the parts (a transform of ``torch.func``, forward-mode derivatives, a mode, JAX's derivative of what
+PyTorch differentiates), and for rare arguments, they are PyTorch's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from ..._compat.torch import dispatch_modes, eager, plain_apply
+from ..tensors.tensor import Tensor
+from ..thread_state import state
+from .dispatch import dispatch
+from .unchecked import cov, istft
+
+__all__ = ["register_composites"]
+
+aten = torch.ops.aten
+
+
+class _Composite(NamedTuple):
+    """An operator that is linear in each operand, and its derivative; ``need`` is one flag each.
+
+    ``takes(operands)`` says whether the derivative covers them. ``saved(need)`` says which operands
+    it reads: PyTorch's parts keep no others, so those may be written to before the backward pass.
+    ``arguments(gradient, operands, need)`` are those of ``backward``; ``by_parts`` of the same is
+    the derivative in PyTorch's operators, which can be differentiated and mapped.
+    """
+
+    op: Any
+    backward: Any
+    takes: Callable[..., bool]
+    saved: Callable[[Any], tuple[bool, ...]]
+    arguments: Callable[[Any, Any, Any], tuple[Any, ...]]
+    by_parts: Callable[[Any, Any, Any], tuple[Any, ...]]
+
+
+def _takes_linear(input: Tensor, weight: Tensor, bias: Any = None) -> bool:
+    return weight.ndim == 2 and input.ndim > 0 and (bias is None or bias.shape == weight.shape[:1])
+
+
+def _linear_by_parts(g: Any, operands: Any, need: Any) -> tuple[Any, ...]:
+    input, weight, *_ = operands
+    rows = g.reshape(math.prod(g.shape[:-1]), g.shape[-1])
+    return (
+        g @ weight.conj() if need[0] else None,
+        rows.mT @ input.reshape(len(rows), input.shape[-1]).conj() if need[1] else None,
+        rows.sum(0) if len(need) > 2 and need[2] else None,
+    )
+
+
+def _matmul_by_parts(g: Any, operands: Any, need: Any) -> tuple[Any, ...]:
+    self, other = operands
+    a = self[None] if self.ndim == 1 else self
+    b = other[:, None] if other.ndim == 1 else other
+    g = g.unsqueeze(-1) if other.ndim == 1 else g
+    g = g.unsqueeze(-2) if self.ndim == 1 else g
+    da, db = (g @ b.mH).sum_to_size(a.shape), (a.mH @ g).sum_to_size(b.shape)
+    return da.reshape(self.shape), db.reshape(other.shape)
+
+
+_COMPOSITES = (
+    _Composite(
+        aten.linear.default,
+        aten.linear_backward.default,
+        _takes_linear,
+        lambda need: (need[1], need[0], False),
+        lambda g, x, need: (x[0], g, x[1], (need[0], need[1], len(need) > 2 and need[2])),
+        _linear_by_parts,
+    ),
+    _Composite(
+        aten.matmul.default,
+        aten.matmul_backward.default,
+        lambda self, other: self.requires_grad and other.requires_grad,
+        lambda need: need,
+        lambda g, x, need: (g, x[0], x[1], need),
+        _matmul_by_parts,
+    ),
+)
+
+
+def register_composites() -> Any:
+    """Put the kernels in place; they last as long as what is returned."""
+    library = torch.library.Library("aten", "IMPL")
+    for composite in _COMPOSITES:
+        kernel = _kernel(composite)
+        for key in ("AutogradLazy", "AutogradPrivateUse1"):
+            library.impl(composite.op._opname, kernel, key)
+    for name, kernel in {"ctc_loss.Tensor": _ctc_loss, "cov": cov, "istft": istft}.items():
+        for key in ("AutogradLazy", "AutogradPrivateUse1", "Lazy", "PrivateUse1"):
+            library.impl(name, kernel, key)
+    return library
+
+
+def _ctc_loss(scores: Any, targets: Any, steps: Any, sizes: Any, *rest: Any) -> Any:
+    """The lengths may be on the CPU, as they may beside CUDA tensors; a part divides by them."""
+    place = scores.device
+    return aten.ctc_loss.Tensor.decompose(scores, targets, steps.to(place), sizes.to(place), *rest)
+
+
+def _kernel(composite: _Composite) -> Callable[..., Any]:
+    op, apply = composite.op, plain_apply(_function(composite))
+
+    def kernel(*operands: Any) -> Any:
+        needed = False
+        for x in operands:
+            if type(x) is Tensor:
+                needed = needed or x.requires_grad
+            elif x is not None:
+                return op.decompose(*operands)
+        if not eager() or _watched():
+            return op.decompose(*operands)
+        if not (needed and torch.is_grad_enabled()):
+            return dispatch(op, (), operands)
+        if not composite.takes(*operands):
+            return op.decompose(*operands)
+        return apply(*operands)
+
+    return kernel
+
+
+def _watched() -> bool:
+    """Whether a mode that is not ours wants to see the parts."""
+    return dispatch_modes() > state.watches
+
+
+_AS_IT_IS = contextlib.nullcontext()
+
+
+def _function(composite: _Composite) -> Any:
+    op = composite.op
+
+    def forward(ctx: Any, *operands: Any) -> Any:
+        keep = composite.saved(ctx.needs_input_grad)
+        ctx.save_for_backward(*[x if k else None for x, k in zip(operands, keep, strict=False)])
+        with torch.enable_grad() if state.lowering else _AS_IT_IS:  # JAX differentiates it as well
+            return dispatch(op, (), operands)
+
+    def backward(ctx: Any, g: Any) -> Any:
+        operands, need = ctx.saved_tensors, ctx.needs_input_grad
+        if torch.is_grad_enabled() or type(g) is not Tensor or _watched():
+            found = composite.by_parts(g, operands, need)
+        else:
+            found = dispatch(composite.backward, (), composite.arguments(g, operands, need))
+        return found[: len(need)]
+
+    body = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    base: Any = torch.autograd.Function
+    return type(base)(op._opname, (base,), body)

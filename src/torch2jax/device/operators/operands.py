@@ -1,0 +1,145 @@
+"""The operands of a call: tensors and numbers, apart from the template of its other arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..._conversions.dtypes import x64_enabled
+from ..tensors.tensor import Tensor, captures, from_torch, wrap
+from ..thread_state import state
+
+__all__ = [
+    "Slot", "cells_of", "fill", "flatten", "foreign", "items_meet", "note_read", "template"
+]  # fmt: skip
+
+
+class Slot:
+    """The place of an operand in a template of arguments."""
+
+    __slots__ = ("index",)
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+
+def flatten(x: Any, operands: list[Any], key: list[Any], scalars: bool) -> None:
+    """Append the operands in ``x`` to ``operands``, and to ``key`` all that selects a program."""
+    t = type(x)
+    if t is Tensor:
+        operands.append(x)
+        chain = x._chain
+        key += (_kind(x), None if chain is None else chain.pattern, x.dtype)
+    elif t is float or t is int:
+        if scalars and (t is float or -(2**31) <= x < 2**31):
+            operands.append(x)
+            key.append(t)
+        else:  # 0.0 == -0.0, and NaN is not equal to itself
+            key += (t, repr(x) if t is float else x)
+    elif t is list or t is tuple or isinstance(x, list | tuple):
+        key += (list, len(x))
+        for y in x:
+            flatten(y, operands, key, scalars)
+    elif isinstance(x, torch.Tensor):
+        x = foreign(x)
+        operands.append(x)
+        key += (_kind(x), None, x.dtype)
+    else:
+        key += (t, x)
+
+
+def cells_of(operands: Sequence[Any]) -> list[int]:
+    """For each operand the first one with the same memory."""
+    first: dict[int, int] = {}
+    return [
+        first.setdefault(id(x._cell if type(x) is Tensor else x), i) for i, x in enumerate(operands)
+    ]
+
+
+def _kind(x: torch.Tensor) -> str:
+    """Of tensors without dimensions dtypes are promoted in another way."""
+    return "tensor" if x.ndim else "number"
+
+
+def items_meet(lists: Sequence[Sequence[Any]]) -> bool:
+    """Whether tensors at two places of lists see the same elements, taking views as whole spans."""
+    tensors = [(i, x) for xs in lists for i, x in enumerate(xs) if type(x) is Tensor]
+    if len({id(x._cell) for _, x in tensors}) == len(tensors):
+        return False
+    spans: dict[int, list[tuple[int, int, int]]] = {}
+    for i, x in tensors:
+        stride: Any = x.stride()
+        start: Any = x.storage_offset()
+        reach = 1 + sum((n - 1) * s for n, s in zip(x.shape, stride, strict=True))
+        if x.numel():
+            spans.setdefault(id(x._cell), []).append((start, start + reach, i))
+    for found in spans.values():
+        end, item = 0, -1
+        for start, stop, i in sorted(found):
+            if start < end and i != item:
+                return True
+            end, item = max(end, stop), i
+    return False
+
+
+def template(x: Any, count: list[int], scalars: bool) -> Any:
+    """The arguments with a slot for each operand, in the order of ``flatten``."""
+    t = type(x)
+    if (
+        isinstance(x, torch.Tensor)
+        or (t is float and scalars)
+        or (t is int and scalars and -(2**31) <= x < 2**31)
+    ):
+        count[0] += 1
+        return Slot(count[0] - 1)
+    if isinstance(x, list | tuple):
+        return [template(y, count, scalars) for y in x]
+    return x
+
+
+def fill(x: Any, values: Sequence[Any]) -> Any:
+    if type(x) is Slot:
+        return values[x.index]
+    if type(x) is list:
+        return [fill(y, values) for y in x]
+    return x
+
+
+def foreign(x: torch.Tensor) -> Tensor:
+    """A tensor of another device: a number, or with ``lower=True`` a constant."""
+    if isinstance(x, Tensor):
+        return x
+    if x.device.type == "meta" or type(x) not in _PLAIN:
+        raise RuntimeError(
+            f"Expected all tensors to be on the same device, got one on {x.device} of type "
+            f"{type(x).__name__} beside one on jax:0."
+        )
+    if x.ndim and not (state.lowering or state.foreign):
+        raise RuntimeError(
+            "Expected all tensors to be on the same device, but found at least two devices, jax:0 "
+            f'and {x.device}. Move the other one: tensor.to("jax").'
+        )
+    if x.ndim == 0 and x.dtype in (torch.float64, torch.complex128) and not x64_enabled():
+        # Beside tensors it does not decide the dtype, and torch makes such numbers by itself.
+        x = x.detach().to(torch.float32 if x.dtype is torch.float64 else torch.complex64)
+    if not state.lowering:
+        return wrap(from_torch(x), x.dtype)
+    # Within one trace a constant that is used often is one constant; the tensor is kept for its id.
+    version = 0 if x.is_inference() else x._version
+    cached = state.constants.get(id(x))
+    if cached is None or cached[0] is not x or cached[1] != version:
+        cached = state.constants[id(x)] = (x, version, from_torch(x))
+    return wrap(cached[2], x.dtype)
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def note_read(operands: Sequence[Any]) -> None:
+    """What ``device.jit`` traces sees memory from before as an input, not as a constant."""
+    for x in operands:
+        if type(x) is Tensor:
+            for capture in captures:
+                capture.read(x)

@@ -1,0 +1,250 @@
+"""What an operator does for arguments of one kind: a function of arrays, by one of three ways."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+from jax.core import Tracer
+from torch.utils import _pytree as torch_tree
+from torch.utils._python_dispatch import _disable_current_modes
+
+from ..._bridge.calls.function import TorchFunction
+from ..._bridge.calls.options import Config as Options
+from ..._bridge.wrapping import wrapped
+from ..._conversions.convert import j2t
+from ..._conversions.dtypes import dtype_j2t, x64_enabled
+from ...lowerings.registry import DataDependentShape
+from ...lowerings.vision import SHAPES_DEPEND_ON_VALUES
+from ..tensors.tensor import Tensor, from_torch, wrap
+from ..thread_state import state
+from .constants import value_of
+from .operands import cells_of, fill, template
+from .route import Route
+
+__all__ = ["NoDecompositionHere", "Program"]
+
+_PYTHON = {bool: torch.bool, int: torch.int64, float: torch.float32, complex: torch.complex64}
+_IGNORED = ("layout", "pin_memory", "memory_format", "non_blocking")
+
+
+class NoDecompositionHere(Exception):
+    """A decomposition does not cover these arguments, or calls its own operator."""
+
+
+class Program:
+    """A function of the arrays of the operands' cells; in-place writes are part of it.
+
+    ``patterns`` (of their chains) and ``dtypes`` are those of the operands, None for numbers; what
+    is a view comes as ``Chain.operand`` has it. ``mutated`` says which operands are written to;
+    ``torch_dtypes`` are those of the results, known once it has run.
+    """
+
+    def __init__(self, route: Route, args: Any, kwargs: Any, operands: Sequence[Any]) -> None:
+        count = [0]
+        self.route = route
+        self.args = [template(a, count, s) for a, s in zip(args, route.scalars, strict=False)]
+        self.kwargs = {k: template(a, count, route.scalar(k)) for k, a in kwargs.items()}
+        tensors = [x if type(x) is Tensor else None for x in operands]
+        chains = [None if t is None else t._chain for t in tensors]
+        self.patterns = [None if c is None else c.pattern for c in chains]
+        self.dtypes = [t.dtype if t is not None else None for t in tensors]
+        self.mutated = route.written(self.args, self.kwargs)
+        self.outs = set(self.mutated if route.to_outs else ())
+        self.cells = cells_of(operands)
+        self.views_written = [slot for slot in self.mutated if chains[slot] is not None]
+        self.torch_dtypes: list[torch.dtype] = []
+        self.jitted = jax.jit(self.run)
+
+    def values(self, arrays: Sequence[Any]) -> list[Any]:
+        return [a if p is None else p.get(a) for a, p in zip(arrays, self.patterns, strict=True)]
+
+    def run(self, *arrays: Any) -> tuple[Any, list[Any]]:
+        """Results, and the new arrays of the cells that are written to. Traced."""
+        key = None
+        if self.route.random:
+            key, arrays = arrays[-1], arrays[:-1]
+        out, new = self.compute(self.values(arrays), key)
+        latest: dict[int, Any] = {}
+        for slot, value in zip(self.mutated, new, strict=True):
+            pattern, cell = self.patterns[slot], self.cells[slot]
+            if pattern is not None:
+                value = pattern.set(arrays[slot], latest.get(cell), value)
+            latest[cell] = value
+        return out, [latest[self.cells[slot]] for slot in self.mutated]
+
+    def compute(self, values: list[Any], key: Any) -> tuple[Any, list[Any]]:
+        """Results and new values of what is written to, from the values of all operands."""
+        out, new = self._results(values, key)
+        checked = []
+        for slot, value in zip(self.mutated, new, strict=True):
+            old, dtype = values[slot], self.dtypes[slot]
+            assert dtype is not None
+            if value.shape != old.shape and not self._resized(slot):
+                value = jax.numpy.broadcast_to(value, old.shape)
+            if value.dtype != old.dtype:
+                have = dtype_j2t(value.dtype)
+                if not torch.can_cast(have, dtype):
+                    raise RuntimeError(
+                        f"result type {have} can't be cast to the desired output type {dtype}"
+                    )
+                value = jax.lax.convert_element_type(value, old.dtype)
+            checked.append(value)
+        return out, checked
+
+    def _resized(self, slot: int) -> bool:
+        """``out=`` takes the shape of the result."""
+        return slot in self.outs and self.patterns[slot] is None
+
+    def _results(self, values: list[Any], key: Any) -> tuple[Any, list[Any]]:
+        route = self.route
+        new = None
+        if route.kind == "native":
+            out = self._native(values, key)
+        elif route.kind == "decomposed":
+            out, new = self._decomposed(values)
+        else:
+            out, new = self._bridged(values)
+        if new is not None:
+            return out, new
+        if not route.mutable:
+            return out, []
+        n = route.returns
+        if route.returns_mutated or not n:
+            return None, jax.tree.leaves(out)[: len(self.mutated)]
+        # The functional form returns what is written to after the results.
+        self.torch_dtypes = self.torch_dtypes[:n]
+        return (out[0] if n == 1 else tuple(out[:n])), list(out[n:])
+
+    # --- the three ways: results, and new values of what ``func`` itself wrote to
+
+    def _arguments(self, values: Sequence[Any]) -> tuple[list[Any], dict[str, Any]]:
+        kwargs = {k: fill(v, values) for k, v in self.kwargs.items() if k not in self.route.drop}
+        return [fill(a, values) for a in self.args], kwargs
+
+    def _native(self, values: list[Any], key: Any) -> Any:
+        lowered = self.route.lowered
+        args, kwargs = self._arguments(values)
+        given = {k: v for k, v in kwargs.items() if k not in _IGNORED and k != "device"}
+        try:
+            out = lowered.fn(key, *args, **given) if lowered.random else lowered.fn(*args, **given)
+        except (TypeError, ValueError) as error:
+            if type(error) not in (TypeError, ValueError):
+                raise
+            # As PyTorch does; a TypeError would be lost in a + b, where Python tries b's way.
+            kinds = [str(jax.typeof(v)) for v, d in zip(values, self.dtypes, strict=True) if d]
+            raise RuntimeError(f"{self.route.func} of {', '.join(kinds)}: {error}") from error
+        self.torch_dtypes = self._dtypes_of(out, args, kwargs, values)
+        return out
+
+    def _decomposed(self, values: list[Any]) -> tuple[Any, list[Any] | None]:
+        """Through a function of tensors, here tensors that hold the values."""
+        route = self.route
+        tensors = [v if d is None else wrap(v, d) for v, d in zip(values, self.dtypes, strict=True)]
+        args, kwargs = self._arguments(tensors)
+        before = state.active
+        state.active = (*before, route.target)
+        state.composite += 1
+        try:
+            out = route.decomposition(*args, **kwargs)
+        finally:
+            state.composite -= 1
+            state.active = before
+        if out is NotImplemented:
+            raise NoDecompositionHere
+        leaves = [x for x in torch_tree.tree_leaves(out) if x is not None]
+        self.torch_dtypes = [
+            x.dtype if isinstance(x, torch.Tensor) else _PYTHON[type(x)] for x in leaves
+        ]
+        arrays = jax.tree.map(_array_of, out, is_leaf=lambda x: isinstance(x, torch.Tensor))
+        if route.mutable and not route.pure:
+            new = [value_of(tensors[slot]) for slot in self.mutated]
+            return (None if route.returns_mutated else arrays), new
+        return arrays, None
+
+    def _bridged(self, values: list[Any]) -> tuple[Any, list[Any] | None]:
+        """The operator itself, on PyTorch's own tensors."""
+        route, pure = self.route, self.route.pure
+        spots = [i for i, d in enumerate(self.dtypes) if d is not None]
+        seen: list[list[torch.dtype]] = []
+
+        def run(*tensors: torch.Tensor) -> Any:
+            full = list(values)
+            for i, t in zip(spots, tensors, strict=True):
+                full[i] = t.clone() if not pure and i in self.mutated else t
+            args, kwargs = self._arguments(full)
+            if "device" in kwargs:
+                kwargs["device"] = "cpu"
+            out = route.target(*args, **kwargs)
+            if route.returns_mutated:
+                out = None
+            seen.append([x.dtype for x in torch_tree.tree_leaves(out) if x is not None])
+            return out if pure else (out, [full[slot] for slot in self.mutated])
+
+        tensors = [values[i] for i in spots]
+        dtypes = [self.dtypes[i] for i in spots]
+        if any(isinstance(t, Tracer) for t in tensors):
+            dynamic = torch.Tag.dynamic_output_shape in route.target.tags
+            if dynamic or route.target.name() in SHAPES_DEPEND_ON_VALUES:
+                raise DataDependentShape(route.func)
+            options = Options(arg_dtypes=tuple(dtypes))
+            bridged = wrapped(TorchFunction, run, route.target.name(), options)
+            out = bridged(*tensors)
+        else:
+            with torch.no_grad(), _disable_current_modes():
+                host = [j2t(np.asarray(t)).to(d) for t, d in zip(tensors, dtypes, strict=True)]
+                results = run(*host)
+                out = torch_tree.tree_map(
+                    lambda x: from_torch(x) if isinstance(x, torch.Tensor) else x, results
+                )
+        self.torch_dtypes = seen[-1] if seen else self.torch_dtypes
+        return (out, None) if pure else (out[0], list(out[1]))
+
+    # --- PyTorch's dtypes of the results
+
+    def _dtypes_of(self, out: Any, args: Any, kwargs: Any, values: Any) -> list[torch.dtype]:
+        """An int32 array stands for int64 too while x64 is off."""
+        leaves = [x if hasattr(x, "dtype") else np.asarray(x) for x in jax.tree.leaves(out)]
+        found = [dtype_j2t(x.dtype) for x in leaves]
+        if x64_enabled() or torch.int32 not in found:
+            return found
+        narrow = torch.int64
+        if self.route.lowered.int32 or torch.int32 in (*args, *kwargs.values()):
+            narrow = torch.int32
+        elif torch.int64 in (*args, *kwargs.values()):
+            narrow = torch.int64
+        elif torch.int32 in self.dtypes:
+            asked = self._asked(values)
+            if asked is not None and len(asked) == len(found):
+                return asked
+            ints = [d for d in self.dtypes if d in (torch.int32, torch.int64)]
+            narrow = torch.int32 if all(d is torch.int32 for d in ints) else torch.int64
+        return [narrow if d is torch.int32 else d for d in found]
+
+    def _asked(self, values: Any) -> list[torch.dtype] | None:
+        """What PyTorch says of the dtypes of the results, asked with meta tensors."""
+        metas = [
+            v if d is None else torch.empty(v.shape, dtype=d, device="meta")
+            for v, d in zip(values, self.dtypes, strict=True)
+        ]
+        metas = [0 if isinstance(v, Tracer) else v for v in metas]  # a number
+        args, kwargs = self._arguments(metas)
+        if "device" in kwargs:
+            kwargs["device"] = "meta"
+        try:
+            with _disable_current_modes():
+                out = self.route.target(*args, **kwargs)
+        except Exception:  # it has no kernel for meta tensors
+            return None
+        return [x.dtype for x in torch_tree.tree_leaves(out) if isinstance(x, torch.Tensor)]
+
+
+def _array_of(x: Any) -> Any:
+    if isinstance(x, Tensor):
+        return value_of(x)
+    if isinstance(x, torch.Tensor):
+        return from_torch(x)
+    return x

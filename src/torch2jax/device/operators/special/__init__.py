@@ -1,0 +1,7 @@
+"""Operators that no JAX function of their operands can express. Importing fills the table."""
+
+from . import changes as changes
+from . import indices as indices
+from . import layers as layers
+from . import moves as moves
+from . import values as values

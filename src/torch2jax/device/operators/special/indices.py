@@ -1,0 +1,114 @@
+"""Indexing with masks, whose values decide the shape of the result."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+from jax.core import Tracer
+
+from ...._compat.jax import trace_state_clean
+from ....lowerings.registry import TABLE, DataDependentShape
+from ...tensors.tensor import Tensor, read, wrap
+from ...thread_state import foreign_allowed
+from ..operands import foreign
+from .table import aten, ordinary_way, special
+
+# --- masks as indices ----------------------------------------------------------------------------
+
+
+def _without_masks(x: Tensor, indices: Any, what: str) -> list[Any]:
+    """Indices with the places of a mask for the mask, whose values are read."""
+    found: list[Any] = []
+    for index in indices:
+        if index is None:
+            found.append(None)
+            continue
+        index = foreign(index) if type(index) is not Tensor else index
+        if index.dtype in (torch.bool, torch.uint8):
+            if isinstance(read(index), Tracer):
+                raise DataDependentShape(what)
+            places = np.nonzero(np.asarray(read(index)))
+            found += [wrap(jax.numpy.asarray(p, np.int32), torch.int64) for p in places]
+        else:
+            found.append(index)
+    return found
+
+
+def _has_mask(indices: Any) -> bool:
+    return any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in indices)
+
+
+_scalar_tensor = ordinary_way(aten.scalar_tensor.default)
+
+
+@special(aten.scalar_tensor.default)
+def _number(args: Any, kwargs: Any) -> Any:
+    """As which ``x[i] = 1.5`` brings its value; another value is not another program."""
+    dtype = kwargs.get("dtype")
+    if dtype is None or not trace_state_clean():
+        return _scalar_tensor(args, kwargs)
+    return wrap(TABLE[aten.scalar_tensor.default].fn(*args, **kwargs), dtype)
+
+
+_index = ordinary_way(aten.index.Tensor)
+
+
+@special(aten.index.Tensor)
+def _index_tensor(args: Any, kwargs: Any) -> Any:
+    x, indices = _beside(args[0]), args[1]
+    if _has_mask(indices):
+        indices = _without_masks(x, indices, "an index that is a mask")
+    return _index((x, [i if i is None else _beside(i) for i in indices]), kwargs)
+
+
+def _beside(x: Any) -> Any:
+    """An index may be on the CPU, as it may beside CUDA tensors."""
+    if type(x) is Tensor:
+        return x
+    with foreign_allowed():
+        return foreign(x)
+
+
+def index_put(func: Any) -> Any:
+    plain = ordinary_way(func)
+
+    def handler(args: Any, kwargs: Any) -> Any:
+        x, indices, values, *rest = args
+        accumulate = kwargs.get("accumulate", rest[0] if rest else False)
+        if _has_mask(indices):
+            only = [i for i in indices if i is not None]
+            whole = len(only) == 1 and indices[0] is not None and only[0].dtype is torch.bool
+            if whole and not accumulate and values.numel() == 1:
+                return _masked(func, x, _beside(only[0]), values)
+            if whole and isinstance(read(_beside(only[0])), Tracer):
+                return _masked_rows(func, x, _beside(only[0]), values, accumulate)
+            indices = _without_masks(x, indices, "an index that is a mask")
+        indices = [i if i is None else _beside(i) for i in indices]
+        return plain((x, indices, values, *rest), kwargs)
+
+    return handler
+
+
+def _masked(func: Any, x: Any, mask: Any, values: Any) -> Any:
+    """``x[mask] = number`` needs no places, so it works on tracers as well."""
+    mask = mask.view(*mask.shape, *[1] * (x.ndim - mask.ndim))
+    number = values.reshape(()).to(x.dtype)
+    if func._schema.is_mutable:
+        return aten.masked_fill_.Tensor(x, mask, number)
+    return aten.masked_fill.Tensor(x, mask, number)
+
+
+def _masked_rows(func: Any, x: Any, mask: Any, values: Any, accumulate: bool) -> Any:
+    """``x[mask] = values``: the k-th place that is true takes the k-th row, or all the only one."""
+    places = aten.cumsum.default(mask.reshape(-1), 0) - 1
+    row = x.shape[mask.ndim :]
+    rows = values.expand(-1 if values.ndim > len(row) else 1, *row)
+    taken = aten.index_select.default(rows, 0, places.clamp(0, rows.shape[0] - 1))
+    taken = taken.reshape(x.shape)
+    new = aten.where.self(
+        mask.view(*mask.shape, *[1] * len(row)), x + taken if accumulate else taken, x
+    )
+    return aten.copy_.default(x, new) if func._schema.is_mutable else new

@@ -1,0 +1,64 @@
+"""Layers that write to their operands without their schema saying so, and packed sequences."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+
+from ...tensors.tensor import Tensor, to_torch, wrap
+from .table import aten, special
+
+# --- batch norm, whose statistics are written to without the schema saying so -------------------
+
+
+@special(
+    aten.native_batch_norm.default,
+    aten._native_batch_norm_legit.default,
+)
+def _batch_norm(args: Any, kwargs: Any) -> Any:
+    x, weight, bias, mean, var, training, momentum, eps = args
+    functional = aten._native_batch_norm_legit_functional.default
+    if mean is None:
+        return aten._native_batch_norm_legit.no_stats(x, weight, bias, training, momentum, eps)
+    out, saved_mean, saved_invstd, new_mean, new_var = functional(
+        x, weight, bias, mean, var, training, momentum, eps
+    )
+    if training:
+        aten.copy_.default(mean, new_mean)
+        aten.copy_.default(var, new_var)
+    return out, saved_mean, saved_invstd
+
+
+@special(aten._batch_norm_with_update.default)
+def _batch_norm_with_update(args: Any, kwargs: Any) -> Any:
+    x, weight, bias, mean, var, momentum, eps = args
+    out = _batch_norm((x, weight, bias, mean, var, True, momentum, eps), {})
+    return (*out, wrap(jax.numpy.zeros((0,), np.uint8), torch.uint8))
+
+
+@special(getattr(aten._nested_tensor_from_mask_left_aligned, "default", None))
+def _no_nested_tensor(args: Any, kwargs: Any) -> bool:
+    """``nn.TransformerEncoder`` asks whether a padded batch can be a nested tensor."""
+    return False
+
+
+# --- lengths, which are on the CPU beside tensors of any device ----------------------------------
+
+
+@special(aten._pack_padded_sequence.default)
+def _pack_padded_sequence(args: Any, kwargs: Any) -> Any:
+    """The places of what is kept, by PyTorch's own kernel; sizes of batches stay on the CPU."""
+    x, lengths, batch_first = args
+    if type(lengths) is Tensor:
+        lengths = to_torch(lengths, "the lengths of pack_padded_sequence")
+    if batch_first:
+        x = aten.transpose.int(x, 0, 1)
+    steps, batch = x.shape[:2]
+    index = torch.arange(steps * batch, device="cpu").view(steps, batch, 1)
+    places, sizes = aten._pack_padded_sequence.default(index, lengths, False)
+    rows = aten.reshape.default(x, [steps * batch, *x.shape[2:]])
+    kept = wrap(jax.numpy.asarray(places.flatten().numpy(), np.int32), torch.int64)
+    return aten.index_select.default(rows, 0, kept), sizes

@@ -1,0 +1,120 @@
+"""Operators that are no function of arrays: they move, ask for values, or change a tensor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ...._conversions.dtypes import x64_enabled
+from ...._errors import Torch2JaxError
+from ....lowerings.promotion import cast
+from ...tensors.tensor import (
+    Tensor,
+    carried,
+    from_torch,
+    only_one,
+    to_torch,
+    wrap,
+    write,
+)
+from ...thread_state import state
+from ..operator import Operator
+from .changes import in_place_view
+from .indices import index_put
+from .table import aten, special
+
+
+def _is_ours(device: Any) -> bool:
+    return device is None or torch.device(device).type in ("jax", "lazy")
+
+
+# --- to and from other devices -------------------------------------------------------------------
+
+
+@special(aten._to_copy.default)
+def _to_copy(args: Any, kwargs: Any) -> Any:
+    x = args[0]
+    dtype = kwargs.get("dtype") or x.dtype
+    if state.float64_is_float32 and dtype is torch.float64 and not x64_enabled():
+        dtype = torch.float32
+    device = kwargs.get("device")
+    if _is_ours(device):
+        only_one(device)
+    if type(x) is not Tensor:
+        return wrap(cast(from_torch(x), carried(dtype)), dtype)
+    if _is_ours(device):
+        return _cast(x, dtype)
+    if torch.device(device).type == "meta":
+        return torch.empty(x.shape, dtype=dtype, device="meta")
+    return to_torch(x, f"to({device})").to(device=device, dtype=dtype)
+
+
+_astype: list[Any] = []
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Any:
+    carried(dtype)
+    if not _astype:
+        import torch._prims
+
+        _astype.append(torch.ops.prims.convert_element_type.default)
+    return _astype[0](x, dtype)
+
+
+@special(aten.copy_.default)
+def _copy_(args: Any, kwargs: Any) -> Any:
+    target, source = args[0], args[1]
+    if type(target) is not Tensor:
+        return target.copy_(to_torch(source, "copy_ into a CPU tensor"))
+    if type(source) is not Tensor:
+        if torch.nn.parameter.is_lazy(source):
+            raise Torch2JaxError(
+                "a parameter of a lazy module has no shape yet: call the module once where it is, "
+                'and move it to "jax" after that.'
+            )
+        if source.device.type == "meta":
+            raise RuntimeError("copy_ from a meta tensor, which has no values")
+        same = source.shape == target.shape and target._chain is None
+        source = source.detach().to(target.dtype)
+        value = wrap(from_torch(source), source.dtype)
+        if same and source.dtype == target.dtype:
+            write(target, value._cell.array)
+            return target
+        source = value
+    return _copy_op(target, source)
+
+
+_copy_op_cache: list[Any] = []
+
+
+def _copy_op(target: Tensor, source: Tensor) -> Any:
+    if not _copy_op_cache:
+        _copy_op_cache.append(Operator(aten.copy_.default))
+    return _copy_op_cache[0]((target, source), {})
+
+
+@special(aten.lift_fresh.default, aten.lift.default)
+def _lift(args: Any, kwargs: Any) -> Any:
+    return args[0]
+
+
+for _op, _name in (
+    (aten.t_.default, "t"),
+    (aten.transpose_.default, "transpose"),
+    (aten.squeeze_.default, "squeeze"),
+    (aten.squeeze_.dim, "squeeze"),
+    (aten.squeeze_.dims, "squeeze"),
+    (aten.unsqueeze_.default, "unsqueeze"),
+    (aten.as_strided_.default, "as_strided"),
+):
+    special(_op)(in_place_view(_name))
+
+
+for _op in (
+    aten.index_put.default,
+    aten.index_put_.default,
+    aten._index_put_impl_.default,
+    aten._unsafe_index_put.default,
+):
+    special(_op)(index_put(_op))

@@ -1,0 +1,70 @@
+"""Operators that ask for the values of a tensor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+from jax.core import Tracer
+
+from ...tensors.tensor import ValueNeeded, concrete, read, wrap
+from ...thread_state import state
+from .table import aten, ordinary_way, special
+
+# --- values --------------------------------------------------------------------------------------
+
+
+@special(aten._local_scalar_dense.default, aten.item.default)
+def _item(args: Any, kwargs: Any) -> Any:
+    return concrete(args[0], "item()").item()
+
+
+@special(aten.equal.default)
+def _equal(args: Any, kwargs: Any) -> Any:
+    a, b = args
+    if a.shape != b.shape:
+        return False
+    return bool(concrete(aten.all.default(aten.eq.Tensor(a, b)), "torch.equal"))
+
+
+@special(aten.is_pinned.default)
+def _is_pinned(args: Any, kwargs: Any) -> Any:
+    return False
+
+
+@special(
+    getattr(aten._assert_async, "default", None),
+    getattr(aten._assert_async, "msg", None),
+)
+def _assert_async(args: Any, kwargs: Any) -> Any:
+    value = read(args[0])
+    if not isinstance(value, Tracer) and not bool(value):
+        raise RuntimeError(
+            args[1] if len(args) > 1 else "Expected Tensor with single nonzero value"
+        )
+
+
+_is_all_true = ordinary_way(aten._is_all_true.default)
+
+
+@special(aten._is_all_true.default)
+def _holds(args: Any, kwargs: Any) -> Any:
+    """As which ``torch.distributions`` check their arguments: in a traced function they hold."""
+    if not isinstance(read(args[0]), Tracer):
+        return _is_all_true(args, kwargs)
+    with jax.ensure_compile_time_eval():
+        return wrap(jax.numpy.asarray(True), torch.bool)
+
+
+@special(aten._linalg_check_errors.default)
+def _linalg_check_errors(args: Any, kwargs: Any) -> Any:
+    """In a compiled program a singular matrix gives NaN or infinity, as in JAX."""
+    info, name = read(args[0]), args[1]
+    if isinstance(info, Tracer):
+        if state.compiling:
+            raise ValueNeeded(name)
+        return
+    if np.any(np.asarray(info)):
+        raise torch.linalg.LinAlgError(f"{name}: the matrix is singular or not positive definite")

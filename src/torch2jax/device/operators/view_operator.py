@@ -1,0 +1,138 @@
+"""View operators: results that share the memory of their operand, one step further in its chain."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jax.core import Tracer
+from torch.utils._python_dispatch import _disable_current_modes
+
+from ..._errors import Torch2JaxError
+from ...lowerings.views import OTHER_ELEMENTS, OTHER_VALUES
+from ..tensors.tensor import Tensor, captures, wrap_view
+from ..tensors.view_chains import ROOT
+from ..thread_state import state
+from .operands import foreign
+
+__all__ = ["ViewOperator"]
+
+
+def _frozen(x: Any) -> Any:
+    return tuple(map(_frozen, x)) if isinstance(x, list | tuple) else x
+
+
+class ViewOperator:
+    """An operator whose results share the memory of its operand."""
+
+    def __init__(self, func: Any) -> None:
+        self.func = func
+        self.strided = func is torch.ops.aten.as_strided.default
+        self.plain = func in (torch.ops.aten.alias.default, torch.ops.aten.detach.default)
+        self.detach = func is torch.ops.aten.detach.default
+        self.takes_lists = any("List" in str(a.type) for a in func._schema.arguments)
+        self.known: dict[Any, Any] = {}
+        """Chain and geometry of what came out, by those of the operand and the arguments."""
+
+    def __call__(self, args: Any, kwargs: Any) -> Any:
+        x: Any = args[0]
+        if torch.is_inference_mode_enabled() and not x.is_inference():
+            with torch.inference_mode(False):  # a view of an ordinary tensor is one
+                return self(args, kwargs)
+        if type(x) is not Tensor:
+            return self.func(foreign(x), *args[1:], **kwargs)
+        if captures:
+            for capture in captures:
+                capture.seen(x)
+        if state.events is not None and not state.composite:
+            state.events.add(self.func, "native")
+        chain = x._chain
+        if self.plain:
+            if self.detach and state.lowering and isinstance(x._cell.array, Tracer):
+                chain = (chain or ROOT).then(x.shape, self.func, ())
+            start: Any = x.storage_offset()
+            return wrap_view(x, chain, x.dtype, x.shape, x.stride(), start)
+        key = self._key(x, args, kwargs)
+        found = self.known.get(key)
+        if found is None:
+            if len(self.known) > 16384:
+                self.known.clear()
+            found = self.known[key] = self._found(x, *key)
+        if type(found) is list:
+            return [wrap_view(x, *where) for where in found]
+        return wrap_view(x, *found)
+
+    def _key(self, x: Tensor, args: Any, kwargs: Any) -> tuple[Any, ...]:
+        rest = tuple(map(_frozen, args[1:])) if self.takes_lists else args[1:]
+        if kwargs:
+            rest = self._positional(rest, kwargs)
+        stride: Any = x.stride()
+        return x._chain, x.dtype, x.shape, stride, x.storage_offset(), rest
+
+    def plan(self, args: Any, kwargs: Any) -> Any:
+        """How calls like this one, which has been made, are repeated: see ``dispatch``."""
+        x = args[0]
+        if self.plain:
+            found: Any = (x._chain, x.dtype, x.shape, x.stride(), x.storage_offset())
+        else:
+            found = self.known.get(self._key(x, args, kwargs))
+        several = type(found) is list
+        return None if found is None else (x._chain, tuple(found), several)
+
+    def _found(
+        self, x: Tensor, chain: Any, dtype: Any, size: Any, stride: Any, offset: Any, rest: Any
+    ) -> Any:
+        found = geometry(self.func, rest, dtype, size, stride, offset)
+        if self.strided:
+            return self._as_strided(x, rest, found)
+        base, here = chain or ROOT, (dtype, size, stride, offset)
+        blurs = self.func in OTHER_ELEMENTS and base.overlaps(size, stride)
+
+        def further(where: Any, index: int | None = None) -> Any:
+            if where == here and self.func not in OTHER_VALUES:  # what the operand sees: no step
+                return (chain, *where)
+            step = base.then(size, self.func, rest, index)
+            step.blurred = step.blurred or blurs
+            return (step, *where)
+
+        if type(found) is list:
+            return [further(where, i) for i, where in enumerate(found)]
+        return further(found)
+
+    def _positional(self, rest: tuple[Any, ...], kwargs: Any) -> tuple[Any, ...]:
+        """Arguments by position, with PyTorch's defaults between."""
+        full = list(rest)
+        for argument in self.func._schema.arguments[1 + len(rest) :]:
+            full.append(_frozen(kwargs.get(argument.name, argument.default_value)))
+        return tuple(full)
+
+    def _as_strided(self, x: Tensor, rest: Any, found: Any) -> Any:
+        """It addresses the memory itself, whatever part of it the operand sees."""
+        offset = rest[2] if len(rest) > 2 and rest[2] is not None else x.storage_offset()
+        steps = x._chain.steps if x._chain is not None else ()
+        if any(s.op in OTHER_ELEMENTS for s in steps):
+            raise Torch2JaxError(
+                "as_strided of a view with another dtype is not supported on device jax; clone() "
+                "the view first."
+            )
+        return (ROOT.then((), self.func, (rest[0], rest[1], offset)), *found)
+
+
+def geometry(
+    op: Any,
+    args: tuple[Any, ...],
+    dtype: torch.dtype,
+    size: tuple[int, ...],
+    stride: tuple[int, ...],
+    offset: int,
+) -> Any:
+    """(dtype, sizes, strides, offset) of what a view operator returns, one or a list, by torch."""
+    with _disable_current_modes(), torch.no_grad():
+        room = offset + 1 + sum((n - 1) * s for n, s in zip(size, stride, strict=True) if n)
+        base = torch.empty(room, dtype=dtype, device="meta").as_strided(size, stride, offset)
+        out = op(base, *args)
+
+    def of(x: torch.Tensor) -> Any:
+        return x.dtype, tuple(x.shape), x.stride(), x.storage_offset()
+
+    return [of(x) for x in out] if isinstance(out, list | tuple) else of(out)

@@ -1,0 +1,1 @@
+"""What ``device.enable()`` registers with PyTorch."""

@@ -1,0 +1,74 @@
+"""``torch.jax``: the module of functions that PyTorch asks of every device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .. import random
+
+
+class _Module:
+    """What PyTorch asks a device for: ``torch.jax``."""
+
+    def is_available(self) -> bool:
+        # What asks whether an accelerator is there wants to pin memory for it (DataLoader).
+        return False
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def is_built(self) -> bool:
+        return True
+
+    def _is_in_bad_fork(self) -> bool:
+        return False
+
+    def _lazy_init(self) -> None:
+        pass
+
+    def device_count(self) -> int:
+        return 1
+
+    def current_device(self) -> int:
+        return 0
+
+    def set_device(self, device: Any) -> None:
+        pass
+
+    def synchronize(self, device: Any = None) -> None:
+        """Programs are dispatched asynchronously, and values wait for themselves."""
+
+    def empty_cache(self) -> None:
+        pass
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16]
+
+    def manual_seed(self, seed: int) -> None:
+        random.seed(seed)
+
+    manual_seed_all = manual_seed
+
+    def seed(self) -> None:
+        random.seed(torch.seed())
+
+    def initial_seed(self) -> int:
+        return random.initial_seed()
+
+    def get_rng_state(self, device: Any = None) -> torch.Tensor:
+        return random.get_state()
+
+    def set_rng_state(self, state: torch.Tensor, device: Any = None) -> None:
+        random.set_state(state)
+
+    class device:  # the name that torch looks up: torch.jax.device(index)
+        def __init__(self, index: Any) -> None:
+            pass
+
+        def __enter__(self) -> None:
+            pass
+
+        def __exit__(self, *error: Any) -> None:
+            pass

@@ -1,0 +1,63 @@
+"""``torch.Generator(device="jax")``: a generator of PyTorch's for the CPU that says it is for jax.
+
+PyTorch makes generators of other devices in C++ alone, where a device made in Python has no say.
+What is drawn on device jax takes JAX keys from whatever generator it is given, see ``random``, so
+one of the CPU has all that is needed: a seed, a state, and a sequence of its own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..tensors.tensor import only_one
+
+__all__ = ["install"]
+
+_original: Any = torch._C.Generator
+
+
+class _IsGenerator(type(_original)):
+    """Every generator is an instance of what ``torch.Generator`` names."""
+
+    def __instancecheck__(self, instance: Any) -> bool:
+        return isinstance(instance, _original)
+
+    def __subclasscheck__(self, subclass: Any) -> bool:
+        return issubclass(subclass, _original)
+
+    def __call__(self, device: Any = "cpu") -> Any:
+        device = torch.device(device)
+        if device.type != "jax":
+            return _original(device)
+        only_one(device)
+        return super().__call__()
+
+
+class Generator(_original, metaclass=_IsGenerator):
+    __doc__ = _original.__doc__
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("jax", 0)
+
+    def clone_state(self) -> Any:
+        new = Generator("jax")
+        new.set_state(self.get_state())
+        return new
+
+    def __reduce__(self) -> Any:
+        return _restored, (self.get_state(),)
+
+
+def _restored(state: torch.Tensor) -> Any:
+    new = Generator("jax")
+    new.set_state(state)
+    return new
+
+
+def install() -> None:
+    """Put it where programs look; generators of other devices are made as before."""
+    Generator.__module__ = "torch"
+    torch.Generator = Generator

@@ -1,0 +1,1 @@
+"""The tensor of device "jax": its array, its views and its methods."""

@@ -1,0 +1,231 @@
+"""The tensor: a cell that holds one JAX array, and the view steps from there to what is seen.
+
+NOTE [The wrapper's C++ device is lazy]. To C++ a tensor is on "lazy:0", to Python on "jax:0".
+PyTorch's autograd engine gives each accelerator's backward a thread of its own, where JAX's tracers
+do not work, and asks its device guard there, which must not raise; for "lazy" backward stays on the
+caller's thread without a guard. Kernels are registered for both keys.
+"""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+from ..._compat.jax import ArrayImpl, get_opaque_trace_state, trace_state_clean
+from ..._conversions.convert import j2t, t2j
+from ..._errors import Torch2JaxError
+from ...lowerings.promotion import carried
+from .view_chains import Chain
+
+__all__ = [
+    "Cell",
+    "Tensor",
+    "become",
+    "from_torch",
+    "read",
+    "refuse_overlap",
+    "replace",
+    "to_torch",
+    "wrap",
+    "write",
+]
+
+LAZY = torch.device("lazy", 0)
+# Autocast's kernels are found by a key of their own, which "lazy" does not bring.
+AUTOCAST: Any = torch._C.DispatchKey.AutocastPrivateUse1  # type: ignore[attr-defined]
+OPTIONS = {"device": LAZY, "_extra_dispatch_keys": torch._C.DispatchKeySet(AUTOCAST)}
+make = torch.Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
+
+
+_serials = itertools.count()
+captures: list[Any] = []
+"""What ``device.jit`` is tracing, on all threads; see ``jitted``."""
+
+
+def note_born(cell: Cell) -> None:
+    for capture in captures:
+        capture.born(cell)
+
+
+class Cell:
+    """Memory: one array, in row-major order, which in-place operations replace.
+
+    ``recipe`` tells how a large constant of a trace was made, so that it need not be embedded in
+    the program: see ``constants``.
+    """
+
+    __slots__ = ("__weakref__", "array", "recipe", "serial", "version")
+
+    def __init__(self, array: Any, recipe: Any = None) -> None:
+        self.array, self.recipe, self.version = array, recipe, 0
+        self.serial = next(_serials)
+        if captures:
+            note_born(self)
+
+    def renew(self, array: Any) -> None:
+        """After a write."""
+        self.array, self.recipe = array, None
+        self.version += 1
+
+
+class Tensor(torch.Tensor):
+    """A PyTorch tensor on device "jax". Made by PyTorch's own functions, and by ``tensor``."""
+
+    _cell: Cell
+    _chain: Chain | None = None
+    _memo: Any = None
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    # ``__torch_dispatch__`` and the everyday methods are put in by ``dispatch`` and ``methods``.
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return device_of(self)
+
+    def jax(self) -> jax.Array:
+        """The JAX array of this tensor's values; a copy only where the tensor is a view.
+
+        In-place operations on the tensor do not change the array. While x64 is off it is int32 for
+        an int64 tensor. A tensor under a trace gives its tracer.
+        """
+        return read(self)
+
+
+def only_one(device: Any) -> None:
+    """Refuse "jax:1": there is one device, whose tensors may be on several of JAX's."""
+    if device is not None and device.index:
+        raise RuntimeError(
+            f"there is no device {device}: device jax has the index 0 alone. "
+            "device.mark_sharding puts a tensor on other devices of JAX."
+        )
+
+
+_JAX: list[torch.device] = []
+
+
+def device_of(x: Tensor) -> torch.device:
+    if not _JAX:
+        _JAX.append(torch.device("jax", 0))
+    return _JAX[0]
+
+
+def wrap(array: Any, dtype: torch.dtype, recipe: Any = None) -> Tensor:
+    """A new tensor with memory of its own that is ``array``."""
+    t = make(Tensor, array.shape, dtype=dtype, **OPTIONS)
+    t._cell = Cell(array, recipe)
+    return t
+
+
+def wrap_view(
+    base: Tensor,
+    chain: Chain | None,
+    dtype: torch.dtype,
+    size: Sequence[int],
+    stride: Sequence[int],
+    offset: int,
+) -> Tensor:
+    """A new tensor on the memory of ``base``."""
+    t = make(Tensor, size, stride, offset, dtype=dtype, **OPTIONS)
+    t._cell, t._chain = base._cell, chain
+    return t
+
+
+def read(t: Tensor) -> Any:
+    """The values of a tensor, an array or a tracer."""
+    return read_cell(t, t._cell.array)
+
+
+def read_cell(t: Tensor, array: Any) -> Any:
+    chain = t._chain
+    if chain is None:
+        return array
+    if type(array) is ArrayImpl and trace_state_clean():
+        return chain.read(array)
+    if type(array) is ArrayImpl:
+        with jax.ensure_compile_time_eval():
+            return chain.read(array)
+    # A view is computed once for each state of its memory and each trace that sees it.
+    trace = get_opaque_trace_state()
+    if t._memo is None or t._memo[0] is not array or t._memo[1] != trace:
+        t._memo = (array, trace, chain.get(array))
+    return t._memo[2]
+
+
+def write(t: Tensor, value: Any) -> None:
+    """Replace the values of a tensor; other tensors on the same memory see it."""
+    cell, chain = t._cell, t._chain
+    cell.renew(value if chain is None else chain.set(cell.array, value))
+
+
+def replace(t: Tensor, value: Any) -> None:
+    """``write``, of what may have another shape where it goes to an ``out=``."""
+    if value.shape == t.shape:
+        write(t, value)
+        return
+    if t.numel():
+        warnings.warn(
+            f"An output with one or more elements was resized since it had shape {list(t.shape)}, "
+            f"which does not match the required output shape {list(value.shape)}.",
+            UserWarning,
+            stacklevel=2,
+        )
+    become(t, wrap(value, t.dtype))
+
+
+def become(x: Tensor, other: Tensor) -> Tensor:
+    """Make ``x`` what ``other`` is: sizes, dtype and memory."""
+    torch.Tensor.data.__set__(x, other)  # type: ignore[attr-defined]
+    x._cell, x._chain, x._memo = other._cell, other._chain, None
+    return x
+
+
+def refuse_overlap(t: Tensor, fills: bool) -> None:
+    """A view that sees an element several times has no one value to write there, but to fill it."""
+    chain = t._chain
+    assert chain is not None
+    if chain.blurred or (not fills and chain.overlaps(t.shape, t.stride())):
+        raise RuntimeError(
+            "unsupported operation: more than one element of the written-to tensor refers to a "
+            "single memory location. Please clone() the tensor before performing the operation."
+        )
+
+
+def from_torch(x: torch.Tensor) -> Any:
+    """The array of a tensor that is not on device "jax": a copy, 64-bit integers checked."""
+    carried(x.dtype)
+    x = x.detach()
+    if x.layout is not torch.strided:
+        x = x.to_dense()
+    # An alias would see what torch writes later, so the memory has to be the array's own.
+    return t2j(x.resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format))
+
+
+class ValueNeeded(Torch2JaxError):
+    """A Python value is asked of a tensor that is being traced."""
+
+
+def concrete(t: Tensor, what: str) -> jax.Array:
+    """The values of a tensor, which are asked for as Python or NumPy objects."""
+    array = read(t)
+    if type(array) is not ArrayImpl and not isinstance(array, ArrayImpl):
+        raise ValueNeeded(
+            f"{what} asks for the values of a tensor that is being traced ({array.aval}): they are "
+            "known when the compiled program runs. Branch with torch.where, keep numbers as "
+            "tensors, or move this line out of the traced function."
+        )
+    return array
+
+
+def to_torch(t: Tensor, what: str = "cpu()") -> torch.Tensor:
+    """A copy of the values in PyTorch's own CPU memory, in the tensor's dtype."""
+    array = concrete(t, what)
+    with _disable_current_modes():
+        host = np.asarray(array)
+        return j2t(host).to(t.dtype)

@@ -1,0 +1,1 @@
+"""What a trace of a PyTorch function by JAX needs to know."""
