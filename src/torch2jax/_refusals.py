@@ -15,18 +15,18 @@ class _Thread(threading.local):
     one_of_several = False
 
 
-_thread = _Thread()
+_several_devices = _Thread()
 
 
 def on_one_of_several(run: Callable[..., Any]) -> Callable[..., Any]:
     """``run``, on a thread that knows that its program runs on several devices at once."""
 
     def call(*args: Any) -> Any:
-        before, _thread.one_of_several = _thread.one_of_several, True
+        before, _several_devices.one_of_several = _several_devices.one_of_several, True
         try:
             return run(*args)
         finally:
-            _thread.one_of_several = before
+            _several_devices.one_of_several = before
 
     return call
 
@@ -36,7 +36,7 @@ def check_may_call_jax(what: str) -> None:
 
     Devices wait for each other in a collective, and what is called waits for a device.
     """
-    if _thread.one_of_several:
+    if _several_devices.one_of_several:
         raise Torch2JaxError(
             f"{what} is called inside a torch2jax function that runs on several devices at once. "
             "Calling JAX from there deadlocks when the devices wait for each other: make the JAX "

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable as Function
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -15,7 +14,7 @@ import torch
 from ._bridge.calls import checks
 from ._bridge.calls.function import TorchFunction
 from ._bridge.calls.names import label_of
-from ._bridge.calls.options import Config
+from ._bridge.calls.options import Options
 from ._bridge.jax_side.batching import METHODS, VmapMethod
 from ._bridge.jax_side.exporting import provide
 from ._bridge.wrapping import process_lock, wrapped
@@ -24,7 +23,7 @@ from ._jax2torch.function import JaxFunction
 
 
 def torch2jax(
-    fn: Function[..., Any],
+    fn: Callable[..., Any],
     *example_args: Any,
     example_kw: dict[str, Any] | None = None,
     output_shapes: Any = None,
@@ -159,7 +158,7 @@ def torch2jax(
         else checks.names(static_argnames, "static_argnames", label),
         label,
     )
-    config = Config(
+    config = Options(
         examples=(example_args, example_kw or {}) if example_args or example_kw else None,
         output_shapes=output_shapes,
         depth=depth,
@@ -193,7 +192,7 @@ def torch2jax(
 
 
 def register(
-    fn: Function[..., Any], *example_args: Any, name: str, **options: Any
+    fn: Callable[..., Any], *example_args: Any, name: str, **options: Any
 ) -> TorchFunction:
     """Provide a function for exported programs that this process loads.
 
@@ -224,7 +223,7 @@ def register(
     keywords = options.pop("example_kw", None) or {}
     function = torch2jax(fn, name=name, **options)
     args, keywords = jax.tree.map(_struct, (example_args, keywords))
-    provide(name, function, *function.callable_for(args, keywords))
+    provide(name, function, *function.callee_for(args, keywords))
     return function
 
 
@@ -235,7 +234,7 @@ def _struct(x: Any) -> Any:
 
 
 def torch2jax_without_vjp(
-    fn: Function[..., Any], *example_args: Any, **options: Any
+    fn: Callable[..., Any], *example_args: Any, **options: Any
 ) -> TorchFunction:
     """``torch2jax(fn, ..., depth=0)``: forward only.
 
@@ -247,7 +246,7 @@ def torch2jax_without_vjp(
     return torch2jax(fn, *example_args, **{**options, "depth": 0})
 
 
-def torch2jax_with_vjp(fn: Function[..., Any], *example_args: Any, **options: Any) -> TorchFunction:
+def torch2jax_with_vjp(fn: Callable[..., Any], *example_args: Any, **options: Any) -> TorchFunction:
     """Deprecated: ``torch2jax`` defines derivatives by itself.
 
     Examples:

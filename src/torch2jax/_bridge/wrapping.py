@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Callable as Function
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
 import torch
 
 from .calls.function import TorchFunction
-from .calls.options import Config
+from .calls.options import Options
 
 _CPU = torch.device("cpu")
 
@@ -26,7 +25,7 @@ _wrapped: weakref.WeakValueDictionary[Hashable, TorchFunction] = weakref.WeakVal
 Wrapped = TypeVar("Wrapped", bound=TorchFunction)
 
 
-def wrapped(kind: type[Wrapped], fn: Function[..., Any], label: str, options: Config) -> Wrapped:
+def wrapped(kind: type[Wrapped], fn: Callable[..., Any], label: str, options: Options) -> Wrapped:
     """``fn`` as a JAX function of a kind; the same object for the same function and options."""
     key = (kind, _identity(fn), *options.key(label))
     with _lock:
@@ -36,7 +35,7 @@ def wrapped(kind: type[Wrapped], fn: Function[..., Any], label: str, options: Co
     return found  # type: ignore[return-value]  # its kind is a part of the key
 
 
-def _prepared(fn: Function[..., Any], config: Config) -> Function[..., Any]:
+def _prepared(fn: Callable[..., Any], config: Options) -> Callable[..., Any]:
     """``fn`` under its lock and the default device of wrap time."""
     contexts: list[Any] = [config.lock] if config.lock is not None else []
     if config.default_device != _CPU:

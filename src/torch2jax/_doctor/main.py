@@ -16,15 +16,15 @@ from .costs import costs
 from .findings import bridge, devices, memory, versions
 from .printing import as_text, print_rich
 from .proofs import proofs, told
-from .report import Check, Report
+from .report import Check, Diagnosis
 
 TIMEOUT = 300
 """Seconds after which the doctor prints where every thread hangs, and gives up."""
 
 
-def examine() -> Report:
+def examine() -> Diagnosis:
     """Look at everything, and run the proofs."""
-    report = Report()
+    report = Diagnosis()
     for section in (versions, devices, bridge, memory, proofs):
         try:
             report.checks += section()

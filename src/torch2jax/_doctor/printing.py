@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from .report import Check, Report
+from .report import Check, Diagnosis
 
 # -- on the terminal -------------------------------------------------------------------------------
 
@@ -12,7 +12,7 @@ MARKS = {"ok": "ok", "info": "-", "warning": "!", "failed": "FAILED"}
 COLOURS = {"ok": "green", "info": "dim", "warning": "yellow", "failed": "bold red"}
 
 
-def as_text(report: Report) -> str:
+def as_text(report: Diagnosis) -> str:
     """The report without colours."""
     lines = []
     for section, checks in _sections(report.checks):
@@ -24,7 +24,7 @@ def as_text(report: Report) -> str:
     return "\n".join([*lines, "", report.verdict])
 
 
-def print_rich(report: Report) -> None:
+def print_rich(report: Diagnosis) -> None:
     """The report in colours; ImportError where rich is not installed."""
     from rich.console import Console
     from rich.markup import escape

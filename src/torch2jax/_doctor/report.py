@@ -21,7 +21,7 @@ class Check:
 
 
 @dataclass
-class Report:
+class Diagnosis:
     """All that was found."""
 
     checks: list[Check] = field(default_factory=list)

@@ -1,8 +1,8 @@
 """Programs of JAX applied to tensors, with PyTorch's autograd and ``torch.func`` above them.
 
-NOTE [One Function]. ``Apply`` applies any program; its derivatives and batches apply derived
-programs, by ``Apply`` again wherever something may differentiate or batch them further. So every
-composition of transforms, to any order, is a chain of such applications.
+NOTE [One Function]. ``ApplyProgram`` applies any program; its derivatives and batches apply derived
+programs, by ``ApplyProgram`` again wherever something may differentiate or batch them further. So
+every composition of transforms, to any order, is a chain of such applications.
 
 NOTE [Residuals]. An application that a gradient is asked of runs the program's emission. The
 residuals are further results of it, without derivatives, and are saved like all tensors: hooks
@@ -40,7 +40,7 @@ from .._compat.torch import (
     unwrap_if_dead,
 )
 from .._conversions.dtypes import x64_enabled
-from .programs import Dims, Program
+from .programs import Dims, JaxProgram
 from .residuals import Facts, Indices
 from .transfer import to_arrays, to_tensors
 
@@ -55,11 +55,11 @@ class Call:
     kept: Any
     """What a backward pass needs beside saved tensors; None when it is freed. See ``Direct``."""
 
-    def __init__(self, program: Program, x64: bool, n_primals: int) -> None:
+    def __init__(self, program: JaxProgram, x64: bool, n_primals: int) -> None:
         self.program, self.x64 = program, x64
         self.n_primals = n_primals  # the operands after them are cotangents and held values
 
-    def another(self, program: Program, n_primals: int) -> Call:
+    def another(self, program: JaxProgram, n_primals: int) -> Call:
         """A call of a derived program."""
         return type(self)(program, self.x64, n_primals)
 
@@ -75,7 +75,7 @@ class Call:
         return to_tensors((*traced.outs, *traced.residuals), traced.facts.dtypes, on_cpu)
 
 
-def apply(program: Program, operands: Sequence[Any], kind: type[Call] = Call) -> Any:
+def apply(program: JaxProgram, operands: Sequence[Any], kind: type[Call] = Call) -> Any:
     """The results of a program, and the tree that they are the leaves of."""
     call = kind(program, x64_enabled(), len(operands))
     outs = _apply(call, operands)
@@ -89,7 +89,7 @@ def _apply(call: Call, operands: Sequence[Any]) -> Sequence[Tensor]:
         if transforms_active():
             if not innermost_is_vmap():
                 _emit(call, tuple(i for i, x in _tensors(operands) if asks_for_gradient(x)))
-            return Apply.apply(call, *operands)  # type: ignore[return-value]
+            return ApplyProgram.apply(call, *operands)  # type: ignore[return-value]
         if legacy_vmap_level() and any(is_legacy_batched(x) for _, x in _tensors(operands)):
             return _apply_rows(call, operands)
         alone = not forward_ad_active()
@@ -135,7 +135,7 @@ def _as_in_forward(rule: Callable[..., Any], ctx: Any, *args: Any) -> Any:
         return rule(ctx, *args)
 
 
-class Apply(torch.autograd.Function):
+class ApplyProgram(torch.autograd.Function):
     """See NOTE [One Function]."""
 
     @staticmethod
@@ -167,7 +167,7 @@ class Apply(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         if x64_enabled() is not ctx.call.x64:
-            return _as_in_forward(Apply.backward, ctx, *cotangents)
+            return _as_in_forward(ApplyProgram.backward, ctx, *cotangents)
         operands, held = _saved(ctx)
         n, needs = len(operands), ctx.needs_input_grad
         wrt = tuple([i for i in range(n) if needs[i + 1]])
@@ -183,7 +183,7 @@ class Apply(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         if x64_enabled() is not ctx.call.x64:
-            return _as_in_forward(Apply.jvp, ctx, *tangents)
+            return _as_in_forward(ApplyProgram.jvp, ctx, *tangents)
         operands, _ = _saved(ctx)
         n = len(operands)
         given = tangents[1:]
@@ -207,7 +207,7 @@ class Apply(torch.autograd.Function):
 
 
 class Direct(torch.autograd.Function):
-    """``Apply`` of an emission where nothing but autograd looks on. See NOTE [Residuals]."""
+    """``ApplyProgram`` of an emission where nothing but autograd looks on. See NOTE [Residuals]."""
 
     @staticmethod
     def forward(ctx: Any, call: Call, *operands: Any) -> tuple[Tensor, ...]:
@@ -259,7 +259,7 @@ class Direct(torch.autograd.Function):
         return _gradients(n, wrt, grads)
 
 
-_plain_apply = plain_apply(Apply)
+_plain_apply = plain_apply(ApplyProgram)
 _direct = plain_apply(Direct)
 
 

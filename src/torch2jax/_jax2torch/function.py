@@ -22,9 +22,9 @@ from .._conversions.dtypes import dtype_j2t, x64_enabled
 from .._errors import SignatureError, Torch2JaxError, UnsupportedDtypeError
 from .autograd import apply
 from .graph_sites import named
-from .programs import Function, Program
+from .programs import Function, JaxProgram
 
-Apply = Callable[[Any, Sequence[Any]], tuple[Sequence[torch.Tensor], Any]]
+Applier = Callable[[Any, Sequence[Any]], tuple[Sequence[torch.Tensor], Any]]
 
 _counter = itertools.count()
 
@@ -60,7 +60,7 @@ class _Entry:
             return fn(*args, **kwargs)
 
         check = functools.partial(_checked, label=label)
-        self.program = Program(Function(call, check, function.name))
+        self.program = JaxProgram(Function(call, check, function.name))
 
 
 class JaxFunction:
@@ -108,7 +108,7 @@ class JaxFunction:
             return self.call_by(apply_in_graph, args, kwargs)
         return self.call_by(apply, args, kwargs)
 
-    def call_by(self, apply: Apply, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call_by(self, apply: Applier, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call it: ``apply`` maps a program and its operands to results and their tree."""
         entry, operands = self._flatten(args, kwargs)
         for k in entry.nondiff:
@@ -124,7 +124,7 @@ class JaxFunction:
             raise
         return tree.unflatten(outs)
 
-    def _apply_on_device(self, apply: Apply, entry: _Entry, operands: list[Any]) -> Any:
+    def _apply_on_device(self, apply: Applier, entry: _Entry, operands: list[Any]) -> Any:
         """On the device that was asked for; without tensors on PyTorch's default device."""
         device = self.device or torch.get_default_device()
         for label, x in zip(entry.labels, operands, strict=True):

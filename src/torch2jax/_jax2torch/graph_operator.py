@@ -23,7 +23,7 @@ from .._conversions.dtypes import dtype_j2t, x64_enabled
 from .._errors import Torch2JaxError
 from .autograd import Call, apply
 from .graph_sites import Site, Tensor, kind_of, named, site_named
-from .programs import Program
+from .programs import JaxProgram
 
 
 @nonstrict_trace
@@ -35,8 +35,8 @@ def call_in_graph(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     return function.call_by(apply_in_graph, args, kwargs)
 
 
-def apply_in_graph(program: Program, operands: Sequence[Any]) -> Any:
-    """``apply`` of _reverse_autograd.py, as one node of a graph."""
+def apply_in_graph(program: JaxProgram, operands: Sequence[Any]) -> Any:
+    """``apply`` of ``autograd``, as one node of a graph."""
     if transforms_active() or forward_ad_active():  # there the operator has no derivatives
         return apply(program, operands, GraphCall)
     x64 = x64_enabled()

@@ -15,7 +15,7 @@ from .._compat.jax import precision
 from .._conversions.dtypes import canonical, dtype_t2j
 from .._errors import Torch2JaxError, UnsupportedDtypeError
 from .autograd import Call
-from .programs import Program
+from .programs import JaxProgram
 from .residuals import Traced
 
 named: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
@@ -37,7 +37,7 @@ class Site:
     """
 
     def __init__(
-        self, program: Program, kinds: tuple[Any, ...], n_primals: int, n_held: int, x64: bool
+        self, program: JaxProgram, kinds: tuple[Any, ...], n_primals: int, n_held: int, x64: bool
     ) -> None:
         self._program = weakref.ref(program)
         self.kinds, self.n_primals, self.n_held, self.x64 = kinds, n_primals, n_held, x64
@@ -46,7 +46,7 @@ class Site:
         _sites[self.name] = self
 
     @property
-    def program(self) -> Program:
+    def program(self) -> JaxProgram:
         program = self._program()
         if program is None:
             raise gone(self.name)
@@ -54,7 +54,7 @@ class Site:
 
     @staticmethod
     def of(
-        program: Program, kinds: tuple[Any, ...], n_primals: int, n_held: int, x64: bool
+        program: JaxProgram, kinds: tuple[Any, ...], n_primals: int, n_held: int, x64: bool
     ) -> Site:
         key = (kinds, n_primals, n_held, x64)
         site = program.sites.get(key)

@@ -6,7 +6,7 @@ A *program* maps arrays to a tuple of arrays. With operands ``x``, tangents ``t`
     Pushforward(f, S):  (x, t) -> ∂f/∂x_S(x) · t
     Pullback(f, S, D):  (x, c) -> (∂f_D/∂x_S(x))ᴴ · c
     Batch(f, dims):     f on every row of the operands whose dim is not None; rows at dim 0
-    Emission(f, S):     x -> f(x) and the residuals r that Pullback(f, S', D) reads, S' in S
+    WithResiduals(f, S):     x -> f(x) and the residuals r that Pullback(f, S', D) reads, S' in S
 
 are programs again, so derivatives of any order are calls of programs.
 
@@ -16,7 +16,7 @@ derivative of it would miss terms. ``Pullback(f, S, D, plan)`` takes ``(x, c, r)
 ignores ``r``.
 
 NOTE [Conjugates]. PyTorch's gradient is the conjugate transpose, JAX's cotangent the plain one:
-``Jᴴ c = conj(Jᵀ conj(c))``. The other direction is in _programs.py.
+``Jᴴ c = conj(Jᵀ conj(c))``. The other direction is in ``torch_side/derivatives.py``.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .residuals import Facts, Indices, Plan, Traced, unflatten
+from .residuals import Facts, Indices, PullbackRecipe, Traced, unflatten
 
 Flags = tuple[bool, ...]
 Dims = tuple["int | None", ...]
 Math = Callable[..., "Traced"]
-Asked = tuple["Program | None", Indices, Indices]
+Asked = tuple["JaxProgram | None", Indices, Indices]
 
 
 jax.tree_util.register_pytree_node(
@@ -72,7 +72,7 @@ class Function(Formula):
         return Traced(tuple(map(jnp.asarray, leaves)), (), Facts(tree))
 
 
-class Emission(Formula):
+class WithResiduals(Formula):
     """``x -> f(x), r``."""
 
     emits = False
@@ -88,7 +88,7 @@ class Emission(Formula):
         traced, pull = jax.vjp(
             _restricted(self.parent, self.wrt, operands), *operands_at(operands, self.wrt)
         )
-        plan = Plan(self.wrt, operands, traced, pull)
+        plan = PullbackRecipe(self.wrt, operands, traced, pull)
         residuals, plan.residuals = tuple(plan.residuals), []
         return Traced(traced.outs, residuals, Facts(traced.facts.tree, plan))
 
@@ -97,7 +97,7 @@ class Pullback(Formula):
     """``(x, c, r) -> Jᴴ c``. See NOTE [Two forms] and NOTE [Conjugates]."""
 
     def __init__(
-        self, parent: Formula, n: int, wrt: Indices, of: Indices, plan: Plan | None
+        self, parent: Formula, n: int, wrt: Indices, of: Indices, plan: PullbackRecipe | None
     ) -> None:
         super().__init__(f"{parent.name.removesuffix('_with_residuals')}_pullback")
         self.parent, self.n, self.wrt, self.of, self.plan = parent, n, wrt, of, plan
@@ -165,7 +165,7 @@ class Batch(Formula):
         return jax.vmap(self.parent.run, self.dims)(*operands)
 
 
-class Program:
+class JaxProgram:
     """A formula, compiled, and the programs derived from it, each made once.
 
     NOTE [No cycles]. Derived programs refer to formulas, never to programs, and what JAX's caches
@@ -177,9 +177,9 @@ class Program:
     def __init__(self, formula: Formula) -> None:
         self.formula, self.name = formula, formula.name
         self.emits, self.reads = formula.emits, formula.reads
-        self.is_emission = isinstance(formula, Emission)
-        self.sites: dict[Any, Any] = {}  # where compiled graphs call it: see _reverse_compile.py
-        self._derived: dict[Any, Program] = {}
+        self.is_emission = isinstance(formula, WithResiduals)
+        self.sites: dict[Any, Any] = {}  # where compiled graphs call it: see ``graph_sites``
+        self._derived: dict[Any, JaxProgram] = {}
         self._asked: dict[Any, Asked] = {}
 
         def call(*operands: Any) -> Traced:
@@ -191,16 +191,18 @@ class Program:
         call.__name__ = call.__qualname__ = self.name
         self.jitted = jax.jit(call)
 
-    def emission(self, wrt: Indices) -> Program:
-        return self._derived.get((Emission, wrt)) or self._derive(Emission, wrt)
+    def emission(self, wrt: Indices) -> JaxProgram:
+        return self._derived.get((WithResiduals, wrt)) or self._derive(WithResiduals, wrt)
 
-    def pushforward(self, n: int, wrt: Indices) -> Program:
+    def pushforward(self, n: int, wrt: Indices) -> JaxProgram:
         return self._derive(Pushforward, n, wrt)
 
-    def pullback(self, n: int, wrt: Indices, of: Indices, plan: Plan | None) -> Program:
+    def pullback(
+        self, n: int, wrt: Indices, of: Indices, plan: PullbackRecipe | None
+    ) -> JaxProgram:
         return self._derive(Pullback, n, wrt, of, plan)
 
-    def asked(self, needs: Flags, missing: Flags, plan: Plan) -> Asked:
+    def asked(self, needs: Flags, missing: Flags, plan: PullbackRecipe) -> Asked:
         """The pullback that a backward pass asks for, None where it is zero, its wrt and its of.
 
         ``needs``: which operands need a gradient; ``missing``: which cotangents there are not.
@@ -208,19 +210,19 @@ class Program:
         key = (needs, missing, plan)
         return self._asked.get(key) or self._asked.setdefault(key, self._ask(*key))
 
-    def _ask(self, needs: Flags, missing: Flags, plan: Plan) -> Asked:
+    def _ask(self, needs: Flags, missing: Flags, plan: PullbackRecipe) -> Asked:
         wrt = tuple(i for i, need in enumerate(needs) if need)
         of = tuple(j for j, none in enumerate(missing) if not none)
         return self.pullback(len(needs), wrt, of, plan) if wrt and of else None, wrt, of
 
-    def batch(self, dims: Dims) -> Program:
+    def batch(self, dims: Dims) -> JaxProgram:
         return self._derive(Batch, dims)
 
-    def _derive(self, kind: type[Formula], *how: Any) -> Program:
+    def _derive(self, kind: type[Formula], *how: Any) -> JaxProgram:
         key = (kind, *how)
         made = self._derived.get(key)
         make: Any = kind
-        return made or self._derived.setdefault(key, Program(make(self.formula, *how)))
+        return made or self._derived.setdefault(key, JaxProgram(make(self.formula, *how)))
 
 
 def operands_at(operands: Sequence[Any], wrt: Indices) -> list[Any]:

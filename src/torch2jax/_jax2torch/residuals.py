@@ -21,7 +21,7 @@ class Facts:
     dtypes: frozenset[Any]
     """Of results and residuals."""
 
-    def __init__(self, tree: Any = None, plan: Plan | None = None) -> None:
+    def __init__(self, tree: Any = None, plan: PullbackRecipe | None = None) -> None:
         self.tree, self.plan = tree, plan
 
 
@@ -41,7 +41,7 @@ def unflatten(facts: Facts, children: Any, make: Any = object.__new__) -> Traced
     return traced
 
 
-class Plan:
+class PullbackRecipe:
     """How a pullback is put together again: a leaf is an operand, a held value or a constant.
 
     Residuals that are operands or results of the forward program are not returned a second time:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable as Function
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,8 +12,8 @@ import torch
 from .._bridge.calls import results
 from .._bridge.calls.arguments import Arguments
 from .._bridge.calls.function import TorchFunction
-from .._bridge.calls.operands import Operands
-from .._bridge.calls.options import Config
+from .._bridge.calls.operands import OperandOptions
+from .._bridge.calls.options import Options
 from .._bridge.calls.results import flatten_result
 from .._bridge.calls.shards import Shards
 from .._bridge.torch_side.modules import loans
@@ -33,7 +33,7 @@ class LoweredFunction(TorchFunction):
     """A PyTorch function as a JAX program; made by ``torch2jax(fn, lower=True)``."""
 
     def __init__(
-        self, fn: Function[..., Any], run: Function[..., Any], label: str, config: Config
+        self, fn: Callable[..., Any], run: Callable[..., Any], label: str, config: Options
     ) -> None:
         super().__init__(fn, run, label, config)
         self._run = _on_replica(fn) if isinstance(fn, torch.nn.Module) else run
@@ -56,7 +56,7 @@ class LoweredFunction(TorchFunction):
         key = None
         if self._config.stochastic:
             key, operands = self._words(operands[-1]), operands[:-1]
-        facts = Operands(self.__wrapped__, self._config, call.arguments, self._label)
+        facts = OperandOptions(self.__wrapped__, self._config, call.arguments, self._label)
         labels = call.arguments.labels
         held = facts.nondiff(labels)
         arrays = [
@@ -142,7 +142,7 @@ def _named(treedef: Any, leaves: list[Any]) -> str:
     return str(treedef.unflatten([f"{d}[{','.join(map(str, s))}]" for s, d in leaves]))
 
 
-def _on_replica(module: torch.nn.Module) -> Function[..., Any]:
+def _on_replica(module: torch.nn.Module) -> Callable[..., Any]:
     """A module whose parameters and buffers are constants, and which is not changed."""
 
     def run(*args: Any, **kwargs: Any) -> Any:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable as Function
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 
 from .._bridge.calls.names import label_of
-from .._bridge.calls.options import Config as Options
+from .._bridge.calls.options import Options
 from .._bridge.wrapping import wrapped
 from ..device.tracing.events import recorded
 from .function import LoweredFunction
@@ -39,7 +39,7 @@ class Report:
         return "\n".join(lines)
 
 
-def lowering_report(fn: Function[..., Any], *args: Any, **kwargs: Any) -> Report:
+def lowering_report(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     """What ``torch2jax(fn, lower=True)`` makes of each operator, and on which line of your code.
 
     Args:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import torch
 
-from .._bridge.calls.options import Config as Options
+from .._bridge.calls.options import Options
 from .._bridge.wrapping import wrapped
 from .._conversions.convert import j2t, t2j
 from ..device.tensors.tensor import Tensor, wrap

@@ -22,7 +22,7 @@ from .._errors import SignatureError, Torch2JaxError
 from ..lowerings.promotion import carried, cast
 from ..lowerings.registry import lowering_of
 from ..lowerings.views import GETTERS
-from . import random
+from . import random_streams
 from .interop import call_torch
 from .setup.enable import enable
 from .tensors.tensor import Tensor, from_torch, read
@@ -157,7 +157,9 @@ class _Interpreter(torch.fx.Interpreter):
         if lowered is not None and not lowered.eager:
             kwargs = {k: v for k, v in kwargs.items() if k not in _OF_MEMORY}
             if lowered.random:
-                return lowered.fn(random.next_words(kwargs.pop("generator", None)), *args, **kwargs)
+                return lowered.fn(
+                    random_streams.next_words(kwargs.pop("generator", None)), *args, **kwargs
+                )
             return lowered.fn(*args, **kwargs)
         arrays = [x for x in jax.tree.leaves((args, kwargs)) if isinstance(x, jax.Array)]
         if any(not isinstance(d, int) for x in arrays for d in x.shape):

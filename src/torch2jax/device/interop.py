@@ -179,9 +179,9 @@ def call_torch(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     traced = any(isinstance(x, Tracer) for x in jax.tree.leaves((args, kwargs)))
     if not traced:
         return jax_view(fn(*inner, **named))
-    from . import random
+    from . import random_streams
 
-    stream = random.current()
+    stream = random_streams.current()
     with running(torch.get_default_dtype(), None if stream is None else stream.next()):
         return jax_view(fn(*inner, **named))
 

@@ -11,7 +11,7 @@ import torch
 
 from .._compat.jax import trace_state_clean
 from .._errors import SignatureError
-from . import random
+from . import random_streams
 from .interop import call_jax, call_torch
 
 __all__ = ["scan"]
@@ -67,12 +67,12 @@ def scan(
     key = (len(modules), structure, statics, checkpoint, autocast, tuple(facts.items()))
     program = _programs.setdefault(first, {}).get(key)
     if program is None:
-        program = _programs[first][key] = _Program(
+        program = _programs[first][key] = ScanProgram(
             first, len(modules), structure, statics, checkpoint
         )
     # In a trace what the layers close over may be its tracers, which a program cannot keep.
     run = program.jitted if trace_state_clean() else program.run
-    out, new = call_jax(run, x, stacked, operands, random.next_words_if_any())
+    out, new = call_jax(run, x, stacked, operands, random_streams.next_words_if_any())
     with torch.no_grad():
         for name, values in new.items():
             for i, t in enumerate(tensors):
@@ -83,7 +83,7 @@ def scan(
 _programs: weakref.WeakKeyDictionary[torch.nn.Module, Any] = weakref.WeakKeyDictionary()
 
 
-class _Program:
+class ScanProgram:
     """The scan for arguments of one kind, a function of arrays."""
 
     def __init__(
@@ -102,7 +102,7 @@ class _Program:
 
         def body(carry: Any, row: Any) -> Any:
             weights, key = row
-            with random.drawing_from(key, words=True):
+            with random_streams.drawing_from(key, words=True):
                 out, new = call_torch(self._layer, carry, weights, operands)
             want = jax.tree.map(lambda a: (a.shape, a.dtype), carry)
             got = jax.tree.map(lambda a: (a.shape, a.dtype), out)

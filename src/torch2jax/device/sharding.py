@@ -15,7 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 from .._compat.jax import current_mesh, get_opaque_trace_state
 from .._errors import SignatureError
 from ..lowerings.promotion import carried
-from . import random
+from . import random_streams
 from .interop import call_jax, jax_view
 from .operators.constants import value_of
 from .setup.enable import enable
@@ -160,13 +160,13 @@ def sharded_init(
     built: list[torch.nn.Module] = []
 
     def run(words: Any) -> dict[str, Any]:
-        draws = random.drawing_from(words, words=True)
+        draws = random_streams.drawing_from(words, words=True)
         with torch.device("jax"), draws, _large_are_traced():
             module = make()
             built[:] = [module]
             return {name: value_of(x) for name, x in _state_of(module).items()}
 
-    words = random.next_words()
+    words = random_streams.next_words()
     avals = jax.eval_shape(run, words)
     shardings = _shardings(avals, mesh, layout, fsdp)
     arrays = jax.jit(run, out_shardings=shardings)(words)

@@ -1,7 +1,7 @@
 """Views: what a view operator sees of an array (getter), and the array after a write (setter).
 
 A setter takes the array that the operator was applied to and the new values of what it saw, and
-gives the new array. How operators follow each other: ``chains``.
+gives the new array. How operators follow each other: ``view_chains``.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import torch
 from .. import device as _device
 from .._compat.jax import trace_state_clean
 from .._conversions.dtypes import canonical, dtype_j2t
-from ..device import random
+from ..device import random_streams
 from ..device.tracing.scope import running
 from .environment import default_env
 
@@ -82,7 +82,7 @@ def call_torch(torch_func: Function, *args: Any, **kwargs: Any) -> Any:
     if trace_state_clean():
         with env:
             return jax_view(torch_func(*args, **kwargs))
-    stream = random.current()
+    stream = random_streams.current()
     key = None if stream is None else stream.next()
     with running(torch.get_default_dtype(), key), env.definitions():
         return jax_view(torch_func(*args, **kwargs))
@@ -120,7 +120,7 @@ def jax_jit(
             options[name] = tuple(i + 1 if i >= 0 else i for i in places)
 
     def run(words: Any, *args: Any, **kwargs: Any) -> Any:
-        with random.drawing_from(words, words=True):
+        with random_streams.drawing_from(words, words=True):
             return call_torch(torch_function, *args, **kwargs)
 
     run.__name__ = getattr(torch_function, "__name__", type(torch_function).__name__)
@@ -128,7 +128,7 @@ def jax_jit(
 
     @functools.wraps(torch_function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        missing = random.current() is None and not trace_state_clean()
-        return call_jax(compiled, None if missing else random.next_words(), *args, **kwargs)
+        missing = random_streams.current() is None and not trace_state_clean()
+        return call_jax(compiled, None if missing else random_streams.next_words(), *args, **kwargs)
 
     return call

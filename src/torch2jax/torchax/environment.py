@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import device as _device
 from .._conversions.convert import j2t
-from ..device import random
+from ..device import random_streams
 from ..device.operators import dispatch
 from ..device.operators.special import table
 from ..device.tensors.tensor import Tensor, from_torch, read
@@ -145,17 +145,17 @@ class Environment(contextlib.ContextDecorator):
     @property
     def prng_key(self) -> jax.Array:
         """The key that the next draw of this thread follows from."""
-        stream = random.current()
+        stream = random_streams.current()
         if stream is not None:
             return jax.random.fold_in(stream.key, stream.count)
-        before = random.get_state()
-        words = random.next_words()
-        random.set_state(before)
+        before = random_streams.get_state()
+        words = random_streams.next_words()
+        random_streams.set_state(before)
         return jax.random.wrap_key_data(words)
 
     def get_and_rotate_prng_key(self, generator: torch.Generator | None = None) -> jax.Array:
         """A key that has not been used."""
-        return jax.random.wrap_key_data(random.next_words(generator))
+        return jax.random.wrap_key_data(random_streams.next_words(generator))
 
     def manual_seed(self, key: Any) -> None:
         """Seed what is drawn on device jax; in a compiled function, the rest of that function.
@@ -163,7 +163,7 @@ class Environment(contextlib.ContextDecorator):
         Args:
           key: an integer, a 0-d integer tensor or array.
         """
-        stream = random.current()
+        stream = random_streams.current()
         if stream is None:
             torch.manual_seed(int(key))
             return
@@ -185,7 +185,9 @@ class Environment(contextlib.ContextDecorator):
             raise TypeError(f"override_property knows {Properties._fields}, not {sorted(unknown)}")
         with contextlib.ExitStack() as stack:
             if "prng" in properties:
-                stack.enter_context(random.drawing_from(words_of(properties["prng"]), words=True))
+                stack.enter_context(
+                    random_streams.drawing_from(words_of(properties["prng"]), words=True)
+                )
             if "autocast_dtype" in properties:
                 dtype = properties["autocast_dtype"]
                 on = dtype is not None

@@ -11,7 +11,7 @@ import jax
 import torch
 from torch.nn.utils import stateless
 
-from ..device import random
+from ..device import random_streams
 from ..device.tensors.tensor import Tensor
 from .environment import Environment, default_env, words_of
 
@@ -110,7 +110,7 @@ class JittableModule(torch.nn.Module):
         """
         key: Any = contextlib.nullcontext()
         if args and _is_key(args[0]):
-            key, args = random.drawing_from(words_of(args[0]), words=True), args[1:]
+            key, args = random_streams.drawing_from(words_of(args[0]), words=True), args[1:]
         if isinstance(method_or_name, str):
             method = getattr(self._model, method_or_name)
         elif callable(method_or_name):

@@ -61,7 +61,7 @@ class Arguments:
         return self.treedef.unflatten(leaves)
 
     def prepare(self, operands: Tensors) -> Tensors:
-        """Operands as ``fn`` gets them."""
+        """OperandOptions as ``fn`` gets them."""
         if not self.casts and not self.copies:
             return operands
         xs = list(operands)

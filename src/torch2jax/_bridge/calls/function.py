@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable as Function
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
@@ -18,12 +17,12 @@ from ..._errors import SignatureError, TorchCallError
 from ..jax_side.limited_depth import call_to_depth
 from ..jax_side.primitive import call as call_primitive
 from ..torch_side import exceptions
-from ..torch_side.callable import Callable
+from ..torch_side.callee import Callee
 from . import checks
 from .arguments import Static, arguments_of
-from .operands import Operands, mark_static
-from .options import Config
-from .planning import Avals, Plan, Planner
+from .operands import OperandOptions, mark_static
+from .options import Options
+from .planning import Avals, Binding, Planner
 from .shards import Shards
 
 
@@ -34,7 +33,7 @@ class _Call:
         self,
         treedef: Any,
         statics: tuple[tuple[int, Static], ...],
-        trace: Function[..., Any],
+        trace: Callable[..., Any],
         name: str,
     ) -> None:
         self.arguments = arguments_of(treedef, statics)
@@ -51,7 +50,7 @@ class TorchFunction:
     """A PyTorch function as a JAX function; made by ``torch2jax``."""
 
     def __init__(
-        self, fn: Function[..., Any], run: Function[..., Any], label: str, config: Config
+        self, fn: Callable[..., Any], run: Callable[..., Any], label: str, config: Options
     ) -> None:
         self.__wrapped__ = fn
         self.__name__ = getattr(fn, "__name__", None) or type(fn).__name__
@@ -61,9 +60,9 @@ class TorchFunction:
         self._config = config
         self._label = label
         self._planner = Planner(fn, run, label, config)
-        self._plans: dict[Hashable, Plan] = {}
+        self._plans: dict[Hashable, Binding] = {}
         self._calls: dict[Hashable, _Call] = {}
-        self._positional: dict[int, Function[..., Any]] = {}
+        self._positional: dict[int, Callable[..., Any]] = {}
         self._plain = not (config.static_argnums or config.static_argnames)
 
     def __repr__(self) -> str:
@@ -112,12 +111,12 @@ class TorchFunction:
         call, operands = self._flatten(args, kwargs)
         return call.jitted.trace(*operands)
 
-    def callable_for(self, args: Any, kwargs: Any) -> tuple[Callable, Avals]:
-        """The callable of calls with such arguments, and the avals of its operands."""
+    def callee_for(self, args: Any, kwargs: Any) -> tuple[Callee, Avals]:
+        """The callee of calls with such arguments, and the avals of its operands."""
         call, operands = self._flatten_arguments(args, kwargs)
         avals = tuple(checks.leaf_aval(x) for x in operands)
         plan = self._planner.plan(call.arguments, avals, [False] * len(avals))
-        return plan.callable, avals
+        return plan.callee, avals
 
     # --- arguments -------------------------------------------------------------------------------
 
@@ -225,7 +224,9 @@ class TorchFunction:
     def _trace(self, call: _Call, *operands: Any) -> Any:
         if self._config.out_specs is None:
             return self._trace_here(call, operands)
-        given = Operands(self.__wrapped__, self._config, call.arguments, self._label).in_specs()
+        given = OperandOptions(
+            self.__wrapped__, self._config, call.arguments, self._label
+        ).in_specs()
         shards = Shards(self._config, given, operands, call.arguments.labels, self._label)
 
         def local(*operands: Any) -> Any:
@@ -248,7 +249,7 @@ class TorchFunction:
         if plan is None:
             numbers = [x.weak_type and not x.shape for x in map(jax.typeof, operands)]
             plan = self._plans[key] = self._planner.plan(call.arguments, avals, numbers, shards)
-        if words is None and plan.callable.options.rng is not None:
+        if words is None and plan.callee.options.rng is not None:
             [words] = call_primitive(self._planner.seed, [], [((2,), "uint32")])
             words = varying_everywhere(words)  # each device draws its own
         return self._bind(plan, operands, words)
@@ -264,17 +265,17 @@ class TorchFunction:
             )
         return rng
 
-    def _bind(self, plan: Plan, operands: Sequence[Any], words: Any) -> Any:
+    def _bind(self, plan: Binding, operands: Sequence[Any], words: Any) -> Any:
         held = [
             jax.lax.stop_gradient(x) if i in plan.nondiff else x for i, x in enumerate(operands)
         ]
         if words is not None:
             held.append(words)
         if self._config.depth is None:
-            out = call_primitive(plan.callable, held, plan.results)
+            out = call_primitive(plan.callee, held, plan.results)
         else:
             depth = self._config.depth
-            out = call_to_depth(plan.callable, held, plan.results, depth, plan.nondiff)
+            out = call_to_depth(plan.callee, held, plan.results, depth, plan.nondiff)
         n = len(plan.result.leaves)
         result = plan.result.treedef.unflatten(out[:n])
         if not self._config.inplace_argnums:

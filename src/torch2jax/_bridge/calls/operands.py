@@ -18,7 +18,7 @@ from ..._conversions.dtypes import dtype_j2t
 from ..._errors import SignatureError
 from . import checks
 from .arguments import Arguments, Static
-from .options import Config
+from .options import Options
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,11 @@ class _Spot:
     index: int | None
 
 
-class Operands:
+class OperandOptions:
     """The options as facts about the operands of calls with one structure."""
 
     def __init__(
-        self, fn: Callable[..., Any], config: Config, arguments: Arguments, label: str
+        self, fn: Callable[..., Any], config: Options, arguments: Arguments, label: str
     ) -> None:
         self.fn, self.config, self.label = fn, config, label
         static = {i for i, _ in arguments.statics}
@@ -49,7 +49,7 @@ class Operands:
             }
 
     def of_argnums(self, argnums: Sequence[int], option: str) -> tuple[int, ...]:
-        """Operands of whole positional arguments."""
+        """OperandOptions of whole positional arguments."""
         found: list[int] = []
         for i in argnums:
             if not -len(self.args) <= i < len(self.args):
@@ -61,7 +61,7 @@ class Operands:
         return tuple(found)
 
     def nondiff(self, labels: Sequence[str]) -> frozenset[int]:
-        """Operands that are never differentiated."""
+        """OperandOptions that are never differentiated."""
         never = getattr(self.fn, "never_differentiated", ())
         found = {i for i, label in enumerate(labels) if label.startswith(never)} if never else set()
         found |= set(self.of_argnums(self.config.nondiff_argnums, "nondiff_argnums"))
@@ -71,7 +71,7 @@ class Operands:
         return frozenset(found)
 
     def casts(self, dtypes: Sequence[Any]) -> tuple[tuple[int, torch.dtype], ...]:
-        """Operands that reach ``fn`` in another dtype, from ``arg_dtypes`` or 64-bit examples."""
+        """Operands that reach ``fn`` in another dtype, by ``arg_dtypes`` or 64-bit examples."""
         wanted: dict[int, Any] = {}
         for k, x in self.examples.items():
             dtype = checks.example_dtype(x)
@@ -139,7 +139,7 @@ class Operands:
             ) from None
 
 
-def mark_static(config: Config, args: Any, kwargs: Any, label: str) -> tuple[Any, Any]:
+def mark_static(config: Options, args: Any, kwargs: Any, label: str) -> tuple[Any, Any]:
     """``(args, kwargs)`` with declared static arguments as single leaves."""
     marked = list(args)
     for i in config.static_argnums:

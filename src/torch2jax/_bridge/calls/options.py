@@ -15,7 +15,7 @@ from .arguments import Arguments
 
 
 @dataclass(frozen=True, eq=False)
-class Config:
+class Options:
     """The options of one ``torch2jax`` call."""
 
     examples: tuple[tuple[Any, ...], dict[str, Any]] | None = None

@@ -1,11 +1,10 @@
-"""From the avals of a call to what it binds: a callable and the shapes of its results."""
+"""From the avals of a call to what it binds: a callee and the shapes of its results."""
 
 from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable as Function
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,17 +19,17 @@ from ..._errors import (
     TorchCallError,
     UnsupportedDtypeError,
 )
-from ..torch_side.callable import Callable, Options
-from ..torch_side.derivatives import Flat
+from ..torch_side.callee import Callee, CalleeOptions
+from ..torch_side.derivatives import UserProgram
 from ..torch_side.inference import FakeSurvived, Inference, ShapeDependsOnValues, Spec, infer
 from ..torch_side.modules.forward import Forward
-from ..torch_side.random import draw_seed, refusing, seeded
+from ..torch_side.seeding import draw_seed, refusing, seeded
 from . import checks, results
 from .arguments import Arguments
 from .flat_function import flat_function, out_function, with_buffers
 from .names import qualified_name
-from .operands import Operands
-from .options import Config
+from .operands import OperandOptions
+from .options import Options
 from .results import Result, describe_result
 from .shards import Shards
 
@@ -39,10 +38,10 @@ Avals = Sequence[tuple[tuple[int, ...], Any]]
 
 
 @dataclass(frozen=True)
-class Plan:
+class Binding:
     """What a call with given structure, shapes and dtypes binds."""
 
-    callable: Callable
+    callee: Callee
     arguments: Arguments
     result: Result
     results: tuple[tuple[tuple[int, ...], Any], ...]
@@ -57,17 +56,17 @@ class Planner:
     """
 
     def __init__(
-        self, fn: Function[..., Any], run: Function[..., Any], label: str, config: Config
+        self, fn: Callable[..., Any], run: Callable[..., Any], label: str, config: Options
     ) -> None:
         self._wrapped, self._fn = fn, run
         self._label, self._config = label, config
-        self._callables: dict[Hashable, Callable] = {}
+        self._callables: dict[Hashable, Callee] = {}
 
     @functools.cached_property
-    def _options(self) -> Options:
+    def _options(self) -> CalleeOptions:
         # Made at the first trace: asking for the default device starts JAX's backend.
         fn, config = self._wrapped, self._config
-        return Options(
+        return CalleeOptions(
             label=self._label,
             name=config.name or qualified_name(fn),
             named=config.name is not None,
@@ -81,10 +80,10 @@ class Planner:
         )
 
     @functools.cached_property
-    def seed(self) -> Callable:
+    def seed(self) -> Callee:
         """What draws without a key draws a seed, and is then a function of that seed."""
         options = replace(self._options, draws=True)
-        return Callable(Flat(draw_seed, None, False, ()), options, [], ["the seed"])
+        return Callee(UserProgram(draw_seed, None, False, ()), options, [], ["the seed"])
 
     def plan(
         self,
@@ -92,13 +91,13 @@ class Planner:
         avals: Avals,
         numbers: Sequence[bool],
         shards: Shards | None = None,
-    ) -> Plan:
+    ) -> Binding:
         """The plan of a call; ``numbers`` are the operands that come from Python numbers.
 
         With ``shards``, the plan of the call on one shard.
         """
         self._check_avals(arguments, avals)
-        facts = Operands(self._wrapped, self._config, arguments, self._label)
+        facts = OperandOptions(self._wrapped, self._config, arguments, self._label)
         arguments = replace(arguments, casts=facts.casts([d for _, d in avals]))
         inplace = facts.of_argnums(self._config.inplace_argnums, "inplace_argnums")
         inference = None
@@ -121,7 +120,7 @@ class Planner:
                 self._note_copies(arguments, copies)
                 arguments = replace(arguments, copies=copies)
         updated = [avals[i] for i in inplace]
-        return Plan(
+        return Binding(
             self._callable(arguments, result, inplace, inference),
             arguments,
             result,
@@ -145,7 +144,7 @@ class Planner:
     def _infer(
         self,
         arguments: Arguments,
-        facts: Operands,
+        facts: OperandOptions,
         avals: Avals,
         numbers: Sequence[bool],
         none_allowed: bool,
@@ -264,8 +263,8 @@ class Planner:
         result: Result,
         inplace: tuple[int, ...],
         inference: Inference | None,
-    ) -> Callable:
-        """One callable for each way in which flat operands become a flat result."""
+    ) -> Callee:
+        """One callee for each way in which flat operands become a flat result."""
         forms = tuple((leaf.torch_dtype, leaf.dtype) for leaf in result.leaves)
         key = (arguments, result.treedef, forms, x64_enabled())
         known = self._callables.get(key)
@@ -302,8 +301,8 @@ class Planner:
         elif inference is None:
             run, pure = run or pure, refusing(pure, self._label)
         forward_ad = inference is not None and inference.forward_ad
-        program = Flat(pure, run, forward_ad, options.roots, bare)
-        return self._callables.setdefault(key, Callable(program, options, inputs, outputs))
+        program = UserProgram(pure, run, forward_ad, options.roots, bare)
+        return self._callables.setdefault(key, Callee(program, options, inputs, outputs))
 
 
 # Made here, where no mode of a caller sees it.

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 from ..._errors import SignatureError
 from ..jax_side.sharded_types import EXPLICIT, MANUAL, axes_of, axes_of_type, typed_spec
 from .checks import prefix_leaves
-from .options import Config
+from .options import Options
 from .results import Result
 
 
@@ -21,7 +21,7 @@ class Shards:
 
     def __init__(
         self,
-        config: Config,
+        config: Options,
         given: Mapping[int, Any] | None,
         operands: Sequence[Any],
         labels: Sequence[str],

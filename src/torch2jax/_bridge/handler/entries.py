@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from ... import _refusals
-from ..torch_side.callable import Callable
+from ..torch_side.callee import Callee
 from ..torch_side.modules import loans
 from ..torch_side.normalizations import in_parts
 from . import extension
@@ -21,61 +21,61 @@ _names: Counter[str] = Counter()
 _lock = threading.RLock()
 
 
-def register(callable: Callable, several_devices: bool = False) -> Any:
-    """The callable's entry in the handler's table; made, and named, when it is first lowered.
+def register(callee: Callee, several_devices: bool = False) -> Any:
+    """The callee's entry in the handler's table; made, and named, when it is first lowered.
 
     It has another one for programs on several devices.
     """
     with _lock:
-        if callable.registrations[several_devices] is None:
-            name = name_of(callable) + SEVERAL * several_devices
-            callable.registrations[several_devices] = entry_of(callable, name, several_devices)
-        return callable.registrations[several_devices]
+        if callee.registrations[several_devices] is None:
+            name = name_of(callee) + SEVERAL * several_devices
+            callee.registrations[several_devices] = entry_of(callee, name, several_devices)
+        return callee.registrations[several_devices]
 
 
 SEVERAL = "/several"
 """Ends the name of a call in a program on several devices."""
 
 
-def entry_of(callable: Callable, name: str, several_devices: bool) -> Any:
+def entry_of(callee: Callee, name: str, several_devices: bool) -> Any:
     """An entry of the handler's table; withdrawn when nothing refers to it."""
-    options, base = callable.options, callable.parent is None
-    run, collect = runnable(callable)
+    options, base = callee.options, callee.parent is None
+    run, collect = runnable(callee)
     return extension.Entry(
         name=name,
         run=_refusals.on_one_of_several(run) if several_devices else run,
         collect=collect,
-        label=options.label + callable.path,
-        inputs=list(callable.inputs),
-        outputs=list(callable.outputs),
+        label=options.label + callee.path,
+        inputs=list(callee.inputs),
+        outputs=list(callee.outputs),
         default_dtype=options.default_dtype,
         pass_outputs=base and options.pass_outputs,
         inplace=[i for i, _ in options.aliases] if base else [],
     )
 
 
-def runnable(callable: Callable) -> tuple[Any, Any]:
+def runnable(callee: Callee) -> tuple[Any, Any]:
     """``run``, and what makes a tuple of other results than one; None where there are none."""
-    program = callable.program
+    program = callee.program
     run, collect = getattr(program, "bare", None) or (in_parts(program, program.run), None)
-    return loans.scoped(run) if callable.options.borrows else run, collect
+    return loans.scoped(run) if callee.options.borrows else run, collect
 
 
-def name_of(callable: Callable) -> str:
-    """The callable's name: ``module.qualname``, a counter, and how it is derived.
+def name_of(callee: Callee) -> str:
+    """The callee's name: ``module.qualname``, a counter, and how it is derived.
 
     The counter of a root is given when it or anything derived from it is first lowered, so equal
     programs have equal names in every process.
     """
-    if callable.parent is not None:
-        return name_of(callable.parent) + callable.suffix
-    name = callable.memo.get("name")
+    if callee.parent is not None:
+        return name_of(callee.parent) + callee.suffix
+    name = callee.memo.get("name")
     if name is None:
-        root = callable.options.name
+        root = callee.options.name
         count = _names[root]
         _names[root] += 1
-        name = root if callable.options.named and count == 0 else f"{root}#{count}"
-        callable.memo["name"] = name
+        name = root if callee.options.named and count == 0 else f"{root}#{count}"
+        callee.memo["name"] = name
     return name
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable as Function
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,36 +13,36 @@ from jax.experimental import io_callback
 from ..._conversions.convert import j2t
 from ..._conversions.dtypes import dtype_j2t
 from ..torch_side import ambient
-from ..torch_side.callable import Callable
+from ..torch_side.callee import Callee
 from . import entries
 
 
 def call_on_host(
     *operands: Any,
-    callable: Callable,
+    callee: Callee,
     results: Sequence[tuple[tuple[int, ...], Any]],
     differentiable: bool,
 ) -> Sequence[Any]:
     """What the primitive computes, with operands and results copied between device and host."""
     del differentiable
-    options = callable.options
+    options = callee.options
     shapes = [jax.ShapeDtypeStruct(*result) for result in results]
     if options.side_effects or options.draws:
-        return io_callback(_on_arrays(callable, shapes), shapes, *operands)
-    return jax.pure_callback(_on_arrays(callable, shapes), shapes, *operands)
+        return io_callback(_on_arrays(callee, shapes), shapes, *operands)
+    return jax.pure_callback(_on_arrays(callee, shapes), shapes, *operands)
 
 
 def _on_arrays(
-    callable: Callable, shapes: Sequence[jax.ShapeDtypeStruct]
-) -> Function[..., list[np.ndarray[Any, Any]]]:
-    run, collect = entries.runnable(callable)
-    passes_outputs = callable.parent is None and callable.options.pass_outputs
+    callee: Callee, shapes: Sequence[jax.ShapeDtypeStruct]
+) -> Callable[..., list[np.ndarray[Any, Any]]]:
+    run, collect = entries.runnable(callee)
+    passes_outputs = callee.parent is None and callee.options.pass_outputs
 
     def call(*arrays: Any) -> list[np.ndarray[Any, Any]]:
         tensors = [j2t(np.asarray(x)) for x in arrays]  # copies: fn may change them in place
         if passes_outputs:
             tensors += [torch.empty(x.shape, dtype=dtype_j2t(x.dtype)) for x in shapes]
-        out = ambient.run_guarded(run, tuple(tensors), callable.options.default_dtype)
+        out = ambient.run_guarded(run, tuple(tensors), callee.options.default_dtype)
         if collect is not None and not isinstance(out, tuple):
             out = collect(out)
         return [_to_numpy(t, x.dtype) for t, x in zip(out, shapes, strict=True)]

@@ -13,10 +13,10 @@ from jax.interpreters import batching
 
 from ..._conversions.dtypes import dtype_j2t
 from ..._errors import SignatureError, Torch2JaxError, Torch2JaxWarning
-from ..torch_side.callable import Callable
+from ..torch_side.callee import Callee
 from ..torch_side.inference import Spec, runs_on_fakes
 from ..torch_side.normalizations import in_parts
-from ..torch_side.tape.calls import is_keep, is_vjp, kept, with_token
+from ..torch_side.tape.calls import is_keep, is_vjp, keeping, with_token
 from .primitive import TOKEN, call, torch_call_p
 
 
@@ -41,29 +41,29 @@ def _batch(
     operands: Sequence[Any],
     dims: Sequence[int | None],
     *,
-    callable: Callable,
+    callee: Callee,
     results: Any,
     differentiable: bool,
 ) -> tuple[list[Any], list[int | None]]:
-    if is_keep(callable):
-        return _batch_keep(operands, dims, callable, results, differentiable)
-    if callable.keep is not None:
-        return _batch_with_token(operands, dims, callable, results, differentiable)
+    if is_keep(callee):
+        return _batch_keep(operands, dims, callee, results, differentiable)
+    if callee.keep is not None:
+        return _batch_with_token(operands, dims, callee, results, differentiable)
     size = _size(operands, dims)
-    operands, dims = _own_rows(callable, operands, dims, size)
+    operands, dims = _own_rows(callee, operands, dims, size)
     rows = [((size, *shape), dtype) for shape, dtype in results]
     if size == 0:
         return [jnp.zeros(*row) for row in rows], [0] * len(rows)
-    method = _choose(callable, operands, dims)
+    method = _choose(callee, operands, dims)
     if method in ("torch", "rows"):
-        out = call(_batched(callable, dims), operands, rows, differentiable)
+        out = call(_batched(callee, dims), operands, rows, differentiable)
     elif method.startswith("sequential"):
         out = _loop(
-            callable, operands, dims, results, differentiable, method == "sequential_unrolled"
+            callee, operands, dims, results, differentiable, method == "sequential_unrolled"
         )
     else:
         front = _front(operands, dims)
-        if method == "broadcast_all" or callable.parent is not None:
+        if method == "broadcast_all" or callee.parent is not None:
             # A derivative needs its operands and their tangents in one shape.
             front = [
                 jnp.broadcast_to(x, (size, *x.shape)) if d is None else x
@@ -71,25 +71,25 @@ def _batch(
             ]
         elif method == "expand_dims":
             front = [x[None] if d is None else x for x, d in zip(front, dims, strict=True)]
-        out = call(callable, front, rows, differentiable)
+        out = call(callee, front, rows, differentiable)
     return out, [0] * len(out)
 
 
-def _batched(callable: Callable, dims: Sequence[int | None]) -> Callable:
-    return callable.rows(tuple(dims)) if _own_keys(callable, dims) else callable.vmap(tuple(dims))
+def _batched(callee: Callee, dims: Sequence[int | None]) -> Callee:
+    return callee.rows(tuple(dims)) if _own_keys(callee, dims) else callee.vmap(tuple(dims))
 
 
-def _own_keys(callable: Callable, dims: Sequence[int | None]) -> bool:
+def _own_keys(callee: Callee, dims: Sequence[int | None]) -> bool:
     """Whether every row has a key of its own. Of a derivative too, the primals come first."""
-    return callable.options.rng is not None and dims[callable.options.rng] is not None
+    return callee.options.rng is not None and dims[callee.options.rng] is not None
 
 
 def _own_rows(
-    callable: Callable, operands: Sequence[Any], dims: Sequence[int | None], size: int
+    callee: Callee, operands: Sequence[Any], dims: Sequence[int | None], size: int
 ) -> tuple[list[Any], list[int | None]]:
     """Operands and dims in which what the function changes in place has rows of its own."""
     operands, dims = list(operands), list(dims)
-    for i in callable.options.mutated:
+    for i in callee.options.mutated:
         if dims[i] is None:
             operands[i] = jnp.broadcast_to(operands[i], (size, *operands[i].shape))
             dims[i] = 0
@@ -108,7 +108,7 @@ def _front(operands: Sequence[Any], dims: Sequence[int | None]) -> list[Any]:
 def _batch_keep(
     operands: Sequence[Any],
     dims: Sequence[int | None],
-    callable: Callable,
+    callee: Callee,
     results: Any,
     differentiable: bool,
 ) -> tuple[list[Any], list[int | None]]:
@@ -117,7 +117,7 @@ def _batch_keep(
     Only where every operand that is differentiated has rows of its own: the gradient of one that is
     shared would come out summed. Otherwise nothing is kept, and the token says so.
     """
-    f = callable.parent
+    f = callee.parent
     assert f is not None
     size = _size(operands, dims)
     if size == 0:
@@ -127,15 +127,15 @@ def _batch_keep(
     method = _choose(f, operands, dims)
     if method.startswith("sequential"):
         unroll = method == "sequential_unrolled"
-        out = _loop(callable, operands, dims, results, differentiable, unroll)
+        out = _loop(callee, operands, dims, results, differentiable, unroll)
         return out, [0] * len(out)
-    if method in ("torch", "rows") and all(dims[i] is not None for i in callable.program.wrt):
+    if method in ("torch", "rows") and all(dims[i] is not None for i in callee.program.wrt):
         rows = [((size, *shape), dtype) for shape, dtype in results[:-1]]
         batched = _batched(f, _zeros(dims))
-        out = call(kept(batched, callable.program.wrt), _front(operands, dims), (*rows, TOKEN))
+        out = call(keeping(batched, callee.program.wrt), _front(operands, dims), (*rows, TOKEN))
         return out, [0] * len(rows) + [None]
     out, out_dims = _batch(
-        operands, dims, callable=f, results=results[:-1], differentiable=differentiable
+        operands, dims, callee=f, results=results[:-1], differentiable=differentiable
     )
     return [*out, jnp.zeros(*TOKEN)], [*out_dims, None]
 
@@ -143,15 +143,15 @@ def _batch_keep(
 def _batch_with_token(
     operands: Sequence[Any],
     dims: Sequence[int | None],
-    callable: Callable,
+    callee: Callee,
     results: Any,
     differentiable: bool,
 ) -> tuple[list[Any], list[int | None]]:
     """A derivative that takes a token: what it does with one graph for all rows."""
-    f, keep = callable.parent, callable.keep
+    f, keep = callee.parent, callee.keep
     assert f is not None
     assert keep is not None
-    at = callable.inputs.index("the token")
+    at = callee.inputs.index("the token")
     after = len(operands) - at - 1
     token, inner = operands[at], [*operands[:at], *operands[at + 1 :]]
     inner_dims = [*dims[:at], *dims[at + 1 :]]
@@ -163,10 +163,10 @@ def _batch_with_token(
     method = "sequential" if dims[at] is not None else _choose(f, inner, inner_dims)
     if method.startswith("sequential"):
         unroll = method == "sequential_unrolled"
-        out = _loop(callable, operands, dims, results, differentiable, unroll)
+        out = _loop(callee, operands, dims, results, differentiable, unroll)
         return out, [0] * len(out)
     if method not in ("torch", "rows"):  # the function batches by itself, and keeps nothing
-        return _batch(inner, inner_dims, callable=f, results=results, differentiable=differentiable)
+        return _batch(inner, inner_dims, callee=f, results=results, differentiable=differentiable)
     front, front_dims = _front(inner, inner_dims), _zeros(inner_dims)
     primal_dims, seed_dims = front_dims[:at], front_dims[at:]
     if is_vjp(f):
@@ -180,7 +180,7 @@ def _batch_with_token(
         assert f.parent is not None
         batched = _batched(f.parent, primal_dims)
         pullback = batched.vjp(f.program.wrt, f.program.of)
-        derived = with_token(pullback, after, kept(batched, keep.program.wrt))
+        derived = with_token(pullback, after, keeping(batched, keep.program.wrt))
     else:
         derived = with_token(_batched(f, (*primal_dims, *seed_dims)), after, keep)
     out = call(derived, [*front[:at], token, *front[at:]], rows, differentiable)
@@ -191,41 +191,41 @@ def _zeros(dims: Sequence[int | None]) -> tuple[int | None, ...]:
     return tuple(None if d is None else 0 for d in dims)
 
 
-def _choose(callable: Callable, operands: Sequence[Any], dims: Sequence[int | None]) -> str:
-    if _own_keys(callable, dims):
+def _choose(callee: Callee, operands: Sequence[Any], dims: Sequence[int | None]) -> str:
+    if _own_keys(callee, dims):
         return "rows"
-    method = callable.options.vmap_method
+    method = callee.options.vmap_method
     if method not in ("auto", "torch"):
         return method
     avals = tuple((x.shape, x.dtype) for x in map(jax.typeof, operands))
     if not all(isinstance(n, int) for shape, _ in avals for n in shape):
         raise SignatureError(
-            f"{callable.options.label}: a batch of symbolic size reaches torch code, which needs "
+            f"{callee.options.label}: a batch of symbolic size reaches torch code, which needs "
             "numbers; export with concrete shapes."
         )
-    batched = callable.vmap(tuple(dims))
-    # On the root: between eager calls nobody holds a derived callable.
-    memo = callable.root.memo
+    batched = callee.vmap(tuple(dims))
+    # On the root: between eager calls nobody holds a derived callee.
+    memo = callee.root.memo
     key = ("refusal", batched.path, avals)
     if key not in memo:
         with jax.ensure_compile_time_eval():
             memo[key] = runs_on_fakes(
                 in_parts(batched.program, batched.program.functional),
-                specs_of(avals, callable.options.device),
-                callable.options.default_dtype,
-                callable.options.roots,
+                specs_of(avals, callee.options.device),
+                callee.options.default_dtype,
+                callee.options.roots,
             )
     refusal = memo[key]
     if refusal is None:
         return "torch"
-    label = callable.options.label
+    label = callee.options.label
     if method == "torch":
         raise Torch2JaxError(
-            f"{label}{callable.path} cannot be batched by torch.func.vmap: {refusal}. Use "
+            f"{label}{callee.path} cannot be batched by torch.func.vmap: {refusal}. Use "
             'vmap_method="auto" or "sequential" to call it row by row.'
         )
-    if ("warned", label) not in callable.options.notes:
-        callable.options.notes.add(("warned", label))
+    if ("warned", label) not in callee.options.notes:
+        callee.options.notes.add(("warned", label))
         warnings.warn(
             f"{label} is called row by row under jax.vmap, because torch.func.vmap cannot batch "
             f'it: {refusal}. vmap_method="sequential" says so without this warning.',
@@ -236,7 +236,7 @@ def _choose(callable: Callable, operands: Sequence[Any], dims: Sequence[int | No
 
 
 def _loop(
-    callable: Callable,
+    callee: Callee,
     operands: Sequence[Any],
     dims: Sequence[int | None],
     results: Any,
@@ -248,7 +248,7 @@ def _loop(
     def one(rows: list[Any]) -> list[Any]:
         it = iter(rows)
         args = [x if d is None else next(it) for x, d in zip(operands, dims, strict=True)]
-        return call(callable, args, results, differentiable)
+        return call(callee, args, results, differentiable)
 
     if not unroll:
         return jax.lax.map(one, mapped)

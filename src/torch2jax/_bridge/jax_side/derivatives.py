@@ -6,8 +6,8 @@ zero and whose dtype has tangents) and inexact outputs ``D``:
     jvp         y = f(x),  t_y = f.jvp(S, D)(x, t)
     transpose   of f.jvp(S, D) in t:  c_x = f.vjp(S, D)(x, c)      and the other way round
 
-With the tape (see ``_tape``) the call of ``f`` keeps its graph and returns a token, which both
-derivatives take after the primals: ``f.vjp`` then runs only the backward pass.
+With the tape (see ``torch_side/tape``) the call of ``f`` keeps its graph and returns a token,
+which both derivatives take after the primals: ``f.vjp`` then runs only the backward pass.
 
 A call that is linear but not one of these two (the user's own linear function, under
 ``jax.linear_transpose``) is transposed by its ``vjp`` at zero.
@@ -24,8 +24,8 @@ from jax.interpreters import ad
 
 from ..._compat.jax import register_dce_rule
 from ..._errors import DifferentiationError
-from ..torch_side.callable import Callable
-from ..torch_side.tape.calls import is_keep, keepable, kept, with_token
+from ..torch_side.callee import Callee
+from ..torch_side.tape.calls import is_keep, keepable, keeping, with_token
 from .primitive import TOKEN, call, torch_call_p
 
 
@@ -46,7 +46,7 @@ def _jvp(
     primals: Sequence[Any],
     tangents: Sequence[Any],
     *,
-    callable: Callable,
+    callee: Callee,
     results: Any,
     differentiable: bool,
 ) -> tuple[list[Any], list[Any]]:
@@ -58,18 +58,18 @@ def _jvp(
     of = tuple(i for i, (_, dtype) in enumerate(results) if is_inexact(dtype))
     derive = bool(wrt and of)
     if derive and not differentiable:
-        raise past_depth(callable)
+        raise past_depth(callee)
     token: list[Any] = []
     keep = None
-    if derive and keepable(callable):
-        keep = kept(callable, wrt)
+    if derive and keepable(callee):
+        keep = keeping(callee, wrt)
         out = call(keep, primals, (*results, TOKEN))
         token = [out.pop()]
     else:
-        out = call(callable, primals, results, differentiable)
+        out = call(callee, primals, results, differentiable)
     out_tangents: list[Any] = [ad.Zero(jax.typeof(y).to_tangent_aval()) for y in out]
     if derive:
-        f, primals, wrt = untaped(callable, primals, wrt)
+        f, primals, wrt = untaped(callee, primals, wrt)
         derived = f.jvp(wrt, of)
         if keep is not None:
             derived = with_token(derived, len(wrt), keep)
@@ -82,25 +82,25 @@ def _jvp(
 
 
 def untaped(
-    callable: Callable, operands: Sequence[Any], wrt: tuple[int, ...]
-) -> tuple[Callable, Sequence[Any], tuple[int, ...]]:
-    """What a call computes, tape aside: callable, operands and operand indices without a token."""
-    if is_keep(callable):
-        assert callable.parent is not None
-        return callable.parent, operands, wrt
-    if callable.keep is None:
-        return callable, operands, wrt
-    assert callable.parent is not None
-    at = callable.inputs.index("the token")
+    callee: Callee, operands: Sequence[Any], wrt: tuple[int, ...]
+) -> tuple[Callee, Sequence[Any], tuple[int, ...]]:
+    """What a call computes, tape aside: callee, operands and operand indices without a token."""
+    if is_keep(callee):
+        assert callee.parent is not None
+        return callee.parent, operands, wrt
+    if callee.keep is None:
+        return callee, operands, wrt
+    assert callee.parent is not None
+    at = callee.inputs.index("the token")
     without = [x for i, x in enumerate(operands) if i != at]
-    return callable.parent, without, tuple(i - (i > at) for i in wrt)
+    return callee.parent, without, tuple(i - (i > at) for i in wrt)
 
 
-def past_depth(callable: Callable) -> DifferentiationError:
+def past_depth(callee: Callee) -> DifferentiationError:
     """The error for a derivative beyond ``depth=``."""
-    done = callable.path.count("/vjp")
+    done = callee.path.count("/vjp")
     return DifferentiationError(
-        f"{callable.options.label} is differentiated {done + 1} times, and torch2jax(..., "
+        f"{callee.options.label} is differentiated {done + 1} times, and torch2jax(..., "
         f"depth={done}) allows {done or 'none'}. Wrap it with depth={done + 1} or more, or with "
         "depth=None (the default) for derivatives of any order in both modes."
     )
@@ -109,7 +109,7 @@ def past_depth(callable: Callable) -> DifferentiationError:
 def _transpose(
     cotangents: Sequence[Any],
     *operands: Any,
-    callable: Callable,
+    callee: Callee,
     results: Any,
     differentiable: bool,
 ) -> list[Any]:
@@ -122,14 +122,14 @@ def _transpose(
         return grads
     avals = [_shape_dtype(operands[i]) for i in linear]
     seeds = [cotangents[i] for i in of]
-    f, primals, where = untaped(callable, operands, linear)
+    f, primals, where = untaped(callee, operands, linear)
     transposed = f.transpose(where, of)
     if transposed is not None:
         others = [x for x in primals if not ad.is_undefined_primal(x)]
         others = others[: len(transposed.inputs) - len(of)]
-        if callable.keep is not None:
-            others.append(operands[callable.inputs.index("the token")])
-            transposed = with_token(transposed, len(of), callable.keep)
+        if callee.keep is not None:
+            others.append(operands[callee.inputs.index("the token")])
+            transposed = with_token(transposed, len(of), callee.keep)
         out = _call_transposed(transposed, f, where, others + seeds, avals)
     else:
         at_zero = [jnp.zeros(*_shape_dtype(x)) if ad.is_undefined_primal(x) else x for x in primals]
@@ -140,8 +140,8 @@ def _transpose(
 
 
 def _call_transposed(
-    transposed: Callable,
-    callable: Callable,
+    transposed: Callee,
+    callee: Callee,
     linear: tuple[int, ...],
     operands: list[Any],
     avals: list[ShapeDtype],
@@ -151,7 +151,7 @@ def _call_transposed(
     A batched transpose returns rows at dim 0: an operand without a batch dim gets their sum,
     another one its rows where it had them. Batches nest, the outermost first.
     """
-    levels = [tuple(dims[i] for i in linear) for dims in callable.batch_levels()]
+    levels = [tuple(dims[i] for i in linear) for dims in callee.batch_levels()]
     rows = operands[-1].shape[: len(levels)]  # of a cotangent
     results = []
     for k, (full, dtype) in enumerate(avals):
@@ -174,11 +174,11 @@ def _drop_token(used: list[bool], eqn: Any) -> tuple[list[bool], Any]:
 
     So the first forward pass under ``jax.checkpoint`` keeps none, nor does an unused ``vjp``.
     """
-    callable = eqn.params["callable"]
+    callee = eqn.params["callee"]
     if not any(used) and not eqn.effects:
         return [False] * len(eqn.invars), None
-    if is_keep(callable) and not used[-1]:
-        params = dict(eqn.params, callable=callable.parent, results=eqn.params["results"][:-1])
+    if is_keep(callee) and not used[-1]:
+        params = dict(eqn.params, callee=callee.parent, results=eqn.params["results"][:-1])
         eqn = eqn.replace(params=params, outvars=eqn.outvars[:-1])
     return [True] * len(eqn.invars), eqn
 

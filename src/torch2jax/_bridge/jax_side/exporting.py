@@ -1,6 +1,6 @@
 """Exported programs: ``jax.export`` of what contains a call, and ``register`` where it is loaded.
 
-The name of a call in an exported program is that of its callable, ``|``, and the types of the
+The name of a call in an exported program is that of its callee, ``|``, and the types of the
 operands of the user's function:
 
     name/vjp(0;0)/tape(0)|float32[3,4],float32[4]
@@ -21,9 +21,9 @@ import jax.export
 
 from ..._errors import SignatureError
 from ..handler import entries, extension
-from ..torch_side.callable import Callable
+from ..torch_side.callee import Callee
 from ..torch_side.derivatives import Jvp, Vjp, Vmap
-from ..torch_side.tape.calls import kept, with_token
+from ..torch_side.tape.calls import keeping, with_token
 
 Avals = Sequence[tuple[tuple[int, ...], Any]]
 
@@ -31,57 +31,57 @@ export_checks = [jax.export.DisabledSafetyCheck.custom_call(extension.TARGET)]
 """What ``jax.export.export(..., disabled_checks=)`` needs for programs that contain a call."""
 
 _lock = threading.RLock()
-_registered: dict[str, dict[str, Callable]] = {}
-"""By name and signature: the callable of the user's function."""
+_registered: dict[str, dict[str, Callee]] = {}
+"""By name and signature: the callee of the user's function."""
 _wrapped: dict[str, Any] = {}
 """Registered functions by name: registering one again is no other function."""
-_entries: dict[str, tuple[Callable, Any]] = {}
+_entries: dict[str, tuple[Callee, Any]] = {}
 """By exported name: what was followed, alive as long as the process."""
-_exported: weakref.WeakValueDictionary[str, Callable] = weakref.WeakValueDictionary()
+_exported: weakref.WeakValueDictionary[str, Callee] = weakref.WeakValueDictionary()
 """By exported name: what this process exported itself."""
 
 
-def provide(name: str, wrapped: Any, callable: Callable, avals: Avals) -> None:
-    """Let exported programs call ``callable``, of the function ``wrapped``, as ``name``."""
-    if entries.name_of(callable) != name:
+def provide(name: str, wrapped: Any, callee: Callee, avals: Avals) -> None:
+    """Let exported programs call ``callee``, of the function ``wrapped``, as ``name``."""
+    if entries.name_of(callee) != name:
         raise SignatureError(
             f"another function, or another structure of arguments, has the name {name!r} in this "
             "process: register before wrapping under that name, and give each its own."
         )
     with _lock:
-        _registered.setdefault(name, {})[_signature(avals)] = callable
+        _registered.setdefault(name, {})[_signature(avals)] = callee
         _wrapped[name] = wrapped
 
 
-def exported_name(callable: Callable, avals: Sequence[Any], several_devices: bool) -> str:
-    """The name under which an exported program calls ``callable`` with operands of these avals."""
-    if not callable.options.named:
+def exported_name(callee: Callee, avals: Sequence[Any], several_devices: bool) -> str:
+    """The name under which an exported program calls ``callee`` with operands of these avals."""
+    if not callee.options.named:
         raise SignatureError(
-            f"{callable.options.label} is exported without a name: wrap it with torch2jax(..., "
+            f"{callee.options.label} is exported without a name: wrap it with torch2jax(..., "
             'name="...") and provide it under that name, by torch2jax.register, where the program '
             "is loaded."
         )
-    operands = _user_operands(callable, [(tuple(x.shape), x.dtype) for x in avals])
-    name = entries.name_of(callable) + entries.SEVERAL * several_devices
+    operands = _user_operands(callee, [(tuple(x.shape), x.dtype) for x in avals])
+    name = entries.name_of(callee) + entries.SEVERAL * several_devices
     name = f"{name}|{_signature(operands)}"
-    _exported[name] = callable
+    _exported[name] = callee
     return name
 
 
-def _user_operands(callable: Callable, avals: Avals) -> Avals:
+def _user_operands(callee: Callee, avals: Avals) -> Avals:
     """Shapes and dtypes of the operands of the user's function in a call derived from it."""
-    while (parent := callable.parent) is not None:
-        if callable.keep is not None:
-            at = callable.inputs.index("the token")
+    while (parent := callee.parent) is not None:
+        if callee.keep is not None:
+            at = callee.inputs.index("the token")
             avals = [*avals[:at], *avals[at + 1 :]]
-        elif isinstance(callable.program, Vmap):
+        elif isinstance(callee.program, Vmap):
             avals = [
                 (shape if d is None else (*shape[:d], *shape[d + 1 :]), dtype)
-                for (shape, dtype), d in zip(avals, callable.program.dims, strict=True)
+                for (shape, dtype), d in zip(avals, callee.program.dims, strict=True)
             ]
         avals = avals[: len(parent.inputs)]
-        callable = parent
-    return [x for i, x in enumerate(avals) if i != callable.options.rng]
+        callee = parent
+    return [x for i, x in enumerate(avals) if i != callee.options.rng]
 
 
 def _signature(avals: Avals) -> str:
@@ -93,14 +93,14 @@ def resolve(exported: str) -> str:
     with _lock:
         path, bar, signature = exported.rpartition("|")
         name = next((n for n in _registered if path == n or path.startswith(n + "/")), None)
-        callable = _exported.get(exported)
-        if callable is None and (not bar or name is None):
+        callee = _exported.get(exported)
+        if callee is None and (not bar or name is None):
             return (
                 f'no PyTorch function is registered as "{path or exported}" in this process: wrap '
                 "it with torch2jax (or provide it with torch2jax.register) before running a cached "
                 "or exported program"
             )
-        if callable is None:
+        if callee is None:
             assert name is not None
             root = _registered[name].get(signature)
             if root is None:
@@ -108,11 +108,11 @@ def resolve(exported: str) -> str:
                     f'"{name}" was exported for ({signature}) and is registered for '
                     f"({'), ('.join(_registered[name])}): register it for these arguments too"
                 )
-            callable = _follow(root, path.removeprefix(name))
-            if callable is None:
+            callee = _follow(root, path.removeprefix(name))
+            if callee is None:
                 return f'"{exported}" is no name that torch2jax gives'
         several = path.endswith(entries.SEVERAL)
-        _entries[exported] = callable, entries.entry_of(callable, exported, several)
+        _entries[exported] = callee, entries.entry_of(callee, exported, several)
         return ""
 
 
@@ -124,8 +124,8 @@ _STEP = re.compile(
 )
 
 
-def _follow(callable: Callable, path: str) -> Callable | None:
-    """What ``path`` derives from ``callable``; None where it does not lead on."""
+def _follow(callee: Callee, path: str) -> Callee | None:
+    """What ``path`` derives from ``callee``; None where it does not lead on."""
     while path:
         step = _STEP.match(path)
         if step is None:
@@ -133,33 +133,33 @@ def _follow(callable: Callable, path: str) -> Callable | None:
         path = path[step.end() :]
         try:
             if step["derivative"]:
-                derive = callable.jvp if step["derivative"] == "jvp" else callable.vjp
-                callable = derive(_numbers(step["wrt"]), _numbers(step["of"]))
+                derive = callee.jvp if step["derivative"] == "jvp" else callee.vjp
+                callee = derive(_numbers(step["wrt"]), _numbers(step["of"]))
             elif step["batch"]:
                 dims = tuple(None if d == "None" else int(d) for d in step["dims"].split(","))
-                callable = callable.vmap(dims) if step["batch"] == "vmap" else callable.rows(dims)
+                callee = callee.vmap(dims) if step["batch"] == "vmap" else callee.rows(dims)
             elif step["graph"] == "keep":
-                callable = kept(callable, _numbers(step["leaves"]))
+                callee = keeping(callee, _numbers(step["leaves"]))
             elif step["graph"] == "tape":
-                callable = _taped(callable, _numbers(step["leaves"]))
+                callee = _taped(callee, _numbers(step["leaves"]))
         except (IndexError, AttributeError):
             return None
-    return callable
+    return callee
 
 
 def _numbers(text: str) -> tuple[int, ...]:
     return tuple(int(n) for n in text.split(",") if n)
 
 
-def _taped(callable: Callable, wrt: tuple[int, ...]) -> Callable:
+def _taped(callee: Callee, wrt: tuple[int, ...]) -> Callee:
     """A derivative, or its batched form, with a token of the call whose derivative it is."""
-    derivative: Any = callable
+    derivative: Any = callee
     while isinstance(derivative.program, Vmap):
         derivative = derivative.parent
     program: Any = derivative.program
     seeds = program.wrt if isinstance(program, Jvp) else program.of
     assert isinstance(program, Jvp | Vjp)
-    return with_token(callable, len(seeds), kept(derivative.parent, wrt))
+    return with_token(callee, len(seeds), keeping(derivative.parent, wrt))
 
 
 extension.resolve_by(resolve)

@@ -12,8 +12,8 @@ from typing import Any
 import jax
 
 from ..._compat.jax import varying_together
-from ..torch_side.callable import Callable
-from ..torch_side.tape.calls import keepable, kept, with_token
+from ..torch_side.callee import Callee
+from ..torch_side.tape.calls import keepable, keeping, with_token
 from .derivatives import is_inexact, untaped
 from .primitive import TOKEN, call
 
@@ -21,7 +21,7 @@ ShapeDtype = tuple[tuple[int, ...], Any]
 
 
 def call_to_depth(
-    callable: Callable,
+    callee: Callee,
     operands: Sequence[Any],
     results: Sequence[ShapeDtype],
     depth: int,
@@ -33,29 +33,29 @@ def call_to_depth(
     """
 
     def run(*xs: Any) -> list[Any]:
-        return call(callable, xs, results, differentiable=False)
+        return call(callee, xs, results, differentiable=False)
 
     if depth == 0:
         return run(*operands)
     # Outside of the rules: a cotangent must vary over the mesh as its operand does.
     operands = varying_together(operands)
     avals = [(x.shape, x.dtype) for x in map(jax.typeof, operands)]  # the rules hold these alone
-    f, _, _ = untaped(callable, operands, ())
-    at = callable.inputs.index("the token") if callable.keep is not None else len(operands)
+    f, _, _ = untaped(callee, operands, ())
+    at = callee.inputs.index("the token") if callee.keep is not None else len(operands)
     wrt = tuple(i for i, (_, d) in enumerate(avals) if is_inexact(d) and i not in nondiff)
     of = tuple(i for i, (_, d) in enumerate(results) if is_inexact(d))
     if not wrt or not of:
         return run(*operands)
     # In the function without its token: the operands after it move up.
     pullback = f.vjp(tuple(i - (i > at) for i in wrt), of)
-    keep = kept(callable, wrt) if keepable(callable) else None
+    keep = keeping(callee, wrt) if keepable(callee) else None
     if keep is not None:
         pullback = with_token(pullback, len(of), keep)
 
     def forward(*xs: Any) -> tuple[list[Any], list[Any]]:
         if keep is None:
             return level(*xs), [x for i, x in enumerate(xs) if i != at]
-        out = keeping(*xs)
+        out = level_keeping(*xs)
         return out[:-1], [*xs, out[-1]]
 
     def backward(saved: list[Any], cotangents: list[Any]) -> tuple[Any, ...]:
@@ -66,15 +66,15 @@ def call_to_depth(
         return tuple(by_index.get(i) for i in range(len(avals)))
 
     def run_keeping(*xs: Any) -> list[Any]:
-        return call(keep or callable, xs, (*results, TOKEN), differentiable=False)
+        return call(keep or callee, xs, (*results, TOKEN), differentiable=False)
 
     def forward_keeping(*xs: Any) -> tuple[list[Any], list[Any]]:
-        out = keeping(*xs)
+        out = level_keeping(*xs)
         return out, [*xs, out[-1]]
 
     # The forward pass of a level may be differentiated itself, by an outer transformation.
-    keeping = jax.custom_vjp(run_keeping)
-    keeping.defvjp(forward_keeping, backward)
+    level_keeping = jax.custom_vjp(run_keeping)
+    level_keeping.defvjp(forward_keeping, backward)
     level = jax.custom_vjp(run)
     level.defvjp(forward, backward)
     return level(*operands)

@@ -1,6 +1,6 @@
-"""Lowering: one custom call, whose only attribute is the name of the callable.
+"""Lowering: one custom call, whose only attribute is the name of the callee.
 
-On platforms without a handler it is a callback of JAX's: see ``_host.py``.
+On platforms without a handler it is a callback of JAX's: see ``handler/host_callback.py``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ..._compat.jax import device_count
 from ..._errors import SignatureError
 from ..handler import entries, extension
 from ..handler.host_callback import call_on_host
-from ..torch_side.callable import Callable
+from ..torch_side.callee import Callee
 from .exporting import exported_name
 from .primitive import torch_call_p
 
@@ -23,27 +23,27 @@ from .primitive import torch_call_p
 def _lower(
     ctx: mlir.LoweringRuleContext,
     *operands: Any,
-    callable: Callable,
+    callee: Callee,
     results: Any,
     differentiable: bool,
 ) -> Sequence[Any]:
     avals: list[Any] = [*ctx.avals_in, *ctx.avals_out]
     if any(not isinstance(d, int) for a in avals for d in a.shape):
         raise SignatureError(
-            f"{callable.options.label}: symbolic shapes reach torch code, which needs numbers; "
+            f"{callee.options.label}: symbolic shapes reach torch code, which needs numbers; "
             "export with concrete shapes."
         )
     several = device_count(ctx) > 1
     if ctx.module_context.lowering_parameters.for_export:
-        name = exported_name(callable, ctx.avals_in, several)
+        name = exported_name(callee, ctx.avals_in, several)
     else:
-        name = entries.register(callable, several).name
-        ctx.module_context.add_keepalive(callable)
-    base = callable.parent is None
+        name = entries.register(callee, several).name
+        ctx.module_context.add_keepalive(callee)
+    base = callee.parent is None
     lower = jax.ffi.ffi_lowering(
         extension.TARGET,
-        has_side_effect=callable.options.side_effects or callable.options.draws,
-        operand_output_aliases=dict(callable.options.aliases) if base else {},
+        has_side_effect=callee.options.side_effects or callee.options.draws,
+        operand_output_aliases=dict(callee.options.aliases) if base else {},
     )
     return lower(ctx, *operands, name=name)
 

@@ -1,6 +1,6 @@
-"""The primitive: one call of a torch callable. Its rules are in ``_rules``.
+"""The primitive: one call of a torch callee. Its rules stand beside it in this folder.
 
-Parameters: ``callable`` (a ``_callable.Callable``), ``results`` (a ``ShapeDtypeStruct`` per output,
+Parameters: ``callee`` (a ``Callee``), ``results`` (a ``ShapeDtypeStruct`` per output,
 hashable) and ``differentiable`` (False where a limit of ``depth=`` is reached).
 """
 
@@ -14,7 +14,7 @@ import numpy as np
 from jax.extend.core import Primitive
 
 from ..._compat.jax import random_effect, result_aval, torch_effect, varying_together
-from ..torch_side.callable import Callable
+from ..torch_side.callee import Callee
 from .sharded_types import check_whole
 
 _PACKAGE = __name__.partition(".")[0]
@@ -24,11 +24,11 @@ torch_call_p.multiple_results = True
 
 
 TOKEN = ((4,), np.dtype(np.uint32))
-"""Shape and dtype of a token: see ``_tape``."""
+"""Shape and dtype of a token: see ``torch_side/tape``."""
 
 
 def call(
-    callable: Callable,
+    callee: Callee,
     operands: Sequence[Any],
     results: Sequence[tuple[tuple[int, ...], Any]],
     differentiable: bool = True,
@@ -36,7 +36,7 @@ def call(
     """Bind the primitive; ``results`` are (shape, dtype) pairs."""
     return torch_call_p.bind(
         *varying_together(operands),
-        callable=callable,
+        callee=callee,
         results=tuple((tuple(shape), np.dtype(dtype)) for shape, dtype in results),
         differentiable=differentiable,
     )
@@ -44,10 +44,10 @@ def call(
 
 @torch_call_p.def_effectful_abstract_eval
 def _abstract_eval(
-    *avals: Any, callable: Callable, results: Any, differentiable: bool
+    *avals: Any, callee: Callee, results: Any, differentiable: bool
 ) -> tuple[list[Any], set[Any]]:
-    options = callable.options
-    check_whole(avals, callable.inputs, options.label)
+    options = callee.options
+    check_whole(avals, callee.inputs, options.label)
     effects: set[Any] = {torch_effect} if options.side_effects else set()
     if options.draws:
         effects.add(random_effect)
@@ -55,15 +55,15 @@ def _abstract_eval(
 
 
 @torch_call_p.def_impl
-def _impl(*operands: Any, callable: Callable, **params: Any) -> list[Any]:
-    # Outside of jit: one jitted call per callable and parameters, which lives as long as they do.
+def _impl(*operands: Any, callee: Callee, **params: Any) -> list[Any]:
+    # Outside of jit: one jitted call per callee and parameters, which lives as long as they do.
     key = ("impl", *sorted(params.items()))
-    jitted = callable.memo.get(key)
+    jitted = callee.memo.get(key)
     if jitted is None:
 
         def torch_call(*xs: Any) -> list[Any]:
-            return torch_call_p.bind(*xs, callable=callable, **params)
+            return torch_call_p.bind(*xs, callee=callee, **params)
 
-        jitted = callable.memo[key] = jax.jit(torch_call)
+        jitted = callee.memo[key] = jax.jit(torch_call)
     with jax.disable_jit(False):
         return jitted(*operands)

@@ -41,7 +41,7 @@ def ambient_clean(default_dtype: torch.dtype) -> bool:
 
 
 @contextlib.contextmanager
-def clean(default_dtype: torch.dtype) -> Iterator[None]:
+def clean_surroundings(default_dtype: torch.dtype) -> Iterator[None]:
     """Switch off the calling thread's modes, autocast, transforms and gradients; then restore."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(temporarily_clear_interpreter_stack())
@@ -63,7 +63,7 @@ def clean(default_dtype: torch.dtype) -> Iterator[None]:
 
 def run_guarded(run: Callable[..., Any], args: tuple[Any, ...], default_dtype: torch.dtype) -> Any:
     """``run(*args)`` in a clean state."""
-    with clean(default_dtype):
+    with clean_surroundings(default_dtype):
         return run(*args)
 
 

@@ -22,8 +22,7 @@ cotangent is the plain transpose ``Jᵀ c = conj(Jᴴ conj(c))``: a Vjp conjugat
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable as Function
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
@@ -53,7 +52,7 @@ class Program(Protocol):
     def run(self, *args: Tensor) -> Tensors: ...
 
 
-class Flat:
+class UserProgram:
     """The user's function on flat operands.
 
     ``pure`` changes none of its operands. ``run`` may be another function with the same results
@@ -64,11 +63,11 @@ class Flat:
 
     def __init__(
         self,
-        pure: Function[..., Tensors],
-        run: Function[..., Tensors] | None,
+        pure: Callable[..., Tensors],
+        run: Callable[..., Tensors] | None,
         forward_ad: bool,
         roots: tuple[Any, ...],
-        bare: tuple[Function[..., Any], Function[[Any], Tensors]] | None = None,
+        bare: tuple[Callable[..., Any], Callable[[Any], Tensors]] | None = None,
     ) -> None:
         self.functional = self.graph = pure
         self.run = run or pure
@@ -122,7 +121,7 @@ class Jvp:
         program: Any = self.parent
         while isinstance(program, Vmap):
             program = program.parent
-        return isinstance(program, Flat)
+        return isinstance(program, UserProgram)
 
     def _split(self, args: Tensors) -> tuple[Tensors, Tensors]:
         at = len(args) - len(self.wrt)
@@ -130,8 +129,8 @@ class Jvp:
 
     def _either(
         self,
-        forward_form: Function[..., Tensors],
-        reverse: Function[[Tensors, Tensors], Tensors],
+        forward_form: Callable[..., Tensors],
+        reverse: Callable[[Tensors, Tensors], Tensors],
         args: Tensors,
     ) -> Tensors:
         primals, tangents = self._split(args)
@@ -148,7 +147,7 @@ class Jvp:
             return out
 
     def _by_forward_mode(
-        self, form: Function[..., Tensors], primals: Tensors, tangents: Tensors
+        self, form: Callable[..., Tensors], primals: Tensors, tangents: Tensors
     ) -> Tensors:
         f = _restrict(form, primals, self.wrt, self.of)
         # Under no_grad, forward mode over reverse mode is silently wrong for what saves its
@@ -213,7 +212,7 @@ class Vjp:
 
     def pull(
         self,
-        f: Function[..., Tensors],
+        f: Callable[..., Tensors],
         primals: Tensors,
         cotangents: Tensors,
         batched: bool = False,
@@ -233,7 +232,7 @@ class Vjp:
         finally:
             torch._C._set_grad_enabled(before)
 
-    def _forward(self, f: Function[..., Tensors], primals: Tensors) -> tuple[Tensors, Tensors]:
+    def _forward(self, f: Callable[..., Tensors], primals: Tensors) -> tuple[Tensors, Tensors]:
         """Outputs ``of``, and leaves that they are differentiated in."""
         leaves = list(primals)
         for i in self.wrt:
@@ -272,7 +271,7 @@ class Vmap:
                 return self._pull_rows(vjp, primals, cotangents)
         if isinstance(vjp, Jvp) and vjp.first_order:
             return _vmap(vjp.outermost, self.dims)(*args)
-        if isinstance(vjp, Flat):
+        if isinstance(vjp, UserProgram):
             return self.functional(*args)
         with torch.enable_grad():  # as in Jvp
             return self.functional(*args)
@@ -304,7 +303,7 @@ class Rows(Vmap):
     def run(self, *args: Tensor) -> Tensors:
         return self._each(self.parent.run, args)
 
-    def _each(self, f: Function[..., Tensors], args: Tensors) -> Tensors:
+    def _each(self, f: Callable[..., Tensors], args: Tensors) -> Tensors:
         split = [None if d is None else x.unbind(d) for x, d in zip(args, self.dims, strict=True)]
         size = next(len(rows) for rows in split if rows is not None)
         out = [
@@ -315,8 +314,8 @@ class Rows(Vmap):
 
 
 def _restrict(
-    f: Function[..., Tensors], primals: Tensors, wrt: Indices, of: Indices
-) -> Function[..., Tensors]:
+    f: Callable[..., Tensors], primals: Tensors, wrt: Indices, of: Indices
+) -> Callable[..., Tensors]:
     """``f`` as a function of the inputs ``wrt`` to the outputs ``of``, the others held."""
 
     def restricted(*xs: Tensor) -> Tensors:
@@ -330,7 +329,7 @@ def _restrict(
 
 def roots_of(program: Any) -> tuple[Any, ...]:
     """The user's function and objects at the root of a program."""
-    while not isinstance(program, Flat):
+    while not isinstance(program, UserProgram):
         program = program.parent
     return program.roots
 
@@ -339,7 +338,7 @@ def _rows_first(tensors: Iterable[Tensor], dims: Iterable[Any]) -> Tensors:
     return tuple(t if d == 0 else t.movedim(d, 0) for t, d in zip(tensors, dims, strict=True))
 
 
-def _vmap(f: Function[..., Tensors], dims: Dims) -> Function[..., Tensors]:
+def _vmap(f: Callable[..., Tensors], dims: Dims) -> Callable[..., Tensors]:
     """``torch.func.vmap`` of a flat function, without the pytrees that cost it 40 µs a call."""
 
     def batched(*args: Tensor) -> Tensors:

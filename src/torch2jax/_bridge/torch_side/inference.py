@@ -69,7 +69,7 @@ def infer(
 
     Raises ``FakeSurvived``, ``ShapeDependsOnValues``, or the exception of ``fn`` itself.
     """
-    with ambient.clean(default_dtype), preserved(roots):
+    with ambient.clean_surroundings(default_dtype), preserved(roots):
         try:
             recorder, found = _infer_fake(fn, specs, describe)
         except _Refused as refused:
@@ -216,7 +216,7 @@ def runs_on_fakes(
 ) -> str | None:
     """None if ``run`` runs on fake tensors; else why not, with the operator where it stopped."""
     recorder = None
-    with ambient.clean(default_dtype), preserved(roots), warnings.catch_warnings():
+    with ambient.clean_surroundings(default_dtype), preserved(roots), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns of slow batching rules: no refusal
         try:
             with _fake_tensors():

@@ -21,19 +21,19 @@ from torch.utils import _pytree as torch_tree
 from ..._compat.torch import compiling
 from ..._conversions.dtypes import dtype_j2t
 from ..._errors import Torch2JaxError
-from .. import random
+from .. import random_streams
 from ..operators.constants import value_of
 from ..tensors.tensor import Cell, Tensor, wrap, write
 from ..thread_state import lowering_scope
 from .captured import Watch, capturing
 
-__all__ = ["TENSOR", "Differentiable", "Plan", "unflatten_result"]
+__all__ = ["TENSOR", "CompiledCall", "Differentiable", "unflatten_result"]
 
 TENSOR = object()
 """In the place of a tensor in a tree."""
 
 
-class Plan:
+class CompiledCall:
     """A compiled function for arguments of one structure, and leaves with or without gradients."""
 
     def __init__(self, fn: Callable[..., Any], spec: Any, statics: Any, metas: Any, options: Any):
@@ -48,7 +48,7 @@ class Plan:
         """Leaves whose gradient is another after the call; None: they have none."""
         self.argument_grads: list[tuple[int, torch.dtype]] = []
         self.argument_writes: list[int] = []
-        self.others: dict[Any, Plan] = {}
+        self.others: dict[Any, CompiledCall] = {}
         self.out: Any = None
         self.grad = torch.is_grad_enabled()
         self.differentiable = False
@@ -69,14 +69,16 @@ class Plan:
         found = (ref() for ref in self.leaves)
         return [x for x in found if x is not None and x.requires_grad and x.is_leaf]
 
-    def here(self) -> Plan:
+    def here(self) -> CompiledCall:
         """The plan for the leaves that have gradients now."""
         have = tuple((id(x), x.grad is not None) for x in self.living())
         plan = self.others.get(have)
         if plan is None:
             plan = self
             if self.others:
-                plan = Plan(self.fn, self.spec, self.statics, self.metas, dict(self.options))
+                plan = CompiledCall(
+                    self.fn, self.spec, self.statics, self.metas, dict(self.options)
+                )
                 plan.grad, plan.differentiable = self.grad, self.differentiable
                 plan.leaves = self.leaves
             self.others[have] = plan
@@ -108,7 +110,7 @@ class Plan:
             with capturing(self.inputs) as capture:
                 # It may be traced inside a forward pass of autograd, where gradients are off.
                 grad = torch.enable_grad if self.grad else torch.no_grad
-                key = random.drawing_from(words, words=True)
+                key = random_streams.drawing_from(words, words=True)
                 with key as stream, scope, grad(), compiling(), Watch():
                     result = self.fn(*args, **kwargs)
                 self.draws = stream is not None and stream.count > 0
@@ -152,7 +154,7 @@ class Plan:
         while True:
             state = [c.array for c in self.inputs]
             try:
-                jax.eval_shape(self.run, arrays, state, random.NO_WORDS)
+                jax.eval_shape(self.run, arrays, state, random_streams.NO_WORDS)
                 break
             except _MoreInputs as more:
                 self.inputs += more.cells
@@ -241,7 +243,9 @@ class Differentiable(torch.autograd.Function):
     """A compiled call whose derivative, compiled too, is JAX's."""
 
     @staticmethod
-    def forward(ctx: Any, plan: Plan, words: Any, inputs: Any, count: int, *tensors: Any) -> Any:  # type: ignore[override]
+    def forward(
+        ctx: Any, plan: CompiledCall, words: Any, inputs: Any, count: int, *tensors: Any
+    ) -> Any:  # type: ignore[override]
         arrays = [x._cell.array if x._chain is None else x.jax() for x in tensors[:count]]
         state = [c.array for c in plan.inputs]
         results, new_state, made, ctx.pull = plan.pulled(arrays, state, words)

@@ -10,11 +10,11 @@ from torch.utils import _pytree as torch_tree
 
 from ..._conversions.dtypes import x64_enabled
 from ..._errors import SignatureError
-from .. import random
+from .. import random_streams
 from ..setup.enable import enable
 from ..tensors.tensor import Cell, Tensor, wrap
 from .captured import noting_leaves
-from .compiled import TENSOR, Differentiable, Plan, unflatten_result
+from .compiled import TENSOR, CompiledCall, Differentiable, unflatten_result
 
 __all__ = ["JittedFunction", "JittedModule", "jit"]
 
@@ -37,7 +37,7 @@ class JittedFunction:
         self.__wrapped__ = fn
         self.__name__ = getattr(fn, "__name__", type(fn).__name__)
         self._module, self._options = module, options
-        self._plans: dict[Any, Plan] = {}
+        self._plans: dict[Any, CompiledCall] = {}
         self._cells: list[Cell] = []
         self._specs: dict[Any, Any] = {}
 
@@ -83,7 +83,7 @@ class JittedFunction:
             ) from None
         if plan is None:
             options = dict(self._options)
-            plan = self._plans[key] = Plan(self.__wrapped__, spec, statics, metas, options)
+            plan = self._plans[key] = CompiledCall(self.__wrapped__, spec, statics, metas, options)
         if not plan.ran:
             with noting_leaves() as seen:
                 result = self.__wrapped__(*args, **kwargs)
@@ -96,7 +96,7 @@ class JittedFunction:
         plan = plan.here()
         if not plan.ready:
             plan.prepare(arrays)
-        words = random.next_words() if plan.draws else random.NO_WORDS
+        words = random_streams.next_words() if plan.draws else random_streams.NO_WORDS
         plan.check(tensors)
         if plan.differentiable:
             places = set(map(id, plan.inputs))

@@ -18,7 +18,7 @@ from jax.core import Tracer
 from ..._compat.jax import ArrayImpl, trace_state_clean
 from ..._conversions.dtypes import x64_enabled
 from ...lowerings.registry import DataDependentShape
-from .. import random
+from .. import random_streams
 from ..tensors.tensor import (
     Tensor,
     ValueNeeded,
@@ -32,7 +32,7 @@ from ..tensors.tensor import (
 from ..thread_state import state
 from .constants import is_large, keep_recipe, value_of
 from .operands import cells_of, flatten, items_meet, note_read
-from .program import NoDecompositionHere, Program
+from .program import NoDecompositionHere, OperatorProgram
 from .route import Route
 
 __all__ = ["Operator"]
@@ -44,7 +44,7 @@ class Operator:
     def __init__(self, func: Any) -> None:
         self.func = func
         self.route = Route(func)
-        self.programs: dict[Any, Program] = {}
+        self.programs: dict[Any, OperatorProgram] = {}
         self.looks_at_values = False
         lowered = self.route.lowered
         self.compiles = lowered is not None and not lowered.eager
@@ -104,7 +104,7 @@ class Operator:
         program = self.programs.get(key)
         if program is None:
             given = {k: v for k, v in kwargs.items() if k != "generator"}
-            program = self.programs[key] = Program(route, args, given, operands)
+            program = self.programs[key] = OperatorProgram(route, args, given, operands)
         for slot in program.views_written:
             refuse_overlap(operands[slot], route.fills)
         if captures:
@@ -123,7 +123,7 @@ class Operator:
             arrays.append(a)
         words = None
         if route.random:
-            words = random.next_words(kwargs.get("generator"))
+            words = random_streams.next_words(kwargs.get("generator"))
             traced = traced or isinstance(words, Tracer)
             arrays.append(words)
         if state.factories_traced and not (route.random or _has_tensors(operands)):
@@ -185,7 +185,7 @@ class Operator:
             returned,
         )
 
-    def _call_decomposed(self, program: Program, operands: Any, arrays: Any) -> Any:
+    def _call_decomposed(self, program: OperatorProgram, operands: Any, arrays: Any) -> Any:
         """One compiled program; step by step where the decomposition looks at values."""
         if self.looks_at_values:
             return _VALUES
@@ -203,7 +203,7 @@ class Operator:
             state.compiling = before
         return self._wrapped(program, operands, out, bases, not clean)
 
-    def _call_traced(self, program: Program, operands: list[Any], words: Any) -> Any:
+    def _call_traced(self, program: OperatorProgram, operands: list[Any], words: Any) -> Any:
         values = [value_of(x) if type(x) is Tensor else x for x in operands]
         out, new = program.compute(values, words)
         slots = program.mutated
@@ -214,7 +214,7 @@ class Operator:
             replace(operands[slot], value)
         return self._results(program, operands, out)
 
-    def _call_concrete(self, program: Program, operands: list[Any]) -> Any:
+    def _call_concrete(self, program: OperatorProgram, operands: list[Any]) -> Any:
         """Without compiling: results whose shapes depend on values, and PyTorch's own kernels."""
         with jax.ensure_compile_time_eval():
             values = [read_cell(x, x._cell.array) if type(x) is Tensor else x for x in operands]
@@ -226,7 +226,12 @@ class Operator:
     # --- results
 
     def _wrapped(
-        self, program: Program, operands: list[Any], out: Any, bases: list[Any], recipes: bool
+        self,
+        program: OperatorProgram,
+        operands: list[Any],
+        out: Any,
+        bases: list[Any],
+        recipes: bool,
     ) -> Any:
         """After a compiled program: its results, and new arrays in the cells it has written to."""
         for slot, base in zip(program.mutated, bases, strict=True):
@@ -242,7 +247,11 @@ class Operator:
         return result
 
     def _results(
-        self, program: Program, operands: list[Any], out: Any, made: list[Tensor] | None = None
+        self,
+        program: OperatorProgram,
+        operands: list[Any],
+        out: Any,
+        made: list[Tensor] | None = None,
     ) -> Any:
         """What the operator returns; new tensors are appended to ``made``."""
         if program.mutated:

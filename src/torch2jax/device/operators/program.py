@@ -13,7 +13,7 @@ from torch.utils import _pytree as torch_tree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..._bridge.calls.function import TorchFunction
-from ..._bridge.calls.options import Config as Options
+from ..._bridge.calls.options import Options
 from ..._bridge.wrapping import wrapped
 from ..._conversions.convert import j2t
 from ..._conversions.dtypes import dtype_j2t, x64_enabled
@@ -25,7 +25,7 @@ from .constants import value_of
 from .operands import cells_of, fill, template
 from .route import Route
 
-__all__ = ["NoDecompositionHere", "Program"]
+__all__ = ["NoDecompositionHere", "OperatorProgram"]
 
 _PYTHON = {bool: torch.bool, int: torch.int64, float: torch.float32, complex: torch.complex64}
 _IGNORED = ("layout", "pin_memory", "memory_format", "non_blocking")
@@ -35,7 +35,7 @@ class NoDecompositionHere(Exception):
     """A decomposition does not cover these arguments, or calls its own operator."""
 
 
-class Program:
+class OperatorProgram:
     """A function of the arrays of the operands' cells; in-place writes are part of it.
 
     ``patterns`` (of their chains) and ``dtypes`` are those of the operands, None for numbers; what

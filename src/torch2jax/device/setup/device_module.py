@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .. import random
+from .. import random_streams
 
 
 class _Module:
@@ -47,21 +47,21 @@ class _Module:
         return [torch.bfloat16, torch.float16]
 
     def manual_seed(self, seed: int) -> None:
-        random.seed(seed)
+        random_streams.seed(seed)
 
     manual_seed_all = manual_seed
 
     def seed(self) -> None:
-        random.seed(torch.seed())
+        random_streams.seed(torch.seed())
 
     def initial_seed(self) -> int:
-        return random.initial_seed()
+        return random_streams.initial_seed()
 
     def get_rng_state(self, device: Any = None) -> torch.Tensor:
-        return random.get_state()
+        return random_streams.get_state()
 
     def set_rng_state(self, state: torch.Tensor, device: Any = None) -> None:
-        random.set_state(state)
+        random_streams.set_state(state)
 
     class device:  # the name that torch looks up: torch.jax.device(index)
         def __init__(self, index: Any) -> None:

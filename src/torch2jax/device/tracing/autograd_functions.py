@@ -20,7 +20,7 @@ from torch.utils import _pytree as torch_tree
 from torch.utils.checkpoint import CheckpointFunction
 
 from ..._compat.torch import custom_function_base
-from .. import random
+from .. import random_streams
 from ..operators.constants import value_of
 from ..tensors.tensor import Tensor, wrap
 
@@ -80,7 +80,7 @@ def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
         return _plain(cls, *args, **kwargs)  # PyTorch's own autograd is at work here
     dtypes = [leaves[i].dtype for i in places]
     structure: list[Any] = []
-    stream = random.current()
+    stream = random_streams.current()
     start = stream.count if stream is not None else 0
 
     def run(arrays: Any, requires_grad: bool) -> tuple[list[Tensor], list[Tensor]]:

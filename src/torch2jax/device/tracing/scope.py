@@ -9,7 +9,7 @@ import torch
 
 from ..._bridge.torch_side import ambient
 from ..._compat.torch import DeviceContext
-from .. import random
+from .. import random_streams
 from ..thread_state import lowering_scope
 from .autograd_functions import differentiable_by_jax
 
@@ -31,11 +31,11 @@ class _OnJax(DeviceContext):
 def running(default_dtype: torch.dtype, key: Any) -> Any:
     """The state in which ``fn`` is traced: device jax, JAX's derivatives, draws from the key."""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(ambient.clean(default_dtype))
+        stack.enter_context(ambient.clean_surroundings(default_dtype))
         # So that what fn differentiates itself (forces, torch.func) has its graph.
         stack.enter_context(torch.enable_grad())
         stack.enter_context(_OnJax(torch.device("jax")))
-        stack.enter_context(random.drawing_from(key, words=True))
+        stack.enter_context(random_streams.drawing_from(key, words=True))
         stack.enter_context(lowering_scope())
         stack.enter_context(differentiable_by_jax())
         yield

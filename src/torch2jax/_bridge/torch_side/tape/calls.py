@@ -5,38 +5,38 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
-from ..callable import Callable
+from ..callee import Callee
 from ..derivatives import Program, Vjp, Vmap
 from ..gradients import Indices
-from .programs import Keep, Popped, Pull
+from .programs import DropGraph, KeepGraph, PullThroughGraph
 from .table import tape
 
 
-def keepable(callable: Callable) -> bool:
-    """Whether graphs of this callable are kept: the user's function and its batched form."""
-    while isinstance(callable.program, Vmap) and callable.parent is not None:
-        callable = callable.parent
-    return callable.options.tape and callable.parent is None
+def keepable(callee: Callee) -> bool:
+    """Whether graphs of this callee are kept: the user's function and its batched form."""
+    while isinstance(callee.program, Vmap) and callee.parent is not None:
+        callee = callee.parent
+    return callee.options.tape and callee.parent is None
 
 
-def is_keep(callable: Callable) -> bool:
-    """Whether this callable returns a token as its last output."""
-    return isinstance(callable.program, Keep)
+def is_keep(callee: Callee) -> bool:
+    """Whether this callee returns a token as its last output."""
+    return isinstance(callee.program, KeepGraph)
 
 
-def is_vjp(callable: Callable) -> bool:
-    """Whether this callable is a pullback."""
-    return isinstance(callable.program, Vjp)
+def is_vjp(callee: Callee) -> bool:
+    """Whether this callee is a pullback."""
+    return isinstance(callee.program, Vjp)
 
 
-def kept(callable: Callable, wrt: Indices) -> Callable:
+def keeping(callee: Callee, wrt: Indices) -> Callee:
     """``x -> (outputs, token)``: the call that keeps its graph for derivatives in ``wrt``."""
-    label = callable.options.label + callable.path
-    child = callable.derive(
+    label = callee.options.label + callee.path
+    child = callee.derive(
         f"/keep({','.join(map(str, wrt))})",
-        lambda: Keep(callable.program, wrt, label, callable.options.rng is not None),
-        list(callable.inputs),
-        [*callable.outputs, "the token"],
+        lambda: KeepGraph(callee.program, wrt, label, callee.options.rng is not None),
+        list(callee.inputs),
+        [*callee.outputs, "the token"],
     )
     if "forget" not in child.memo:
         # When no wrapper and no executable is left, nor are graphs whose backward never ran.
@@ -45,24 +45,24 @@ def kept(callable: Callable, wrt: Indices) -> Callable:
     return child
 
 
-def with_token(callable: Callable, after: int, keep: Callable) -> Callable:
-    """``callable``, a derivative, with a token of ``keep`` before its last ``after`` operands."""
-    at = len(callable.inputs) - after
-    program: Any = callable.program
+def with_token(callee: Callee, after: int, keep: Callee) -> Callee:
+    """``callee``, a derivative, with a token of ``keep`` before its last ``after`` operands."""
+    at = len(callee.inputs) - after
+    program: Any = callee.program
     batched = isinstance(program, Vmap)
     vjp = program.parent if batched else program
-    assert isinstance(keep.program, Keep)
+    assert isinstance(keep.program, KeepGraph)
     keeper = keep.program
 
     def make() -> Program:
         if isinstance(vjp, Vjp):
             dims = vjp.split(program.dims) if batched else ((), ())
             if all(d is None for d in dims[0]) and all(d == 0 for d in dims[1]):
-                return Pull(vjp, keeper, batched, program)
-        return Popped(program, after, keeper)
+                return PullThroughGraph(vjp, keeper, batched, program)
+        return DropGraph(program, after, keeper)
 
-    inputs = [*callable.inputs[:at], "the token", *callable.inputs[at:]]
+    inputs = [*callee.inputs[:at], "the token", *callee.inputs[at:]]
     suffix = f"/tape({','.join(map(str, keeper.wrt))})"
-    child = callable.derive(suffix, make, inputs, list(callable.outputs))
+    child = callee.derive(suffix, make, inputs, list(callee.outputs))
     child.keep = keep  # the graphs of a token are found by the program that kept them
     return child

@@ -31,13 +31,13 @@ from ..gradients import Indices, Tensor, Tensors
 from ..modules import loans
 
 if TYPE_CHECKING:
-    from .programs import Keep
+    from .programs import KeepGraph
 
 
-class Cell:
+class KeptGraph:
     """A kept graph: edges of its outputs, and its leaves; no view of an operand."""
 
-    def __init__(self, keep: Keep, device: torch.device, source: Source) -> None:
+    def __init__(self, keep: KeepGraph, device: torch.device, source: SavedTensors) -> None:
         self.keep, self.device, self.source = keep, device, source
         self.outputs: list[GradientEdge | None] = []
         self.inputs: list[Tensor] = []
@@ -50,11 +50,11 @@ class Cell:
         self.lock = threading.Lock()
 
 
-class Source:
+class SavedTensors:
     """Packs what a forward pass on ``operands`` saves, and what it is rebuilt from.
 
     See NOTE [What a kept graph may hold]. Packed, a tensor is a function without arguments that
-    gives it back. Apart from the cell: the graph refers to it.
+    gives it back. Apart from the graph: the graph refers to it.
     """
 
     def __init__(self, operands: Tensors) -> None:
@@ -106,7 +106,7 @@ def _own(t: Tensor, saved: int) -> Tensor:
 class _View(NamedTuple):
     """A saved view of an operand: where it lies in it."""
 
-    source: Source
+    source: SavedTensors
     operand: int
     dtype: torch.dtype
     size: torch.Size
@@ -135,18 +135,18 @@ def refuses_hooks(error: RuntimeError) -> bool:
     return "saved tensor hooks" in str(error) or "BatchedTensorImpl" in str(error)
 
 
-def packing(source: Source) -> saved_tensors_hooks:
+def packing(source: SavedTensors) -> saved_tensors_hooks:
     """A context in which ``source`` packs what autograd saves."""
     dynamo = sys.modules.get("torch._dynamo.eval_frame")  # loading it takes seconds
     if dynamo is not None:
-        _leave_alone(dynamo)
+        _exempt_from_compilation(dynamo)
     return saved_tensors_hooks(source.pack, operator.call)
 
 
 @functools.cache
-def _leave_alone(dynamo: Any) -> None:
+def _exempt_from_compilation(dynamo: Any) -> None:
     """Have torch.compile not compile the hooks where a compiled function calls them."""
-    for f in (Source.pack, Source.unchanged, _own, _View.__call__):
+    for f in (SavedTensors.pack, SavedTensors.unchanged, _own, _View.__call__):
         dynamo.skip_code(f.__code__)
 
 
@@ -159,7 +159,7 @@ def _modified(t: Tensor, expected: int, version: int) -> RuntimeError:
 
 
 @functools.cache
-def nothing(dtype: torch.dtype, device: torch.device) -> Tensor:
+def empty(dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.empty(0, dtype=dtype, device=device)
 
 
@@ -218,7 +218,7 @@ def _unheld() -> tuple[tuple[int, int, int, int], tuple[int, int, int, int]]:
 _WATCHED, _PLAIN = _unheld()
 
 
-def held(operands: Tensors, leaves: list[Tensor], wrt: Indices) -> bool:
+def referenced_elsewhere(operands: Tensors, leaves: list[Tensor], wrt: Indices) -> bool:
     """Whether something beside our own lists refers to an operand's storage or to a leaf."""
     shared: set[int] | None = None
     for i, x in enumerate(leaves):

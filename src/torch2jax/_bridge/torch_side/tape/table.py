@@ -1,6 +1,6 @@
 """The tape: graphs of forward passes, kept for their backward passes. Imports torch, never JAX.
 
-A table in this process, of bounded size; ``_keep.py`` has the programs that write and read it.
+A table in this process, of bounded size; ``programs.py`` has the programs that write and read it.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import torch
 
 from ...._errors import SignatureError, Torch2JaxWarning
 from ..gradients import Tensor, Tensors
-from .kept_graph import Cell
+from .kept_graph import KeptGraph
 
 if TYPE_CHECKING:
-    from .programs import Keep
+    from .programs import KeepGraph
 
 _ENVIRONMENT = f"{__name__.partition('.')[0].upper()}_TAPE_BYTES"
 
@@ -97,7 +97,7 @@ class Tape:
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
-        self._cells: OrderedDict[Token, Cell] = OrderedDict()
+        self._graphs: OrderedDict[Token, KeptGraph] = OrderedDict()
         self._accounts: defaultdict[torch.device, _Account] = defaultdict(_Account)
         self._used: OrderedDict[Token, None] = OrderedDict()
         self._nonce = secrets.randbits(63) + 1
@@ -106,14 +106,14 @@ class Tape:
         self._hits = self._misses = self._evictions = 0
         self._copying: dict[str, None] = {}
 
-    def add(self, cell: Cell) -> Tensor:
-        """Keep ``cell``; a tensor with the words of its token."""
+    def add(self, graph: KeptGraph) -> Tensor:
+        """KeepGraph ``graph``; a tensor with the words of its token."""
         with self._lock:
-            account = self._accounts[cell.device]
+            account = self._accounts[graph.device]
             if not account.fresh:
-                account.fresh = self._new_tokens(cell.device)
+                account.fresh = self._new_tokens(graph.device)
             token, words = account.fresh.pop()
-            self._enter(token, cell, account)
+            self._enter(token, graph, account)
             return words
 
     def _new_tokens(self, device: torch.device) -> list[tuple[Token, Tensor]]:
@@ -124,50 +124,50 @@ class Tape:
         block = torch.tensor(tokens, dtype=torch.uint32, device=device)
         return list(zip(tokens, block.unbind(), strict=True))
 
-    def restore(self, token: Token, cell: Cell) -> None:
-        """Keep ``cell`` under ``token``, and evict what is beyond the budget."""
+    def restore(self, token: Token, graph: KeptGraph) -> None:
+        """KeepGraph ``graph`` under ``token``, and evict what is beyond the budget."""
         with self._lock:
-            if cell.reused:
+            if graph.reused:
                 # One graph that is used again and again is kept per function, the latest.
-                same = [t for t, c in self._cells.items() if c.reused and c.keep is cell.keep]
+                same = [t for t, c in self._graphs.items() if c.reused and c.keep is graph.keep]
                 for other in same:
                     self._remove(other)
-            self._enter(token, cell, self._accounts[cell.device])
+            self._enter(token, graph, self._accounts[graph.device])
 
-    def _enter(self, token: Token, cell: Cell, account: _Account) -> None:
-        if cell.keep.copies:
-            self._copying[cell.keep.label] = None
-        self._cells[token] = cell
-        account.enter(cell.storages)
-        self._evict(cell.device, account)
+    def _enter(self, token: Token, graph: KeptGraph, account: _Account) -> None:
+        if graph.keep.copies:
+            self._copying[graph.keep.label] = None
+        self._graphs[token] = graph
+        account.enter(graph.storages)
+        self._evict(graph.device, account)
 
     def _evict(self, device: torch.device, account: _Account) -> None:
         budget = default_budget(device) if self._budget is None else self._budget
         while account.bytes > budget or budget == 0:
-            oldest = next((t for t, c in self._cells.items() if c.device == device), None)
+            oldest = next((t for t, c in self._graphs.items() if c.device == device), None)
             if oldest is None:  # a budget of 0 keeps no graph, not even one without activations
                 return
             self._remove(oldest)
             self._evicted(budget)
 
-    def take(self, token: Token, keep: Keep, device: torch.device) -> Cell | None:
+    def take(self, token: Token, keep: KeepGraph, device: torch.device) -> KeptGraph | None:
         """The graph under ``token``, if it is there and is of ``keep`` on ``device``."""
         if token == _NO_TOKEN:
             return None
         with self._lock:
-            cell = self._cells.get(token)
-            if cell is None or cell.keep is not keep or cell.device != device:
+            graph = self._graphs.get(token)
+            if graph is None or graph.keep is not keep or graph.device != device:
                 self._misses += 1
                 return None
             self._hits += 1
-            if cell.reused:
-                self._cells.move_to_end(token)
-                return cell
+            if graph.reused:
+                self._graphs.move_to_end(token)
+                return graph
             self._remove(token)
             self._used[token] = None
             if len(self._used) > 4096:
                 self._used.popitem(last=False)
-            return cell
+            return graph
 
     def used_up(self, token: Token) -> bool:
         """Whether this token's graph was taken before, rather than evicted or unknown."""
@@ -175,14 +175,14 @@ class Tape:
 
     def clear(self) -> None:
         with self._lock:
-            for token in list(self._cells):
+            for token in list(self._graphs):
                 self._remove(token)
             self._used.clear()
 
     def forget(self, keep: int) -> None:
-        """Drop the graphs of the ``Keep`` with this id, whose callable is gone."""
+        """Drop the graphs of the ``KeepGraph`` with this id, whose callee is gone."""
         with self._lock:
-            for token in [t for t, c in self._cells.items() if id(c.keep) == keep]:
+            for token in [t for t, c in self._graphs.items() if id(c.keep) == keep]:
                 self._remove(token)
 
     def set_budget(self, budget: int | None) -> None:
@@ -194,7 +194,7 @@ class Tape:
     def info(self) -> TapeInfo:
         with self._lock:
             return TapeInfo(
-                len(self._cells),
+                len(self._graphs),
                 sum(account.bytes for account in self._accounts.values()),
                 self._budget,
                 self._hits,
@@ -204,9 +204,9 @@ class Tape:
             )
 
     def _remove(self, token: Token) -> None:
-        cell = self._cells.pop(token, None)
-        if cell is not None:  # freeing another graph may have freed the callable of this one
-            self._accounts[cell.device].leave(cell.storages)
+        graph = self._graphs.pop(token, None)
+        if graph is not None:  # freeing another graph may have freed the callee of this one
+            self._accounts[graph.device].leave(graph.storages)
 
     def _evicted(self, budget: int) -> None:
         self._evictions += 1
@@ -254,7 +254,7 @@ def clear_tape() -> None:
 def set_tape_budget(bytes: int | None) -> None:
     """Bytes of activations that the tape keeps on each device; None: a quarter of its memory.
 
-    0 keeps nothing: every backward pass runs forward again.
+    0 keeps empty: every backward pass runs forward again.
 
     Raises:
       SignatureError: for anything but None and an int of at least 0.

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .._bridge.torch_side.random import seed_of
+from .._bridge.torch_side.seeding import seed_of
 from .._compat.jax import trace_state_clean
 from .._errors import SignatureError
 

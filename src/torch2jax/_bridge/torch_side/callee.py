@@ -1,11 +1,10 @@
-"""A callable: a program, and the callables derived from it. Imports torch, never JAX."""
+"""A callee: a program, and the callees derived from it. Imports torch, never JAX."""
 
 from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable as Function
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,8 +17,8 @@ _deriving = threading.RLock()
 
 
 @dataclass(frozen=True, eq=False)
-class Options:
-    """What every callable derived from one wrapped function shares."""
+class CalleeOptions:
+    """What every callee derived from one wrapped function shares."""
 
     label: str
     """The user's function in messages."""
@@ -39,7 +38,7 @@ class Options:
     tape: bool = True
     """Whether a differentiated call keeps its autograd graph for the backward pass."""
     borrows: bool = False
-    """Whether calls borrow replicas of a module: see ``_lease``."""
+    """Whether calls borrow replicas of a module: see ``modules/loans.py``."""
     mutated: tuple[int, ...] = ()
     """Operands that ``fn`` changes in place, on itself or on a copy."""
     rng: int | None = None
@@ -52,57 +51,57 @@ class Options:
     """Warnings given once."""
 
 
-class Callable:
+class Callee:
     """A program as JAX knows it: an identity, a name, and a table of derived callables.
 
     Derived callables hold their parent; a parent holds what is derived from it weakly, so that a
-    callable lives as long as a wrapper, a jaxpr or an executable that uses it.
+    callee lives as long as a wrapper, a jaxpr or an executable that uses it.
     """
 
     def __init__(
         self,
         program: Program,
-        options: Options,
+        options: CalleeOptions,
         inputs: Sequence[str],
         outputs: Sequence[str],
-        parent: Callable | None = None,
+        parent: Callee | None = None,
         suffix: str = "",
     ) -> None:
         self.program: Any = program
         self.options = options
         self.inputs, self.outputs = tuple(inputs), tuple(outputs)
         self.parent, self.suffix = parent, suffix
-        # Entries in the handler's table, made by _ffi when lowered: on one device, on several.
+        # Entries in the handler's table, made by ``entries``: for one device, for several.
         self.registrations: list[Any] = [None, None]
-        self.keep: Callable | None = None
-        """Where this one takes a token: the callable whose graphs the token names. See _tape."""
-        self.memo: dict[Any, Any] = {}  # what other modules remember about this callable
-        self._derived: weakref.WeakValueDictionary[str, Callable] = weakref.WeakValueDictionary()
+        self.keep: Callee | None = None
+        """Where this one takes a token: the callee whose graphs the token names. See ``tape``."""
+        self.memo: dict[Any, Any] = {}  # what other modules remember about this callee
+        self._derived: weakref.WeakValueDictionary[str, Callee] = weakref.WeakValueDictionary()
 
     def __repr__(self) -> str:
         return f"<{self.options.label}{self.path}>"
 
     @property
-    def root(self) -> Callable:
+    def root(self) -> Callee:
         """The user's function."""
         return self if self.parent is None else self.parent.root
 
     @property
     def path(self) -> str:
-        """How this callable is derived from the user's function: ``/vjp(0;0)/vmap(0,None)``."""
+        """How this callee is derived from the user's function: ``/vjp(0;0)/vmap(0,None)``."""
         return (self.parent.path if self.parent else "") + self.suffix
 
-    def derive(self, suffix: str, make: Function[[], Program], ins: list[str], outs: list[str]):
+    def derive(self, suffix: str, make: Callable[[], Program], ins: list[str], outs: list[str]):
         child = self._derived.get(suffix)
         if child is None:
             with _deriving:  # two threads would each make one, of one name
                 child = self._derived.get(suffix)
                 if child is None:
-                    child = Callable(make(), self.options, ins, outs, self, suffix)
+                    child = Callee(make(), self.options, ins, outs, self, suffix)
                     self._derived[suffix] = child
         return child
 
-    def jvp(self, wrt: Indices, of: Indices) -> Callable:
+    def jvp(self, wrt: Indices, of: Indices) -> Callee:
         """``(x, tangents of wrt) -> tangents of the outputs ``of``."""
         tangents = [f"the tangent of {self.inputs[i]}" for i in wrt]
         return self.derive(
@@ -112,7 +111,7 @@ class Callable:
             [f"the tangent of {self.outputs[i]}" for i in of],
         )
 
-    def vjp(self, wrt: Indices, of: Indices) -> Callable:
+    def vjp(self, wrt: Indices, of: Indices) -> Callee:
         """``(x, cotangents of the outputs ``of``) -> cotangents of wrt``."""
         cotangents = [f"the cotangent of {self.outputs[i]}" for i in of]
         return self.derive(
@@ -122,15 +121,15 @@ class Callable:
             [f"the cotangent of {self.inputs[i]}" for i in wrt],
         )
 
-    def vmap(self, dims: Dims) -> Callable:
-        """This callable on every row of the operands whose dim is not None."""
+    def vmap(self, dims: Dims) -> Callee:
+        """This callee on every row of the operands whose dim is not None."""
         return self._batched("vmap", Vmap, dims)
 
-    def rows(self, dims: Dims) -> Callable:
+    def rows(self, dims: Dims) -> Callee:
         """The same, one row after the other: for rows with random numbers of their own."""
         return self._batched("rows", Rows, dims)
 
-    def _batched(self, name: str, program: type[Vmap], dims: Dims) -> Callable:
+    def _batched(self, name: str, program: type[Vmap], dims: Dims) -> Callee:
         return self.derive(
             f"/{name}({_join(dims)})",
             lambda: program(self.program, dims),
@@ -138,23 +137,23 @@ class Callable:
             list(self.outputs),
         )
 
-    def batched_like(self, program: Vmap, dims: Dims) -> Callable:
-        """This callable batched the way ``program`` is."""
+    def batched_like(self, program: Vmap, dims: Dims) -> Callee:
+        """This callee batched the way ``program`` is."""
         return self.rows(dims) if isinstance(program, Rows) else self.vmap(dims)
 
     def batch_levels(self) -> list[Dims]:
         """Dims of the operands in each enclosing batch, the outermost first."""
         levels = []
-        callable: Callable | None = self
-        while callable is not None and isinstance(callable.program, Vmap):
-            levels.append(callable.program.dims)
-            callable = callable.parent
+        callee: Callee | None = self
+        while callee is not None and isinstance(callee.program, Vmap):
+            levels.append(callee.program.dims)
+            callee = callee.parent
         return levels
 
-    def transpose(self, linear: Indices, of: Indices) -> Callable | None:
-        """The callable ``(other operands, cotangents of ``of``) -> cotangents of ``linear``.
+    def transpose(self, linear: Indices, of: Indices) -> Callee | None:
+        """The callee ``(other operands, cotangents of ``of``) -> cotangents of ``linear``.
 
-        None where this callable is not known to be linear in those operands.
+        None where this callee is not known to be linear in those operands.
         """
         program = self.program
         if self.parent is None:
