@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec as P
 
 from torch2jax import from_module, torch2jax
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 STEPS = 20
 WIDTH, HEADS, LENGTH = 16, 4, 6
 

@@ -327,8 +327,10 @@ def test_an_exported_convolution_net() -> None:
 def test_the_entry_point_of_the_distribution(tmp_path: Path) -> None:
     """PyTorch finds the backend by the metadata that an installed wheel has."""
     if package.__name__ != "torch2jax":
-        pytest.skip("under another name tests/test_alias.py looks at the installed metadata")
-    root = Path(__file__).resolve().parent.parent
+        pytest.skip(
+            "under another name tests/extension/test_alias.py looks at the installed metadata"
+        )
+    root = Path(__file__).resolve().parents[2]
     with open(root / "pyproject.toml", "rb") as file:
         project = tomllib.load(file)["project"]
     group = "torch_dynamo_backends"

@@ -21,21 +21,11 @@ import numpy as np
 import pytest
 import torch
 from harness import precision
+from raw_calls import ERRORS, F32, TARGET, setup, struct
 
-from torch2jax import _ext, _ffi
-
-TARGET = f"{_ext.__name__.partition('.')[0]}_test_extension"
-jax.ffi.register_ffi_target(TARGET, _ext.cpu_handler(), platform="cpu")
+from torch2jax import _ext
 
 EXCHANGE_API = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
-F32 = jnp.float32
-# From the second call of a compiled program on, JAX raises a plain ValueError with the same text.
-ERRORS = (jax.errors.JaxRuntimeError, ValueError)
-
-
-def setup(**changes: Any) -> None:
-    """What the package hands to the handler, with changes."""
-    _ffi.set_up(**changes)
 
 
 @pytest.fixture(params=["default", "capsules"], autouse=True)
@@ -49,10 +39,6 @@ def path(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture
 def x() -> jax.Array:
     return jnp.arange(1.0, 5.0, dtype=F32)
-
-
-def struct(*shape: int, dtype: Any = F32) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype)
 
 
 class Fn:
@@ -88,7 +74,8 @@ def error_of(fn: Fn, *args: Any) -> str:
     return str(info.value)
 
 
-# --- tensors in and out ---------------------------------------------------------------------------
+# --- tensors in and out --------------------------------------------------------------------------
+
 
 DTYPES = [
     *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
@@ -219,7 +206,8 @@ def test_inplace(order: str) -> None:
         np.testing.assert_array_equal(result, value)
 
 
-# --- mistakes -------------------------------------------------------------------------------------
+# --- mistakes ------------------------------------------------------------------------------------
+
 
 MISTAKES: dict[str, tuple[Any, str]] = {
     "string": (
@@ -292,7 +280,7 @@ def test_describe_exception_may_raise(x: jax.Array, path: str) -> None:
     assert "fn raised ZeroDivisionError" in error_of(Fn(lambda x: (1 / 0,), struct(4)), x)
 
 
-# --- arguments after the call ---------------------------------------------------------------------
+# --- arguments after the call --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("view", [lambda x: x, lambda x: x[1:], lambda x: x.view(torch.int32)])
@@ -342,7 +330,7 @@ def test_undeclared_inplace_change(x: jax.Array) -> None:
     assert all("fn changed args[0] in place" in text for text in texts)
 
 
-# --- the state in which fn runs -------------------------------------------------------------------
+# --- the state in which fn runs ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("grads", [False, True])
@@ -455,7 +443,7 @@ def test_threads(x: jax.Array) -> None:
     assert seen - {thread.ident for thread in threads}, "no thread of XLA ran fn"
 
 
-# --- lifetimes ------------------------------------------------------------------------------------
+# --- lifetimes -----------------------------------------------------------------------------------
 
 
 def test_names(x: jax.Array) -> None:
@@ -579,7 +567,8 @@ def test_exit_with_threads_of_xla(busy: bool) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "True\n", "")
 
 
-# --- our DLPack declarations against PyTorch's ----------------------------------------------------
+# --- our DLPack declarations against PyTorch's ---------------------------------------------------
+
 
 SAME_LAYOUT = r"""
 #include <ATen/dlpack.h>
@@ -658,7 +647,7 @@ FIELD(dl::ExchangeApi, DLPackExchangeAPI, current_work_stream);
 def test_dlpack_declarations(tmp_path: Path) -> None:
     if EXCHANGE_API is None:
         pytest.skip("this PyTorch's dlpack.h has no exchange API to compare with")
-    sources = Path(__file__).parents[1] / "cpp"
+    sources = Path(__file__).resolve().parents[2] / "cpp"
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None or not sources.is_dir():
         pytest.skip("no C++ compiler, or not in a source tree")

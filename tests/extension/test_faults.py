@@ -1,5 +1,5 @@
 """What goes wrong at every place where Python can raise, and at a process's end: no crash, no hang,
-and the next call is right. Mistakes of users are in test_errors.py."""
+and the next call is right. Mistakes of users are in bridge/test_errors.py."""
 
 from __future__ import annotations
 

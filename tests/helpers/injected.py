@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from test_extension import ERRORS, TARGET, setup, struct
+from raw_calls import ERRORS, TARGET, setup, struct
 
 from torch2jax import (
     Size,

@@ -1,4 +1,4 @@
-"""Run the code of Markdown pages: `python tests/run_page.py [--write] [--alone] PAGE ...`.
+"""Run the code of Markdown pages: `python tests/helpers/run_page.py [--write] [--alone] PAGE ...`.
 
 The blocks marked ```python make one program, in order (with `--alone` each is a program by itself).
 A block marked ```text right after one is what it prints, and must be; `--write` puts it there.

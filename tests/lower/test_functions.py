@@ -12,11 +12,11 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import hugging_face as hf
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import test_huggingface as hf
 import torch
 from harness import close
 from torch import nn
@@ -97,7 +97,7 @@ def test_nothing_goes_through_the_bridge(name: str) -> None:
     report = lowering_report(make(), jax.ShapeDtypeStruct(shape, jnp.float32))
     assert report.native
     assert not report.bridge
-    assert all("test_lower.py" in where or "torch" in where for _, where in report.native)
+    assert all("test_functions.py" in where or "torch" in where for _, where in report.native)
 
 
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
@@ -458,7 +458,7 @@ def test_to_state_dict_and_frozen() -> None:
     module.load_state_dict(to_state_dict(variables, apply))
 
 
-PAGE = Path(__file__).parent.parent / "docs" / "pytorch_on_jax.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "pytorch_on_jax.md"
 
 
 @pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL))

@@ -20,7 +20,7 @@ import torch
 from harness import precision
 from lowering_exceptions import EXCEPTIONS, RANDOM, UNDEFINED_GRADIENTS
 from op_exceptions import UNDEFINED_VALUES
-from test_ops import ALL_SAMPLES, Sample, compare, entries, is_inexact, op_db, samples, to_numpy
+from op_samples import ALL_SAMPLES, Sample, compare, entries, is_inexact, op_db, samples, to_numpy
 
 from torch2jax import device, lowerings, t2j, torch2jax  # noqa: F401  lowerings fill the table
 from torch2jax.lowerings.registry import TABLE, DataDependentShape

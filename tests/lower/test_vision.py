@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 from harness import precision
-from test_lower_models import agrees, wave
+from lowered_models import agrees, wave
 from torch import nn
 
 from torch2jax import device, lowering_report, torch2jax

@@ -10,25 +10,12 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from linking import SYSTEM, needed
 
 from torch2jax import _ext
 
 LIBRARY = Path(_ext.__file__)
-ROOT = Path(__file__).parents[1]
-
-
-SYSTEM = r"(libstdc\+\+|libgcc_s|libc|libm|libdl|libpthread|ld-linux-[\w-]+)\.so\.\d+"
-"""What may be linked."""
-
-
-def needed(library: Path) -> list[str]:
-    readelf = shutil.which("readelf")
-    if readelf is None:
-        pytest.skip("readelf is not installed")
-    text = subprocess.run(
-        [readelf, "-d", str(library)], capture_output=True, text=True, check=True
-    ).stdout
-    return re.findall(r"\(NEEDED\).*\[(.*)\]", text)
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="readelf reads ELF files")

@@ -1,6 +1,6 @@
 """The pages say what is so: their code runs and prints what they show; so do README and docstrings.
 
-How a page is run: ``run_page.py``. Blocks marked ``py`` are other packages' code, and are not run.
+How a page is run: ``helpers/run_page.py``. Blocks marked ``py`` are other packages' code, and are not run.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(
     package.__name__ != "torch2jax", reason="pages name the package by its own name"
 )
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted(page for page in DOCS.rglob("*.md") if "```python" in page.read_text("utf-8"))
 README = ROOT / "README.md"
@@ -72,12 +72,12 @@ def test_pages_run(page: Path, tmp_path: Path) -> None:
         pytest.skip("jax2torch is not there yet")
     if jax.__version_info__ < (0, 10):
         pytest.skip("the pages show what jax 0.10 prints")
-    run(str(ROOT / "tests" / "run_page.py"), str(page), cwd=tmp_path)
+    run(str(ROOT / "tests" / "helpers" / "run_page.py"), str(page), cwd=tmp_path)
 
 
 def test_readme_runs(tmp_path: Path) -> None:
     """Each block stands alone: a reader copies one."""
-    run(str(ROOT / "tests" / "run_page.py"), "--alone", str(README), cwd=tmp_path)
+    run(str(ROOT / "tests" / "helpers" / "run_page.py"), "--alone", str(README), cwd=tmp_path)
 
 
 @pytest.mark.parametrize("page", [README, *DOCS.rglob("*.md")], ids=lambda page: page.stem)

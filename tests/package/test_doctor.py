@@ -18,7 +18,7 @@ import torch
 from torch2jax import _doctor, torch2jax
 from torch2jax._ffi import TARGET
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")

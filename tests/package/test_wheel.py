@@ -16,9 +16,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from test_build import SYSTEM, needed
+from linking import SYSTEM, needed
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 WHEELS = sorted((ROOT / "dist").glob("*.whl"))
 NEWER = ROOT / ".venv-matrix" / "python3.13" / "bin" / "python"
 
