@@ -9,7 +9,7 @@ TORCH  ?= torch==2.13.0
 TORCHVISION ?= torchvision==0.28.0
 # Processes that run the tests; a file stays in one.
 JOBS   ?= 2
-# More options for pytest: make test PYTEST="-x tests/test_convert.py"
+# More options for pytest: make test PYTEST="-x tests/conversions"
 PYTEST ?=
 
 # The other bridges' environments, and options of the benchmarks: make bench BENCH="--only size"
@@ -45,12 +45,12 @@ demo: $(VENV)/.demo ## train a PyTorch CNN with JAX on handwritten digits (one m
 	$(PY) examples/train_digits.py --output build/train_digits.png --require 0.97
 
 test: $(VENV)/.test $(VENV)/.demo ## run the tests; of PyTorch's operator samples one or two of each (test-ops: all)
-	$(PY) -m pytest -n $(JOBS) --dist loadfile --ignore=tests/test_lower_vision.py --ignore=tests/test_wheel.py $(PYTEST)
+	$(PY) -m pytest -n $(JOBS) --dist loadfile --ignore=tests/lower/test_vision.py --ignore=tests/package/test_wheel.py $(PYTEST)
 
 test-ops: $(VENV)/.test $(VENV)/.vision ## all of PyTorch's own operator samples, also through the lowerings (hours)
-	T2J_ALL_OP_SAMPLES=1 $(PY) -m pytest -n $(JOBS) tests/test_ops.py tests/test_lowerings.py $(PYTEST)
-	T2J_ALL_LOWERINGS=1 $(PY) -m pytest -n $(JOBS) tests/test_lower_models.py $(PYTEST)
-	T2J_ALL_LOWERINGS=1 PYTHONPATH=$(VENV)/vision $(PY) -m pytest -n $(JOBS) tests/test_lower_vision.py $(PYTEST)
+	T2J_ALL_OP_SAMPLES=1 $(PY) -m pytest -n $(JOBS) tests/bridge/test_operators.py tests/lower/test_lowerings.py $(PYTEST)
+	T2J_ALL_LOWERINGS=1 $(PY) -m pytest -n $(JOBS) tests/lower/test_models.py $(PYTEST)
+	T2J_ALL_LOWERINGS=1 PYTHONPATH=$(VENV)/vision $(PY) -m pytest -n $(JOBS) tests/lower/test_vision.py $(PYTEST)
 
 asan: $(VENV)/.test ## the extension under AddressSanitizer and UBSan, with leaks and injected faults
 	$(PY) tools/sanitize.py address -- $(PYTEST)
@@ -62,7 +62,7 @@ soak: $(VENV)/.package ## long runs before a release: memory is flat, nothing ha
 	$(PY) tools/soak.py $(SOAK)
 
 test-fuzz: $(VENV)/.test ## 20,000 random calls, right and wrong (half an hour)
-	T2J_FUZZ_EXAMPLES=20000 $(PY) -m pytest --timeout=0 tests/test_fuzz.py $(PYTEST)
+	T2J_FUZZ_EXAMPLES=20000 $(PY) -m pytest --timeout=0 tests/bridge/test_fuzz.py $(PYTEST)
 
 test-matrix: $(VENV)/.test ## run the core tests on the oldest and newest jax, the oldest torch, Python 3.13 and 3.14
 	$(PY) tools/matrix.py --torch '$(TORCH)' $(if $(PYTEST),,--output README.md) -- $(PYTEST)
@@ -79,7 +79,7 @@ gpu-check: ## GPU tests and benchmarks into docs/gpu.md (8 minutes; by PYTHON, w
 
 wheel: $(VENV)/.test $(VENV)/.wheel ## build sdist and wheels into dist/, audit them, install and call them
 	$(PY) tools/wheel.py
-	$(PY) -m pytest tests/test_wheel.py $(PYTEST)
+	$(PY) -m pytest tests/package/test_wheel.py $(PYTEST)
 
 lint: $(VENV)/.lint ## ruff, pyright and clang-format
 	$(VENV)/bin/ruff check $(PYTHONS)

@@ -138,7 +138,7 @@ def test(tree: Path, target: Path | None, pytest_args: list[str]) -> int:
         sys.executable,
         "-m",
         "pytest",
-        "--ignore=tests/test_alias.py",
+        "--ignore=tests/extension/test_alias.py",
         *(pytest_args or ["-q"]),
     ]
     return subprocess.run(command, cwd=tree, env=environment).returncode
@@ -156,7 +156,7 @@ def package_name(text: str) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").partition("\n")[0],
-        epilog="What follows -- goes to pytest: NAME --test -- -q tests/test_convert.py",
+        epilog="What follows -- goes to pytest: NAME --test -- -q tests/conversions",
     )
     parser.add_argument(
         "name", type=package_name, metavar="NAME", help="the import name to install it under"

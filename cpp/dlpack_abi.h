@@ -1,7 +1,7 @@
 // The part of the DLPack 1.x ABI that crosses between XLA, this extension and PyTorch.
 //
 // Declared here so that the build needs no PyTorch headers. The layout is a stable ABI within a
-// major version; tests/test_extension.py compares every field with the header that PyTorch ships.
+// major version; tests/extension/test_extension.py compares every field with the header that PyTorch ships.
 
 #ifndef CPP_DLPACK_ABI_H_
 #define CPP_DLPACK_ABI_H_

@@ -2,7 +2,7 @@
 
     make test-matrix                              # all of it; writes the README's table
     T2J_MATRIX_PY313=0 make test-matrix           # without Python 3.13
-    make test-matrix PYTEST=tests/test_convert.py # these tests alone, written nowhere
+    make test-matrix PYTEST=tests/conversions     # these tests alone, written nowhere
     python tools/matrix.py --only oldest --output README.md   # that row alone is written anew
 
 The two jax and the oldest torch of this Python are installed beside the environment, into
@@ -40,9 +40,10 @@ FOLDER = ROOT / ".venv-matrix"
 # These are about PyTorch's operators, the installer, wheels, docs and examples, or about libraries
 # that want a jax of their own: their result does not depend on the version of jax.
 NOT_CORE = (
-    *("test_adapters.py", "test_alias.py", "test_build.py", "test_docs.py", "test_examples.py"),
-    *("test_fuzz.py", "test_huggingface.py", "test_lower_models.py", "test_lower_vision.py"),
-    *("test_lowerings.py", "test_ops.py", "test_types.py", "test_wheel.py"),
+    *("adapters", "bridge/test_fuzz.py", "bridge/test_huggingface.py", "bridge/test_operators.py"),
+    *("extension/test_alias.py", "lower/test_lowerings.py", "lower/test_models.py"),
+    *("lower/test_vision.py", "package/test_build.py", "package/test_docs.py"),
+    *("package/test_examples.py", "package/test_types.py", "package/test_wheel.py"),
 )
 
 # Not torch2jax, but jax 0.7 fails in these: XLA aborts the process where it compiles the twins'
@@ -50,16 +51,13 @@ NOT_CORE = (
 # linear_transpose of a lax.map beside constants is an assertion, with jax.numpy too; and the flax
 # and the orbax of the environment need a newer jax.
 OLDEST_JAX = (
-    *("test_transforms_control and fft", "test_jvp_of_jvp and conv2d"),
+    *("test_control.py and fft", "test_jvp_of_jvp and conv2d"),
     *("test_vmap_of_linearized and branch", "test_flax_nnx", "test_sharded_checkpoints"),
 )
 
 # torch before 2.10 cannot have a device made in Python, which all of these use. That enable() and
-# lower=True say so is tested in test_errors.py.
-NEED_DEVICE = (
-    *("test_device.py", "test_device_calls.py", "test_device_jit.py", "test_device_modules.py"),
-    *("test_device_programs.py", "test_device_repeated.py", "test_lower.py", "test_torchax.py"),
-)
+# lower=True say so is tested in bridge/test_errors.py.
+NEED_DEVICE = ("device", "lower/test_functions.py", "torchax")
 
 CELLS = ("oldest", "oldest-torch", "newest", "python3.13", "python3.14")
 

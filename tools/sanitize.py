@@ -2,7 +2,7 @@
 
 python tools/sanitize.py address    # memory, undefined behaviour, leaks; injected faults
 python tools/sanitize.py thread     # ThreadSanitizer
-python tools/sanitize.py --headers FOLDER thread -- -x tests/test_stress.py
+python tools/sanitize.py --headers FOLDER thread -- -x tests/bridge/test_stress.py
 
 Python, PyTorch and JAX are not built with them. So the sanitizer's runtime is loaded before Python
 (LD_PRELOAD), and leaks and races count where our own code allocated the memory or touched it: what
@@ -29,15 +29,16 @@ SANITIZERS = {"address": "address,undefined", "thread": "thread"}
 RUNTIMES = {"address": "libasan.so", "thread": "libtsan.so"}
 TESTS = {
     "address": [
-        *("tests/injected.py", "tests/test_extension.py"),
-        *("tests/test_stress.py", "tests/test_jax2torch.py", "tests/test_device_repeated.py"),
+        *("tests/helpers/injected.py", "tests/extension/test_extension.py"),
+        *("tests/bridge/test_stress.py", "tests/jax2torch/test_calls.py"),
+        "tests/device/test_operators.py",
         # It is about glibc's malloc, in whose place the sanitizer's is.
-        "--deselect=tests/test_extension.py::test_large_results_take_no_fresh_pages",
+        "--deselect=tests/extension/test_extension.py::test_large_results_take_no_fresh_pages",
     ],
     "thread": [
-        "tests/injected.py::test_the_registry_without_the_gil",
-        "tests/test_stress.py",
-        "tests/test_extension.py::test_threads",
+        "tests/helpers/injected.py::test_the_registry_without_the_gil",
+        "tests/bridge/test_stress.py",
+        "tests/extension/test_extension.py::test_threads",
     ],
 }
 

@@ -4,7 +4,7 @@ The sdist is built from the tree, each wheel from the sdist: one by this Python,
 older than 3.12, one for 3.12 and all later ones (abi3) by a Python 3.12, if there is one here.
 On Linux auditwheel gives each wheel the widest manylinux tag that it deserves, and refuses one
 that needs more than such a tag allows; abi3audit reads every symbol of an abi3 wheel.
-tests/test_wheel.py then installs and calls them.
+tests/package/test_wheel.py then installs and calls them.
 """
 
 from __future__ import annotations

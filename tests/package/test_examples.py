@@ -1,0 +1,119 @@
+"""The examples run in their short form, `--smoke`, and draw what they promise; so do notebooks."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+NEEDS = {
+    "bert_topics": ["transformers", "optax", "scipy", "rich", "matplotlib"],
+    "custom_operator": ["rich", "matplotlib"],
+    "equinox_digits": ["equinox", "sklearn", "rich", "matplotlib"],
+    "feature_extractor": ["flax", "sklearn", "rich", "matplotlib"],
+    "force_field": ["rich", "matplotlib"],
+    "gpt_on_jax": ["transformers"],
+    "jax_in_pytorch": [],
+    "llama_sharded": ["transformers"],
+    "numpyro_nuts": ["numpyro", "sklearn", "rich", "matplotlib"],
+    "ode_layer": ["diffrax"],
+    "physics_informed": ["optax", "rich", "matplotlib"],
+    "resnet_features": ["sklearn", "rich", "matplotlib"],
+    "specifications": ["rich"],
+    "stablehlo_without_torch": [],
+    "train_digits": ["optax", "sklearn", "rich", "matplotlib"],
+}
+"""What an example imports beside jax and torch."""
+
+PRINTS = {
+    "jax_in_pytorch": ["ms an update"],
+    "llama_sharded": ["(8, 64) on each of 8 devices", "those of one device"],
+    "stablehlo_without_torch": ["ran", "the results are PyTorch's"],
+    "ode_layer": ["error of the rates"],
+    "train_digits": ["Test accuracy", "native PyTorch"],
+}
+SUFFIXES = {
+    "equinox_digits": ".eqx",
+    "gpt_on_jax": None,
+    "jax_in_pytorch": None,
+    "llama_sharded": None,
+    "ode_layer": None,
+    "specifications": None,
+    "stablehlo_without_torch": None,
+}
+"""Of what an example writes; the others draw a picture."""
+
+NOT_RUN = 77
+"""The exit status of an example that lacks a tool, and says so."""
+
+
+def run(*command: str, cwd: Path) -> str:
+    """Run an example; returns what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", *command],
+        cwd=cwd,
+        env={**os.environ, "COLUMNS": "100", "PYTHONIOENCODING": "utf-8", "XLA_FLAGS": ""},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+    )
+    if done.returncode == NOT_RUN:
+        pytest.skip(done.stdout.strip())
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def test_every_example_is_listed() -> None:
+    assert {script.stem for script in (ROOT / "examples").glob("*.py")} == set(NEEDS)
+
+
+@pytest.mark.parametrize("name", sorted(NEEDS))
+def test_example(name: str, tmp_path: Path) -> None:
+    for library in NEEDS[name]:
+        pytest.importorskip(
+            library, reason="the extra `demo` is not installed", exc_type=ImportError
+        )
+    suffix = SUFFIXES.get(name, ".png")
+    output = tmp_path / f"output{suffix}"
+    script = str(ROOT / "examples" / f"{name}.py")
+    options = ["--output", str(output)] if suffix else []
+    printed = run(script, "--smoke", *options, cwd=tmp_path)
+    for text in PRINTS.get(name, []):
+        assert text in printed
+    if suffix:
+        assert suffix != ".png" or output.read_bytes().startswith(b"\x89PNG")
+        assert output.stat().st_size > 10_000
+
+
+# -- notebooks -------------------------------------------------------------------------------------
+
+NOTEBOOKS = sorted((ROOT / "examples" / "notebooks").glob("*.ipynb"))
+
+
+def test_notebooks_are_what_their_scripts_say(tmp_path: Path) -> None:
+    assert len(NOTEBOOKS) == 2
+    run(str(ROOT / "tools" / "notebooks.py"), "--check", cwd=tmp_path)
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.stem)
+def test_notebook(notebook: Path, tmp_path: Path) -> None:
+    for library in ["nbclient", "ipykernel", *NEEDS[notebook.stem]]:
+        pytest.importorskip(
+            library, reason="the extras `test` and `demo` are not installed", exc_type=ImportError
+        )
+    import nbclient
+    import nbformat
+
+    cells = nbformat.read(notebook, as_version=4)
+    (options,) = [cell for cell in cells.cells if cell.source.startswith("options")]
+    options.source = 'options = ["--smoke"]'
+    resources = {"metadata": {"path": str(tmp_path)}}
+    nbclient.NotebookClient(cells, timeout=300, resources=resources).execute()
+    (shown,) = cells.cells[-1].outputs
+    assert len(shown.data["image/png"]) > 10_000
