@@ -63,12 +63,12 @@ def rename_imports(text: str, name: str) -> str:
     'from mine import torch2jax'
     >>> rename_imports("import torch2jax", "mine")
     'import mine as torch2jax'
-    >>> rename_imports("import torch2jax as t; from torch2jax._ffi import TARGET", "mine")
-    'import mine as t; from mine._ffi import TARGET'
-    >>> rename_imports("import torch2jax._ffi", "mine")
-    'import mine._ffi, mine as torch2jax'
-    >>> rename_imports('run("-m", "torch2jax"); import_module("torch2jax._ffi")', "mine")
-    'run("-m", "mine"); import_module("mine._ffi")'
+    >>> rename_imports("import torch2jax as t; from torch2jax._errors import TARGET", "mine")
+    'import mine as t; from mine._errors import TARGET'
+    >>> rename_imports("import torch2jax._errors", "mine")
+    'import mine._errors, mine as torch2jax'
+    >>> rename_imports('run("-m", "torch2jax"); import_module("torch2jax._errors")', "mine")
+    'run("-m", "mine"); import_module("mine._errors")'
     """
     module = rf"{PACKAGE}((?:\.\w+)*)"
     text = re.sub(rf"\bfrom {module}(?= import\b)", rf"from {name}\1", text)

@@ -1,7 +1,8 @@
 """The imports between the files of the package, and the circles among them.
 
-Imports inside functions and calls of ``importlib.import_module`` count; what only type checkers read
-(``if TYPE_CHECKING:``) does not. The architecture tests hold the directions with it; to see the circles:
+Imports inside functions and calls of ``importlib.import_module`` count; what only type checkers
+read (``if TYPE_CHECKING:``) does not. The architecture tests hold the directions with it. This
+prints the circles:
 
     PYTHONPATH=tools python -c "import import_graph; print(import_graph.circles() or 'no circles')"
 """
@@ -52,12 +53,12 @@ def imported(path: Path, package: Path = PACKAGE) -> Iterator[str]:
             module = ".".join([*base, *([node.module] if node.module else [])])
             yield from (f"{module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
-            if node.args and isinstance(node.args[0], ast.Constant):
-                written = str(node.args[0].value)
-                relative = written.lstrip(".")
-                level = len(written) - len(relative)
-                base = folder[: len(folder) - level + 1] if level else []
-                yield ".".join([*base, relative])
+            match node.args:
+                case [ast.Constant(value=str(written)), *_]:
+                    relative = written.lstrip(".")
+                    level = len(written) - len(relative)
+                    base = folder[: len(folder) - level + 1] if level else []
+                    yield ".".join([*base, relative])
 
 
 def graph(package: Path = PACKAGE) -> dict[str, set[str]]:

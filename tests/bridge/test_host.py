@@ -13,8 +13,8 @@ import torch
 from jax.interpreters import mlir
 
 from torch2jax import from_module, torch2jax
-from torch2jax._primitive import torch_call_p
-from torch2jax._rules import lowering
+from torch2jax._bridge.jax_side import lowering
+from torch2jax._bridge.jax_side.primitive import torch_call_p
 
 
 @pytest.fixture(autouse=True)

@@ -22,11 +22,12 @@ import torch
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from torch2jax import Size, TorchCallError, _ext, _ffi, torch2jax
+from torch2jax import Size, TorchCallError, _ext, torch2jax
+from torch2jax._bridge.handler import extension
 
 X = np.arange(1, 5, dtype=np.float32)
 BIG = np.full((300, 300), 1 / 300, np.float32)
-TARGET = _ffi.TARGET
+TARGET = extension.TARGET
 ERRORS = (jax.errors.JaxRuntimeError, ValueError)
 """As which an error of XLA comes."""
 
@@ -66,7 +67,9 @@ def together(*works: Callable[[], Any], meanwhile: Callable[[], Any] | None = No
     assert not errors, errors[:3]
 
 
-@pytest.mark.parametrize("meanwhile", [None, gc.collect, _ffi.set_up], ids=["", "gc", "set_up"])
+@pytest.mark.parametrize(
+    "meanwhile", [None, gc.collect, extension.set_up], ids=["", "gc", "set_up"]
+)
 def test_functions_come_and_go(meanwhile: Callable[[], Any] | None) -> None:
     """Wrapped, called, differentiated and dropped in four threads, beside one that all share."""
     shared = torch2jax(lambda a: (a * 3).sum())

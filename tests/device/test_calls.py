@@ -14,8 +14,8 @@ from torch.autograd import forward_ad
 
 from torch2jax import device, from_module
 from torch2jax.device import dispatch
-from torch2jax.device.events import recorded
-from torch2jax.device.tensor import Tensor
+from torch2jax.device.tensors.tensor import Tensor
+from torch2jax.device.tracing.events import recorded
 
 device.enable()
 

@@ -18,9 +18,9 @@ from torch.utils._pytree import tree_leaves as leaves
 
 from torch2jax import device, lowering_report, torch2jax
 from torch2jax.device import dispatch
-from torch2jax.device.operators import Operator
-from torch2jax.device.tensor import Tensor
-from torch2jax.device.view_operators import ViewOperator
+from torch2jax.device.operators.operator import Operator
+from torch2jax.device.operators.view_operator import ViewOperator
+from torch2jax.device.tensors.tensor import Tensor
 
 entered_mesh: Any = getattr(jax, "set_mesh", None) or getattr(jax.sharding, "use_mesh", None)
 

@@ -371,7 +371,7 @@ def test_torch_compile_of_tensors_on_the_device_is_an_error_that_names_jit() -> 
 
 
 def test_torch_compile_of_a_function_that_makes_tensors_on_the_device() -> None:
-    from torch2jax.device.compile import backend
+    from torch2jax._lower.torch_compile import backend
 
     torch._dynamo.reset()
     out = torch.compile(lambda: torch.ones(3, device="jax") * 2, backend=backend)()

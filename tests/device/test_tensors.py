@@ -19,7 +19,7 @@ from harness import close
 from torch import nn
 
 from torch2jax import Torch2JaxError, UnsupportedDtypeError, device
-from torch2jax.device.compile import backend
+from torch2jax._lower.torch_compile import backend
 
 device.enable()
 

@@ -512,10 +512,11 @@ def test_shutdown() -> None:
     package = _ext.__name__.rpartition(".")[0]
     done = run_python(f"""
         import atexit, gc, jax, jax.numpy as jnp, torch
-        from {package} import _ext, _state
-        _ext.setup(exchange_api=None, torch=torch, ambient_clean=_state.ambient_clean,
-                   run_guarded=_state.run_guarded, collect=gc.collect,
-                   describe_exception=_state.describe_exception)
+        from {package} import _ext
+        from {package}._bridge.torch_side import ambient, exceptions
+        _ext.setup(exchange_api=None, torch=torch, ambient_clean=ambient.ambient_clean,
+                   run_guarded=ambient.run_guarded, collect=gc.collect,
+                   describe_exception=exceptions.describe_exception)
         jax.ffi.register_ffi_target("shutdown", _ext.cpu_handler(), platform="cpu")
         entry = _ext.Entry("f", lambda x: (x,), "f", ["x"], ["y"], torch.float32)
         x = jnp.ones(3)
@@ -540,10 +541,11 @@ def test_exit_with_threads_of_xla(busy: bool) -> None:
     package = _ext.__name__.rpartition(".")[0]
     done = run_python(f"""
         import gc, threading, time, jax, jax.numpy as jnp, torch
-        from {package} import _ext, _state
-        _ext.setup(exchange_api=None, torch=torch, ambient_clean=_state.ambient_clean,
-                   run_guarded=_state.run_guarded, collect=gc.collect,
-                   describe_exception=_state.describe_exception)
+        from {package} import _ext
+        from {package}._bridge.torch_side import ambient, exceptions
+        _ext.setup(exchange_api=None, torch=torch, ambient_clean=ambient.ambient_clean,
+                   run_guarded=ambient.run_guarded, collect=gc.collect,
+                   describe_exception=exceptions.describe_exception)
         jax.ffi.register_ffi_target("exit", _ext.cpu_handler(), platform="cpu")
         started, threads = threading.Event(), set()
 

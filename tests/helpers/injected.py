@@ -26,12 +26,12 @@ from torch2jax import (
     Torch2JaxError,
     TorchCallError,
     _ext,
-    _state,
     device,
     jax2torch,
     torch2jax,
 )
-from torch2jax.device import dispatch
+from torch2jax._bridge.torch_side import exceptions
+from torch2jax.device.operators import dispatch
 
 testing: Any = _ext
 """The extension with what a T2J_TESTING build adds."""
@@ -242,7 +242,7 @@ def test_each_step_fails_once(case: str, path: str) -> None:
         assert not torch.is_autocast_enabled("cpu"), what
         freed = weakref.ref(fn)
         del fn, entry
-        _state._exceptions.clear()  # an exception keeps its frames, and they their functions
+        exceptions._exceptions.clear()  # an exception keeps its frames, and they their functions
         assert is_freed(freed), f"the function is kept after {what}"
     print(f"{case}, {path}: {len(steps)} steps, {harmless} of them without effect")
     after = sys.getrefcount(torch.float32), sys.getrefcount(torch.Tensor)

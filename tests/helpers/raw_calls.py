@@ -7,7 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from torch2jax import _ext, _ffi
+from torch2jax import _ext
+from torch2jax._bridge.handler import extension
 
 TARGET = f"{_ext.__name__.partition('.')[0]}_test_extension"
 jax.ffi.register_ffi_target(TARGET, _ext.cpu_handler(), platform="cpu")
@@ -20,7 +21,7 @@ ERRORS = (jax.errors.JaxRuntimeError, ValueError)
 
 def setup(**changes: Any) -> None:
     """What the package hands to the handler, with changes."""
-    _ffi.set_up(**changes)
+    extension.set_up(**changes)
 
 
 def struct(*shape: int, dtype: Any = F32) -> jax.ShapeDtypeStruct:

@@ -14,17 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from torch2jax import _keep as keeping
-from torch2jax import _tape as internals
 from torch2jax import tape_info
+from torch2jax._bridge.torch_side.tape import programs
 
 ERRORS = (jax.errors.JaxRuntimeError, RuntimeError, ValueError)
 
 
-PACKAGE = internals.__name__.partition(".")[0]
+PACKAGE = programs.__name__.partition(".")[0]
 
 
-SMALL = keeping._SMALL
+SMALL = programs._SMALL
 
 
 class Counted:

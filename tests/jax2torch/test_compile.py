@@ -109,29 +109,29 @@ def test_module_in_a_compiled_module() -> None:
 
 
 def test_opcheck() -> None:
-    from torch2jax import _reverse_compile as rc
+    from torch2jax._jax2torch import graph_operator, graph_sites
 
     f = jax2torch(lambda x, s, w, n: (jnp.tanh(x @ w) * s, jnp.exp(x) * n))
     x, w = tensors()
     entry, operands = f._flatten((x, 2.0, w, 3), {})  # type: ignore[attr-defined]
-    kinds = tuple(map(rc._kind, operands))
+    kinds = tuple(map(graph_sites.kind_of, operands))
     for program in (
         entry.program,
         entry.program.emission((0, 2)),
         entry.program.batch((0, None, None, None)),
     ):
         for given in ([x, w], [x.detach(), w.detach()]):
-            site = rc.Site.of(program, kinds, 4, 0, False)
-            torch.library.opcheck(rc._op, (given, [2.0], [3], site.name))
+            site = graph_sites.Site.of(program, kinds, 4, 0, False)
+            torch.library.opcheck(graph_operator._op, (given, [2.0], [3], site.name))
 
 
 def test_derivatives_of_the_operator() -> None:
-    from torch2jax import _reverse_compile as rc
+    from torch2jax._jax2torch import graph_operator
 
     f = jax2torch(lambda x, w: jnp.tanh(x @ w))
     x, w = tensors()
     entry, operands = f._flatten((x, w), {})  # type: ignore[attr-defined]
-    (y,), _ = rc.apply_in_graph(entry.program, operands)
+    (y,), _ = graph_operator.apply_in_graph(entry.program, operands)
     expected = torch.tanh(x @ w)
     torch.testing.assert_close(y, expected)
     got, wanted = (
@@ -144,10 +144,10 @@ def test_derivatives_of_the_operator() -> None:
 
 
 def test_a_name_from_elsewhere_is_an_error() -> None:
-    from torch2jax import _reverse_compile as rc
+    from torch2jax._jax2torch import graph_operator
 
     with pytest.raises(Torch2JaxError, match="is gone"):
-        rc._op([torch.ones(2)], [], [], "f/0/0")
+        graph_operator._op([torch.ones(2)], [], [], "f/0/0")
 
 
 def test_float64_in_a_graph_is_an_error() -> None:

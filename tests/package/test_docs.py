@@ -157,13 +157,19 @@ def test_the_diagram_has_the_names_of_the_code() -> None:
     text = (DOCS / "images" / "path.svg").read_text("utf-8")
     (names,) = re.findall(r'<g [^>]*font-family="ui-monospace[^>]*>(.*?)</g>', text, re.DOTALL)
     labels = set(re.findall(r">([^<]+)</text>", names)) - {"XLA", "handler", "fn"}
-    homes = {"TorchFunction": "_function", "Planner": "_plan", "torch_call_p": "_primitive"}
-    homes |= {"Callable": "_callable", "tape": "_tape", "_rules": "_rules"}
+    homes = {
+        "TorchFunction": "_bridge.calls.function",
+        "Planner": "_bridge.calls.planning",
+        "torch_call_p": "_bridge.jax_side.primitive",
+        "derivatives": "_bridge.jax_side.derivatives",
+        "Callee": "_bridge.torch_side.callee",
+        "tape": "_bridge.torch_side.tape.table",
+    }
     assert labels == set(homes)
     for label, home in homes.items():
         module = importlib.import_module(f"{package.__name__}.{home}")
-        assert label == home or hasattr(module, label)
-    assert "Handler" in (ROOT / "cpp" / "handler.h").read_text("utf-8")
+        assert label == home.rpartition(".")[2] or hasattr(module, label)
+    assert "Handler" in (ROOT / "cpp" / "handler" / "handler.h").read_text("utf-8")
 
 
 def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:

@@ -15,15 +15,16 @@ from typing import Any
 import pytest
 import torch
 
-from torch2jax import _doctor, torch2jax
-from torch2jax._ffi import TARGET
+from torch2jax import torch2jax
+from torch2jax._bridge.handler.extension import TARGET
+from torch2jax._doctor import findings, main, printing, proofs
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
 def report() -> Any:
-    return _doctor.examine()
+    return main.examine()
 
 
 def doctor(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -40,12 +41,12 @@ def test_it_works_here(report: Any) -> None:
     assert report.ok, report.failed
     assert report.verdict.startswith(f"{TARGET} works here")
     names = {check.name for check in report.checks}
-    assert {*_doctor.TRANSFORMS, "cpu:0", "jax", "torch", "DLPack", "tape"} <= names
+    assert {*proofs.TRANSFORMS, "cpu:0", "jax", "torch", "DLPack", "tape"} <= names
     assert all(0 < cost < 1e6 for cost in report.microseconds.values())
 
 
 def test_text_has_every_check(report: Any) -> None:
-    text = _doctor.as_text(report)
+    text = printing.as_text(report)
     assert "\x1b" not in text
     assert text.endswith(report.verdict)
     for check in report.checks:
@@ -59,9 +60,9 @@ def test_without_rich_the_text_is_plain(
 ) -> None:
     for name in ("rich", "rich.console"):
         monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.setattr(_doctor, "examine", lambda: report)
-    assert _doctor.main([]) == 0
-    assert capsys.readouterr().out == _doctor.as_text(report) + "\n"
+    monkeypatch.setattr(main, "examine", lambda: report)
+    assert main.main([]) == 0
+    assert capsys.readouterr().out == printing.as_text(report) + "\n"
 
 
 def test_with_rich(
@@ -69,8 +70,8 @@ def test_with_rich(
 ) -> None:
     pytest.importorskip("rich", reason="rich is not installed")
     monkeypatch.setenv("COLUMNS", "120")
-    monkeypatch.setattr(_doctor, "examine", lambda: report)
-    assert _doctor.main([]) == 0
+    monkeypatch.setattr(main, "examine", lambda: report)
+    assert main.main([]) == 0
     out = capsys.readouterr().out
     assert report.verdict in out
     assert all(check.name in out for check in report.checks)
@@ -103,13 +104,13 @@ def test_json_of_a_process(environment: dict[str, str], devices: int, warned: st
 def test_a_wrong_result_is_told(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(_doctor, "_torch_fn", lambda a, b: torch.sin(a) @ b)
-    assert _doctor.main(["--json"]) == 1
+    monkeypatch.setattr(proofs, "_torch_fn", lambda a, b: torch.sin(a) @ b)
+    assert main.main(["--json"]) == 1
     found = json.loads(capsys.readouterr().out)
     assert found["ok"] is False
     assert "does not work" in found["verdict"]
     failed = {check["name"] for check in found["checks"] if check["status"] == "failed"}
-    assert failed >= {*_doctor.TRANSFORMS, "cpu:0"}
+    assert failed >= {*proofs.TRANSFORMS, "cpu:0"}
     assert found["microseconds"] == {}
 
 
@@ -117,18 +118,18 @@ def test_an_exception_in_a_proof_is_told(monkeypatch: pytest.MonkeyPatch) -> Non
     def broken(fn: Any, *args: Any, **options: Any) -> Any:
         raise ValueError("no bridge today\nand a second line")
 
-    monkeypatch.setattr(_doctor, "torch2jax", broken)
-    failed = _doctor.examine().failed
+    monkeypatch.setattr(proofs, "torch2jax", broken)
+    failed = main.examine().failed
     assert {check.detail for check in failed} == {"ValueError: no bridge today"}
-    monkeypatch.setattr(_doctor, "torch2jax", torch2jax)
-    monkeypatch.setattr(_doctor, "tape_info", lambda: 1 / 0)
-    (failed_look,) = _doctor.examine().failed
+    monkeypatch.setattr(proofs, "torch2jax", torch2jax)
+    monkeypatch.setattr(findings, "tape_info", lambda: 1 / 0)
+    (failed_look,) = main.examine().failed
     assert (failed_look.section, failed_look.detail[:17]) == ("Memory", "ZeroDivisionError")
 
 
 def test_usage_is_refused() -> None:
     with pytest.raises(SystemExit) as raised:
-        _doctor.main(["--jason"])
+        main.main(["--jason"])
     assert raised.value.code == 2
 
 
@@ -144,10 +145,10 @@ def memory_warnings(monkeypatch: pytest.MonkeyPatch, *devices: Any, **environmen
     monkeypatch.delenv("CUDA_LAUNCH_BLOCKING", raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(_doctor, "visible_devices", lambda: list(devices))
-    monkeypatch.setattr(_doctor, "memory_limit", lambda: None)
-    monkeypatch.setattr(_doctor, "_processors", lambda: 10**6)
-    return {check.name for check in _doctor._memory() if check.status == "warning"}
+    monkeypatch.setattr(findings, "visible_devices", lambda: list(devices))
+    monkeypatch.setattr(findings, "memory_limit", lambda: None)
+    monkeypatch.setattr(findings, "_processors", lambda: 10**6)
+    return {check.name for check in findings.memory() if check.status == "warning"}
 
 
 @pytest.mark.parametrize(
@@ -177,16 +178,16 @@ def test_memory_settings_of_a_gpu_do_not_matter_without_one(
 
 
 def test_a_container_smaller_than_the_tape(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_doctor, "memory_limit", lambda: 2**28)
-    (check,) = _doctor._memory_of_host()
+    monkeypatch.setattr(findings, "memory_limit", lambda: 2**28)
+    (check,) = findings._memory_of_host()
     assert check.status == "warning"
     assert f"{TARGET.upper()}_TAPE_BYTES" in check.remedy
 
 
 def test_more_threads_than_processors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
-    monkeypatch.setattr(_doctor, "_processors", lambda: 2)
-    (check,) = _doctor._switches(gpu=False)
+    monkeypatch.setattr(findings, "_processors", lambda: 2)
+    (check,) = findings._switches(gpu=False)
     assert (check.name, check.status) == ("threads", "warning")
 
 
@@ -202,7 +203,7 @@ def test_more_threads_than_processors(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_memory_limit(name: str, text: str, expected: int | None, tmp_path: Path) -> None:
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text(text, encoding="ascii")
-    assert _doctor.memory_limit(tmp_path) == expected
+    assert findings.memory_limit(tmp_path) == expected
 
 
 @pytest.mark.parametrize(
@@ -212,10 +213,10 @@ def test_memory_limit(name: str, text: str, expected: int | None, tmp_path: Path
 def test_a_gpu_that_only_one_side_has(
     devices: list[Any], on_torch: int, status: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_doctor, "visible_devices", lambda: devices)
+    monkeypatch.setattr(findings, "visible_devices", lambda: devices)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: on_torch > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: on_torch)
-    told = [check.status for check in _doctor._devices() if check.name == "GPUs"]
+    told = [check.status for check in findings.devices() if check.name == "GPUs"]
     assert told == ([] if status is None else [status])
 
 
@@ -225,4 +226,4 @@ def test_a_gpu_that_only_one_side_has(
 def test_console_script() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     module, _, function = settings["project"]["scripts"][TARGET].partition(":")
-    assert getattr(importlib.import_module(module), function) is _doctor.main
+    assert getattr(importlib.import_module(module), function) is main.main

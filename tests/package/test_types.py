@@ -35,7 +35,7 @@ from torch2jax import (
 )
 
 if TYPE_CHECKING:
-    from torch2jax.device.lower import Report
+    from torch2jax._lower.report import Report
 
 X = jnp.arange(3.0)
 

@@ -1,4 +1,7 @@
-"""Many values to few: sums, extremes, moments, and scans."""
+"""Many values to few: sums, extremes, moments, and scans.
+
+They stand in one file because all share the reading of PyTorch's ``dim`` and ``keepdim`` arguments.
+"""
 
 from __future__ import annotations
 

@@ -11,25 +11,24 @@ import pytest
 from tape_functions import SMALL
 
 from torch2jax import Torch2JaxWarning, clear_tape, set_tape_budget
-from torch2jax import _keep as keeping
-from torch2jax import _tape as internals
+from torch2jax._bridge.torch_side.tape import programs, table
 
 
 @pytest.fixture(autouse=True)
 def fresh_tape(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     clear_tape()
-    monkeypatch.setattr(keeping, "_SMALL", 0)  # a few numbers stand for many: see `small`
+    monkeypatch.setattr(programs, "_SMALL", 0)  # a few numbers stand for many: see `small`
     yield
     set_tape_budget(None)
     clear_tape()
     # One test's miscount is not the next one's: `test_bytes_...` look at the counts.
-    internals.tape._accounts.clear()
+    table.tape._accounts.clear()
 
 
 @pytest.fixture
 def small(fresh_tape: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small graphs are kept on copies, as outside of these tests."""
-    monkeypatch.setattr(keeping, "_SMALL", SMALL)
+    monkeypatch.setattr(programs, "_SMALL", SMALL)
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ import pytest
 import torch
 from tape_functions import Counted, close, through_scan, total, twin
 
-from torch2jax import _tape as internals
 from torch2jax import clear_tape, set_tape_budget, tape_info, torch2jax
+from torch2jax._bridge.torch_side.tape import table as internals
 
 
 def counted(transform: Callable[[Any], Any], *args: Any, **options: Any) -> tuple[Counted, Any]:

@@ -18,9 +18,8 @@ import torch
 import torch.utils.checkpoint as checkpoints
 from tape_functions import ERRORS, close, total
 
-from torch2jax import _keep as keeping
-from torch2jax import _saved as saved
 from torch2jax import tape_info, torch2jax
+from torch2jax._bridge.torch_side.tape import kept_graph, programs
 
 INPLACE = "modified by an inplace operation"
 
@@ -153,13 +152,13 @@ def same_dtype_only(source: Any, t: torch.Tensor) -> Any:
     return pack(source, t)
 
 
-pack = saved.Source.pack
+pack = kept_graph.SavedTensors.pack
 
 
 @pytest.mark.parametrize("name", ["conj", "neg", "neg_slice", "conj_t"])
 def test_trap_a_naive_bits(name, monkeypatch):
     fn, expected, carry, step = VIEWS[name]
-    monkeypatch.setattr(saved._View, "__call__", ignoring_bits)
+    monkeypatch.setattr(kept_graph._View, "__call__", ignoring_bits)
     want = scanned(expected, carry, step)(REAL)
     naive_is_wrong(lambda: scanned(wrapped_anew(fn), carry, step)(REAL), want)
 
@@ -167,8 +166,8 @@ def test_trap_a_naive_bits(name, monkeypatch):
 @pytest.mark.parametrize("name", ["view_as_complex", "int32"])
 def test_trap_a_naive_dtypes(name, monkeypatch):
     fn, expected, carry, step = VIEWS[name]
-    monkeypatch.setattr(keeping, "held", lambda *_: False)
-    monkeypatch.setattr(saved.Source, "pack", same_dtype_only)
+    monkeypatch.setattr(programs, "referenced_elsewhere", lambda *_: False)
+    monkeypatch.setattr(kept_graph.SavedTensors, "pack", same_dtype_only)
     want = scanned(expected, carry, step)(REAL)
     naive_is_wrong(lambda: scanned(wrapped_anew(fn), carry, step)(REAL), want)
 
@@ -207,7 +206,7 @@ def test_trap_b_inplace_after_save(x, fn, jit):
 
 @pytest.mark.parametrize("fn", [exp_then_add, saved_input_then_mul, saved_view_then_fill])
 def test_trap_b_naive(x, fn, monkeypatch):
-    monkeypatch.setattr(saved, "_own", lambda t, version: t)
+    monkeypatch.setattr(kept_graph, "_own", lambda t, version: t)
     jax.block_until_ready(jax.grad(total(wrapped_anew(fn)))(x))  # no error: silently wrong
 
 
@@ -306,7 +305,7 @@ def test_trap_c_held_outside_of_saved_tensors(name):
 @pytest.mark.parametrize("name", [name for name in HELD if name != "reentrant_arg"])
 @pytest.mark.usefixtures("quiet")
 def test_trap_c_naive(name, monkeypatch):
-    monkeypatch.setattr(keeping, "held", lambda *_: False)
+    monkeypatch.setattr(programs, "referenced_elsewhere", lambda *_: False)
     expected = scanned(lambda c, w: c * w, REAL, grown)(REAL)
     naive_is_wrong(lambda: scanned(wrapped_anew(HELD[name]), REAL, grown)(REAL), expected)
 

@@ -37,8 +37,7 @@ from torch2jax import (
     tape_info,
     torch2jax,
 )
-from torch2jax import _saved as saved
-from torch2jax import _tape as internals
+from torch2jax._bridge.torch_side.tape import kept_graph, table
 
 # --- how much ------------------------------------------------------------------------------------
 
@@ -115,7 +114,7 @@ def test_budget_refuses(bad):
 def test_budget_of_the_environment_refuses(bad, monkeypatch):
     monkeypatch.setenv("TORCH2JAX_TAPE_BYTES", bad)
     with pytest.raises(SignatureError, match=f"TORCH2JAX_TAPE_BYTES='{bad}' must be a number"):
-        internals.Tape()
+        table.Tape()
 
 
 @pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
@@ -263,11 +262,11 @@ def test_small_graphs_need_no_hooks(x, small, monkeypatch):
     run = jax.jit(jax.value_and_grad(total(f)))
     jax.block_until_ready(run(x))
     fn.reset()
-    monkeypatch.setattr(saved.Source, "pack", None)
+    monkeypatch.setattr(kept_graph.SavedTensors, "pack", None)
     close(run(x + 1), jax.value_and_grad(total(twin))(x + 1))
     assert fn.runs == (1, 1)
     monkeypatch.undo()
-    monkeypatch.setattr(saved.Source, "pack", refuse)
+    monkeypatch.setattr(kept_graph.SavedTensors, "pack", refuse)
     with pytest.raises(ERRORS, match="a hook"):  # others have not been measured
         jax.block_until_ready(jax.grad(total(f))(jnp.ones(SMALL)))
 

@@ -1,4 +1,16 @@
-"""Between JAX's avals and torch's specs of operands."""
+"""Batching: ``vmap`` of a call is one call of a batched callable, or a loop.
+
+``vmap_method`` decides, with the names and meaning that ``jax.pure_callback`` gives them:
+
+    auto                 ``torch`` where torch can batch the function, else ``sequential``
+    torch                one call through ``torch.func.vmap``
+    sequential           ``jax.lax.map`` over single calls; ``sequential_unrolled`` unrolls it
+    expand_dims          the function batches by itself: unbatched operands get a leading dim of 1
+    broadcast_all        the same, unbatched operands are broadcast to the batch
+    legacy_vectorized    the same, unbatched operands are passed as they are
+
+Rows with keys of their own (``rng=``) run one after the other inside one call, whatever the method.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +20,6 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
-import torch
 from jax.interpreters import batching
 
 from ..._conversions.dtypes import dtype_j2t
@@ -20,7 +31,7 @@ from ..torch_side.tape.calls import is_keep, is_vjp, keeping, with_token
 from .primitive import TOKEN, call, torch_call_p
 
 
-def specs_of(avals: Iterable[tuple[tuple[int, ...], Any]], device: torch.device) -> list[Spec]:
+def specs_of(avals: Iterable[tuple[tuple[int, ...], Any]], device: Any) -> list[Spec]:
     """Specs of operands with these (shape, dtype) pairs."""
     return [Spec(tuple(shape), dtype_j2t(dtype), device) for shape, dtype in avals]
 
