@@ -70,6 +70,7 @@ struct Operator {
 
 using Operators = std::unordered_map<PyObject*, std::shared_ptr<Operator>>;
 using Numbers = std::unordered_map<Key, Owned, KeyHash>;
+constexpr Py_ssize_t kGiven = 2;  // options of `make` that are always the same
 constexpr size_t kMostNumbers = 4096;
 constexpr size_t kMostPlans = 16384;  // of one operator
 
@@ -627,6 +628,16 @@ PyMethodDef dispatch_method = {"__torch_dispatch__",
 }  // namespace
 
 Owned MakeEagerDispatch(EagerHooks hooks) {
+  // MakeTensor reads so many, at every result.
+  const Py_ssize_t names = PyTuple_Size(hooks.options.get());
+  const Py_ssize_t values = PyTuple_Size(hooks.given.get());
+  if (values != kGiven || names != 1 + kGiven) {
+    PyErr_Format(PyExc_ValueError,
+                 "eager_dispatch got %zd names in options and %zd values in given, expected "
+                 "\"dtype\" and %zd more names, and %zd values",
+                 names, values, kGiven, kGiven);
+    return Owned();
+  }
   if (state == nullptr) state = new State;
   ForgetPlans();
   state->hooks = std::move(hooks);

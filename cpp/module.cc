@@ -185,10 +185,9 @@ nb::object IndicesRequiringGrad(nb::handle operands) {
 }
 
 nb::object EagerDispatch(nb::handle tensor_type, nb::handle array_type, nb::handle cell_type,
-                         nb::handle make, nb::handle options, nb::handle given,
-                         nb::handle constants, nb::handle situation, nb::handle describe,
-                         nb::handle plan, nb::handle array, nb::handle may_write,
-                         nb::handle inference) {
+                         nb::handle make, nb::tuple options, nb::tuple given, nb::tuple constants,
+                         nb::handle situation, nb::handle describe, nb::handle plan,
+                         nb::handle array, nb::handle may_write, nb::handle inference) {
   EagerHooks hooks = {ToOwned(tensor_type), ToOwned(array_type), ToOwned(cell_type),
                       ToOwned(make),        ToOwned(options),    ToOwned(given),
                       ToOwned(constants),   ToOwned(situation),  ToOwned(describe),
