@@ -56,9 +56,4 @@ Found Registry::Find(std::string_view name) {
   return found;
 }
 
-Owned Registry::Run(Callable& callable) {
-  std::shared_lock lock(GetTable().mutex);
-  return Owned::Borrow(callable.run.get());
-}
-
 }  // namespace bridge

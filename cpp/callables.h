@@ -25,7 +25,6 @@ struct Callable {
   std::vector<char> inplace;         // per input: may change
   bool any_inplace = false;
   bool pass_outputs = false;
-  bool grads = false;
   Owned run;
   Owned collect;  // makes a tuple of whatever else `run` returns; may be null
   Owned default_dtype;
@@ -53,8 +52,6 @@ class Registry {
   static void Withdraw(Callable& callable) noexcept;
   // Needs the GIL. `callable` is null when there is none.
   static Found Find(std::string_view name);
-  // A new reference, or null; for tests of the registry.
-  static Owned Run(Callable& callable);
 };
 
 }  // namespace bridge

@@ -222,7 +222,7 @@ ffi::Error Call::CallPython(Views* views, size_t count, Owned* results) {
     vector[i + 1] = views->Add(torch_, Viewed(i), target_.device);
     if (vector[i + 1] == nullptr) return PythonError(torch_, callable_);
   }
-  GradMode grad(torch_, callable_.grads);
+  GradMode grad(torch_, false);
   if (!grad.ok()) return PythonError(torch_, callable_);
   *results = Owned::Steal(PyObject_Vectorcall(run_, vector.data() + 1,
                                               count | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr));

@@ -34,7 +34,7 @@ Owned ToOwned(nb::handle object) {
 class Entry {
  public:
   Entry(std::string name, nb::callable run, std::string label, std::vector<std::string> inputs,
-        std::vector<std::string> outputs, nb::object default_dtype, bool pass_outputs, bool grads,
+        std::vector<std::string> outputs, nb::object default_dtype, bool pass_outputs,
         const std::vector<size_t>& inplace, nb::object collect)
       : callable_(std::make_shared<Callable>()) {
     callable_->name = std::move(name);
@@ -48,7 +48,6 @@ class Entry {
       callable_->any_inplace = true;
     }
     callable_->pass_outputs = pass_outputs;
-    callable_->grads = grads;
     callable_->run = ToOwned(run);
     callable_->collect = ToOwned(collect);
     callable_->default_dtype = ToOwned(default_dtype);
@@ -228,18 +227,17 @@ NB_MODULE(_ext, m) {
                     "for as long as this object lives.")
       .def(
           nb::init<std::string, nb::callable, std::string, std::vector<std::string>,
-                   std::vector<std::string>, nb::object, bool, bool, const std::vector<size_t>&,
+                   std::vector<std::string>, nb::object, bool, const std::vector<size_t>&,
                    nb::object>(),
           nb::arg("name"), nb::arg("run"), nb::arg("label"), nb::arg("inputs"), nb::arg("outputs"),
           nb::arg("default_dtype").none(), nb::arg("pass_outputs") = false,
-          nb::arg("grads") = false, nb::arg("inplace") = std::vector<size_t>(),
-          nb::arg("collect") = nb::none(),
+          nb::arg("inplace") = std::vector<size_t>(), nb::arg("collect") = nb::none(),
           "Registers `run` as `name`.\n\n"
           "`run(*tensors)` takes one tensor for each label in `inputs` (then, with `pass_outputs`, "
           "one for\neach label in `outputs`) and returns a tuple with one tensor for each label in "
           "`outputs`, or that\ntensor itself where it is one. Of anything else `collect` makes the "
-          "tuple. `label` names the user's function in messages. `grads` runs it with grad "
-          "mode on, not off.\n`inplace` lists the inputs that may change. Raises ValueError when a "
+          "tuple. `label` names the user's function in messages.\n`inplace` lists the inputs that "
+          "may change. Raises ValueError when a "
           "live entry has the name.")
       .def_prop_ro(
           "name", [](const Entry& entry) { return entry.callable().name; },

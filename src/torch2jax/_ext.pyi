@@ -15,7 +15,6 @@ class Entry:
         outputs: list[str],
         default_dtype: torch.dtype | None,
         pass_outputs: bool = False,
-        grads: bool = False,
         inplace: list[int] = ...,
         collect: Callable[[Any], tuple[torch.Tensor, ...]] | None = None,
     ) -> None: ...
