@@ -10,13 +10,13 @@
 #include <utility>
 #include <vector>
 
-#include "callables.h"
-#include "cuda_driver.h"
-#include "eager.h"
-#include "handler.h"
-#include "leaves.h"
-#include "tensors.h"
-#include "transfer.h"
+#include "device/eager.h"
+#include "handler/cuda_driver.h"
+#include "handler/handler.h"
+#include "handler/registry.h"
+#include "handler/results.h"
+#include "jax2torch/leaves.h"
+#include "jax2torch/transfer.h"
 #ifdef T2J_TESTING
 #include "testing.h"
 #endif
@@ -284,7 +284,8 @@ NB_MODULE(_ext, m) {
         "`__torch_dispatch__` of tensors on device \"jax\": (operator, types, args=(), "
         "kwargs=None).\n\n"
         "Calls like one that has been made before go to their compiled program; `describe`, `plan` "
-        "and `situation`\nsay which are alike, and what the first of them did. See cpp/eager.h.");
+        "and `situation`\nsay which are alike, and what the first of them did. See "
+        "cpp/device/eager.h.");
   m.def("forget_plans", &ForgetPlans, "The next call of each operator is a first one.");
   m.def("begin_shutdown", &Shutdown,
         "From now on calls are refused with an error and touch no Python. Waits for calls under "

@@ -9,8 +9,8 @@
 #include <stdexcept>
 #include <thread>
 
-#include "callables.h"
-#include "guards.h"
+#include "handler/registry.h"
+#include "shared/guards.h"
 
 namespace bridge::testing {
 namespace {

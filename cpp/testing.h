@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "dlpack_abi.h"
+#include "shared/dlpack_abi.h"
 
 namespace bridge::testing {
 

@@ -577,7 +577,7 @@ def test_exit_with_threads_of_xla(busy: bool) -> None:
 SAME_LAYOUT = r"""
 #include <ATen/dlpack.h>
 #include <cstddef>
-#include "dlpack_abi.h"
+#include "shared/dlpack_abi.h"
 using namespace bridge;
 #define SIZE(ours, theirs) static_assert(sizeof(ours) == sizeof(theirs) && \
                                          alignof(ours) == alignof(theirs), #ours)

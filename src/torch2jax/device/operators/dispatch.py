@@ -1,7 +1,7 @@
 """``Tensor.__torch_dispatch__``: which of our objects carries out an operator.
 
 The extension has the call first, and repeats by itself what has been done before in eager mode: see
-NOTE [Repeated calls] in ``cpp/eager.h``. It asks the functions here.
+NOTE [Repeated calls] in ``cpp/device/eager.h``. It asks the functions here.
 """
 
 from __future__ import annotations

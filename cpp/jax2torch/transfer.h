@@ -1,11 +1,11 @@
 // Where PyTorch calls JAX: tensors to arrays and back, and which of them ask for a gradient.
 
-#ifndef CPP_TRANSFER_H_
-#define CPP_TRANSFER_H_
+#ifndef CPP_JAX2TORCH_TRANSFER_H_
+#define CPP_JAX2TORCH_TRANSFER_H_
 
 #include <Python.h>
 
-#include "tensors.h"
+#include "handler/results.h"
 
 namespace bridge {
 
@@ -30,4 +30,4 @@ Owned RequiringGrad(const Torch& torch, PyObject* operands);
 
 }  // namespace bridge
 
-#endif  // CPP_TRANSFER_H_
+#endif  // CPP_JAX2TORCH_TRANSFER_H_

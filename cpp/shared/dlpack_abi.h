@@ -3,8 +3,8 @@
 // Declared here so that the build needs no PyTorch headers. The layout is a stable ABI within a
 // major version; tests/extension/test_extension.py compares every field with the header that PyTorch ships.
 
-#ifndef CPP_DLPACK_ABI_H_
-#define CPP_DLPACK_ABI_H_
+#ifndef CPP_SHARED_DLPACK_ABI_H_
+#define CPP_SHARED_DLPACK_ABI_H_
 
 #include <cstdint>
 
@@ -102,4 +102,4 @@ struct ExchangeApi {
 
 }  // namespace bridge::dl
 
-#endif  // CPP_DLPACK_ABI_H_
+#endif  // CPP_SHARED_DLPACK_ABI_H_

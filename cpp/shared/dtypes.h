@@ -1,13 +1,13 @@
 // The element types that XLA and PyTorch both know: one table.
 
-#ifndef CPP_DTYPES_H_
-#define CPP_DTYPES_H_
+#ifndef CPP_SHARED_DTYPES_H_
+#define CPP_SHARED_DTYPES_H_
 
 #include <array>
 #include <cstddef>
 #include <cstdint>
 
-#include "dlpack_abi.h"
+#include "shared/dlpack_abi.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace bridge {
@@ -95,4 +95,4 @@ inline const char* DtypeName(dl::DataType dtype) {
 
 }  // namespace bridge
 
-#endif  // CPP_DTYPES_H_
+#endif  // CPP_SHARED_DTYPES_H_

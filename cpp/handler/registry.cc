@@ -1,4 +1,4 @@
-#include "callables.h"
+#include "handler/registry.h"
 
 #include <mutex>
 #include <shared_mutex>

@@ -7,16 +7,16 @@
 // imported each time: that is nothing beside what is done with them, and memory that a leaf has
 // given up (``p.data = other``) would be held until the next call.
 
-#ifndef CPP_LEAVES_H_
-#define CPP_LEAVES_H_
+#ifndef CPP_JAX2TORCH_LEAVES_H_
+#define CPP_JAX2TORCH_LEAVES_H_
 
 #include <Python.h>
 
 #include <cstdint>
 #include <vector>
 
-#include "dlpack_abi.h"
-#include "guards.h"
+#include "shared/dlpack_abi.h"
+#include "shared/guards.h"
 
 namespace bridge {
 
@@ -48,4 +48,4 @@ void ForgetLeaves();
 
 }  // namespace bridge
 
-#endif  // CPP_LEAVES_H_
+#endif  // CPP_JAX2TORCH_LEAVES_H_

@@ -1,10 +1,10 @@
 // The XLA custom call: one handler per platform serves every callable, found by the attribute
 // "name".
 
-#ifndef CPP_HANDLER_H_
-#define CPP_HANDLER_H_
+#ifndef CPP_HANDLER_HANDLER_H_
+#define CPP_HANDLER_HANDLER_H_
 
-#include "tensors.h"
+#include "handler/results.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace bridge {
@@ -22,4 +22,4 @@ void BeginShutdown() noexcept;
 
 }  // namespace bridge
 
-#endif  // CPP_HANDLER_H_
+#endif  // CPP_HANDLER_HANDLER_H_

@@ -1,14 +1,14 @@
-#include "transfer.h"
+#include "jax2torch/transfer.h"
 
 #include <cstddef>
 #include <cstdint>
 #include <optional>
 #include <utility>
 
-#include "dlpack_abi.h"
-#include "dtypes.h"
-#include "guards.h"
-#include "leaves.h"
+#include "jax2torch/leaves.h"
+#include "shared/dlpack_abi.h"
+#include "shared/dtypes.h"
+#include "shared/guards.h"
 
 namespace bridge {
 namespace {

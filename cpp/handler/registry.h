@@ -1,7 +1,7 @@
 // The registry: names in compiled programs -> Python callables of this process.
 
-#ifndef CPP_CALLABLES_H_
-#define CPP_CALLABLES_H_
+#ifndef CPP_HANDLER_REGISTRY_H_
+#define CPP_HANDLER_REGISTRY_H_
 
 #include <atomic>
 #include <cstdint>
@@ -10,7 +10,7 @@
 #include <string_view>
 #include <vector>
 
-#include "guards.h"
+#include "shared/guards.h"
 
 namespace bridge {
 
@@ -56,4 +56,4 @@ class Registry {
 
 }  // namespace bridge
 
-#endif  // CPP_CALLABLES_H_
+#endif  // CPP_HANDLER_REGISTRY_H_

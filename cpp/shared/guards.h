@@ -1,7 +1,7 @@
 // RAII for what a call borrows from Python: references, the GIL, PyTorch's grad mode.
 
-#ifndef CPP_GUARDS_H_
-#define CPP_GUARDS_H_
+#ifndef CPP_SHARED_GUARDS_H_
+#define CPP_SHARED_GUARDS_H_
 
 #include <Python.h>
 
@@ -136,4 +136,4 @@ class SmallArray {
 
 }  // namespace bridge
 
-#endif  // CPP_GUARDS_H_
+#endif  // CPP_SHARED_GUARDS_H_

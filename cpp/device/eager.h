@@ -10,12 +10,12 @@
 // calls one by one (a trace, a report): then, and for arguments of other kinds, Python has the
 // call.
 
-#ifndef CPP_EAGER_H_
-#define CPP_EAGER_H_
+#ifndef CPP_DEVICE_EAGER_H_
+#define CPP_DEVICE_EAGER_H_
 
 #include <Python.h>
 
-#include "guards.h"
+#include "shared/guards.h"
 
 namespace bridge {
 
@@ -45,4 +45,4 @@ void ForgetPlans();
 
 }  // namespace bridge
 
-#endif  // CPP_EAGER_H_
+#endif  // CPP_DEVICE_EAGER_H_

@@ -1,16 +1,16 @@
 // XLA's buffers as PyTorch tensors, and PyTorch's results into XLA's buffers.
 
-#ifndef CPP_TENSORS_H_
-#define CPP_TENSORS_H_
+#ifndef CPP_HANDLER_RESULTS_H_
+#define CPP_HANDLER_RESULTS_H_
 
 #include <array>
 #include <cstddef>
 #include <cstdint>
 #include <string>
 
-#include "dlpack_abi.h"
-#include "dtypes.h"
-#include "guards.h"
+#include "shared/dlpack_abi.h"
+#include "shared/dtypes.h"
+#include "shared/guards.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace bridge {
@@ -161,4 +161,4 @@ std::string Describe(const xla::ffi::AnyBuffer& buffer);
 
 }  // namespace bridge
 
-#endif  // CPP_TENSORS_H_
+#endif  // CPP_HANDLER_RESULTS_H_

@@ -1,4 +1,4 @@
-#include "handler.h"
+#include "handler/handler.h"
 
 #include <chrono>
 #include <exception>
@@ -7,9 +7,9 @@
 #include <thread>
 #include <utility>
 
-#include "callables.h"
-#include "cuda_driver.h"
-#include "guards.h"
+#include "handler/cuda_driver.h"
+#include "handler/registry.h"
+#include "shared/guards.h"
 
 namespace bridge {
 

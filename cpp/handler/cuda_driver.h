@@ -2,8 +2,8 @@
 // library that is already in the process when there is a GPU. Nothing is linked, nothing is loaded
 // on CPU-only machines.
 
-#ifndef CPP_CUDA_DRIVER_H_
-#define CPP_CUDA_DRIVER_H_
+#ifndef CPP_HANDLER_CUDA_DRIVER_H_
+#define CPP_HANDLER_CUDA_DRIVER_H_
 
 #include <cstddef>
 #include <cstdint>
@@ -27,4 +27,4 @@ class Driver {
 
 }  // namespace bridge
 
-#endif  // CPP_CUDA_DRIVER_H_
+#endif  // CPP_HANDLER_CUDA_DRIVER_H_

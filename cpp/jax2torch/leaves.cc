@@ -1,11 +1,11 @@
-#include "leaves.h"
+#include "jax2torch/leaves.h"
 
 #include <algorithm>
 #include <mutex>
 #include <unordered_map>
 #include <utility>
 
-#include "dtypes.h"
+#include "shared/dtypes.h"
 
 namespace bridge {
 namespace {

@@ -1,4 +1,4 @@
-#include "tensors.h"
+#include "handler/results.h"
 
 #include <dlfcn.h>
 
@@ -7,7 +7,7 @@
 #include <new>
 #include <utility>
 
-#include "cuda_driver.h"
+#include "handler/cuda_driver.h"
 
 namespace bridge {
 

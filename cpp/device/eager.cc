@@ -1,4 +1,4 @@
-#include "eager.h"
+#include "device/eager.h"
 
 #include <cstddef>
 #include <cstdint>
@@ -12,7 +12,7 @@
 #include <utility>
 #include <vector>
 
-#include "guards.h"
+#include "shared/guards.h"
 
 namespace bridge {
 namespace {
