@@ -1,4 +1,4 @@
-// The Python module. No logic lives here.
+// The Python module. No logic stands here.
 
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
@@ -14,9 +14,11 @@
 #include "handler/cuda_driver.h"
 #include "handler/handler.h"
 #include "handler/registry.h"
-#include "handler/results.h"
+#include "handler/routes.h"
 #include "jax2torch/leaves.h"
 #include "jax2torch/transfer.h"
+#include "shared/dtypes.h"
+#include "shared/torch.h"
 #ifdef T2J_TESTING
 #include "testing.h"
 #endif
@@ -71,7 +73,7 @@ class Entry {
   std::shared_ptr<Callable> callable_;
 };
 
-// `run` may lead back to the Entry that holds it.
+// The garbage collector asks, because `run` may lead back to the Entry that holds it.
 int TraverseEntry(PyObject* self, visitproc visit, void* arg) {
   Py_VISIT(Py_TYPE(self));
   if (!nb::inst_ready(self)) return 0;
@@ -91,7 +93,7 @@ PyType_Slot entry_slots[] = {{Py_tp_traverse, reinterpret_cast<void*>(TraverseEn
                              {Py_tp_clear, reinterpret_cast<void*>(ClearEntry)},
                              {0, nullptr}};
 
-// None, or an exchange API that this build understands.
+// PyTorch's exchange API. Null: there is none, or none that this build understands.
 const dl::ExchangeApi* ExchangeApiOf(nb::handle capsule) {
   if (capsule.is_none() || !PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) return nullptr;
   auto* header = static_cast<dl::ExchangeApiHeader*>(
@@ -120,7 +122,7 @@ void Setup(nb::object exchange_api, nb::module_ module, nb::object ambient_clean
       ToOwned(module.attr("__future__").attr("get_swap_module_params_on_conversion"));
   torch->is_grad_enabled = ToOwned(module.attr("is_grad_enabled"));
   torch->set_grad_enabled = ToOwned(internals.attr("_set_grad_enabled"));
-  // What torch.utils.dlpack calls, without its Python.
+  // torch.utils.dlpack calls these two, after Python code of its own.
   torch->from_dlpack = ToOwned(internals.attr("_from_dlpack"));
   torch->to_dlpack = ToOwned(internals.attr("_to_dlpack"));
   torch->ambient_clean = ToOwned(ambient_clean);
@@ -146,7 +148,7 @@ void Setup(nb::object exchange_api, nb::module_ module, nb::object ambient_clean
   for (size_t i = 0; i < kDtypes.size(); ++i) {
     torch->dtypes[i].dtype = ToOwned(nb::getattr(module, kDtypes[i].name, nb::none()));
   }
-  torch->ChooseRoutes();
+  ChooseRoutes(*torch);
   if (!force_capsules) torch->FindGradMode();
   Driver::UseRocm(rocm);
   SetTorch(torch.release());
@@ -163,7 +165,7 @@ nb::dict DtypeRoutes() {
   return routes;
 }
 
-// Null with a Python exception set becomes that exception.
+// Hands a result to Python. Where it is null, throws the Python exception that is set.
 nb::object Returned(Owned object) {
   if (!object) throw nb::python_error();
   return nb::steal(object.release());
@@ -210,7 +212,7 @@ nb::capsule HandlerCapsule(XLA_FFI_Error* (*handler)(XLA_FFI_CallFrame*)) {
 
 NB_MODULE(_ext, m) {
   using namespace bridge;  // NOLINT
-  // Compiled programs keep entries, and JAX keeps compiled programs until the process ends.
+  // Compiled programs keep entries alive, and JAX keeps compiled programs until the process ends.
   nb::set_leak_warnings(false);
   m.doc() = "The XLA FFI handler that calls PyTorch functions, and its registry.";
 

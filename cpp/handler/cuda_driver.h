@@ -1,6 +1,6 @@
-// The few entry points of the CUDA (or HIP) driver that the handler needs, resolved from the
-// library that is already in the process when there is a GPU. Nothing is linked, nothing is loaded
-// on CPU-only machines.
+// The few functions of the CUDA or HIP driver that the handler needs. They come from the library
+// that is already in the process where there is a GPU. Nothing is linked, and nothing is loaded on
+// machines without one.
 
 #ifndef CPP_HANDLER_CUDA_DRIVER_H_
 #define CPP_HANDLER_CUDA_DRIVER_H_
@@ -13,15 +13,16 @@ namespace bridge {
 
 class Driver {
  public:
-  // Chooses HIP in place of CUDA; before the first use of anything else.
+  // Chooses HIP in place of CUDA. To be called before anything else here is used.
   static void UseRocm(bool rocm) noexcept;
-  // The device that `pointer` lives on; null or not a device pointer: the thread's current device,
-  // or 0.
+  // The device of the memory at `pointer`. Where `pointer` is null or of no device, this is the
+  // thread's current device, or 0.
   static int32_t DeviceOf(const void* pointer) noexcept;
-  // Device to device, asynchronous, on `stream`. Empty, or what went wrong.
-  static std::string Copy(void* to, const void* from, size_t bytes, void* stream);
-  // What `later` is given from now on waits for what `earlier` holds now. Empty, or what went
+  // Copies from device to device, asynchronously, on `stream`. Returns an empty text, or what went
   // wrong.
+  static std::string Copy(void* to, const void* from, size_t bytes, void* stream);
+  // Makes what `later` is given from now on wait for what `earlier` holds now. Returns an empty
+  // text, or what went wrong.
   static std::string Order(void* earlier, void* later);
 };
 

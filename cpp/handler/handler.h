@@ -1,10 +1,9 @@
-// The XLA custom call: one handler per platform serves every callable, found by the attribute
-// "name".
+// The XLA custom call. One handler per platform serves every callable, which it finds by the
+// attribute "name".
 
 #ifndef CPP_HANDLER_HANDLER_H_
 #define CPP_HANDLER_HANDLER_H_
 
-#include "handler/results.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace bridge {
@@ -12,12 +11,8 @@ namespace bridge {
 XLA_FFI_Error* CpuHandler(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* GpuHandler(XLA_FFI_CallFrame* call_frame);
 
-// Takes ownership. Later calls use it; calls under way keep the one they have. Needs the GIL.
-void SetTorch(Torch* torch) noexcept;
-const Torch* GetTorch() noexcept;
-
-// From now on calls are refused. Waits, without the GIL, up to some seconds for those under way.
-// Needs the GIL.
+// Refuses calls from now on. Waits up to some seconds, without the GIL, for calls under way. Must
+// be called with the GIL.
 void BeginShutdown() noexcept;
 
 }  // namespace bridge

@@ -1,4 +1,4 @@
-// The registry: names in compiled programs -> Python callables of this process.
+// The registry finds the Python callables of this process by their names in compiled programs.
 
 #ifndef CPP_HANDLER_REGISTRY_H_
 #define CPP_HANDLER_REGISTRY_H_
@@ -14,9 +14,9 @@
 
 namespace bridge {
 
-// What the handler knows of one callable. Immutable once registered, but for `run`,
-// `collect` and `default_dtype`, which belong to the garbage collector's world (see Registry), and
-// the counter.
+// What the handler knows of one callable. It is immutable once it is registered, except for the
+// counter and for `run`, `collect` and `default_dtype`, which the garbage collector may clear (see
+// NOTE [Registry lifetimes]).
 struct Callable {
   std::string name;
   std::string label;                 // the user's function, for messages
@@ -31,7 +31,7 @@ struct Callable {
   std::atomic<uint64_t> calls{0};
 };
 
-// What one call holds: the description, and references of its own.
+// What one call holds: the callable, and references of its own.
 struct Found {
   std::shared_ptr<Callable> callable;
   Owned run;
@@ -39,18 +39,18 @@ struct Found {
   Owned default_dtype;
 };
 
-// NOTE [Registry lifetimes]. The registry owns nothing: an entry lives as long as its Python
-// object, which executables keep alive. It has a lock of its own and never relies on the GIL.
-// `run`, `collect` and `default_dtype` change only under that lock (Withdraw, from the destructor
-// or the garbage collector), so a call that finds an entry holds references of its own. No Python
-// code runs under the lock.
+// NOTE [Registry lifetimes]. The registry owns nothing. An entry lives as long as its Python
+// object, which executables keep alive. The registry has a lock of its own and never relies on the
+// GIL. `run`, `collect` and `default_dtype` change only under that lock, where the destructor or
+// the garbage collector calls Withdraw. So a call that finds an entry takes references of its own.
+// No Python code runs under the lock.
 class Registry {
  public:
   // False: a live entry has this name.
   static bool Add(const std::shared_ptr<Callable>& callable);
-  // Removes the entry and drops its references. Idempotent. Needs the GIL.
+  // Removes the entry and drops its references. May be called again. Needs the GIL.
   static void Withdraw(Callable& callable) noexcept;
-  // Needs the GIL. `callable` is null when there is none.
+  // `callable` is null where there is none. Needs the GIL.
   static Found Find(std::string_view name);
 };
 

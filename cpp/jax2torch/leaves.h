@@ -1,11 +1,12 @@
-// Arrays of leaves: a tensor that asks for gradients is imported into JAX once, not at every call.
+// Arrays of leaves: JAX imports a tensor that requires gradients once, not at every call.
 //
-// NOTE [Leaves]. JAX takes ten times as long to import a capsule as PyTorch to make one, and
-// parameters are passed again and again. So the array of a leaf is kept while the leaf lives, and
-// stands for it as long as it is the same view of the same memory; what is written there, both see.
-// The array holds a detached tensor: one that held the leaf would keep it alive. Large leaves are
-// imported each time: that is nothing beside what is done with them, and memory that a leaf has
-// given up (``p.data = other``) would be held until the next call.
+// NOTE [Leaves]. JAX takes ten times as long to import a capsule as PyTorch takes to make one, and
+// the same parameters are passed again and again. So we keep the array of a leaf while the leaf
+// lives. The array stands for the leaf as long as the leaf is the same view of the same memory.
+// What is written there, both see. The array holds a detached tensor, because an array that held
+// the leaf would keep it alive. Large leaves are imported each time. That costs little beside what
+// is done with them; and a kept array would hold memory that the leaf has given up
+// (``p.data = other``) until the next call.
 
 #ifndef CPP_JAX2TORCH_LEAVES_H_
 #define CPP_JAX2TORCH_LEAVES_H_
@@ -20,10 +21,10 @@
 
 namespace bridge {
 
-// Arrays of more bytes are not kept.
+// Larger arrays, in bytes, are not kept.
 inline constexpr uint64_t kLargestLeaf = uint64_t{1} << 20;
 
-// Which row-major memory a tensor views.
+// The row-major memory that a tensor views.
 class View {
  public:
   explicit View(const dl::Tensor& tensor);
@@ -35,15 +36,15 @@ class View {
   std::vector<int64_t> shape_;
 };
 
-// The array that is kept for `tensor`, if it is that view; null without an exception: there is
+// The array that is kept for `tensor`, if it is that view. Null, without an exception: there is
 // none.
 Owned FindLeaf(PyObject* tensor, const dl::Tensor& view);
 
-// Keeps `array` until `tensor` dies, instead of one that is kept already. False: a Python exception
-// is set.
+// Keeps `array` until `tensor` dies, in place of an array that is kept already. False: a Python
+// exception is set.
 bool KeepLeaf(PyObject* tensor, View view, PyObject* array);
 
-// Lets all arrays go: the interpreter ends.
+// Drops all arrays, because the interpreter ends.
 void ForgetLeaves();
 
 }  // namespace bridge

@@ -1,25 +1,27 @@
-// Where PyTorch calls JAX: tensors to arrays and back, and which of them ask for a gradient.
+// Calls of JAX from PyTorch: turns tensors into arrays and back, and finds those that require a
+// gradient.
 
 #ifndef CPP_JAX2TORCH_TRANSFER_H_
 #define CPP_JAX2TORCH_TRANSFER_H_
 
 #include <Python.h>
 
-#include "handler/results.h"
+#include "shared/torch.h"
 
 namespace bridge {
 
-// What imports a tensor; all borrowed.
+// What imports a tensor. All references are borrowed.
 struct Importer {
   PyObject* import_capsule;  // (capsule, device, None) -> array
   PyObject* device;
-  PyObject* is_pinned;  // None: nothing is pinned here
-  PyObject* other;      // (tensor, i) -> array: of whatever is not plain
-  bool x64;
+  PyObject* is_pinned;  // (tensor) -> bool; None where no memory is pinned
+  PyObject* other;      // (tensor, i) -> array, for tensors that XLA cannot read in place
+  bool x64;             // whether 64-bit dtypes may pass
 };
 
-// (list of arrays, number of tensors, whether there are any and all of them on a CPU) of a
-// sequence; other values than tensors pass. Null: a Python exception is set.
+// Makes a list of a sequence, with arrays in place of tensors; other values stay. Returns (list,
+// number of tensors, whether there are any and all of them are on a CPU). Null: a Python exception
+// is set.
 Owned ToArrays(const Torch& torch, PyObject* operands, const Importer& importer);
 
 // A tuple of the tensors that `export_capsule` makes of arrays. Null: a Python exception is set.
