@@ -187,18 +187,18 @@ nb::object IndicesRequiringGrad(nb::handle operands) {
 
 nb::object EagerDispatch(nb::handle tensor_type, nb::handle array_type, nb::handle cell_type,
                          nb::handle make, nb::tuple options, nb::tuple given, nb::tuple constants,
-                         nb::handle situation, nb::handle describe, nb::handle plan,
+                         nb::handle situation, nb::handle describe, nb::handle replay,
                          nb::handle array, nb::handle may_write, nb::handle inference) {
-  EagerHooks hooks = {ToOwned(tensor_type), ToOwned(array_type), ToOwned(cell_type),
-                      ToOwned(make),        ToOwned(options),    ToOwned(given),
-                      ToOwned(constants),   ToOwned(situation),  ToOwned(describe),
-                      ToOwned(plan),        ToOwned(array),      ToOwned(may_write),
-                      ToOwned(inference)};
-  return Returned(MakeEagerDispatch(std::move(hooks)));
+  eager::Hooks hooks = {ToOwned(tensor_type), ToOwned(array_type), ToOwned(cell_type),
+                        ToOwned(make),        ToOwned(options),    ToOwned(given),
+                        ToOwned(constants),   ToOwned(situation),  ToOwned(describe),
+                        ToOwned(replay),      ToOwned(array),      ToOwned(may_write),
+                        ToOwned(inference)};
+  return Returned(eager::MakeDispatch(std::move(hooks)));
 }
 
 void Shutdown() {
-  ForgetPlans();
+  eager::ForgetReplays();
   ForgetLeaves();
   BeginShutdown();
 }
@@ -279,16 +279,17 @@ NB_MODULE(_ext, m) {
   m.def(
       "requiring_grad", &IndicesRequiringGrad, nb::arg("operands"),
       "A tuple of the indices of those that are tensors which require a gradient. After setup().");
-  m.def("eager_dispatch", &EagerDispatch, nb::kw_only(), nb::arg("tensor_type"),
-        nb::arg("array_type"), nb::arg("cell_type"), nb::arg("make"), nb::arg("options"),
-        nb::arg("given"), nb::arg("constants"), nb::arg("situation"), nb::arg("describe"),
-        nb::arg("plan"), nb::arg("array"), nb::arg("may_write"), nb::arg("inference"),
-        "`__torch_dispatch__` of tensors on device \"jax\": (operator, types, args=(), "
-        "kwargs=None).\n\n"
-        "Calls like one that has been made before go to their compiled program; `describe`, `plan` "
-        "and `situation`\nsay which are alike, and what the first of them did. See "
-        "cpp/device/eager.h.");
-  m.def("forget_plans", &ForgetPlans, "The next call of each operator is a first one.");
+  m.def(
+      "eager_dispatch", &EagerDispatch, nb::kw_only(), nb::arg("tensor_type"),
+      nb::arg("array_type"), nb::arg("cell_type"), nb::arg("make"), nb::arg("options"),
+      nb::arg("given"), nb::arg("constants"), nb::arg("situation"), nb::arg("describe"),
+      nb::arg("replay"), nb::arg("array"), nb::arg("may_write"), nb::arg("inference"),
+      "`__torch_dispatch__` of tensors on device \"jax\": (operator, types, args=(), "
+      "kwargs=None).\n\n"
+      "Calls like one that has been made before go to their compiled program; `describe`, `replay` "
+      "and `situation`\nsay which are alike, and what the first of them did. See "
+      "cpp/device/eager.h.");
+  m.def("forget_replays", &eager::ForgetReplays, "The next call of each operator is a first one.");
   m.def("begin_shutdown", &Shutdown,
         "From now on calls are refused with an error and touch no Python. Waits for calls under "
         "way, 5 s at most.");

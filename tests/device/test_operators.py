@@ -441,7 +441,7 @@ def test_views_in_inference_mode() -> None:
     ],
 )
 def test_a_dispatcher_with_another_number_of_options(options: Any, given: Any) -> None:
-    names = ("tensor_type", "array_type", "cell_type", "make", "situation", "describe", "plan")
+    names = ("tensor_type", "array_type", "cell_type", "make", "situation", "describe", "replay")
     hooks: dict[str, Any] = dict.fromkeys((*names, "array", "may_write", "inference"), object)
     text = f"got {len(options)} names in options and {len(given)} values in given, expected"
     with pytest.raises(ValueError, match=text):
