@@ -103,9 +103,9 @@ const dl::ExchangeApi* ExchangeApiOf(nb::handle capsule) {
   return api == nullptr || api->dltensor_from_py_object_no_sync == nullptr ? nullptr : api;
 }
 
-void Setup(nb::object exchange_api, nb::module_ module, nb::object ambient_clean,
-           nb::object run_guarded, nb::object describe_exception, nb::object collect,
-           nb::object resolve, nb::object run_on_stream, nb::object current_stream,
+void Setup(nb::handle exchange_api, nb::handle module, nb::handle ambient_clean,
+           nb::handle run_guarded, nb::handle describe_exception, nb::handle collect,
+           nb::handle resolve, nb::handle run_on_stream, nb::handle current_stream,
            bool force_capsules, bool rocm) {
   auto torch = std::make_unique<Torch>();
   torch->api = force_capsules ? nullptr : ExchangeApiOf(exchange_api);
@@ -129,7 +129,7 @@ void Setup(nb::object exchange_api, nb::module_ module, nb::object ambient_clean
   torch->run_guarded = ToOwned(run_guarded);
   torch->describe_exception = ToOwned(describe_exception);
   torch->collect = ToOwned(collect);
-  if (!resolve.is_none()) torch->resolve = ToOwned(resolve);
+  torch->resolve = ToOwned(resolve);
   torch->run_on_stream = ToOwned(run_on_stream);
   torch->current_stream = ToOwned(current_stream);
   auto intern = [](const char* name) { return Owned::Steal(PyUnicode_InternFromString(name)); };
