@@ -259,10 +259,10 @@ ffi::Error Call::RunOnGpu() {
   return RunInside(torch_.run_on_stream.get(), stream.get(), device.get(), default_dtype_);
 }
 
-// NOTE [The body]. Python's `run_guarded` runs the whole of Run(), not fn alone. For tensors that
-// are made under the caller's inference mode would be wrong too, and so would results that are
-// copied under its modes. Python gets Run() as a function without arguments. It is valid until
-// `python` returns.
+// NOTE [The body]. Python's `run_guarded` runs the whole of Run(), not fn alone. Tensors that are
+// made under the caller's inference mode would be wrong too, and so would results that are copied
+// under its modes. Python gets Run() as a function without arguments. It is valid until `python`
+// returns.
 ffi::Error Call::RunInside(PyObject* python, PyObject* extra0, PyObject* extra1, PyObject* extra2) {
   static PyMethodDef definition = {"run", &Call::Body, METH_NOARGS, nullptr};
   Owned self = Owned::Steal(PyCapsule_New(this, "call", nullptr));

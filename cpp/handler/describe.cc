@@ -24,8 +24,12 @@ std::string Attribute(PyObject* object, const char* name) {
 
 }  // namespace
 
+std::string TypeNameOf(PyObject* object) {
+  return Attribute(reinterpret_cast<PyObject*>(Py_TYPE(object)), "__name__");
+}
+
 std::string TypeName(PyObject* object) {
-  std::string name = Attribute(reinterpret_cast<PyObject*>(Py_TYPE(object)), "__name__");
+  std::string name = TypeNameOf(object);
   return (name.find_first_of("AEIOUaeiou") == 0 ? "an object of type " : "a ") + name;
 }
 
@@ -76,7 +80,7 @@ std::string DescribeTensor(PyObject* tensor) {
   std::string device = Attribute(tensor, "device");
   if (layout != "strided") return text + " with layout " + layout;
   if (device != "cpu") return text + " on " + device;
-  return text + " of type " + Attribute(reinterpret_cast<PyObject*>(Py_TYPE(tensor)), "__name__");
+  return text + " of type " + TypeNameOf(tensor);
 }
 
 }  // namespace bridge

@@ -14,7 +14,10 @@
 
 namespace bridge {
 
-// "a list", "an object of type int".
+// "list", "int"
+std::string TypeNameOf(PyObject* object);
+
+// "a list", "an object of type int"
 std::string TypeName(PyObject* object);
 
 // "[3,4]"

@@ -1,6 +1,9 @@
 #include "handler/errors.h"
 
+#include <string>
 #include <utility>
+
+#include "handler/describe.h"
 
 namespace bridge {
 
@@ -18,15 +21,6 @@ Owned TakeException() {
   Py_XDECREF(traceback);
   return Owned::Steal(value);
 #endif
-}
-
-std::string TypeNameOf(PyObject* object) {
-  Owned name = Owned::Steal(
-      PyObject_GetAttrString(reinterpret_cast<PyObject*>(Py_TYPE(object)), "__name__"));
-  const char* chars = name ? PyUnicode_AsUTF8AndSize(name.get(), nullptr) : nullptr;
-  std::string text = chars == nullptr ? "an exception" : chars;
-  PyErr_Clear();
-  return text;
 }
 
 ffi::Error PythonError(const Torch& torch, const Callable& callable, Owned exception) {

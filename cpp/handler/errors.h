@@ -5,8 +5,6 @@
 
 #include <Python.h>
 
-#include <string>
-
 #include "handler/registry.h"
 #include "shared/guards.h"
 #include "shared/torch.h"
@@ -16,9 +14,6 @@ namespace bridge {
 
 // Takes the exception that is set, so that none is set any more. Null: there was none.
 Owned TakeException();
-
-// The name of the object's type.
-std::string TypeNameOf(PyObject* object);
 
 // The error that stands for an exception, with the text that the package's Python half gives it.
 [[gnu::cold]] xla::ffi::Error PythonError(const Torch& torch, const Callable& callable,

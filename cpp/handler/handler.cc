@@ -9,6 +9,7 @@
 
 #include "handler/call.h"
 #include "handler/cuda_driver.h"
+#include "handler/describe.h"
 #include "handler/errors.h"
 #include "handler/registry.h"
 #include "shared/guards.h"
