@@ -33,7 +33,7 @@ SHELL       := bash
 PY  := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet
 
-CPP     := $(wildcard cpp/*.cc cpp/*.h)
+CPP     := $(wildcard cpp/*.cc cpp/*.h cpp/*/*.cc cpp/*/*.h)
 PYTHONS := src tests examples tools $(wildcard benchmarks) install_package_aliased.py
 
 .PHONY: help demo docs test test-ops test-fuzz test-matrix asan tsan soak bench gpu-check wheel lint format clean

@@ -1,4 +1,4 @@
-// The Python module. No logic lives here.
+// The Python module. No logic stands here.
 
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
@@ -10,13 +10,15 @@
 #include <utility>
 #include <vector>
 
-#include "callables.h"
-#include "cuda_driver.h"
-#include "eager.h"
-#include "handler.h"
-#include "leaves.h"
-#include "tensors.h"
-#include "transfer.h"
+#include "device/eager.h"
+#include "handler/cuda_driver.h"
+#include "handler/handler.h"
+#include "handler/registry.h"
+#include "handler/routes.h"
+#include "jax2torch/leaves.h"
+#include "jax2torch/transfer.h"
+#include "shared/dtypes.h"
+#include "shared/torch.h"
 #ifdef T2J_TESTING
 #include "testing.h"
 #endif
@@ -34,7 +36,7 @@ Owned ToOwned(nb::handle object) {
 class Entry {
  public:
   Entry(std::string name, nb::callable run, std::string label, std::vector<std::string> inputs,
-        std::vector<std::string> outputs, nb::object default_dtype, bool pass_outputs, bool grads,
+        std::vector<std::string> outputs, nb::object default_dtype, bool pass_outputs,
         const std::vector<size_t>& inplace, nb::object collect)
       : callable_(std::make_shared<Callable>()) {
     callable_->name = std::move(name);
@@ -48,7 +50,6 @@ class Entry {
       callable_->any_inplace = true;
     }
     callable_->pass_outputs = pass_outputs;
-    callable_->grads = grads;
     callable_->run = ToOwned(run);
     callable_->collect = ToOwned(collect);
     callable_->default_dtype = ToOwned(default_dtype);
@@ -72,7 +73,7 @@ class Entry {
   std::shared_ptr<Callable> callable_;
 };
 
-// `run` may lead back to the Entry that holds it.
+// The garbage collector asks, because `run` may lead back to the Entry that holds it.
 int TraverseEntry(PyObject* self, visitproc visit, void* arg) {
   Py_VISIT(Py_TYPE(self));
   if (!nb::inst_ready(self)) return 0;
@@ -92,7 +93,7 @@ PyType_Slot entry_slots[] = {{Py_tp_traverse, reinterpret_cast<void*>(TraverseEn
                              {Py_tp_clear, reinterpret_cast<void*>(ClearEntry)},
                              {0, nullptr}};
 
-// None, or an exchange API that this build understands.
+// PyTorch's exchange API. Null: there is none, or none that this build understands.
 const dl::ExchangeApi* ExchangeApiOf(nb::handle capsule) {
   if (capsule.is_none() || !PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) return nullptr;
   auto* header = static_cast<dl::ExchangeApiHeader*>(
@@ -102,9 +103,9 @@ const dl::ExchangeApi* ExchangeApiOf(nb::handle capsule) {
   return api == nullptr || api->dltensor_from_py_object_no_sync == nullptr ? nullptr : api;
 }
 
-void Setup(nb::object exchange_api, nb::module_ module, nb::object ambient_clean,
-           nb::object run_guarded, nb::object describe_exception, nb::object collect,
-           nb::object resolve, nb::object run_on_stream, nb::object current_stream,
+void Setup(nb::handle exchange_api, nb::handle module, nb::handle ambient_clean,
+           nb::handle run_guarded, nb::handle describe_exception, nb::handle collect,
+           nb::handle resolve, nb::handle run_on_stream, nb::handle current_stream,
            bool force_capsules, bool rocm) {
   auto torch = std::make_unique<Torch>();
   torch->api = force_capsules ? nullptr : ExchangeApiOf(exchange_api);
@@ -121,14 +122,14 @@ void Setup(nb::object exchange_api, nb::module_ module, nb::object ambient_clean
       ToOwned(module.attr("__future__").attr("get_swap_module_params_on_conversion"));
   torch->is_grad_enabled = ToOwned(module.attr("is_grad_enabled"));
   torch->set_grad_enabled = ToOwned(internals.attr("_set_grad_enabled"));
-  // What torch.utils.dlpack calls, without its Python.
+  // torch.utils.dlpack calls these two, after Python code of its own.
   torch->from_dlpack = ToOwned(internals.attr("_from_dlpack"));
   torch->to_dlpack = ToOwned(internals.attr("_to_dlpack"));
   torch->ambient_clean = ToOwned(ambient_clean);
   torch->run_guarded = ToOwned(run_guarded);
   torch->describe_exception = ToOwned(describe_exception);
   torch->collect = ToOwned(collect);
-  if (!resolve.is_none()) torch->resolve = ToOwned(resolve);
+  torch->resolve = ToOwned(resolve);
   torch->run_on_stream = ToOwned(run_on_stream);
   torch->current_stream = ToOwned(current_stream);
   auto intern = [](const char* name) { return Owned::Steal(PyUnicode_InternFromString(name)); };
@@ -147,7 +148,7 @@ void Setup(nb::object exchange_api, nb::module_ module, nb::object ambient_clean
   for (size_t i = 0; i < kDtypes.size(); ++i) {
     torch->dtypes[i].dtype = ToOwned(nb::getattr(module, kDtypes[i].name, nb::none()));
   }
-  torch->ChooseRoutes();
+  ChooseRoutes(*torch);
   if (!force_capsules) torch->FindGradMode();
   Driver::UseRocm(rocm);
   SetTorch(torch.release());
@@ -164,7 +165,7 @@ nb::dict DtypeRoutes() {
   return routes;
 }
 
-// Null with a Python exception set becomes that exception.
+// Hands a result to Python. Where it is null, throws the Python exception that is set.
 nb::object Returned(Owned object) {
   if (!object) throw nb::python_error();
   return nb::steal(object.release());
@@ -185,20 +186,19 @@ nb::object IndicesRequiringGrad(nb::handle operands) {
 }
 
 nb::object EagerDispatch(nb::handle tensor_type, nb::handle array_type, nb::handle cell_type,
-                         nb::handle make, nb::handle options, nb::handle given,
-                         nb::handle constants, nb::handle situation, nb::handle describe,
-                         nb::handle plan, nb::handle array, nb::handle may_write,
-                         nb::handle inference) {
-  EagerHooks hooks = {ToOwned(tensor_type), ToOwned(array_type), ToOwned(cell_type),
-                      ToOwned(make),        ToOwned(options),    ToOwned(given),
-                      ToOwned(constants),   ToOwned(situation),  ToOwned(describe),
-                      ToOwned(plan),        ToOwned(array),      ToOwned(may_write),
-                      ToOwned(inference)};
-  return Returned(MakeEagerDispatch(std::move(hooks)));
+                         nb::handle make, nb::tuple options, nb::tuple given, nb::tuple constants,
+                         nb::handle situation, nb::handle describe, nb::handle replay,
+                         nb::handle array, nb::handle may_write, nb::handle inference) {
+  eager::Hooks hooks = {ToOwned(tensor_type), ToOwned(array_type), ToOwned(cell_type),
+                        ToOwned(make),        ToOwned(options),    ToOwned(given),
+                        ToOwned(constants),   ToOwned(situation),  ToOwned(describe),
+                        ToOwned(replay),      ToOwned(array),      ToOwned(may_write),
+                        ToOwned(inference)};
+  return Returned(eager::MakeDispatch(std::move(hooks)));
 }
 
 void Shutdown() {
-  ForgetPlans();
+  eager::ForgetReplays();
   ForgetLeaves();
   BeginShutdown();
 }
@@ -212,7 +212,7 @@ nb::capsule HandlerCapsule(XLA_FFI_Error* (*handler)(XLA_FFI_CallFrame*)) {
 
 NB_MODULE(_ext, m) {
   using namespace bridge;  // NOLINT
-  // Compiled programs keep entries, and JAX keeps compiled programs until the process ends.
+  // Compiled programs keep entries alive, and JAX keeps compiled programs until the process ends.
   nb::set_leak_warnings(false);
   m.doc() = "The XLA FFI handler that calls PyTorch functions, and its registry.";
 
@@ -229,18 +229,17 @@ NB_MODULE(_ext, m) {
                     "for as long as this object lives.")
       .def(
           nb::init<std::string, nb::callable, std::string, std::vector<std::string>,
-                   std::vector<std::string>, nb::object, bool, bool, const std::vector<size_t>&,
+                   std::vector<std::string>, nb::object, bool, const std::vector<size_t>&,
                    nb::object>(),
           nb::arg("name"), nb::arg("run"), nb::arg("label"), nb::arg("inputs"), nb::arg("outputs"),
           nb::arg("default_dtype").none(), nb::arg("pass_outputs") = false,
-          nb::arg("grads") = false, nb::arg("inplace") = std::vector<size_t>(),
-          nb::arg("collect") = nb::none(),
+          nb::arg("inplace") = std::vector<size_t>(), nb::arg("collect") = nb::none(),
           "Registers `run` as `name`.\n\n"
           "`run(*tensors)` takes one tensor for each label in `inputs` (then, with `pass_outputs`, "
           "one for\neach label in `outputs`) and returns a tuple with one tensor for each label in "
           "`outputs`, or that\ntensor itself where it is one. Of anything else `collect` makes the "
-          "tuple. `label` names the user's function in messages. `grads` runs it with grad "
-          "mode on, not off.\n`inplace` lists the inputs that may change. Raises ValueError when a "
+          "tuple. `label` names the user's function in messages.\n`inplace` lists the inputs that "
+          "may change. Raises ValueError when a "
           "live entry has the name.")
       .def_prop_ro(
           "name", [](const Entry& entry) { return entry.callable().name; },
@@ -280,15 +279,17 @@ NB_MODULE(_ext, m) {
   m.def(
       "requiring_grad", &IndicesRequiringGrad, nb::arg("operands"),
       "A tuple of the indices of those that are tensors which require a gradient. After setup().");
-  m.def("eager_dispatch", &EagerDispatch, nb::kw_only(), nb::arg("tensor_type"),
-        nb::arg("array_type"), nb::arg("cell_type"), nb::arg("make"), nb::arg("options"),
-        nb::arg("given"), nb::arg("constants"), nb::arg("situation"), nb::arg("describe"),
-        nb::arg("plan"), nb::arg("array"), nb::arg("may_write"), nb::arg("inference"),
-        "`__torch_dispatch__` of tensors on device \"jax\": (operator, types, args=(), "
-        "kwargs=None).\n\n"
-        "Calls like one that has been made before go to their compiled program; `describe`, `plan` "
-        "and `situation`\nsay which are alike, and what the first of them did. See cpp/eager.h.");
-  m.def("forget_plans", &ForgetPlans, "The next call of each operator is a first one.");
+  m.def(
+      "eager_dispatch", &EagerDispatch, nb::kw_only(), nb::arg("tensor_type"),
+      nb::arg("array_type"), nb::arg("cell_type"), nb::arg("make"), nb::arg("options"),
+      nb::arg("given"), nb::arg("constants"), nb::arg("situation"), nb::arg("describe"),
+      nb::arg("replay"), nb::arg("array"), nb::arg("may_write"), nb::arg("inference"),
+      "`__torch_dispatch__` of tensors on device \"jax\": (operator, types, args=(), "
+      "kwargs=None).\n\n"
+      "Calls like one that has been made before go to their compiled program; `describe`, `replay` "
+      "and `situation`\nsay which are alike, and what the first of them did. See "
+      "cpp/device/eager.h.");
+  m.def("forget_replays", &eager::ForgetReplays, "The next call of each operator is a first one.");
   m.def("begin_shutdown", &Shutdown,
         "From now on calls are refused with an error and touch no Python. Waits for calls under "
         "way, 5 s at most.");

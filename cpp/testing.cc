@@ -9,8 +9,8 @@
 #include <stdexcept>
 #include <thread>
 
-#include "callables.h"
-#include "guards.h"
+#include "handler/registry.h"
+#include "shared/guards.h"
 
 namespace bridge::testing {
 namespace {
@@ -30,7 +30,8 @@ bool Fails(const char* name) noexcept {
 
 dl::ExchangeApi real_api, watched_api;
 
-// The tensor is made and dropped, so that the memory which it took over is given back.
+// Where it fails, it makes the tensor and drops it, so that the memory which the tensor took over
+// is given back.
 int ToPyObject(dl::ManagedTensorVersioned* tensor, void** out) {
   const bool fails = Fails("managed_tensor_to_py_object_no_sync");
   if (int status = real_api.managed_tensor_to_py_object_no_sync(tensor, out); status != 0) {
@@ -76,7 +77,7 @@ const dl::ExchangeApi* Watched(const dl::ExchangeApi* api) {
 
 void StressRegistry(size_t threads, size_t rounds) {
   std::atomic<size_t> wrong{0};
-  // Neighbours share a name, so that one meets the other's entry. No entry has a Python object.
+  // Neighbours share a name, so that each meets the other's entry. No entry has a Python object.
   auto work = [&](size_t i) {
     for (size_t k = 0; k < rounds; ++k) {
       auto callable = std::make_shared<Callable>();
@@ -89,8 +90,8 @@ void StressRegistry(size_t threads, size_t rounds) {
         if (found.callable ? found.callable->name != name : own) wrong.fetch_add(1);
         if (found.callable) found.callable->calls.fetch_add(1, std::memory_order_relaxed);
         if (own && found.callable != callable) wrong.fetch_add(1);
+        if (found.run) wrong.fetch_add(1);
       }
-      if (Registry::Run(*callable)) wrong.fetch_add(1);
       Registry::Withdraw(*callable);
     }
   };
@@ -107,7 +108,8 @@ void StressRegistry(size_t threads, size_t rounds) {
 
 }  // namespace bridge::testing
 
-// What the linker calls instead of the functions themselves. Each name is also in CMakeLists.txt.
+// The linker has these called in place of the functions themselves. Each name is also in
+// CMakeLists.txt.
 
 using bridge::testing::Fails;
 
@@ -157,7 +159,7 @@ FAILS_INSTEAD(PyObject*, PyObject_VectorcallMethod,
               (PyObject * name, PyObject* const* arguments, size_t count, PyObject* keywords),
               (name, arguments, count, keywords), nullptr)
 
-// A call is made and its result lost.
+// Where it fails, it makes the call and loses the result.
 PyObject* __real_PyObject_Vectorcall(PyObject* function, PyObject* const* arguments, size_t count,
                                      PyObject* keywords);
 PyObject* __wrap_PyObject_Vectorcall(PyObject* function, PyObject* const* arguments, size_t count,

@@ -16,7 +16,7 @@ import torch
 from harness import precision
 from torch.utils._pytree import tree_leaves as leaves
 
-from torch2jax import device, lowering_report, torch2jax
+from torch2jax import _ext, device, lowering_report, torch2jax
 from torch2jax.device import dispatch
 from torch2jax.device.operators.operator import Operator
 from torch2jax.device.operators.view_operator import ViewOperator
@@ -429,3 +429,24 @@ def test_views_in_inference_mode() -> None:
             views[0].add_(1)
             results.append([(v.tolist(), v.is_inference()) for v in views])
     assert results[0] == results[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "given"),
+    [
+        (("dtype", "device"), ("jax",)),
+        (("dtype", "device", "layout", "pin_memory"), ("jax", torch.strided, False)),
+        (("dtype", "device"), ("jax", None)),
+        ((), ()),
+    ],
+)
+def test_a_dispatcher_with_another_number_of_options(options: Any, given: Any) -> None:
+    names = ("tensor_type", "array_type", "cell_type", "make", "situation", "describe", "replay")
+    hooks: dict[str, Any] = dict.fromkeys((*names, "array", "may_write", "inference"), object)
+    text = f"got {len(options)} names in options and {len(given)} values in given, expected"
+    with pytest.raises(ValueError, match=text):
+        _ext.eager_dispatch(options=options, given=given, constants=(), **hooks)
+    with pytest.raises(TypeError):
+        _ext.eager_dispatch(options=options, given=given, **{**hooks, "constants": []})
+    # The dispatcher of the package is as it was.
+    assert [(x("jax") * 2)[1].tolist() for _ in range(3)] == [[8.0, 10.0, 12.0, 14.0]] * 3

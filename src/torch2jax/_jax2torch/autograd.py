@@ -12,8 +12,8 @@ PyTorch's version check, and a backward pass frees them. Where nothing but autog
 
 NOTE [Memory]. An operand is a view of a tensor: on a CPU the results are computed when the call
 returns, so the tensor may be written to from then on. A small leaf's view is kept for the next call
-(NOTE [Leaves] in cpp/leaves.h). The operands of a later backward pass are imported again from the
-saved tensors. Results are buffers that JAX has no more references to.
+(NOTE [Leaves] in cpp/jax2torch/leaves.h). The operands of a later backward pass are imported again
+from the saved tensors. Results are buffers that JAX has no more references to.
 """
 
 from __future__ import annotations

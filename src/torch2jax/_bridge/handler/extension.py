@@ -20,7 +20,7 @@ TARGET = __name__.partition(".")[0]
 dlpack_path, dtype_routes = _ext.dlpack_path, _ext.dtype_routes
 to_arrays, to_tensors = _ext.to_arrays, _ext.to_tensors
 requiring_grad = _ext.requiring_grad
-eager_dispatch, forget_plans = _ext.eager_dispatch, _ext.forget_plans
+eager_dispatch, forget_replays = _ext.eager_dispatch, _ext.forget_replays
 Entry, begin_shutdown = _ext.Entry, _ext.begin_shutdown
 
 PLATFORMS = ("cpu", "cuda", "rocm")

@@ -1,7 +1,7 @@
 """``Tensor.__torch_dispatch__``: which of our objects carries out an operator.
 
 The extension has the call first, and repeats by itself what has been done before in eager mode: see
-NOTE [Repeated calls] in ``cpp/eager.h``. It asks the functions here.
+NOTE [Repeated calls] in ``cpp/device/eager.h``. It asks the functions here.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import jax
 import torch
 
 from ... import lowerings as _lowerings  # noqa: F401  fills the table
-from ..._bridge.handler.extension import eager_dispatch, forget_plans
+from ..._bridge.handler.extension import eager_dispatch, forget_replays
 from ..._compat.jax import ArrayImpl, trace_state_clean
 from ..._conversions.dtypes import x64_enabled
 from ...lowerings.registry import TABLE, Lowering
@@ -43,7 +43,7 @@ def forget() -> None:
     """Look lowerings up again."""
     global _ops
     _ops = {}
-    forget_plans()
+    forget_replays()
 
 
 def _find(func: Any) -> Callable[[Any, Any], Any]:
@@ -113,7 +113,7 @@ dispatch = eager_dispatch(
     constants=(torch.dtype, torch.layout, torch.memory_format),
     situation=_situation,
     describe=_describe,
-    plan=_plan,
+    replay=_plan,
     array=jax.numpy.asarray,
     may_write=_may_write,
     inference=torch.is_inference_mode_enabled,

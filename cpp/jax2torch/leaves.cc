@@ -1,11 +1,11 @@
-#include "leaves.h"
+#include "jax2torch/leaves.h"
 
 #include <algorithm>
 #include <mutex>
 #include <unordered_map>
 #include <utility>
 
-#include "dtypes.h"
+#include "shared/dtypes.h"
 
 namespace bridge {
 namespace {
@@ -16,12 +16,12 @@ uintptr_t Address(const dl::Tensor& tensor) {
 
 struct Leaf {
   View view;
-  Owned reference;  // weak, to the tensor: its callback ends this
+  Owned reference;  // a weak one to the tensor; its callback removes this leaf
   Owned array;
 };
 
 struct Leaves {
-  std::mutex mutex;  // held without calling Python
+  std::mutex mutex;  // no Python code runs while it is held
   std::unordered_map<PyObject*, Leaf> by_tensor;
 };
 
@@ -30,7 +30,7 @@ Leaves& All() {
   return *leaves;
 }
 
-// `self` is the address of a tensor that died, `reference` the one that pointed to it.
+// Python calls this when a tensor has died. `self` is its address, `reference` pointed to it.
 PyObject* Forget(PyObject* self, PyObject* reference) {
   auto* tensor = static_cast<PyObject*>(PyLong_AsVoidPtr(self));
   std::unordered_map<PyObject*, Leaf>::node_type gone;  // freed after the lock

@@ -1,10 +1,11 @@
 // The part of the DLPack 1.x ABI that crosses between XLA, this extension and PyTorch.
 //
-// Declared here so that the build needs no PyTorch headers. The layout is a stable ABI within a
-// major version; tests/extension/test_extension.py compares every field with the header that PyTorch ships.
+// We declare it here so that the build needs no headers of PyTorch. The layout is a stable ABI
+// within a major version. tests/extension/test_extension.py compares every field with the header
+// that PyTorch ships.
 
-#ifndef CPP_DLPACK_ABI_H_
-#define CPP_DLPACK_ABI_H_
+#ifndef CPP_SHARED_DLPACK_ABI_H_
+#define CPP_SHARED_DLPACK_ABI_H_
 
 #include <cstdint>
 
@@ -64,7 +65,7 @@ struct Tensor {
   uint64_t byte_offset;
 };
 
-// Before DLPack 1.0; what a capsule of this name holds.
+// A capsule of this name holds a ManagedTensor, as before DLPack 1.0.
 inline constexpr char kCapsuleName[] = "dltensor";
 
 struct ManagedTensor {
@@ -86,8 +87,9 @@ struct ExchangeApiHeader {
   ExchangeApiHeader* prev_api;
 };
 
-// `torch.Tensor.__dlpack_c_exchange_api__`: a capsule named "dlpack_exchange_api". All functions
-// return 0, or -1 with a Python exception set, except the allocator (unused here).
+// `torch.Tensor.__dlpack_c_exchange_api__` holds it, a capsule named "dlpack_exchange_api". All
+// functions return 0, or -1 with a Python exception set. The allocator, which we do not use, does
+// not set one.
 struct ExchangeApi {
   ExchangeApiHeader header;
   int (*managed_tensor_allocator)(Tensor* prototype, ManagedTensorVersioned** out, void* error_ctx,
@@ -95,11 +97,11 @@ struct ExchangeApi {
                                                     const char* message));
   int (*managed_tensor_from_py_object_no_sync)(void* py_object, ManagedTensorVersioned** out);
   int (*managed_tensor_to_py_object_no_sync)(ManagedTensorVersioned* tensor, void** out_py_object);
-  // May be null. The result borrows from `py_object`.
+  // This one may be null. The result borrows from `py_object`.
   int (*dltensor_from_py_object_no_sync)(void* py_object, Tensor* out);
   int (*current_work_stream)(DeviceType device_type, int32_t device_id, void** out_stream);
 };
 
 }  // namespace bridge::dl
 
-#endif  // CPP_DLPACK_ABI_H_
+#endif  // CPP_SHARED_DLPACK_ABI_H_

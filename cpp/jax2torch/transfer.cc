@@ -1,21 +1,23 @@
-#include "transfer.h"
+#include "jax2torch/transfer.h"
 
 #include <cstddef>
 #include <cstdint>
 #include <optional>
 #include <utility>
 
-#include "dlpack_abi.h"
-#include "dtypes.h"
-#include "guards.h"
-#include "leaves.h"
+#include "jax2torch/leaves.h"
+#include "shared/dlpack_abi.h"
+#include "shared/dtypes.h"
+#include "shared/guards.h"
+#include "shared/memory.h"
 
 namespace bridge {
 namespace {
 
-constexpr uintptr_t kAlignment = 64;  // XLA reads CPU memory in place from here on
+constexpr uintptr_t kAlignment = 64;  // XLA reads CPU memory in place where it is so aligned
 
-// Those that every DLPack carries, and JAX as they are.
+// The dtype's row in kDtypes, where every DLPack carries the dtype and JAX takes it as it is.
+// Otherwise null.
 const Dtype* PlainDtype(dl::DataType dtype, bool x64) {
   for (const Dtype& row : kDtypes) {
     if (!(row.dl == dtype)) continue;
@@ -25,7 +27,7 @@ const Dtype* PlainDtype(dl::DataType dtype, bool x64) {
   return nullptr;
 }
 
-// Row-major, and not empty.
+// Whether the tensor is row-major and not empty.
 bool IsDense(const dl::Tensor& tensor) {
   int64_t count = 1;
   for (int32_t i = tensor.ndim; i-- > 0;) {
@@ -37,7 +39,7 @@ bool IsDense(const dl::Tensor& tensor) {
   return true;
 }
 
-// A capsule of a tensor that XLA can read in place, as it is. Null: it cannot, or, where a Python
+// A capsule of a tensor that XLA can read in place, as it is. Null: XLA cannot; where a Python
 // exception is set, a question failed.
 Owned PlainCapsule(const Torch& torch, PyObject* tensor, const Importer& importer) {
   if (Py_TYPE(tensor) != reinterpret_cast<PyTypeObject*>(torch.tensor_type.get()) &&
@@ -47,7 +49,7 @@ Owned PlainCapsule(const Torch& torch, PyObject* tensor, const Importer& importe
   Owned capsule = CallFunction(torch.to_dlpack.get(), tensor);
   void* pointer = capsule ? PyCapsule_GetPointer(capsule.get(), dl::kCapsuleName) : nullptr;
   if (pointer == nullptr) {
-    PyErr_Clear();  // whoever converts it otherwise says why
+    PyErr_Clear();  // `other`, which converts it next, says why
     return Owned();
   }
   dl::Tensor& view = static_cast<dl::ManagedTensor*>(pointer)->dl_tensor;
@@ -63,25 +65,26 @@ Owned PlainCapsule(const Torch& torch, PyObject* tensor, const Importer& importe
                                std::pair(importer.is_pinned != Py_None, importer.is_pinned)}) {
     if (ask && CallPredicate(question, tensor) != 0) return Owned();
   }
-  // Row-major, whatever the strides of sizes of 1 are: XLA would read a layout into them.
+  // The tensor is row-major whatever the strides of its dimensions of size 1 are. XLA would read a
+  // layout into those.
   view.strides = nullptr;
   return capsule;
 }
 
-// 1, 0, or -1 with a Python exception set.
+// Answers whether the attribute is true: 1 or 0, or -1 with a Python exception set.
 int IsTrue(PyObject* object, const Owned& attribute) {
-  Owned answer = Owned::Steal(PyObject_GetAttr(object, attribute.get()));
+  Owned answer = GetAttribute(object, attribute);
   return answer ? PyObject_IsTrue(answer.get()) : -1;
 }
 
-// 1, 0, or -1 with a Python exception set: torch.utils.swap_tensors, which Module.to calls where
-// that is asked for, refuses tensors with weak references.
+// Answers whether tensors may get weak references: 1 or 0, or -1 with a Python exception set. Users
+// can have Module.to call torch.utils.swap_tensors, which refuses tensors that have any.
 int AllowsReferences(const Torch& torch) {
   Owned swaps = Owned::Steal(PyObject_CallNoArgs(torch.swaps_parameters.get()));
   return swaps ? PyObject_Not(swaps.get()) : -1;
 }
 
-// What a capsule views. Null without an exception: it is of another kind.
+// What a capsule views. Null, without an exception: the capsule is of another kind.
 const dl::Tensor* ViewOf(const Owned& capsule) {
   if (!PyCapsule_IsValid(capsule.get(), dl::kCapsuleName)) return nullptr;
   void* pointer = PyCapsule_GetPointer(capsule.get(), dl::kCapsuleName);
@@ -89,7 +92,8 @@ const dl::Tensor* ViewOf(const Owned& capsule) {
   return pointer == nullptr ? nullptr : &static_cast<dl::ManagedTensor*>(pointer)->dl_tensor;
 }
 
-// The array of a tensor that XLA can read in place. Null: as of PlainCapsule. See NOTE [Leaves].
+// The array of a tensor that XLA can read in place. Null means what it means of PlainCapsule. See
+// NOTE [Leaves].
 Owned PlainArray(const Torch& torch, PyObject* tensor, const Importer& importer) {
   Owned capsule = PlainCapsule(torch, tensor, importer);
   const dl::Tensor* found = capsule ? ViewOf(capsule) : nullptr;
@@ -103,7 +107,7 @@ Owned PlainArray(const Torch& torch, PyObject* tensor, const Importer& importer)
   std::optional<View> view;
   if (keep > 0) {
     view.emplace(*found);
-    Owned detached = CallMethod(tensor, torch.name_detach.get());
+    Owned detached = CallMethod(tensor, torch.name_detach);
     capsule = detached ? PlainCapsule(torch, detached.get(), importer) : Owned();
     if (!capsule) return Owned();
   }

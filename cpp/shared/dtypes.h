@@ -1,13 +1,13 @@
-// The element types that XLA and PyTorch both know: one table.
+// The table of element types that XLA and PyTorch both know.
 
-#ifndef CPP_DTYPES_H_
-#define CPP_DTYPES_H_
+#ifndef CPP_SHARED_DTYPES_H_
+#define CPP_SHARED_DTYPES_H_
 
 #include <array>
 #include <cstddef>
 #include <cstdint>
 
-#include "dlpack_abi.h"
+#include "shared/dlpack_abi.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace bridge {
@@ -18,7 +18,8 @@ struct Dtype {
   dl::DataType dl;
 
   constexpr size_t bytes() const { return dl.bits / 8u; }
-  // Only these can carry PyTorch's lazy negative bit, complex ones the lazy conjugate bit too.
+  // Only these can carry PyTorch's lazy negative bit. Complex ones can carry the lazy conjugate bit
+  // too.
   constexpr bool may_be_negated() const {
     return dl.code == dl::kFloat || dl.code == dl::kBfloat || is_complex();
   }
@@ -67,13 +68,13 @@ constexpr std::array<int8_t, kMaxXlaDtype> IndexByXlaDtype() {
 inline constexpr auto kIndexByXlaDtype = IndexByXlaDtype();
 }  // namespace internal
 
-// Position in kDtypes, or kNoDtype.
+// The dtype's position in kDtypes, or kNoDtype.
 inline int DtypeIndex(xla::ffi::DataType dtype) {
   auto value = static_cast<size_t>(dtype);
   return value < internal::kMaxXlaDtype ? internal::kIndexByXlaDtype[value] : kNoDtype;
 }
 
-// Of the elements of a tensor, whatever its strides.
+// How many bytes the elements of a tensor take, whatever its strides.
 inline uint64_t Bytes(const dl::Tensor& tensor) {
   uint64_t count = 1;
   for (int32_t i = 0; i < tensor.ndim; ++i) count *= static_cast<uint64_t>(tensor.shape[i]);
@@ -95,4 +96,4 @@ inline const char* DtypeName(dl::DataType dtype) {
 
 }  // namespace bridge
 
-#endif  // CPP_DTYPES_H_
+#endif  // CPP_SHARED_DTYPES_H_

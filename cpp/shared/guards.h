@@ -1,7 +1,8 @@
-// RAII for what a call borrows from Python: references, the GIL, PyTorch's grad mode.
+// RAII for what a call borrows from Python: references, the GIL, thread states. And the calls into
+// Python that return such references.
 
-#ifndef CPP_GUARDS_H_
-#define CPP_GUARDS_H_
+#ifndef CPP_SHARED_GUARDS_H_
+#define CPP_SHARED_GUARDS_H_
 
 #include <Python.h>
 
@@ -13,7 +14,7 @@
 
 namespace bridge {
 
-// An owned reference, or null. Must be destroyed under the GIL.
+// An owned reference, or null. It must be destroyed under the GIL.
 class Owned {
  public:
   Owned() noexcept = default;
@@ -50,21 +51,34 @@ Owned CallFunction(PyObject* function, Args*... args) noexcept {
       function, vector + 1, sizeof...(Args) | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr));
 }
 
-// 1, 0, or -1 with an exception set: what `function(argument)` answers.
+// The result of `self.name(*args)`, or null with an exception set.
+template <typename... Args>
+Owned CallMethod(PyObject* self, const Owned& name, Args*... args) noexcept {
+  PyObject* vector[] = {nullptr, self, args...};
+  return Owned::Steal(PyObject_VectorcallMethod(
+      name.get(), vector + 1, (1 + sizeof...(Args)) | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr));
+}
+
+// `object.name`, or null with an exception set.
+inline Owned GetAttribute(PyObject* object, const Owned& name) noexcept {
+  return Owned::Steal(PyObject_GetAttr(object, name.get()));
+}
+
+// Answers what `function(argument)` answers: 1 or 0, or -1 with an exception set.
 inline int CallPredicate(PyObject* function, PyObject* argument) noexcept {
   Owned answer = CallFunction(function, argument);
   if (!answer) return -1;
   return answer.get() == Py_True ? 1 : 0;
 }
 
-// Set when the interpreter starts to go away; from then on nothing here touches Python.
+// Is set when the interpreter starts to go away. From then on nothing here touches Python.
 inline std::atomic<bool> shutting_down{false};
 
 // NOTE [Thread states]. XLA runs handlers on the caller's thread and on threads of its own pools.
-// For the latter, PyGILState_Ensure would create a thread state and PyGILState_Release destroy it
-// at every call. So the first call on such a thread takes one extra Ensure and keeps it until the
-// thread ends: later calls find the state and only take the lock. A thread that ends after shutdown
-// has begun leaves its state to the interpreter, which frees all of them.
+// On a pool's thread PyGILState_Ensure would create a thread state at every call, and
+// PyGILState_Release would destroy it. So the first call on such a thread takes one extra Ensure
+// and keeps it until the thread ends. Later calls find the state and only take the lock. A thread
+// that ends after shutdown has begun leaves its state to the interpreter, which frees all of them.
 class ThreadState {
  public:
   static void Keep() noexcept {
@@ -116,7 +130,7 @@ class GilRelease {
   PyThreadState* state_;
 };
 
-// `size` value-initialised elements, on the stack where they are few.
+// Holds `size` value-initialised elements, on the stack where they are few.
 template <typename T, size_t kInline>
 class SmallArray {
  public:
@@ -136,4 +150,4 @@ class SmallArray {
 
 }  // namespace bridge
 
-#endif  // CPP_GUARDS_H_
+#endif  // CPP_SHARED_GUARDS_H_

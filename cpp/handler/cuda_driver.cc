@@ -1,4 +1,4 @@
-#include "cuda_driver.h"
+#include "handler/cuda_driver.h"
 
 #include <dlfcn.h>
 
@@ -7,8 +7,8 @@
 namespace bridge {
 namespace {
 
-// Both drivers have these signatures; the handles are opaque pointers. Device pointers are integers
-// in CUDA and pointers in HIP: the same register.
+// Both drivers have these signatures. The handles are opaque pointers. Device pointers are integers
+// in CUDA and pointers in HIP, and both travel in the same register.
 struct Api {
   int (*pointer_get_attribute)(void* data, int attribute, uint64_t pointer) = nullptr;
   int (*get_device)(int* device) = nullptr;
@@ -67,7 +67,7 @@ int32_t Driver::DeviceOf(const void* pointer) noexcept {
                                                       reinterpret_cast<uint64_t>(pointer)) == 0) {
     return device;
   }
-  // XLA has made its device current. In CUDA a device handle is its ordinal.
+  // XLA has made its device the current one. In CUDA a device's handle is its number.
   return api.get_device(&device) == 0 ? device : 0;
 }
 

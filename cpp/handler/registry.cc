@@ -1,4 +1,4 @@
-#include "callables.h"
+#include "handler/registry.h"
 
 #include <mutex>
 #include <shared_mutex>
@@ -10,11 +10,11 @@ namespace {
 
 struct Table {
   std::shared_mutex mutex;
-  // The keys are views of the callables' own names: an entry is withdrawn before its callable dies.
+  // The keys view the callables' own names. An entry is withdrawn before its callable dies.
   std::unordered_map<std::string_view, std::weak_ptr<Callable>> entries;
 };
 
-// Never destroyed: XLA's threads may outlive static destructors.
+// Is never destroyed, because XLA's threads may outlive static destructors.
 Table& GetTable() {
   static Table* table = new Table;
   return *table;
@@ -29,7 +29,7 @@ bool Registry::Add(const std::shared_ptr<Callable>& callable) {
 }
 
 void Registry::Withdraw(Callable& callable) noexcept {
-  Owned run, collect, default_dtype;  // outlive the lock: dropping them may run arbitrary code
+  Owned run, collect, default_dtype;  // outlive the lock, for dropping them may run any code
   Table& table = GetTable();
   std::unique_lock lock(table.mutex);
   auto found = table.entries.find(callable.name);
@@ -54,11 +54,6 @@ Found Registry::Find(std::string_view name) {
     found.default_dtype = Owned::Borrow(found.callable->default_dtype.get());
   }
   return found;
-}
-
-Owned Registry::Run(Callable& callable) {
-  std::shared_lock lock(GetTable().mutex);
-  return Owned::Borrow(callable.run.get());
 }
 
 }  // namespace bridge

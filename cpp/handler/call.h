@@ -1,0 +1,76 @@
+// One call of a PyTorch function, from the moment its callable is known.
+
+#ifndef CPP_HANDLER_CALL_H_
+#define CPP_HANDLER_CALL_H_
+
+#include <Python.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "handler/registry.h"
+#include "handler/results.h"
+#include "handler/views.h"
+#include "shared/guards.h"
+#include "shared/torch.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace bridge {
+
+class Call {
+ public:
+  Call(const Torch& torch, const Found& found, const xla::ffi::RemainingArgs& args,
+       const xla::ffi::RemainingRets& rets, Target target)
+      : torch_(torch),
+        callable_(*found.callable),
+        run_(found.run.get()),
+        collect_(found.collect.get()),
+        default_dtype_(found.default_dtype.get()),
+        args_(args),
+        rets_(rets),
+        target_(target) {}
+  Call(const Call&) = delete;
+  Call& operator=(const Call&) = delete;
+
+  // The call on a CPU, where PyTorch's state is clean or is made so. `run_id` is the id of the
+  // program's execution.
+  xla::ffi::Error RunOnCpu(int64_t run_id);
+  // The call on a GPU, inside Python's `run_on_stream`: XLA's stream is PyTorch's current one.
+  xla::ffi::Error RunOnGpu();
+
+ private:
+  xla::ffi::AnyBuffer Argument(size_t i) const { return *args_.get<xla::ffi::AnyBuffer>(i); }
+  xla::ffi::AnyBuffer ResultBuffer(size_t i) const { return **rets_.get<xla::ffi::AnyBuffer>(i); }
+
+  xla::ffi::AnyBuffer Viewed(size_t i) const {
+    return i < args_.size() ? Argument(i) : ResultBuffer(i - args_.size());
+  }
+
+  // Does everything between the buffers that XLA passed and the buffers that it gets.
+  xla::ffi::Error Run();
+  xla::ffi::Error CheckCounts() const;
+  xla::ffi::Error CallPython(Views* views, size_t count, Owned* results);
+  xla::ffi::Error Store(PyObject* results);
+  xla::ffi::Error CheckInPlace(Views* views, uint64_t number);
+  xla::ffi::Error CheckEscaped(Views* views);
+  [[gnu::cold]] xla::ffi::Error Refused(const Result& result, Result::Outcome outcome, size_t i);
+  // Has Python's `run_guarded` or `run_on_stream` call Run(). See NOTE [The body].
+  xla::ffi::Error RunInside(PyObject* python, PyObject* extra0, PyObject* extra1, PyObject* extra2);
+  static PyObject* Body(PyObject* self, PyObject* unused);
+
+  const Torch& torch_;
+  Callable& callable_;
+  PyObject* run_;
+  PyObject* collect_;
+  PyObject* default_dtype_;
+  const xla::ffi::RemainingArgs& args_;
+  const xla::ffi::RemainingRets& rets_;
+  Target target_;
+  void* torch_stream_ = nullptr;  // on a GPU, PyTorch's current stream before the call
+  bool ran_ = false;
+  xla::ffi::Error outcome_;
+};
+
+}  // namespace bridge
+
+#endif  // CPP_HANDLER_CALL_H_
