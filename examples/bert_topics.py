@@ -4,14 +4,15 @@
     python examples/bert_topics.py --weights DIR     # fine-tune a checkpoint of yours
     python examples/bert_topics.py --smoke           # a few steps: does everything work?
 
-The text is SciPy's own documentation, a few thousand English sentences; the label of a sentence is
-the part of SciPy that it comes from: statistics, signals, optimisation, ... Functions are split
-into those to learn from and those to be tested on. Nothing is downloaded, published weights
-neither: Hugging Face's BERT starts from random ones, learns to fill in hidden words in plain
-PyTorch, and is saved and loaded as any checkpoint is.
+The text is SciPy's own documentation, a few thousand English sentences. The label of a sentence is
+the part of SciPy that it comes from: statistics, signals, optimisation, ... The script learns from
+some functions and tests on others. It downloads nothing, not even published weights: Hugging Face's
+BERT starts from random weights and learns to fill in hidden words in plain PyTorch. It is then
+saved and loaded as any checkpoint is.
 
-Fine-tuning is JAX: `apply, variables = from_module(model)`, the loss and AdamW from optax, dropout
-by JAX keys, one compiled step. PyTorch runs BERT, and keeps its graph for the backward pass.
+Fine-tuning is JAX: `apply, variables = from_module(model)` gives the function, the loss and AdamW
+come from optax, dropout takes JAX keys, and the step is one compiled program. PyTorch runs BERT,
+and keeps its graph for the backward pass.
 """
 
 from __future__ import annotations
@@ -54,14 +55,14 @@ console = Console()
 
 
 class Data(NamedTuple):
-    """Token ids, int32[n, LENGTH], and topics, int32[n]."""
+    """The fields are token ids, int32[n, LENGTH], and topics, int32[n]."""
 
     ids: np.ndarray
     topics: np.ndarray
 
 
 def sentences(topic: str) -> list[list[str]]:
-    """The sentences of each function's documentation, before its examples and references."""
+    """Return the sentences of each function's documentation before its examples and references."""
     module = importlib.import_module(f"scipy.{topic}")
     found, seen = [], set()
     for name in sorted(vars(module)):
@@ -84,7 +85,7 @@ def words(text: str) -> list[str]:
 
 
 def load(seed: int, most: int) -> tuple[Data, Data, list[str]]:
-    """Training and test data, and the vocabulary. No function is in both."""
+    """Return training data, test data and the vocabulary. No function is in both data sets."""
     rng = np.random.default_rng(seed)
     parts: tuple[list[tuple[str, int]], ...] = ([], [])
     for label, topic in enumerate(TOPICS):
@@ -143,7 +144,7 @@ def pretrain(ids: np.ndarray, vocabulary: int, steps: int, folder: str) -> None:
 def finetune(
     model: torch.nn.Module, train: Data, test: Data, steps: int, seed: int, name: str
 ) -> tuple[list[float], list[float]]:
-    """Losses of all steps and, ten times, the accuracy on the test data."""
+    """Return the losses of all steps and, ten times, the accuracy on the test data."""
     apply, variables = from_module(model)
     schedule = optax.warmup_cosine_decay_schedule(0, 1e-3, steps // 10, steps)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule))

@@ -4,14 +4,15 @@
     python examples/custom_operator.py --smoke       # a smaller map: does everything work?
 
 `demo::minplus(a, b)` is the matrix product in which + is `min` and * is `+`. Neither PyTorch nor
-JAX has it, and squaring a matrix of distances with it again and again gives all shortest paths.
-Here it is an operator in C++ and, where PyTorch and JAX have a GPU, in CUDA, registered with
-PyTorch in the usual way: a kernel, what it returns for fake tensors, its gradient, its batched
-form. `torch2jax(torch.ops.demo.minplus.default)` is then a JAX function with `jit`, `grad` and
-`vmap`, and the gradient of a path's length says which roads it takes. The kernel runs on the stream
-that XLA computes on, which is PyTorch's current one during the call.
+JAX has it. If you square a matrix of distances with it again and again, you get all shortest paths.
 
-The first run compiles for about a minute; later ones find the result in PyTorch's cache. Without
+Here it is an operator in C++ and, where PyTorch and JAX have a GPU, in CUDA. The script registers
+it with PyTorch in the usual way: a kernel, what it returns for fake tensors, its gradient and its
+batched form. `torch2jax(torch.ops.demo.minplus.default)` is then a JAX function with `jit`, `grad`
+and `vmap`. The gradient of a path's length says which roads the path takes. The kernel runs on the
+stream that XLA computes on, which is PyTorch's current one during the call.
+
+The first run compiles for about a minute. Later runs find the result in PyTorch's cache. Without
 ninja and a C++ compiler (with a GPU: nvcc) the script says so and stops with exit status 77.
 """
 
@@ -161,7 +162,7 @@ def build(cuda: bool) -> None:
 
 
 def roads(side: int, seed: int) -> np.ndarray:
-    """Lengths of roads between neighbours on a square map, float32[side**2, side**2]."""
+    """Return the lengths of roads between neighbours on a map, float32[side**2, side**2]."""
     rng = np.random.default_rng(seed)
     lengths = np.full((side**2, side**2), FAR, np.float32)
     np.fill_diagonal(lengths, 0)
@@ -219,7 +220,7 @@ def main(argv: list[str] | None = None) -> int:
     minplus = torch2jax(torch.ops.demo.minplus.default)
 
     def distances(lengths: jax.Array) -> jax.Array:
-        """All shortest paths: squared until paths may have any number of roads."""
+        """Square the matrix until paths may have any number of roads: all shortest paths."""
         for _ in range((side**2).bit_length()):
             lengths = minplus(lengths, lengths)[0]
         return lengths

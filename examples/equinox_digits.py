@@ -5,9 +5,9 @@
 
 `eqx.nn.make_with_state(TorchModule)(net)` returns a model and the state that BatchNorm keeps, like
 any stateful layer of Equinox. The model is a pytree: `eqx.filter_value_and_grad`, optax and
-`eqx.tree_serialise_leaves` take it as it is, and the trained weights go back to PyTorch.
+`eqx.tree_serialise_leaves` take it as it is. At the end the trained weights go back to PyTorch.
 
-The data are scikit-learn's scans of handwritten digits, 8 x 8 pixels each; nothing is downloaded.
+The data are scikit-learn's scans of handwritten digits, 8 x 8 pixels each. Nothing is downloaded.
 """
 
 from __future__ import annotations

@@ -4,12 +4,12 @@
     python examples/feature_extractor.py --smoke     # a few seconds: does everything work?
 
 A convolutional network learns the digits 0 to 4 in plain PyTorch. Then it is frozen and becomes
-one layer of a Flax model, `TorchModule(body)`, whose head learns the digits 5 to 9, which the
-network has never seen, by optax under `nnx.jit`. Nobody has to convert weights: a frozen parameter
-is no `nnx.Param`, so neither `nnx.grad` nor the optimizer touches it, and PyTorch runs no backward
-pass. For comparison the same head learns from the pixels themselves.
+one layer of a Flax model, `TorchModule(body)`. The head of that model learns the digits 5 to 9,
+which the network has never seen, by optax under `nnx.jit`. Nobody has to convert weights. A frozen
+parameter is no `nnx.Param`, so neither `nnx.grad` nor the optimizer touches it, and PyTorch runs no
+backward pass. For comparison the same head learns from the pixels themselves.
 
-The data are scikit-learn's scans of handwritten digits, 8 x 8 pixels each; nothing is downloaded.
+The data are scikit-learn's scans of handwritten digits, 8 x 8 pixels each. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ console = Console()
 
 
 def load() -> tuple[np.ndarray, np.ndarray]:
-    """Images, float32[n, 1, 8, 8] in [0, 1], and labels, int32[n]."""
+    """Return images, float32[n, 1, 8, 8] in [0, 1], and labels, int32[n]."""
     images, labels = load_digits(return_X_y=True)
     return (images / 16.0).astype(np.float32).reshape(-1, 1, 8, 8), labels.astype(np.int32)
 
@@ -76,7 +76,7 @@ def pretrain(images: np.ndarray, labels: np.ndarray, epochs: int) -> nn.Module:
 
 
 class Classifier(nnx.Module):
-    """A body, which may be PyTorch's, and a linear head, which is Flax's."""
+    """The body may be PyTorch's, and the linear head is Flax's."""
 
     def __init__(self, body: Callable[[jax.Array], jax.Array], size: int, rngs: nnx.Rngs) -> None:
         self.body = body
@@ -88,7 +88,7 @@ class Classifier(nnx.Module):
 
 @nnx.jit
 def step(model: Classifier, optimizer: nnx.Optimizer, x: jax.Array, y: jax.Array) -> jax.Array:
-    """One step on the whole training set. Returns the loss before it."""
+    """Take one step on the whole training set, and return the loss before it."""
 
     def loss(model: Classifier) -> jax.Array:
         return optax.softmax_cross_entropy_with_integer_labels(model(x), y).mean()
@@ -106,7 +106,7 @@ def accuracy(model: Classifier, x: jax.Array, y: jax.Array) -> jax.Array:
 def learn(
     name: str, model: Classifier, train: tuple, test: tuple, steps: int
 ) -> tuple[list[float], list[float]]:
-    """Train the head; losses and test accuracies, one for each step."""
+    """Train the head, and return losses and test accuracies, one for each step."""
     model.eval()  # the body's BatchNorm keeps its statistics; the head has no modes
     optimizer = nnx.Optimizer(model, optax.adamw(1e-2), wrt=nnx.Param)
     losses, accuracies = [], []

@@ -4,12 +4,13 @@
     python examples/force_field.py --smoke           # a few seconds: does everything work?
 
 The energy of a cluster of Lennard-Jones atoms is a PyTorch function, and so are its forces, by
-PyTorch's own autograd. Everything that uses them is JAX: BFGS finds the minimum, `jax.jacfwd` of
-the forces is the Hessian, whose eigenvalues are the squares of the vibrations' frequencies, and a
-`lax.scan` of velocity Verlet steps moves the atoms, all compiled.
+PyTorch's own autograd. Everything that uses them is JAX, and compiled. BFGS finds the minimum.
+`jax.jacfwd` of the forces is the Hessian, whose eigenvalues are the squares of the vibrations'
+frequencies. A `lax.scan` of velocity Verlet steps moves the atoms.
 
 Thirteen atoms have a known answer: their best arrangement is an icosahedron with an energy of
--44.326801 (Cambridge Cluster Database). The script starts from a shaken one and must find it.
+-44.326801 (Cambridge Cluster Database). The script starts from a shaken icosahedron and must find
+this arrangement.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ console = Console()
 
 
 def torch_energy(positions: torch.Tensor) -> torch.Tensor:
-    """Lennard-Jones energy of float64[atoms, 3], in units of its well depth and radius."""
+    """Return the Lennard-Jones energy of float64[atoms, 3], in units of well depth and radius."""
     r2 = ((positions[FIRST] - positions[SECOND]) ** 2).sum(-1)
     inverse = 1 / r2**3
     return (4 * (inverse**2 - inverse)).sum()
@@ -64,13 +65,13 @@ energy_and_forces = torch2jax(torch_energy_and_forces)
 
 
 def jax_energy(positions: jax.Array) -> jax.Array:
-    """The twin without PyTorch, for the check."""
+    """This twin without PyTorch checks the energy."""
     r2 = ((positions[jnp.array(FIRST)] - positions[jnp.array(SECOND)]) ** 2).sum(-1)
     return (4 * (r2**-6 - r2**-3)).sum()
 
 
 def icosahedron() -> np.ndarray:
-    """One atom in the middle, twelve around it."""
+    """Put one atom in the middle and twelve around it."""
     golden = (1 + 5**0.5) / 2
     corners = [(0, a, b * golden) for a in (-1, 1) for b in (-1, 1)]
     shell = [np.roll(corner, turn) for corner in corners for turn in range(3)]
@@ -85,7 +86,7 @@ def relax(start: jax.Array) -> jax.Array:
 
 @jax.jit
 def hessian(positions: jax.Array) -> jax.Array:
-    """The negative Jacobian of PyTorch's forces, float64[3 atoms, 3 atoms]."""
+    """Return the negative Jacobian of PyTorch's forces, float64[3 atoms, 3 atoms]."""
 
     def forces(flat: jax.Array) -> jax.Array:
         return energy_and_forces(flat.reshape(-1, 3))[1].ravel()
@@ -95,7 +96,7 @@ def hessian(positions: jax.Array) -> jax.Array:
 
 @jax.jit
 def simulate(positions: jax.Array, velocities: jax.Array, times: jax.Array) -> jax.Array:
-    """Velocity Verlet; kinetic and potential energy after each step, float64[steps, 2]."""
+    """Run velocity Verlet. Return kinetic and potential energy by steps, float64[steps, 2]."""
 
     def step(state: State, time: jax.Array) -> tuple[State, jax.Array]:
         x, v, f = state

@@ -3,8 +3,8 @@
     python examples/gpt_on_jax.py             # a minute: train, then write
     python examples/gpt_on_jax.py --smoke     # a few seconds: does everything work?
 
-The model, the loss, `backward()` and the optimizer are PyTorch's own, unchanged; `device.jit` makes
-one compiled program of them. The text is the licence of Python, which ships with it.
+The model, the loss, `backward()` and the optimizer are PyTorch's own, unchanged. `device.jit` makes
+one compiled program of them. The text is the licence of Python, which ships with Python.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LENGTH = 64
 
 
 def text() -> str:
-    """Text that every Python has."""
+    """Return text that every Python has."""
     path = Path(sysconfig.get_paths()["stdlib"]) / "LICENSE.txt"
     return path.read_text(encoding="utf-8") if path.exists() else license.__doc__ * 200
 

@@ -3,9 +3,9 @@
     python examples/jax_in_pytorch.py                # swing a pendulum upright and hold it
     python examples/jax_in_pytorch.py --smoke        # a few seconds: does everything work?
 
-The simulator, a pendulum on a motor too weak to lift it at once, is a `jax.lax.scan`; the policy
+The simulator, a pendulum on a motor too weak to lift it at once, is a `jax.lax.scan`. The policy
 and the optimizer are PyTorch's. `jax2torch(simulate)` compiles one step for the whole batch of
-pendulums; autograd goes through all of the policy's decisions, and JAX keeps the residuals.
+pendulums. Autograd goes through all of the policy's decisions, and JAX keeps the residuals.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ GRAVITY, TORQUE, DT, SUBSTEPS = 9.8, 6.0, 0.05, 4
 
 
 def simulate(state: Any, action: Any) -> Any:
-    """State (angle from upright, velocity), of shape (batch, 2), after one decision."""
+    """Return the states (angle from upright, velocity), (batch, 2), after one decision."""
 
     def substep(state: Any, _: None) -> Any:
         angle, velocity = state[:, 0], state[:, 1]
@@ -54,7 +54,7 @@ class Policy(nn.Module):
 
 
 def rollout(policy: Policy, state: torch.Tensor, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The mean cost of an episode, and the last states."""
+    """Return the mean cost of an episode, and the last states."""
     cost = torch.zeros(())
     for _ in range(steps):
         action = policy(state)
@@ -65,7 +65,7 @@ def rollout(policy: Policy, state: torch.Tensor, steps: int) -> tuple[torch.Tens
 
 
 def start(batch: int) -> torch.Tensor:
-    """Hanging down, nearly at rest."""
+    """Return pendulums that hang down, nearly at rest."""
     angle = math.pi + 0.3 * torch.randn(batch)
     return torch.stack([angle, 0.3 * torch.randn(batch)], 1)
 

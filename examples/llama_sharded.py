@@ -3,10 +3,10 @@
     python examples/llama_sharded.py             # on eight devices that XLA makes of one CPU
     python examples/llama_sharded.py --smoke     # the same, smaller
 
-The block is PyTorch's; `from_module(..., lower=True)` makes a JAX program of it, and XLA splits
-that program as its weights are split, which is tensor parallelism: the projections into heads and
-into the hidden units of the MLP by columns, those out of them by rows. Loss and gradients are those
-of one device.
+The block is PyTorch's. `from_module(..., lower=True)` makes a JAX program of it, and XLA splits
+that program as its weights are split. This is tensor parallelism: the projections into heads and
+into the hidden units of the MLP are split by columns, and those out of them by rows. Loss and
+gradients are those of one device.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 from torch2jax import from_module
 
 DEVICES = 8
-# PyTorch's weights are (out, in): by columns of the product is by rows of the weight.
+# PyTorch's weights are (out, in), so a split by columns of the product is one by rows of them.
 BY_COLUMNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 BY_ROWS = ("o_proj", "down_proj")
 
@@ -44,7 +44,7 @@ class Block(torch.nn.Module):
 
 
 def layout(name: str) -> PartitionSpec:
-    """How a parameter is split over the axis "model"."""
+    """Say how a parameter is split over the axis "model"."""
     if any(part in name for part in BY_COLUMNS):
         return PartitionSpec("model", None)
     if any(part in name for part in BY_ROWS):

@@ -3,10 +3,10 @@
     python examples/numpyro_nuts.py                  # sample, compare with pure JAX, draw
     python examples/numpyro_nuts.py --smoke          # a short run: does everything work?
 
-NUTS asks much of a function: it is differentiated, its gradient runs inside a `while_loop` (the
-tree of leapfrog steps) inside a `scan` (the draws), batched by `vmap` (the chains), all in one
-`jit`. `torch2jax(log_density)` passes as any JAX function does. The same density, written in JAX,
-is the twin: both posteriors must agree within their Monte Carlo error.
+NUTS asks much of a function. It differentiates the function, and runs the gradient inside a
+`while_loop` (the tree of leapfrog steps) inside a `scan` (the draws), batched by `vmap` (the
+chains), all in one `jit`. `torch2jax(log_density)` passes as any JAX function does. The same
+density, written in JAX, is the twin: both posteriors must agree within their Monte Carlo error.
 
 The data are scikit-learn's 442 diabetes patients: ten measurements, and the progress of the
 disease a year later. Student-t errors make the regression robust. Nothing is downloaded.
@@ -48,7 +48,7 @@ console = Console()
 
 
 def load() -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Measurements, float32[442, 10], and progress, float32[442], standardised; and names."""
+    """Return standardised measurements, float32[442, 10], progress, float32[442], and names."""
     data = load_diabetes()
     x, y = ((a - a.mean(0)) / a.std(0) for a in (data.data, data.target))
     return x.astype(np.float32), y.astype(np.float32), data.feature_names
@@ -91,12 +91,12 @@ class Posterior(NamedTuple):
 
     @property
     def error(self) -> np.ndarray:
-        """Monte Carlo standard error of the means."""
+        """This is the Monte Carlo standard error of the means."""
         return self.sd / np.sqrt(effective_sample_size(self.draws))
 
 
 def sample(log_density: Callable[[Parameters], jax.Array], draws: int, seed: int) -> Posterior:
-    """Run NUTS. numpyro minimises a potential: the negative log-density."""
+    """Run NUTS. numpyro minimises a potential, which is the negative log-density."""
     mcmc = MCMC(
         NUTS(potential_fn=lambda parameters: -log_density(parameters), dense_mass=True),
         num_warmup=draws // 2,
@@ -117,7 +117,7 @@ def sample(log_density: Callable[[Parameters], jax.Array], draws: int, seed: int
 
 
 def report(names: list[str], ours: Posterior, twin: Posterior) -> float:
-    """Print both posteriors; returns the largest difference of means in standard errors."""
+    """Print both posteriors, and return the largest difference of means in standard errors."""
     apart = np.abs(ours.mean - twin.mean) / np.hypot(ours.error, twin.error)
     rhat = split_gelman_rubin(ours.draws)
     table = Table(title="Posterior mean and sd", title_justify="left", title_style="bold")
@@ -138,7 +138,7 @@ def report(names: list[str], ours: Posterior, twin: Posterior) -> float:
 
 
 def draw(names: list[str], ours: Posterior, twin: Posterior, path: Path) -> None:
-    """Every slope with its central 90 %, by both densities."""
+    """Draw every slope with its central 90 %, by both densities."""
     figure, axes = plt.subplots(figsize=(7.5, 4.5), dpi=120, layout="constrained")
     for posterior, label, colour, shift in (
         (ours, "density in PyTorch", "#2563eb", -0.13),

@@ -3,11 +3,11 @@
     python examples/ode_layer.py                # a few minutes
     python examples/ode_layer.py --smoke        # a few seconds: does everything work?
 
-A network of PyTorch looks at noisy counts of predators and prey and says which rates rule them; the
+A PyTorch network looks at noisy counts of predators and prey and says which rates rule them. The
 layer behind it, `jax2torch(solve)`, integrates the equations of Lotka and Volterra with these
 rates, and the loss compares the solution with the counts. Nobody shows the network a true rate: it
-learns to read them through the solver. The solver chooses its steps by itself, so it is no chain of
-PyTorch operators; its gradients are diffrax's own adjoint.
+learns to read the rates through the solver. The solver chooses its steps by itself, so it is no
+chain of PyTorch operators. Its gradients are diffrax's own adjoint.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from torch2jax import jax2torch
 
 TIMES = jnp.linspace(0.0, 6.0, 25)
 MEAN_RATES = torch.tensor([1.0, 0.6, 0.8, 0.5])
-"""Birth of prey, hunting, death of predators, their growth by hunting."""
+"""The rates are birth of prey, hunting, death of predators, and their growth by hunting."""
 NOISE = 0.05
 
 
 def growth(_: Any, counts: Any, rates: Any) -> Any:
-    """d/dt of both populations, after Lotka and Volterra."""
+    """Return d/dt of both populations, after Lotka and Volterra."""
     prey, predators = counts
     birth, hunting, death, breeding = rates
     return jnp.stack(
@@ -57,12 +57,12 @@ def solve_one(start: Any, rates: Any) -> Any:
 
 
 def solve(starts: Any, rates: Any) -> Any:
-    """(batch, 2) and (batch, 4) -> (batch, times, 2)."""
+    """Solve from starts (batch, 2) with rates (batch, 4), which gives (batch, times, 2)."""
     return jax.vmap(solve_one)(starts, rates)
 
 
 class Reader(nn.Module):
-    """Counts -> rates -> the counts that these rates give."""
+    """This network reads rates from counts, and returns the counts that these rates give."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,12 +78,12 @@ class Reader(nn.Module):
 
 
 def misfit(curves: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """Mean square of relative errors, nearly: of the difference of logarithms."""
+    """Return the mean square difference of logarithms, nearly that of relative errors."""
     return (curves.clamp_min(1e-3).log() - counts.log()).square().mean()
 
 
 def observe(batch: int, solver: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Noisy counts, and the rates behind them."""
+    """Return noisy counts, and the rates behind them."""
     rates = MEAN_RATES * torch.exp(0.3 * torch.randn(batch, 4))
     starts = torch.exp(0.3 * torch.randn(batch, 2))
     with torch.no_grad():

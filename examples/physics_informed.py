@@ -3,12 +3,13 @@
     python examples/physics_informed.py              # solve, compare with the exact solution, draw
     python examples/physics_informed.py --smoke      # a few steps: does everything work?
 
-A network u(t, x) is to solve the heat equation u_t = u_xx / 20 on a rod whose ends are kept at zero
-and whose warmth at the start is a sum of two sines. It learns from the equation alone: the loss is
-what u_t - u_xx / 20 is at random points, beside the conditions at the start and at the ends.
+A network u(t, x) is to solve the heat equation u_t = u_xx / 20 on a rod. The ends of the rod are
+kept at zero, and its warmth at the start is a sum of two sines. The network learns from the
+equation alone: the loss is what u_t - u_xx / 20 is at random points, beside the conditions at the
+start and at the ends.
 
 The network is a `torch.nn.Module`. Its derivatives by t and x are `jax.grad` and `jax.grad` of
-`jax.grad`, batched by `jax.vmap`; their gradients by the weights are `jax.grad` once more, a third
+`jax.grad`, batched by `jax.vmap`. Their gradients by the weights are `jax.grad` once more, a third
 derivative through PyTorch. The exact solution is known, and the picture shows both.
 """
 
@@ -41,7 +42,7 @@ console = Console()
 
 
 def exact(t: Any, x: Any) -> Any:
-    """Each sine decays by itself."""
+    """Return the exact solution, in which each sine decays by itself."""
     return sum(
         c * jnp.exp(-RATE * (k * jnp.pi) ** 2 * t) * jnp.sin(k * jnp.pi * x)
         for k, c in ((1, 1.0), (3, 0.5))
@@ -55,7 +56,7 @@ def network() -> nn.Module:
 
 
 class Problem:
-    """The loss of a network, and the step that lowers it."""
+    """This class has the loss of a network, and the step that lowers it."""
 
     def __init__(self, module: nn.Module, optimizer: optax.GradientTransformation) -> None:
         self.apply, variables = from_module(module)
@@ -63,12 +64,12 @@ class Problem:
         self.optimizer = optimizer
 
     def u(self, params: Params, t: jax.Array, x: jax.Array) -> jax.Array:
-        """The network at one point: scalars in, a scalar out. It is zero at both ends."""
+        """Evaluate the network at one point, from scalars to a scalar. It is zero at both ends."""
         variables = {"params": params, "frozen": {}, "buffers": {}}
         return x * (1 - x) * self.apply(variables, jnp.stack([t, x]))[0]
 
     def residual(self, params: Params, t: jax.Array, x: jax.Array) -> jax.Array:
-        """What is left of the equation at one point."""
+        """Return what is left of the equation at one point."""
         u_t = jax.grad(self.u, argnums=1)(params, t, x)
         u_xx = jax.grad(jax.grad(self.u, argnums=2), argnums=2)(params, t, x)
         return u_t - RATE * u_xx

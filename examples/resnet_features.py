@@ -3,14 +3,14 @@
     python examples/resnet_features.py               # train, read out, draw
     python examples/resnet_features.py --smoke       # a few seconds: does everything work?
 
-A small residual network learns in plain PyTorch without a single label: it is shown scans of
-digits that are turned by 0, 90, 180 or 270 degrees, and has to say by how much. Then it is frozen.
-Forward hooks give the features after each stage, as many people take them, and the whole is one JAX
-function: images in, a dict of features out.
+A small residual network learns in plain PyTorch without a single label. It sees scans of digits
+that are turned by 0, 90, 180 or 270 degrees, and has to say by how much. Then it is frozen.
+Forward hooks give the features after each stage, as many people take them. The whole is one JAX
+function from images to a dict of features.
 
-JAX does the rest. How much do the features know of digits? A linear read-out, ridge regression in
-`jax.numpy`, is fitted from few labelled scans for each stage, for the pixels, and for the same
-network untrained; its strength is chosen by `jax.vmap` over many. And where did it look? The
+JAX does the rest. How much do the features know of digits? The script fits a linear read-out, ridge
+regression in `jax.numpy`, from few labelled scans: for each stage, for the pixels, and for the same
+network untrained. `jax.vmap` over many strengths chooses one. And where did the network look? The
 gradient of a digit's score by the pixels goes through the read-out, in JAX, and the ResNet, in
 PyTorch.
 """
@@ -48,7 +48,7 @@ console = Console()
 
 
 class Block(nn.Module):
-    """Two convolutions and a way around them."""
+    """This block has two convolutions and a way around them."""
 
     def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class ResNet(nn.Module):
 
 
 class Extractor(nn.Module):
-    """A network's features after every stage, caught by forward hooks."""
+    """Forward hooks catch a network's features after every stage."""
 
     def __init__(self, body: ResNet) -> None:
         super().__init__()
@@ -136,7 +136,7 @@ class Readout(NamedTuple):
 
 
 def fit(features: jax.Array, labels: jax.Array, strength: jax.Array) -> Readout:
-    """Ridge regression onto the ten digits."""
+    """Fit a ridge regression onto the ten digits."""
     mean, scale = features.mean(0), features.std(0) + 1e-3
     z = jnp.concatenate([(features - mean) / scale, jnp.ones((len(features), 1))], 1)
     square = z.T @ z + strength * jnp.eye(z.shape[1])
@@ -146,7 +146,7 @@ def fit(features: jax.Array, labels: jax.Array, strength: jax.Array) -> Readout:
 
 @jax.jit
 def best(features: jax.Array, labels: jax.Array) -> Readout:
-    """The read-out of the strength that does best on the quarter that is held out."""
+    """Return the read-out of the strength that does best on the quarter that is held out."""
     split = 3 * len(features) // 4
 
     def score(strength: jax.Array) -> jax.Array:

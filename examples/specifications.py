@@ -3,9 +3,9 @@
     python examples/specifications.py                # every way, with what JAX sees
     python examples/specifications.py --smoke        # the same: it takes seconds
 
-Arguments and results of a wrapped function are pytrees. Their structure, shapes and dtypes are
-found when JAX traces, by running the function on fake tensors, so that most functions need no
-specification at all. This script goes through the cases that do, or may, have one; each is checked
+Arguments and results of a wrapped function are pytrees. The package finds their structure, shapes
+and dtypes when JAX traces, by running the function on fake tensors, so most functions need no
+specification at all. This script goes through the cases that do, or may, have one, and checks each
 against PyTorch.
 """
 
@@ -41,7 +41,7 @@ def summary(data: dict[str, torch.Tensor], weights: list[torch.Tensor]) -> dict[
 
 
 def nothing() -> tuple[str, Callable[..., Any], tuple[Any, ...]]:
-    """No specification: structure, shapes and dtypes are inferred, for every new input shape."""
+    """Without a specification structure, shapes and dtypes are inferred for every new shape."""
     return (
         "inferred",
         torch2jax(summary),
@@ -89,12 +89,12 @@ CASES = (nothing, by_tensors, by_structs, by_result, by_keyword)
 
 
 def seen(tree: Any) -> str:
-    """Shapes and dtypes of a tree, on one line."""
+    """Return shapes and dtypes of a tree, on one line."""
     return str(jax.tree.map(lambda x: jax.typeof(x).str_short(short_dtypes=True), tree))
 
 
 def check(fn: Callable[..., Any], result: Any, operands: tuple[Any, ...]) -> None:
-    """What PyTorch alone makes of the same arguments."""
+    """Compare with what PyTorch alone makes of the same arguments."""
     original = getattr(fn, "__wrapped__", None)
     if original is None:  # behind a lambda
         return

@@ -4,7 +4,7 @@
     python examples/stablehlo_without_torch.py --smoke
 
 The first process lowers the model to a JAX program and serialises it with `jax.export`. The second
-has jax and NumPy alone, which it checks: no torch, no transformers, no torch2jax.
+has jax and NumPy alone. It checks that it has neither torch nor transformers nor torch2jax.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ assert not strangers, f"the program needed {strangers}"
 
 
 def export(path: Path, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Write the file; returns an input and PyTorch's own result."""
+    """Write the file, and return an input and PyTorch's own result."""
     import jax
     import jax.numpy as jnp
     import torch

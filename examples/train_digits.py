@@ -4,7 +4,7 @@
     python examples/train_digits.py --smoke          # a few seconds: does everything work?
     python examples/train_digits.py --distributed 2  # on two processes of this machine
 
-On several machines, start it on each with `--coordinator host:port --processes N --process I`: see
+On several machines, start it on each with `--coordinator host:port --processes N --process I`. See
 docs/devices.md.
 
 The network is an ordinary `torch.nn.Module`. One line makes it a JAX function of its weights:
@@ -12,9 +12,9 @@ The network is an ordinary `torch.nn.Module`. One line makes it a JAX function o
     apply, variables = from_module(model)
 
 From there on everything is JAX: the weights are a pytree of JAX arrays, the loss and the optimizer
-are optax, the gradient is `jax.value_and_grad`, and the training step is one compiled program.
+come from optax, the gradient is `jax.value_and_grad`, and the step is one compiled program.
 
-The data are scikit-learn's 1,797 scans of handwritten digits, 8 x 8 pixels each; nothing is
+The data are scikit-learn's 1,797 scans of handwritten digits, 8 x 8 pixels each. Nothing is
 downloaded.
 """
 
@@ -71,7 +71,7 @@ class Digits(NamedTuple):
 
 
 def load(seed: int) -> Digits:
-    """Scikit-learn's digits, one fifth of them held out for testing."""
+    """Return scikit-learn's digits, one fifth of them held out for testing."""
     images, labels = load_digits(return_X_y=True)
     images = (images / 16.0).astype(np.float32).reshape(-1, 1, 8, 8)
     labels = labels.astype(np.int32)
@@ -82,7 +82,7 @@ def load(seed: int) -> Digits:
 
 
 def batches(data: Digits, rng: np.random.Generator) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """One epoch in random order. All batches have the same size, so that the step compiles once."""
+    """Yield one epoch in random order. All batches have one size, so the step compiles once."""
     order = rng.permutation(len(data.train_labels))
     for start in range(0, len(order) - BATCH + 1, BATCH):
         rows = order[start : start + BATCH]
@@ -113,8 +113,8 @@ def make_model() -> nn.Module:
 class Trainer:
     """The network as a JAX function, with its weights and the optimizer's state as pytrees.
 
-    On a mesh every device has all weights and its share of each batch. The specs say so; that the
-    gradients are summed over the devices follows from them.
+    On a mesh every device has all weights and its share of each batch. The specs say so. From them
+    it follows that the gradients are summed over the devices.
     """
 
     def __init__(self, model: nn.Module, mesh: Mesh | None = None) -> None:
@@ -153,20 +153,20 @@ class Trainer:
         self._probabilities = probabilities
 
     def step(self, images: np.ndarray, labels: np.ndarray) -> jax.Array:
-        """One step of Adam on one batch. Returns the loss before it."""
+        """Take one step of Adam on one batch, and return the loss before it."""
         if self.mesh is not None:
             images, labels = self.shared(images, labels)
         self.params, self.state, loss = self._step(self.params, self.state, images, labels)
         return loss
 
     def shared(self, *batch: np.ndarray) -> list[jax.Array]:
-        """A batch over the mesh: every process has the whole, and gives its devices theirs."""
+        """Split a batch over the mesh. Every process has all of it, and feeds its own devices."""
         assert self.mesh is not None
         sharding = NamedSharding(self.mesh, P("batch"))
         return [jax.make_array_from_callback(x.shape, sharding, x.__getitem__) for x in batch]
 
     def probabilities(self, images: np.ndarray) -> np.ndarray:
-        """Class probabilities, [n, 10]."""
+        """Return class probabilities, [n, 10]."""
         # On one device: each process has all weights.
         params = jax.tree.map(np.asarray, self.params)
         return np.asarray(self._probabilities(params, images))
@@ -211,7 +211,7 @@ def train(trainer: Trainer, data: Digits, epochs: int, seed: int) -> History:
 
 
 def make_native_step(model: nn.Module) -> Callable[[torch.Tensor, torch.Tensor], float]:
-    """The training step as a user of PyTorch alone writes it, with torch's fastest Adam."""
+    """Make the step as a user of PyTorch alone writes it, with torch's fastest Adam."""
     model = copy.deepcopy(model)
     optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE, fused=True)
 
@@ -226,7 +226,7 @@ def make_native_step(model: nn.Module) -> Callable[[torch.Tensor, torch.Tensor],
 
 
 def compare(trainer: Trainer, model: nn.Module, data: Digits, rounds: int) -> tuple[float, float]:
-    """Median milliseconds for a step: this loop, and native PyTorch.
+    """Return the median milliseconds for a step of this loop, and of native PyTorch.
 
     The two loops take turns on the same batches, so that whatever else the machine does meets
     both, and each step ends with its loss as a Python number, so that nothing is left running.
@@ -255,7 +255,7 @@ def compare(trainer: Trainer, model: nn.Module, data: Digits, rounds: int) -> tu
 
 
 def draw(history: History, trainer: Trainer, data: Digits, path: Path) -> None:
-    """The learning curve above, two rows of test digits below: the least certain first."""
+    """Draw the learning curve, and below it two rows of test digits, the least certain first."""
     probabilities = trainer.probabilities(data.test_images)
     predicted = probabilities.argmax(axis=1)
     confidence = probabilities[np.arange(len(predicted)), data.test_labels]
@@ -325,7 +325,7 @@ def report(ours: float, native: float) -> None:
 
 
 def start_processes(count: int, argv: list[str]) -> int:
-    """Start this program again, ``count`` times; the first that fails ends all of them."""
+    """Start this program again, ``count`` times. The first that fails ends all of them."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -346,7 +346,7 @@ def start_processes(count: int, argv: list[str]) -> int:
 
 
 def train_distributed(arguments: argparse.Namespace, data: Digits, model: nn.Module) -> int:
-    """One process's part; all processes go through the same program."""
+    """Do one process's part. All processes go through the same program."""
     jax.distributed.initialize(
         arguments.coordinator,
         arguments.processes,

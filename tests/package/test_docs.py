@@ -145,31 +145,37 @@ def test_reference_is_complete() -> None:
 # -- what pages refer to ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("page", [README, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.stem)
-def test_links_to_files(page: Path) -> None:
-    """Those inside docs/ are checked by the strict build."""
-    for target in re.findall(r"\]\(([^)#]+)", page.read_text("utf-8")):
-        assert "://" in target or (ROOT / target).exists(), target
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "examples/README.md"])
+def test_links_to_files(page: str) -> None:
+    """The strict build of the site checks those inside docs/."""
+    path = ROOT / page
+    for target in re.findall(r"\]\(([^)#]+)", path.read_text("utf-8")):
+        assert "://" in target or (path.parent / target).exists(), target
+
+
+def test_every_example_is_in_their_table() -> None:
+    linked = re.findall(r"\]\((\w+\.py)\)", (ROOT / "examples" / "README.md").read_text("utf-8"))
+    assert sorted(linked) == sorted(path.name for path in (ROOT / "examples").glob("*.py"))
 
 
 def test_the_diagram_has_the_names_of_the_code() -> None:
-    """Every name in the diagram is one of a class, a module or the custom call."""
+    """Every name in the diagram is that of a class, a package or the primitive."""
     text = (DOCS / "images" / "path.svg").read_text("utf-8")
     (names,) = re.findall(r'<g [^>]*font-family="ui-monospace[^>]*>(.*?)</g>', text, re.DOTALL)
-    labels = set(re.findall(r">([^<]+)</text>", names)) - {"XLA", "handler", "fn"}
+    labels = set(re.findall(r">([^<]+)</text>", names)) - {"XLA", "handler", "rules", "fn"}
     homes = {
-        "TorchFunction": "_bridge.calls.function",
-        "Planner": "_bridge.calls.planning",
-        "torch_call_p": "_bridge.jax_side.primitive",
-        "derivatives": "_bridge.jax_side.derivatives",
-        "Callee": "_bridge.torch_side.callee",
-        "tape": "_bridge.torch_side.tape.table",
+        "TorchFunction": "calls.function",
+        "Planner": "calls.planning",
+        "torch_call_p": "jax_side.primitive",
+        "Callee": "torch_side.callee",
+        "tape": "torch_side.tape",
     }
     assert labels == set(homes)
     for label, home in homes.items():
-        module = importlib.import_module(f"{package.__name__}.{home}")
-        assert label == home.rpartition(".")[2] or hasattr(module, label)
-    assert "Handler" in (ROOT / "cpp" / "handler" / "handler.h").read_text("utf-8")
+        module = importlib.import_module(f"{package.__name__}._bridge.{home}")
+        assert home.endswith(f".{label}") or hasattr(module, label)
+    (header,) = (ROOT / "cpp").rglob("handler.h")
+    assert "Handler" in header.read_text("utf-8")
 
 
 def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
