@@ -4,8 +4,8 @@
     python tools/notebooks.py --check    # fail where one is not what its script says
 
 The script's docstring becomes text, its imports and each of its functions a cell, and the last
-cells call `main` and show the picture that it draws. Outputs are left out: tests/package/test_examples.py
-runs every notebook, in its short form.
+cells call `main` and show the picture that it draws. Outputs are left out:
+tests/package/test_examples.py runs every notebook, in its short form.
 """
 
 from __future__ import annotations
