@@ -75,7 +75,7 @@ bench: $(VENV)/.demo $(VENV)/.test $(PEERS)/.peers $(REVERSE)/.reverse ## run al
 	  $(if $(TORCHAX),--torchax $(TORCHAX)) $(BENCH)
 
 gpu-check: ## GPU tests and benchmarks into docs/gpu.md (8 minutes; by PYTHON, which has torch and jax)
-	$(PYTHON) benchmarks/gpu.py $(GPU)
+	$(PYTHON) benchmarks/programs/gpu.py $(GPU)
 
 wheel: $(VENV)/.test $(VENV)/.wheel ## build sdist and wheels into dist/, audit them, install and call them
 	$(PY) tools/wheel.py
@@ -107,18 +107,18 @@ $(VENV)/.torch:
 	@touch $@
 
 # The PyTorch and the jax of the package's own environment: only the bridges differ.
-$(PEERS)/.peers: $(VENV)/.torch benchmarks/requirements-peers.txt
+$(PEERS)/.peers: $(VENV)/.torch benchmarks/requirements/peers.txt
 	$(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python -m pip --disable-pip-version-check install --quiet '$(TORCH)'
 	$(PEERS)/bin/python -m pip --disable-pip-version-check install --quiet \
-	  -r benchmarks/requirements-peers.txt
+	  -r benchmarks/requirements/peers.txt
 	@touch $@
 
-$(REVERSE)/.reverse: $(VENV)/.torch benchmarks/requirements-reverse.txt
+$(REVERSE)/.reverse: $(VENV)/.torch benchmarks/requirements/reverse.txt
 	$(PYTHON) -m venv $(REVERSE)
 	$(REVERSE)/bin/python -m pip --disable-pip-version-check install --quiet '$(TORCH)'
 	$(REVERSE)/bin/python -m pip --disable-pip-version-check install --quiet \
-	  -r benchmarks/requirements-reverse.txt
+	  -r benchmarks/requirements/reverse.txt
 	@touch $@
 
 # Editable: changes under src/ count at once, and what the extension is built of builds it again. In

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class Program(NamedTuple):
-    """A file of this folder, and the page whose section of that name it writes."""
+    """A file of a folder beside this one, and the page whose section of that name it writes."""
 
     name: str
     page: str
@@ -30,6 +30,7 @@ class Program(NamedTuple):
     """Options of a trial, instead."""
     peers: str = ""
     """How it takes the other bridges' interpreters, by the names of this program's options."""
+    folder: str = "programs"
 
 
 PAGE = "docs/performance.md"
@@ -44,13 +45,13 @@ PROGRAMS = (
     Program("device", PAGE, "", "--rounds 1", "--torchax {torchax}"),
     Program("lowering", PAGE, "", "--rounds 2 --processes 1", "--torchax {torchax}"),
     Program("scaling", "docs/devices.md", quick="--rounds 3"),
-    Program("summary", "README.md"),  # last: it reads what the others wrote
+    Program("summary", "README.md", folder="pages"),  # last: it reads what the others wrote
 )
 
 
 def command(program: Program, quick: bool, pythons: dict[str, str]) -> list[str]:
     options = program.quick if quick else f"--output {program.page} {program.options}"
-    words = [sys.executable, f"benchmarks/{program.name}.py", *options.split()]
+    words = [sys.executable, f"benchmarks/{program.folder}/{program.name}.py", *options.split()]
     option, *names = program.peers.split() or [""]
     given = [python for name in names if (python := pythons[name.strip("{}")])]
     return [*words, option, *given] if given else words
@@ -60,7 +61,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     names = [program.name for program in PROGRAMS]
     for name in PEERS:
-        parser.add_argument(f"--{name}", metavar="PYTHON", help=f"see requirements-{name}.txt")
+        parser.add_argument(f"--{name}", metavar="PYTHON", help=f"see requirements/{name}.txt")
     parser.add_argument("--quick", action="store_true", help="a short trial, written nowhere")
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME")
     arguments = parser.parse_args()

@@ -33,7 +33,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from page import section, write_section  # noqa: E402
+from pages.page import section, write_section  # noqa: E402
 
 FOLDER = ROOT / ".venv-matrix"
 

@@ -206,7 +206,7 @@ def section(page: Path, mark: str) -> str:
 
 def test_the_figures_of_the_readme_are_those_of_the_page() -> None:
     printed = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "summary.py")],
+        [sys.executable, str(ROOT / "benchmarks" / "pages" / "summary.py")],
         stdout=subprocess.PIPE,
         encoding="utf-8",
         check=True,
@@ -224,5 +224,5 @@ def test_every_benchmark_has_its_section() -> None:
     spec.loader.exec_module(run)
     del sys.modules["run"]
     for program in run.PROGRAMS:
-        assert (path.parent / f"{program.name}.py").exists()
+        assert (path.parent / program.folder / f"{program.name}.py").exists()
         assert section(ROOT / program.page, program.name).strip(), program.name

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 HERE = Path(__file__).resolve().parent
-BUILD = HERE.parent / "build" / "benchmarks"
+BUILD = HERE.parents[1] / "build" / "benchmarks"
 
 
 class Skip(Exception):

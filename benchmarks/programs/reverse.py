@@ -1,7 +1,7 @@
 """What a call of a JAX function from PyTorch costs, beside JAX alone, PyTorch alone and the peers.
 
-    python benchmarks/reverse.py
-    python benchmarks/reverse.py --peers PYTHON ... --output docs/performance.md
+    python benchmarks/programs/reverse.py
+    python benchmarks/programs/reverse.py --peers PYTHON ... --output docs/performance.md
 
 Subjects run in interleaved rounds, each in the process of its interpreter; figures are medians of
 the rounds' microseconds a call, with the least of them in parentheses. Every call ends when its
@@ -31,8 +31,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from page import measured, write_section
-from reverse_subjects import CASES, PEERS, SUBJECTS
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from pages.page import measured, write_section
+from subjects.reverse_subjects import CASES, PEERS, SUBJECTS
 
 HERE = Path(__file__).resolve().parent
 BUDGETS = {"no_grad": 15.0, "graph": 25.0, "forward and backward": 20.0}
@@ -47,7 +48,7 @@ class Process:
         env = {**os.environ, "JAX_PLATFORMS": "cpu"}
         if python != sys.executable:
             env.pop("PYTHONPATH", None)  # may name our sources
-        command = [python, str(HERE / "reverse_subjects.py")]
+        command = [python, str(HERE.parent / "subjects" / "reverse_subjects.py")]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
         )

@@ -1,6 +1,6 @@
 """How a step scales over devices, and whether a call pays for what is registered and kept.
 
-    python benchmarks/scaling.py --output docs/devices.md
+    python benchmarks/programs/scaling.py --output docs/devices.md
 
 Devices are forced host devices, which share the cores of one machine: a fixed global batch shows
 what splitting costs, a fixed batch per device shows that nothing else grows. "Outside torch" is the
@@ -21,8 +21,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from page import measured, table, write_section
-from peers import versions
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from pages.page import measured, table, write_section
+from subjects.peers import versions
 
 DEVICES = (1, 2, 4, 8)
 GLOBAL, EACH = 512, 128

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import torch
-from peers import Empty, JaxNumpy, Pair, Skip, Subject, Torch, array
+from subjects.peers import Empty, JaxNumpy, Pair, Skip, Subject, Torch, array
 
 Thunk = Callable[[], Any]
 

@@ -1,7 +1,7 @@
 """The checks and benchmarks that need an NVIDIA GPU, in one command of at most 8 minutes.
 
     make gpu-check                         # with a GPU, torch and jax; fetches nothing
-    python benchmarks/gpu.py --rehearse    # without: what a CPU can run, written nowhere
+    python benchmarks/programs/gpu.py --rehearse    # without: what a CPU can run, written nowhere
 
 Builds the package from this tree without isolation (or installs the wheel that is in dist/), runs
 each part below in a process of its own, then the tests that can run on the GPU, if pytest is there,
@@ -24,10 +24,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
-from gpu_checks import NEED_A_GPU, PARTS
-from page import measured, table, write_section
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from pages.page import measured, table, write_section
+from subjects.gpu_checks import NEED_A_GPU, PARTS
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "gpu.md"
 FOLDER = ROOT / "build" / "gpu"
 LIMIT_S = 460
@@ -38,12 +39,12 @@ SETTINGS = {
     "JAX_DEFAULT_MATMUL_PRECISION": "highest",  # a float32 product is one, as PyTorch's are
 }
 TESTS = (
-    "test_convert",
-    "test_transforms_grad",
-    "test_transforms_vmap",
-    "test_transforms_jvp",
-    "test_random",
-    "test_tape",
+    "conversions",
+    "transforms/test_grad.py",
+    "transforms/test_vmap.py",
+    "transforms/test_jvp.py",
+    "bridge/test_random.py",
+    "bridge/tape",
 )
 """As many of them as there is time for."""
 
@@ -81,10 +82,10 @@ def in_process(name: str, seconds: float) -> list[Line]:
 
 
 def tests(name: str, seconds: float) -> Line:
-    """A file of tests whose arrays are on jax's default device, which is the GPU."""
+    """Tests whose arrays are on jax's default device, which is the GPU."""
     if importlib.util.find_spec("pytest") is None:
         return Line(name, "not run: pytest is not installed", "-")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/{name}.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/{name}"]
     try:
         done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=seconds)
     except subprocess.TimeoutExpired:

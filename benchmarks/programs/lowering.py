@@ -1,6 +1,6 @@
 """BERT as a JAX program (`lower=True`), beside PyTorch and the same model written in flax.
 
-    python benchmarks/lowering.py --output docs/performance.md
+    python benchmarks/programs/lowering.py --output docs/performance.md
 
 4 layers, 256 wide, 4 heads, 8 x 128 tokens, float32. All subjects have the same weights, and the
 benchmark checks that they compute the same loss and gradients. Each round takes one step of every
@@ -30,7 +30,9 @@ import jax
 import jax.numpy as jnp
 import torch
 import transformers
-from page import measured, number, write_section
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from pages.page import measured, number, write_section
 
 LAYERS, WIDTH, HEADS, WORDS, ROWS, LENGTH = 4, 256, 4, 8192, 8, 128
 BUDGETS = {"forward": 1.05, "forward and backward": 1.2}

@@ -1,6 +1,6 @@
 """What a training step costs: PyTorch alone, through torch2jax, and through another bridge.
 
-    python benchmarks/training.py --peers .venv-peers/bin/python --output docs/performance.md
+    python benchmarks/programs/training.py --peers PYTHON --output docs/performance.md
 
 Each round takes one step of every subject, and each round begins with another subject: what else
 the machine does then meets all of them. A ratio is the median of the ratios of the rounds.
@@ -28,6 +28,8 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 HERE = Path(__file__).resolve().parent
 PEER = "wrap_torch2jax"
@@ -120,7 +122,7 @@ def peer_gradients() -> Gradients:
 
 def digits_steps() -> dict[str, Step]:
     """The network and the batches of ``examples/train_digits.py``; every step takes the next."""
-    sys.path.insert(0, str(HERE.parent / "examples"))
+    sys.path.insert(0, str(HERE.parents[1] / "examples"))
     import itertools
 
     import optax
@@ -167,7 +169,7 @@ def serve() -> None:
     """Answer on standard output: ``versions`` and ``check`` once, then a step for each line."""
     answers = os.fdopen(os.dup(1), "w")  # libraries print while they build themselves
     os.dup2(2, 1)
-    from peers import versions
+    from subjects.peers import versions
 
     gradients = peer_gradients()
     first = {"versions": versions(), "check": gradients.check()}
@@ -308,7 +310,7 @@ HEAD = ["subject", "ms, median", "ms, least", "x PyTorch", "x PyTorch, least"]
 
 
 def cells(table: Table) -> list[list[str]]:
-    from page import number
+    from pages.page import number
 
     return [
         [name, number(r.median), number(r.least), f"{r.ratio:.3f}", f"{r.least_ratio:.3f}"]
@@ -333,7 +335,7 @@ def print_tables(tables: list[Table]) -> None:
 
 
 def markdown(facts: dict[str, Any], tables: list[Table], plot: str | None) -> str:
-    from page import table as markdown_table
+    from pages.page import table as markdown_table
 
     parts = [
         f"Measured {facts['date']} on {facts['machine']} (load {facts['load']:.1f} at the start,",
@@ -406,9 +408,9 @@ def main() -> None:
     if args.serve:
         serve()
         return
-    from page import machine, shown_command, write_section
-    from peers import versions
+    from pages.page import machine, shown_command, write_section
     from rich.progress import Progress
+    from subjects.peers import versions
 
     load = os.getloadavg()[0]
     with Progress(transient=True) as progress, peer(args.peers, args.threads) as other:

@@ -1,6 +1,6 @@
 """What works through which bridge: a table of small programs, each compared with ``jax.numpy``.
 
-    python benchmarks/features.py --peers .venv-peers/bin/python --output README.md
+    python benchmarks/programs/features.py --peers .venv-peers/bin/python --output README.md
 
 Every bridge runs in a process of its own. A cell says what came out: "yes" for the result that the
 same function has in ``jax.numpy``, "wrong" for another one, "no" for an exception.
@@ -23,8 +23,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from page import measured, write_section
-from peers import versions
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from pages.page import measured, write_section
+from subjects.peers import versions
 
 BRIDGES = ("torch2jax", "wrap_torch2jax", "buffer_callback", "pure_callback")
 PEERS = BRIDGES[1:]

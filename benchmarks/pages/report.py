@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from page import number, table
-from peers import SUBJECTS
+from pages.page import number, table
 from rich.console import Console
 from rich.table import Table
+from subjects.peers import SUBJECTS
 
 
 @dataclass(frozen=True)

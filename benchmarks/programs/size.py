@@ -1,6 +1,6 @@
 """What a call costs against the size of the problem, beside the physical floor.
 
-    python benchmarks/size.py --output docs/performance.md --plot docs/images/size.svg
+    python benchmarks/programs/size.py --output docs/performance.md --plot docs/images/size.svg
 
 The floor of a call is an empty FFI call: a handler that returns at once. The floor of bytes is the
 memory's bandwidth, measured by a plain copy into memory that is there already. Subjects run in
@@ -25,9 +25,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import torch
-from cases import Loop
-from page import measured, number, table, write_section
-from peers import Pair, Subject, array
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from pages.page import measured, number, table, write_section
+from subjects.cases import Loop
+from subjects.peers import Pair, Subject, array
 
 WIDTHS = (1, 3, 10, 30, 100, 300, 1_000)
 BYTES = (*(4 * 10**k for k in range(9)), 1_000_000_000)
@@ -47,7 +49,7 @@ class Point(NamedTuple):
 
 
 def subjects() -> dict[str, Subject]:
-    from peers import BufferCallback, Empty, Ours
+    from subjects.peers import BufferCallback, Empty, Ours
 
     return {OURS: Ours(), "buffer_callback": BufferCallback(), FLOOR: Empty()}
 
@@ -108,7 +110,7 @@ DOUBLE = Pair(lambda x: torch.mul(x, 2), lambda x: x * 2)
 
 def bytes_(rounds: int, most: int) -> list[Point]:
     """``2 * x`` of so many bytes: it reads them and writes as many, as a copy does."""
-    from peers import Empty
+    from subjects.peers import Empty
 
     from torch2jax import torch2jax
 
@@ -229,7 +231,7 @@ def bandwidth(points: list[Point]) -> str:
 
 
 def markdown(sections: list[Section], load: float, plot: str | None) -> str:
-    from peers import versions
+    from subjects.peers import versions
 
     parts = [measured(load, versions()), ""]
     for section in sections:

@@ -1,6 +1,7 @@
 """What gpu.py checks and measures: each function returns what it found, or raises.
 
-All but the streams can run on a CPU too, by smaller sizes: `python benchmarks/gpu.py --rehearse`.
+All but the streams can run on a CPU too, by smaller sizes:
+`python benchmarks/programs/gpu.py --rehearse`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from page import number
+from pages.page import number
 
 Found = dict[str, str]
 """What a check found, as it stands on the page."""

@@ -1,8 +1,8 @@
 """What operators of device "jax" cost in eager mode, beside jax.numpy's own and compiled ones; and
 an add on each way between the frameworks.
 
-    python benchmarks/device.py --output docs/performance.md
-    python benchmarks/device.py --sync
+    python benchmarks/programs/device.py --output docs/performance.md
+    python benchmarks/programs/device.py --sync
 
 Medians of single calls, in microseconds, taken in turns, so that what else the machine does meets
 all of them. The arrays have 16 elements: this measures dispatch, not arithmetic. Calls are not
@@ -19,6 +19,7 @@ import json
 import os
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,10 +28,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import torch
-from page import measured, number, table, write_section
-from peers import versions
 
 from torch2jax import device, jax2torch, torch2jax
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from pages.page import measured, number, table, write_section
+from subjects.peers import versions
 
 Calls = dict[str, Callable[[], Any]]
 
@@ -100,7 +103,7 @@ def budget(what: str, at_most: float, found: float) -> list[str]:
 def of_torchax(python: str, rounds: int) -> list[str]:
     """The same of torchax, in a process of its own, with a sum of jax.numpy for comparison."""
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    program = Path(__file__).with_name("torchax_eager.py")
+    program = Path(__file__).resolve().parents[1] / "subjects" / "torchax_eager.py"
     command = [python, "-W", "ignore", str(program), str(rounds)]
     out = subprocess.run(command, stdout=subprocess.PIPE, check=True, env=environment).stdout
     told = json.loads(out.splitlines()[-1])

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[2]
+
 
 def write_section(page: Path, text: str, mark: str) -> None:
     """Replace what stands between ``<!-- mark: begin -->`` and ``<!-- mark: end -->``."""
@@ -61,7 +63,8 @@ _PATHS = {"--peers": "PYTHON", "--wheel": "WHEEL", "--json": "FILE", "--torchax"
 
 def shown_command() -> str:
     """The command that runs, without the paths of this machine."""
-    words, current = ["python", f"benchmarks/{Path(sys.argv[0]).name}"], ""
+    program = Path(sys.argv[0]).resolve().relative_to(ROOT).as_posix()
+    words, current = ["python", program], ""
     for word in sys.argv[1:]:
         option, equals, _ = word.partition("=")
         if equals and option in _PATHS:

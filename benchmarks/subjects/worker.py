@@ -12,11 +12,14 @@ import os
 import sys
 import time
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
-from cases import CASES, Thunk
-from peers import SUBJECTS, Skip, Subject, versions
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from subjects.cases import CASES, Thunk
+from subjects.peers import SUBJECTS, Skip, Subject, versions
 
 TARGET_S = 0.01
 """About how long one sample takes."""

@@ -1,16 +1,18 @@
 """The README's table of speed: some rows of docs/performance.md, which other programs measured.
 
-python benchmarks/summary.py --output README.md
+python benchmarks/pages/summary.py --output README.md
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
-from page import table, write_section
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from pages.page import table, write_section
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "performance.md"
 BRIDGES = ("torch2jax", "wrap_torch2jax", "buffer_callback", "pure_callback")
 CALLS = {
     "a call in a compiled loop, 2 inputs": "2 inputs, 1 output",

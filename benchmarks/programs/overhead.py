@@ -1,6 +1,6 @@
 """What a call through torch2jax costs, beside other bridges and beside no bridge at all.
 
-    python benchmarks/overhead.py --peers .venv-peers/bin/python --output docs/performance.md
+    python benchmarks/programs/overhead.py --peers PYTHON --output docs/performance.md
 
 Every subject runs in the same run, in interleaved rounds (A B C, A B C, ...): what else the machine
 does then meets all of them. Figures are medians of the rounds; in the table of budgets the least of
@@ -23,14 +23,16 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from cases import CASES, WIDTHS
-from page import machine, shown_command, write_section
-from peers import PEERS, SUBJECTS
-from report import Budget, Figure, Report, markdown, print_tables
 from rich.progress import Progress
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from pages.page import machine, shown_command, write_section
+from pages.report import Budget, Figure, Report, markdown, print_tables
+from subjects.cases import CASES, WIDTHS
+from subjects.peers import PEERS, SUBJECTS
+
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
+ROOT = HERE.parents[1]
 OURS = "torch2jax"
 PEER = "wrap_torch2jax"
 
@@ -57,7 +59,7 @@ class Worker:
 
     def __init__(self, python: str) -> None:
         self._process = subprocess.Popen(
-            [python, str(HERE / "worker.py")],
+            [python, str(HERE.parent / "subjects" / "worker.py")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
