@@ -108,12 +108,15 @@ class KeepGraph:
         source.versions = [x._version for x in args]
         source.operands = ()
         out = _detached(out)
-        self.copies = loans.held() or referenced_elsewhere(args, leaves, self.wrt)
-        # The graph's leaves are these tensor objects: they must not keep XLA's memory, nor where
-        # the graph is refused and lies in a cycle.
-        for leaf in leaves if self.copies else graph.inputs:
+        # A local decision: another thread in this object may find something else.
+        refused = loans.held() or referenced_elsewhere(args, leaves, self.wrt)
+        if refused:
+            self.copies = True
+        # The graph's leaves are these tensor objects. They must not keep XLA's memory, not even
+        # where the graph is refused and lies in a cycle.
+        for leaf in leaves if refused else graph.inputs:
             leaf.data = empty(leaf.dtype, leaf.device)
-        return out, None if self.copies else graph
+        return out, None if refused else graph
 
     def _on_copies(self, args: Tensors, size: int | None = None) -> tuple[Tensors, KeptGraph]:
         """``size``: bytes of the graph, where they are known."""
