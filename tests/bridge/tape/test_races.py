@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from torch2jax._bridge.torch_side.derivatives import UserProgram
-from torch2jax._bridge.torch_side.tape import programs
+from torch2jax._bridge.torch_side.tape import kept_graph, programs
 
 
 def test_one_call_does_not_decide_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28,8 +28,9 @@ def test_one_call_does_not_decide_for_another(monkeypatch: pytest.MonkeyPatch) -
             views.append(x.detach().view(-1))
         return (x.sin(),)
 
-    keep = programs.KeepGraph(UserProgram(fn, None, True, ()), (0,), "fn", False)
-    found: list[programs.KeptGraph | None] = []
+    policy = kept_graph.GraphPolicy("fn", (0,), seeded=False)
+    keep = programs.KeepGraph(UserProgram(fn, None, True, ()), policy)
+    found: list[kept_graph.KeptGraph | None] = []
     other = threading.Thread(target=lambda: found.append(keep.forward((torch.ones(3),))[1]))
     empty = programs.empty
 

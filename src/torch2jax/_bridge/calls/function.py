@@ -14,7 +14,6 @@ from ... import _refusals
 from ..._compat.jax import ArrayImpl, varying_everywhere
 from ..._conversions.dtypes import x64_enabled
 from ..._errors import SignatureError, TorchCallError
-from ..jax_side.limited_depth import call_to_depth
 from ..jax_side.primitive import call as call_primitive
 from ..torch_side import exceptions
 from ..torch_side.callee import Callee
@@ -250,7 +249,7 @@ class TorchFunction:
             numbers = [x.weak_type and not x.shape for x in map(jax.typeof, operands)]
             plan = self._plans[key] = self._planner.plan(call.arguments, avals, numbers, shards)
         if words is None and plan.callee.options.rng is not None:
-            [words] = call_primitive(self._planner.seed, [], [((2,), "uint32")])
+            [words] = call_primitive(self._planner.seed, [], [((2,), "uint32")], orders=None)
             words = varying_everywhere(words)  # each device draws its own
         return self._bind(plan, operands, words)
 
@@ -271,11 +270,7 @@ class TorchFunction:
         ]
         if words is not None:
             held.append(words)
-        if self._config.depth is None:
-            out = call_primitive(plan.callee, held, plan.results)
-        else:
-            depth = self._config.depth
-            out = call_to_depth(plan.callee, held, plan.results, depth, plan.nondiff)
+        out = call_primitive(plan.callee, held, plan.results, orders=self._config.depth)
         n = len(plan.result.leaves)
         result = plan.result.treedef.unflatten(out[:n])
         if not self._config.inplace_argnums:

@@ -1,4 +1,4 @@
-"""Names of callables, and their entries in the handler's table."""
+"""Names of callees, and their entries in the handler's table."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def entry_of(callee: Callee, name: str, several_devices: bool) -> Any:
 
 
 def runnable(callee: Callee) -> tuple[Any, Any]:
-    """``run``, and what makes a tuple of other results than one; None where there are none."""
+    """``run``, and a function that makes a tuple of its result; None where it returns tuples."""
     program = callee.program
     run, collect = getattr(program, "bare", None) or (in_parts(program, program.run), None)
     return loans.scoped(run) if callee.options.borrows else run, collect
@@ -69,14 +69,12 @@ def name_of(callee: Callee) -> str:
     """
     if callee.parent is not None:
         return name_of(callee.parent) + callee.suffix
-    name = callee.memo.get("name")
-    if name is None:
+    if callee.name is None:
         root = callee.options.name
         count = _names[root]
         _names[root] += 1
-        name = root if callee.options.named and count == 0 else f"{root}#{count}"
-        callee.memo["name"] = name
-    return name
+        callee.name = root if callee.options.named and count == 0 else f"{root}#{count}"
+    return callee.name
 
 
 def _shut_down() -> None:

@@ -1,4 +1,4 @@
-"""A call on a platform without a handler (TPUs): on the host, by JAX's own callback."""
+"""Calls on platforms without a handler (TPUs) run on the host, by JAX's own callback."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def call_on_host(
     *operands: Any,
     callee: Callee,
     results: Sequence[tuple[tuple[int, ...], Any]],
-    differentiable: bool,
+    orders: int | None,
 ) -> Sequence[Any]:
     """What the primitive computes, with operands and results copied between device and host."""
-    del differentiable
+    del orders
     options = callee.options
     shapes = [jax.ShapeDtypeStruct(*result) for result in results]
     if options.side_effects or options.draws:

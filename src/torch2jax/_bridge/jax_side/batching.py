@@ -1,4 +1,4 @@
-"""Batching: ``vmap`` of a call is one call of a batched callable, or a loop.
+"""Batching: ``vmap`` of a call is one call of a batched callee, or a loop.
 
 ``vmap_method`` decides, with the names and meaning that ``jax.pure_callback`` gives them:
 
@@ -15,7 +15,7 @@ Rows with keys of their own (``rng=``) run one after the other inside one call, 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import jax
@@ -27,14 +27,15 @@ from ..._errors import SignatureError, Torch2JaxError, Torch2JaxWarning
 from ..torch_side.callee import Callee
 from ..torch_side.inference import Spec, runs_on_fakes
 from ..torch_side.normalizations import in_parts
-from ..torch_side.tape.calls import is_keep, is_vjp, keeping, with_token
+from ..torch_side.tape.calls import (
+    is_keep,
+    is_vjp,
+    keeping,
+    kept_operands,
+    untaped,
+    with_token,
+)
 from .primitive import TOKEN, call, torch_call_p
-
-
-def specs_of(avals: Iterable[tuple[tuple[int, ...], Any]], device: Any) -> list[Spec]:
-    """Specs of operands with these (shape, dtype) pairs."""
-    return [Spec(tuple(shape), dtype_j2t(dtype), device) for shape, dtype in avals]
-
 
 VmapMethod = Literal[
     "auto",
@@ -54,36 +55,89 @@ def _batch(
     *,
     callee: Callee,
     results: Any,
-    differentiable: bool,
+    orders: int | None,
 ) -> tuple[list[Any], list[int | None]]:
-    if is_keep(callee):
-        return _batch_keep(operands, dims, callee, results, differentiable)
-    if callee.keep is not None:
-        return _batch_with_token(operands, dims, callee, results, differentiable)
-    size = _size(operands, dims)
-    operands, dims = _own_rows(callee, operands, dims, size)
-    rows = [((size, *shape), dtype) for shape, dtype in results]
+    """A batch of a call of ``f``, which may return a token, or take one.
+
+    A token that is returned has rows where the rows have graphs of their own. Otherwise it has
+    none: it is the token of one graph for all rows, or says that nothing is kept.
+    """
+    f, keeps = untaped(callee), is_keep(callee)
+    size = next(x.shape[d] for x, d in zip(operands, dims, strict=True) if d is not None)
+    rows = [((size, *shape), dtype) for shape, dtype in (results[:-1] if keeps else results)]
+    out_dims: list[int | None] = [0] * len(rows)
+    inner, inner_dims = _with_own_rows(
+        f, callee.without_token(operands), callee.without_token(dims), size
+    )
     if size == 0:
-        return [jnp.zeros(*row) for row in rows], [0] * len(rows)
-    method = _choose(callee, operands, dims)
-    if method in ("torch", "rows"):
-        out = call(_batched(callee, dims), operands, rows, differentiable)
-    elif method.startswith("sequential"):
-        out = _loop(
-            callee, operands, dims, results, differentiable, method == "sequential_unrolled"
-        )
+        method = "none"
+    elif callee.token_at is not None and dims[callee.token_at] is not None:
+        method = "sequential"  # the graphs are those of single rows
     else:
-        front = _front(operands, dims)
-        if method == "broadcast_all" or callee.parent is not None:
-            # A derivative needs its operands and their tangents in one shape.
-            front = [
-                jnp.broadcast_to(x, (size, *x.shape)) if d is None else x
-                for x, d in zip(front, dims, strict=True)
-            ]
-        elif method == "expand_dims":
-            front = [x[None] if d is None else x for x, d in zip(front, dims, strict=True)]
-        out = call(callee, front, rows, differentiable)
-    return out, [0] * len(out)
+        method = _choose(f, inner, inner_dims)
+    if method.startswith("sequential"):
+        unroll = method == "sequential_unrolled"
+        out = _loop(callee, operands, dims, results, orders, unroll)
+        return out, [0] * len(out)
+    if method == "none":
+        out = [jnp.zeros(*row) for row in rows]
+    elif method not in ("torch", "rows"):
+        out = call(f, _for_own_batching(method, f, inner, inner_dims, size), rows, orders)
+    elif callee.token_at is not None:
+        out = _batch_with_token(callee, operands[callee.token_at], inner, inner_dims, rows, orders)
+    elif keeps and all(inner_dims[i] is not None for i in kept_operands(callee)):
+        # The gradient of an operand without rows would come out summed.
+        keep = keeping(_batched(f, _rows_first(inner_dims)), kept_operands(callee))
+        return call(keep, _front(inner, inner_dims), (*rows, TOKEN), orders), [*out_dims, None]
+    else:
+        out = call(_batched(f, inner_dims), inner, rows, orders)
+    if keeps:  # nothing is kept
+        return [*out, jnp.zeros(*TOKEN)], [*out_dims, None]
+    return out, out_dims
+
+
+def _batch_with_token(
+    callee: Callee,
+    token: Any,
+    operands: Sequence[Any],
+    dims: Sequence[int | None],
+    rows: Sequence[Any],
+    orders: int | None,
+) -> list[Any]:
+    """A batch of a derivative that takes the token of one graph for all rows.
+
+    ``operands`` and ``dims`` are those without the token.
+    """
+    f, keep, at = untaped(callee), callee.keep, callee.token_at
+    assert keep is not None
+    front, dims = _front(operands, dims), _rows_first(dims)
+    seeds = len(front[at:])
+    if is_vjp(f):
+        # Every cotangent gets rows, so that one backward pass serves them all.
+        size = rows[0][0][0]
+        front[at:] = _everywhere(front[at:], dims[at:], size)
+        dims = (*dims[:at], *(0,) * seeds)
+    if is_vjp(f) and all(dims[i] is not None for i in kept_operands(keep)):
+        assert f.parent is not None
+        batched = _batched(f.parent, dims[:at])
+        pullback = batched.vjp(f.program.wrt, f.program.of)
+        derived = with_token(pullback, seeds, keeping(batched, kept_operands(keep)))
+    else:
+        derived = with_token(_batched(f, dims), seeds, keep)
+    return call(derived, [*front[:at], token, *front[at:]], rows, orders)
+
+
+def _for_own_batching(
+    method: str, f: Callee, operands: Sequence[Any], dims: Sequence[int | None], size: int
+) -> list[Any]:
+    """The operands of one call of a function that batches by itself."""
+    front = _front(operands, dims)
+    if method == "broadcast_all" or f.parent is not None:
+        # A derivative needs its operands and their tangents in one shape.
+        return _everywhere(front, dims, size)
+    if method == "expand_dims":
+        return [x[None] if d is None else x for x, d in zip(front, dims, strict=True)]
+    return front
 
 
 def _batched(callee: Callee, dims: Sequence[int | None]) -> Callee:
@@ -91,11 +145,11 @@ def _batched(callee: Callee, dims: Sequence[int | None]) -> Callee:
 
 
 def _own_keys(callee: Callee, dims: Sequence[int | None]) -> bool:
-    """Whether every row has a key of its own. Of a derivative too, the primals come first."""
+    """Whether every row has a key of its own; in derivatives too, where the primals come first."""
     return callee.options.rng is not None and dims[callee.options.rng] is not None
 
 
-def _own_rows(
+def _with_own_rows(
     callee: Callee, operands: Sequence[Any], dims: Sequence[int | None], size: int
 ) -> tuple[list[Any], list[int | None]]:
     """Operands and dims in which what the function changes in place has rows of its own."""
@@ -107,102 +161,26 @@ def _own_rows(
     return operands, dims
 
 
-def _size(operands: Sequence[Any], dims: Sequence[int | None]) -> int:
-    return next(x.shape[d] for x, d in zip(operands, dims, strict=True) if d is not None)
-
-
 def _front(operands: Sequence[Any], dims: Sequence[int | None]) -> list[Any]:
     """Operands with their rows first."""
     return [x if d is None else jnp.moveaxis(x, d, 0) for x, d in zip(operands, dims, strict=True)]
 
 
-def _batch_keep(
-    operands: Sequence[Any],
-    dims: Sequence[int | None],
-    callee: Callee,
-    results: Any,
-    differentiable: bool,
-) -> tuple[list[Any], list[int | None]]:
-    """A call that keeps its graph: the batched function keeps one graph for all rows.
-
-    Only where every operand that is differentiated has rows of its own: the gradient of one that is
-    shared would come out summed. Otherwise nothing is kept, and the token says so.
-    """
-    f = callee.parent
-    assert f is not None
-    size = _size(operands, dims)
-    if size == 0:
-        zeros = [jnp.zeros((0, *shape), dtype) for shape, dtype in results[:-1]]
-        return [*zeros, jnp.zeros(*TOKEN)], [0] * len(zeros) + [None]
-    operands, dims = _own_rows(f, operands, dims, size)
-    method = _choose(f, operands, dims)
-    if method.startswith("sequential"):
-        unroll = method == "sequential_unrolled"
-        out = _loop(callee, operands, dims, results, differentiable, unroll)
-        return out, [0] * len(out)
-    if method in ("torch", "rows") and all(dims[i] is not None for i in callee.program.wrt):
-        rows = [((size, *shape), dtype) for shape, dtype in results[:-1]]
-        batched = _batched(f, _zeros(dims))
-        out = call(keeping(batched, callee.program.wrt), _front(operands, dims), (*rows, TOKEN))
-        return out, [0] * len(rows) + [None]
-    out, out_dims = _batch(
-        operands, dims, callee=f, results=results[:-1], differentiable=differentiable
-    )
-    return [*out, jnp.zeros(*TOKEN)], [*out_dims, None]
-
-
-def _batch_with_token(
-    operands: Sequence[Any],
-    dims: Sequence[int | None],
-    callee: Callee,
-    results: Any,
-    differentiable: bool,
-) -> tuple[list[Any], list[int | None]]:
-    """A derivative that takes a token: what it does with one graph for all rows."""
-    f, keep = callee.parent, callee.keep
-    assert f is not None
-    assert keep is not None
-    at = callee.inputs.index("the token")
-    after = len(operands) - at - 1
-    token, inner = operands[at], [*operands[:at], *operands[at + 1 :]]
-    inner_dims = [*dims[:at], *dims[at + 1 :]]
-    size = _size(operands, dims)
-    rows = [((size, *shape), dtype) for shape, dtype in results]
-    if size == 0:
-        return [jnp.zeros(*row) for row in rows], [0] * len(rows)
-    inner, inner_dims = _own_rows(f, inner, inner_dims, size)
-    method = "sequential" if dims[at] is not None else _choose(f, inner, inner_dims)
-    if method.startswith("sequential"):
-        unroll = method == "sequential_unrolled"
-        out = _loop(callee, operands, dims, results, differentiable, unroll)
-        return out, [0] * len(out)
-    if method not in ("torch", "rows"):  # the function batches by itself, and keeps nothing
-        return _batch(inner, inner_dims, callee=f, results=results, differentiable=differentiable)
-    front, front_dims = _front(inner, inner_dims), _zeros(inner_dims)
-    primal_dims, seed_dims = front_dims[:at], front_dims[at:]
-    if is_vjp(f):
-        # Every cotangent gets rows, so that one backward pass serves them all.
-        front[at:] = [
-            jnp.broadcast_to(x, (size, *x.shape)) if d is None else x
-            for x, d in zip(front[at:], seed_dims, strict=True)
-        ]
-        seed_dims = (0,) * after
-    if is_vjp(f) and all(primal_dims[i] is not None for i in keep.program.wrt):
-        assert f.parent is not None
-        batched = _batched(f.parent, primal_dims)
-        pullback = batched.vjp(f.program.wrt, f.program.of)
-        derived = with_token(pullback, after, keeping(batched, keep.program.wrt))
-    else:
-        derived = with_token(_batched(f, (*primal_dims, *seed_dims)), after, keep)
-    out = call(derived, [*front[:at], token, *front[at:]], rows, differentiable)
-    return out, [0] * len(out)
-
-
-def _zeros(dims: Sequence[int | None]) -> tuple[int | None, ...]:
+def _rows_first(dims: Sequence[int | None]) -> tuple[int | None, ...]:
+    """The dims of such operands."""
     return tuple(None if d is None else 0 for d in dims)
 
 
+def _everywhere(front: Sequence[Any], dims: Sequence[int | None], size: int) -> list[Any]:
+    """Such operands with rows everywhere."""
+    return [
+        jnp.broadcast_to(x, (size, *x.shape)) if d is None else x
+        for x, d in zip(front, dims, strict=True)
+    ]
+
+
 def _choose(callee: Callee, operands: Sequence[Any], dims: Sequence[int | None]) -> str:
+    """A method of ``vmap_method``, or "rows" where every row has a key of its own."""
     if _own_keys(callee, dims):
         return "rows"
     method = callee.options.vmap_method
@@ -215,18 +193,18 @@ def _choose(callee: Callee, operands: Sequence[Any], dims: Sequence[int | None])
             "numbers; export with concrete shapes."
         )
     batched = callee.vmap(tuple(dims))
-    # On the root: between eager calls nobody holds a derived callee.
-    memo = callee.root.memo
-    key = ("refusal", batched.path, avals)
-    if key not in memo:
+    # The root remembers them: between eager calls nobody holds a derived callee.
+    refusals = callee.root.refusals
+    key = (batched.path, avals)
+    if key not in refusals:
         with jax.ensure_compile_time_eval():
-            memo[key] = runs_on_fakes(
+            refusals[key] = runs_on_fakes(
                 in_parts(batched.program, batched.program.functional),
-                specs_of(avals, callee.options.device),
+                [Spec(shape, dtype_j2t(d), callee.options.device) for shape, d in avals],
                 callee.options.default_dtype,
                 callee.options.roots,
             )
-    refusal = memo[key]
+    refusal = refusals[key]
     if refusal is None:
         return "torch"
     label = callee.options.label
@@ -251,15 +229,16 @@ def _loop(
     operands: Sequence[Any],
     dims: Sequence[int | None],
     results: Any,
-    differentiable: bool,
+    orders: int | None,
     unroll: bool,
 ) -> list[Any]:
+    """One call for each row."""
     mapped = [jnp.moveaxis(x, d, 0) for x, d in zip(operands, dims, strict=True) if d is not None]
 
     def one(rows: list[Any]) -> list[Any]:
         it = iter(rows)
         args = [x if d is None else next(it) for x, d in zip(operands, dims, strict=True)]
-        return call(callee, args, results, differentiable)
+        return call(callee, args, results, orders)
 
     if not unroll:
         return jax.lax.map(one, mapped)

@@ -11,6 +11,9 @@ which both derivatives take after the primals: ``f.vjp`` then runs only the back
 
 A call that is linear but not one of these two (the user's own linear function, under
 ``jax.linear_transpose``) is transposed by its ``vjp`` at zero.
+
+``depth=k`` bounds ``orders``, which a call carries: ``y`` keeps those of the call, and each
+derivative has one less. What has none left refuses to be differentiated.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from jax.interpreters import ad
 from ..._compat.jax import register_dce_rule
 from ..._errors import DifferentiationError
 from ..torch_side.callee import Callee
-from ..torch_side.tape.calls import is_keep, keepable, keeping, with_token
+from ..torch_side.tape.calls import is_keep, keepable, keeping, untaped, with_token
 from .primitive import TOKEN, call, torch_call_p
 
 
@@ -48,57 +51,47 @@ def _jvp(
     *,
     callee: Callee,
     results: Any,
-    differentiable: bool,
+    orders: int | None,
 ) -> tuple[list[Any], list[Any]]:
-    wrt = tuple(
-        i
-        for i, (x, t) in enumerate(zip(primals, tangents, strict=True))
+    # A token has no tangent, so what it is taken from is differentiated in the same operands.
+    f, operands = untaped(callee), callee.without_token(primals)
+    seeds = {
+        i: t
+        for i, (x, t) in enumerate(zip(operands, callee.without_token(tangents), strict=True))
         if not isinstance(t, ad.Zero) and is_inexact(jax.typeof(x).dtype)
-    )
+    }
+    wrt = tuple(seeds)
     of = tuple(i for i, (_, dtype) in enumerate(results) if is_inexact(dtype))
-    derive = bool(wrt and of)
-    if derive and not differentiable:
+    if not wrt or not of:
+        out = call(callee, primals, results, orders)
+        return out, [ad.Zero(jax.typeof(y).to_tangent_aval()) for y in out]
+    if orders == 0:
         raise past_depth(callee)
+    derived = f.jvp(wrt, of)
     token: list[Any] = []
-    keep = None
-    if derive and keepable(callee):
+    if keepable(callee):
         keep = keeping(callee, wrt)
-        out = call(keep, primals, (*results, TOKEN))
+        derived = with_token(derived, len(wrt), keep)
+        out = call(keep, primals, (*results, TOKEN), orders)
         token = [out.pop()]
     else:
-        out = call(callee, primals, results, differentiable)
+        out = call(callee, primals, results, orders)
     out_tangents: list[Any] = [ad.Zero(jax.typeof(y).to_tangent_aval()) for y in out]
-    if derive:
-        f, primals, wrt = untaped(callee, primals, wrt)
-        derived = f.jvp(wrt, of)
-        if keep is not None:
-            derived = with_token(derived, len(wrt), keep)
-        moved = [t for t in tangents if not isinstance(t, ad.Zero)]
-        seeds = [t for t in moved if is_inexact(jax.typeof(t).dtype)]
-        operands = [*primals, *token, *seeds]
-        for i, t in zip(of, call(derived, operands, [results[i] for i in of]), strict=True):
-            out_tangents[i] = t
+    moved = [*operands, *token, *seeds.values()]
+    pushed = call(derived, moved, [results[i] for i in of], one_less(orders))
+    for i, t in zip(of, pushed, strict=True):
+        out_tangents[i] = t
     return out, out_tangents
 
 
-def untaped(
-    callee: Callee, operands: Sequence[Any], wrt: tuple[int, ...]
-) -> tuple[Callee, Sequence[Any], tuple[int, ...]]:
-    """What a call computes, tape aside: callee, operands and operand indices without a token."""
-    if is_keep(callee):
-        assert callee.parent is not None
-        return callee.parent, operands, wrt
-    if callee.keep is None:
-        return callee, operands, wrt
-    assert callee.parent is not None
-    at = callee.inputs.index("the token")
-    without = [x for i, x in enumerate(operands) if i != at]
-    return callee.parent, without, tuple(i - (i > at) for i in wrt)
+def one_less(orders: int | None) -> int | None:
+    """The derivatives that are left to a derivative of a call."""
+    return orders and orders - 1
 
 
 def past_depth(callee: Callee) -> DifferentiationError:
     """The error for a derivative beyond ``depth=``."""
-    done = callee.path.count("/vjp")
+    done = callee.path.count("/vjp") + callee.path.count("/jvp")
     return DifferentiationError(
         f"{callee.options.label} is differentiated {done + 1} times, and torch2jax(..., "
         f"depth={done}) allows {done or 'none'}. Wrap it with depth={done + 1} or more, or with "
@@ -111,7 +104,7 @@ def _transpose(
     *operands: Any,
     callee: Callee,
     results: Any,
-    differentiable: bool,
+    orders: int | None,
 ) -> list[Any]:
     linear = tuple(i for i, x in enumerate(operands) if ad.is_undefined_primal(x))
     of = tuple(i for i, c in enumerate(cotangents) if not isinstance(c, ad.Zero))
@@ -122,18 +115,20 @@ def _transpose(
         return grads
     avals = [_shape_dtype(operands[i]) for i in linear]
     seeds = [cotangents[i] for i in of]
-    f, primals, where = untaped(callee, operands, linear)
+    f, primals = untaped(callee), callee.without_token(operands)
+    where = tuple(i for i, x in enumerate(primals) if ad.is_undefined_primal(x))  # no token is
     transposed = f.transpose(where, of)
     if transposed is not None:
         others = [x for x in primals if not ad.is_undefined_primal(x)]
         others = others[: len(transposed.inputs) - len(of)]
-        if callee.keep is not None:
-            others.append(operands[callee.inputs.index("the token")])
+        if callee.token_at is not None:
+            assert callee.keep is not None
+            others.append(operands[callee.token_at])
             transposed = with_token(transposed, len(of), callee.keep)
-        out = _call_transposed(transposed, f, where, others + seeds, avals)
+        out = _call_transposed(transposed, f, where, others + seeds, avals, orders)
     else:
         at_zero = [jnp.zeros(*_shape_dtype(x)) if ad.is_undefined_primal(x) else x for x in primals]
-        out = call(f.vjp(where, of), at_zero + seeds, avals)
+        out = call(f.vjp(where, of), at_zero + seeds, avals, one_less(orders))
     for i, g in zip(linear, out, strict=True):
         grads[i] = g
     return grads
@@ -145,6 +140,7 @@ def _call_transposed(
     linear: tuple[int, ...],
     operands: list[Any],
     avals: list[ShapeDtype],
+    orders: int | None,
 ) -> list[Any]:
     """Call ``transposed`` and bring its results to the shapes of the linear operands.
 
@@ -160,7 +156,7 @@ def _call_transposed(
             if (d := dims[k]) is not None:
                 del shape[d]
         results.append(((*rows, *shape), dtype))
-    out = call(transposed, operands, results)
+    out = call(transposed, operands, results, orders)
     for k, x in enumerate(out):
         for level, dims in reversed(list(enumerate(levels))):
             d = dims[k]
@@ -172,7 +168,7 @@ def _call_transposed(
 def _drop_token(used: list[bool], eqn: Any) -> tuple[list[bool], Any]:
     """Dead code elimination: a call whose token nobody takes keeps no graph.
 
-    So the first forward pass under ``jax.checkpoint`` keeps none, nor does an unused ``vjp``.
+    So the first forward pass under ``jax.checkpoint`` keeps none, and an unused ``vjp`` keeps none.
     """
     callee = eqn.params["callee"]
     if not any(used) and not eqn.effects:

@@ -71,10 +71,8 @@ def exported_name(callee: Callee, avals: Sequence[Any], several_devices: bool) -
 def _user_operands(callee: Callee, avals: Avals) -> Avals:
     """Shapes and dtypes of the operands of the user's function in a call derived from it."""
     while (parent := callee.parent) is not None:
-        if callee.keep is not None:
-            at = callee.inputs.index("the token")
-            avals = [*avals[:at], *avals[at + 1 :]]
-        elif isinstance(callee.program, Vmap):
+        avals = callee.without_token(avals)
+        if isinstance(callee.program, Vmap):
             avals = [
                 (shape if d is None else (*shape[:d], *shape[d + 1 :]), dtype)
                 for (shape, dtype), d in zip(avals, callee.program.dims, strict=True)

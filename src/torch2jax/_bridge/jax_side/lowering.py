@@ -1,6 +1,6 @@
-"""Lowering: one custom call, whose only attribute is the name of the callee.
+"""Lowering: a call becomes one custom call, whose only attribute is the name of the callee.
 
-On platforms without a handler it is a callback of JAX's: see ``handler/host_callback.py``.
+On platforms without a handler it becomes a callback of JAX's: see ``handler/host_callback.py``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def _lower(
     *operands: Any,
     callee: Callee,
     results: Any,
-    differentiable: bool,
+    orders: int | None,
 ) -> Sequence[Any]:
     avals: list[Any] = [*ctx.avals_in, *ctx.avals_out]
     if any(not isinstance(d, int) for a in avals for d in a.shape):

@@ -1,7 +1,7 @@
 """The primitive: one call of a torch callee. Its rules stand beside it in this folder.
 
-Parameters: ``callee`` (a ``Callee``), ``results`` (a ``ShapeDtypeStruct`` per output,
-hashable) and ``differentiable`` (False where a limit of ``depth=`` is reached).
+Parameters: ``callee`` (a ``Callee``), ``results`` (a shape and dtype per output) and ``orders``
+(how many derivatives ``depth=`` still allows; None where nothing limits them).
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ def call(
     callee: Callee,
     operands: Sequence[Any],
     results: Sequence[tuple[tuple[int, ...], Any]],
-    differentiable: bool = True,
+    orders: int | None,
 ) -> list[Any]:
     """Bind the primitive; ``results`` are (shape, dtype) pairs."""
     return torch_call_p.bind(
         *varying_together(operands),
         callee=callee,
         results=tuple((tuple(shape), np.dtype(dtype)) for shape, dtype in results),
-        differentiable=differentiable,
+        orders=orders,
     )
 
 
 @torch_call_p.def_effectful_abstract_eval
 def _abstract_eval(
-    *avals: Any, callee: Callee, results: Any, differentiable: bool
+    *avals: Any, callee: Callee, results: Any, orders: int | None
 ) -> tuple[list[Any], set[Any]]:
     options = callee.options
     check_whole(avals, callee.inputs, options.label)
@@ -57,13 +57,13 @@ def _abstract_eval(
 @torch_call_p.def_impl
 def _impl(*operands: Any, callee: Callee, **params: Any) -> list[Any]:
     # Outside of jit: one jitted call per callee and parameters, which lives as long as they do.
-    key = ("impl", *sorted(params.items()))
-    jitted = callee.memo.get(key)
+    key = tuple(params.values())
+    jitted = callee.jitted.get(key)
     if jitted is None:
 
         def torch_call(*xs: Any) -> list[Any]:
             return torch_call_p.bind(*xs, callee=callee, **params)
 
-        jitted = callee.memo[key] = jax.jit(torch_call)
+        jitted = callee.jitted[key] = jax.jit(torch_call)
     with jax.disable_jit(False):
         return jitted(*operands)

@@ -40,7 +40,7 @@ class CalleeOptions:
     borrows: bool = False
     """Whether calls borrow replicas of a module: see ``modules/loans.py``."""
     mutated: tuple[int, ...] = ()
-    """Operands that ``fn`` changes in place, on itself or on a copy."""
+    """Operands that ``fn`` changes in place: themselves, or a copy of theirs."""
     rng: int | None = None
     """The operand that holds the words of a key. Random numbers are drawn from it."""
     draws: bool = False
@@ -52,9 +52,9 @@ class CalleeOptions:
 
 
 class Callee:
-    """A program as JAX knows it: an identity, a name, and a table of derived callables.
+    """A program as JAX knows it: an identity, a name, and a table of derived callees.
 
-    Derived callables hold their parent; a parent holds what is derived from it weakly, so that a
+    A derived callee holds its parent. A parent holds what is derived from it weakly, so that a
     callee lives as long as a wrapper, a jaxpr or an executable that uses it.
     """
 
@@ -66,16 +66,25 @@ class Callee:
         outputs: Sequence[str],
         parent: Callee | None = None,
         suffix: str = "",
+        token_at: int | None = None,
+        keep: Callee | None = None,
     ) -> None:
         self.program: Any = program
         self.options = options
         self.inputs, self.outputs = tuple(inputs), tuple(outputs)
         self.parent, self.suffix = parent, suffix
-        # Entries in the handler's table, made by ``entries``: for one device, for several.
+        self.token_at = token_at
+        """The operand that is a token, where this callee takes one. See ``tape``."""
+        self.keep = keep
+        """The callee whose graphs that token names."""
+        self.name: str | None = None
+        """The name of a root in HLO, once it has one: ``entries`` gives it."""
         self.registrations: list[Any] = [None, None]
-        self.keep: Callee | None = None
-        """Where this one takes a token: the callee whose graphs the token names. See ``tape``."""
-        self.memo: dict[Any, Any] = {}  # what other modules remember about this callee
+        """Entries in the handler's table, for one device and for several; made by ``entries``."""
+        self.jitted: dict[Any, Any] = {}
+        """Calls outside of jit, by the primitive's parameters; made by ``primitive``."""
+        self.refusals: dict[Any, str | None] = {}
+        """Of a root: why batches of it, by path and operands, cannot be; found by ``batching``."""
         self._derived: weakref.WeakValueDictionary[str, Callee] = weakref.WeakValueDictionary()
 
     def __repr__(self) -> str:
@@ -91,13 +100,29 @@ class Callee:
         """How this callee is derived from the user's function: ``/vjp(0;0)/vmap(0,None)``."""
         return (self.parent.path if self.parent else "") + self.suffix
 
-    def derive(self, suffix: str, make: Callable[[], Program], ins: list[str], outs: list[str]):
+    def without_token(self, operands: Sequence[Any]) -> Sequence[Any]:
+        """Operands of this callee, or facts about them, without the token's."""
+        at = self.token_at
+        return operands if at is None else [*operands[:at], *operands[at + 1 :]]
+
+    def derive(
+        self,
+        suffix: str,
+        make: Callable[[], Program],
+        inputs: Sequence[str],
+        outputs: Sequence[str],
+        token_at: int | None = None,
+        keep: Callee | None = None,
+    ) -> Callee:
+        """The callee ``make()`` under this one's name and ``suffix``; made when first asked for."""
         child = self._derived.get(suffix)
         if child is None:
             with _deriving:  # two threads would each make one, of one name
                 child = self._derived.get(suffix)
                 if child is None:
-                    child = Callee(make(), self.options, ins, outs, self, suffix)
+                    child = Callee(
+                        make(), self.options, inputs, outputs, self, suffix, token_at, keep
+                    )
                     self._derived[suffix] = child
         return child
 
@@ -133,8 +158,8 @@ class Callee:
         return self.derive(
             f"/{name}({_join(dims)})",
             lambda: program(self.program, dims),
-            list(self.inputs),
-            list(self.outputs),
+            self.inputs,
+            self.outputs,
         )
 
     def batched_like(self, program: Vmap, dims: Dims) -> Callee:
@@ -173,7 +198,7 @@ class Callee:
             if inner is None:
                 return None
             others = tuple(d for i, d in enumerate(program.dims) if i not in linear)
-            # The transposes drop operands that were linear too but are constant here.
+            # The transpose drops operands that were linear too but are constant here.
             others = others[: len(inner.inputs) - len(of)]
             return inner.batched_like(program, others + (0,) * len(of))
         return None

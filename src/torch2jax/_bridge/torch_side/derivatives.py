@@ -45,6 +45,11 @@ from .gradients import (
 class Program(Protocol):
     """A pure function from tensors to a tuple of tensors, in three forms."""
 
+    @property
+    def base(self) -> Program | None:
+        """The program that this one is derived from; None for the user's function."""
+        ...
+
     def functional(self, *args: Tensor) -> Tensors: ...
 
     def graph(self, *args: Tensor) -> Tensors: ...
@@ -60,6 +65,8 @@ class UserProgram:
     nothing lies between it and the operands, with a function from its results to a tuple: what the
     handler calls.
     """
+
+    base = None
 
     def __init__(
         self,
@@ -84,9 +91,9 @@ class Jvp:
     ``u``.) Old-style ``autograd.Function``s and operators without a forward formula need this.
     """
 
-    def __init__(self, parent: Program, wrt: Indices, of: Indices) -> None:
-        self.parent, self.wrt, self.of = parent, wrt, of
-        self.forward_ad: bool = getattr(parent, "forward_ad", True)
+    def __init__(self, base: Program, wrt: Indices, of: Indices) -> None:
+        self.base, self.wrt, self.of = base, wrt, of
+        self.forward_ad: bool = getattr(base, "forward_ad", True)
 
     def functional(self, *args: Tensor) -> Tensors:
         return self._two_pullbacks_functional(*self._split(args))
@@ -103,7 +110,7 @@ class Jvp:
             # torch cannot pull back twice what it can push forward and pull back:
             # conv_transpose with output_padding.
             try:
-                return self._by_forward_mode(self.parent.functional, *self._split(args))
+                return self._by_forward_mode(self.base.functional, *self._split(args))
             except Exception:
                 raise error from None
 
@@ -113,14 +120,14 @@ class Jvp:
         Nested, torch's forward mode is silently wrong for some operators (``linalg.solve``,
         ``layer_norm``): derivatives of derivatives go by pullbacks.
         """
-        return self._either(self.parent.functional, self._two_pullbacks_functional, args)
+        return self._either(self.base.functional, self._two_pullbacks_functional, args)
 
     @property
     def first_order(self) -> bool:
-        """Whether the parent is the user's function or its batched form."""
-        program: Any = self.parent
+        """Whether the base is the user's function or its batched form."""
+        program: Program | None = self.base
         while isinstance(program, Vmap):
-            program = program.parent
+            program = program.base
         return isinstance(program, UserProgram)
 
     def _split(self, args: Tensors) -> tuple[Tensors, Tensors]:
@@ -158,7 +165,7 @@ class Jvp:
         return tuple(t.to(y.dtype) for t, y in zip(pushed, out, strict=True))
 
     def _two_pullbacks_functional(self, primals: Tensors, tangents: Tensors) -> Tensors:
-        f = _restrict(self.parent.functional, primals, self.wrt, self.of)
+        f = _restrict(self.base.functional, primals, self.wrt, self.of)
         out, pullback = torch.func.vjp(f, *take(primals, self.wrt))  # type: ignore[misc]
         u = map(torch.ones_like, out)
         _, push = torch.func.vjp(lambda *u: pullback(u), *u)  # type: ignore[misc]
@@ -167,7 +174,7 @@ class Jvp:
     def _two_pullbacks_graph(self, primals: Tensors, tangents: Tensors) -> Tensors:
         with torch.enable_grad():
             primals = watched_leaves(primals, self.wrt)
-            out = take(self.parent.graph(*primals), self.of)
+            out = take(self.base.graph(*primals), self.of)
             u = tuple(torch.ones_like(o, requires_grad=True) for o in out)
             pulled = leaf_gradients(out, take(primals, self.wrt), u, create_graph=True)
             return leaf_gradients(pulled, u, tangents, create_graph=True)
@@ -181,8 +188,8 @@ _forward_mode = threading.RLock()
 class Vjp:
     """``(x, c) -> c · ∂f_D/∂x_S(x)``. See NOTE [Conjugates]."""
 
-    def __init__(self, parent: Program, wrt: Indices, of: Indices) -> None:
-        self.parent, self.wrt, self.of = parent, wrt, of
+    def __init__(self, base: Program, wrt: Indices, of: Indices) -> None:
+        self.base, self.wrt, self.of = base, wrt, of
 
     def split(self, args: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """Operands, or facts about them, as those of the primals and those of the cotangents."""
@@ -191,7 +198,7 @@ class Vjp:
 
     def functional(self, *args: Tensor) -> Tensors:
         primals, cotangents = self.split(args)
-        f = _restrict(self.parent.functional, primals, self.wrt, self.of)
+        f = _restrict(self.base.functional, primals, self.wrt, self.of)
         _, pullback = torch.func.vjp(f, *take(primals, self.wrt))  # type: ignore[misc]
         return conj(pullback(conj(cotangents)))
 
@@ -200,7 +207,7 @@ class Vjp:
         primals, cotangents = self.split(args)
         with torch.enable_grad():
             primals = watched_leaves(primals, self.wrt)
-            out = take(self.parent.graph(*primals), self.of)
+            out = take(self.base.graph(*primals), self.of)
             grads = leaf_gradients(
                 out, take(primals, self.wrt), conj(cotangents), create_graph=True
             )
@@ -208,7 +215,7 @@ class Vjp:
 
     def run(self, *args: Tensor) -> Tensors:
         primals, cotangents = self.split(args)
-        return self.pull(self.parent.graph, primals, cotangents)
+        return self.pull(self.base.graph, primals, cotangents)
 
     def pull(
         self,
@@ -246,18 +253,18 @@ class Vmap:
     Random numbers are drawn once for all rows, as JAX does with a key that is not batched.
     """
 
-    def __init__(self, parent: Program, dims: Dims) -> None:
-        self.parent, self.dims = parent, dims
-        self.forward_ad: bool = getattr(parent, "forward_ad", True)
+    def __init__(self, base: Program, dims: Dims) -> None:
+        self.base, self.dims = base, dims
+        self.forward_ad: bool = getattr(base, "forward_ad", True)
 
     def functional(self, *args: Tensor) -> Tensors:
-        return _vmap(self.parent.functional, self.dims)(*args)
+        return _vmap(self.base.functional, self.dims)(*args)
 
     def graph(self, *args: Tensor) -> Tensors:
         return self.functional(*args)
 
     def run(self, *args: Tensor) -> Tensors:
-        vjp = self.parent
+        vjp = self.base
         if isinstance(vjp, Vjp):
             # The rows are independent, so their pullbacks are one pullback of the batched function,
             # by torch.autograd, which is several times cheaper than torch.func inside vmap.
@@ -266,7 +273,7 @@ class Vmap:
             if all(d is None for d in primal_dims):
                 if all(d is not None for d in cotangent_dims):
                     rows = _rows_first(cotangents, cotangent_dims)
-                    return vjp.pull(vjp.parent.graph, primals, rows, batched=True)
+                    return vjp.pull(vjp.base.graph, primals, rows, batched=True)
             elif all(primal_dims[i] is not None for i in vjp.wrt):
                 return self._pull_rows(vjp, primals, cotangents)
         if isinstance(vjp, Jvp) and vjp.first_order:
@@ -283,7 +290,7 @@ class Vmap:
             c.expand(size, *c.shape) if d is None else c.movedim(d, 0)
             for c, d in zip(cotangents, cotangent_dims, strict=True)
         )
-        grads = vjp.pull(_vmap(vjp.parent.functional, primal_dims), primals, cotangents)
+        grads = vjp.pull(_vmap(vjp.base.functional, primal_dims), primals, cotangents)
         # A gradient has its rows where the operand has them.
         return _rows_first(grads, take(primal_dims, vjp.wrt))
 
@@ -295,13 +302,13 @@ class Rows(Vmap):
     """
 
     def functional(self, *args: Tensor) -> Tensors:
-        return self._each(self.parent.functional, args)
+        return self._each(self.base.functional, args)
 
     def graph(self, *args: Tensor) -> Tensors:
-        return self._each(self.parent.graph, args)
+        return self._each(self.base.graph, args)
 
     def run(self, *args: Tensor) -> Tensors:
-        return self._each(self.parent.run, args)
+        return self._each(self.base.run, args)
 
     def _each(self, f: Callable[..., Tensors], args: Tensors) -> Tensors:
         split = [None if d is None else x.unbind(d) for x, d in zip(args, self.dims, strict=True)]
@@ -327,10 +334,11 @@ def _restrict(
     return restricted
 
 
-def roots_of(program: Any) -> tuple[Any, ...]:
+def roots_of(program: Program) -> tuple[Any, ...]:
     """The user's function and objects at the root of a program."""
-    while not isinstance(program, UserProgram):
-        program = program.parent
+    while program.base is not None:
+        program = program.base
+    assert isinstance(program, UserProgram)
     return program.roots
 
 

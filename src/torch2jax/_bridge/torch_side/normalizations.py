@@ -1,10 +1,10 @@
 """Normalisations that can be differentiated to any order. Imports torch, never JAX.
 
 torch's derivatives of ``layer_norm``, and of ``batch_norm`` and ``instance_norm`` with statistics
-of the batch, take the mean and the standard deviation that the forward pass saved for constants. In
-the first derivative, and in reverse mode in the second, that is made good; in forward over forward
-mode and in every third derivative the result is silently wrong (torch 2.6 to 2.13). There these
-functions are computed from means and products, whose derivatives torch has right.
+of the batch, treat the mean and the standard deviation that the forward pass saved as constants.
+The first derivative corrects that, and so does the second in reverse mode. In forward over forward
+mode and in every third derivative the result is silently wrong (torch 2.6 to 2.13). There this file
+computes the functions from means and products, whose derivatives are right in torch.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from .derivatives import Jvp, Vjp, Vmap
+from .derivatives import Jvp, Program, Vjp, Vmap
 
 Tensor = torch.Tensor
 
 
-def in_parts(program: Any, f: Callable[..., Any]) -> Callable[..., Any]:
+def in_parts(program: Program | None, f: Callable[..., Any]) -> Callable[..., Any]:
     """``f``, a form of ``program``, with normalisations in parts where torch's would fail."""
     derivatives, pullbacks, batched = 0, 0, False
     while program is not None:
@@ -29,7 +29,7 @@ def in_parts(program: Any, f: Callable[..., Any]) -> Callable[..., Any]:
             derivatives += 1
             pullbacks += 1 + isinstance(program, Jvp)
         batched |= isinstance(program, Vmap)
-        program = getattr(program, "parent", None) or getattr(program, "program", None)
+        program = program.base
     # torch.func.vmap cannot batch the second derivative of batch_norm.
     wanted = derivatives > 1 and (pullbacks > 2 or batched)
     return _InParts(f) if wanted else f
@@ -83,7 +83,7 @@ def _native_layer_norm(
 
 
 def _normalised(input: Tensor, dims: tuple[int, ...], eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the statistics over ``dims``: the input normalised, their mean, and 1/sqrt(var + eps)."""
+    """The input normalised by statistics over ``dims``, the mean, and 1/sqrt(var + eps)."""
     x = input.float() if input.dtype.itemsize < 4 else input
     mean = x.mean(dims, keepdim=True)
     centred = x - mean
@@ -168,7 +168,7 @@ def _update(
     eps: float,
     count: int,
 ) -> None:
-    """Running statistics, in place: the mean of those of the batch; the variance is unbiased."""
+    """Update running statistics in place by the batch's mean and its unbiased variance."""
     with torch.no_grad():
         rows = mean.shape[0], mean.shape[1]
         if running_mean is not None:
@@ -176,16 +176,6 @@ def _update(
         if running_var is not None:
             var = (scale.reshape(rows) ** -2 - eps).mean(0) * (count / max(count - 1, 1))
             running_var.lerp_(var.to(running_var.dtype), momentum)
-
-
-def _functional_layer_norm(
-    input: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-) -> Tensor:
-    return _layer_norm(input, normalized_shape, weight, bias, eps)
 
 
 def _functional_batch_norm(
@@ -216,9 +206,9 @@ def _functional_instance_norm(
     )
 
 
-# Those of torch.nn.functional call the others, out of the mode's sight.
+# The functions of torch.nn.functional call those of torch, and the mode does not see these calls.
 _FUNCTIONS: dict[Any, Callable[..., Any]] = {
-    F.layer_norm: _functional_layer_norm,
+    F.layer_norm: _layer_norm,
     F.batch_norm: _functional_batch_norm,
     F.instance_norm: _functional_instance_norm,
     torch.layer_norm: _layer_norm,

@@ -41,7 +41,7 @@ class Forward:
             self._give_back(replica)
             raise
         if replica.referenced():
-            loans.hold(loans.Lease(lambda: self._give_back(replica)))
+            loans.extend(loans.Loan(lambda: self._give_back(replica)))
         else:
             self._give_back(replica)
         return out

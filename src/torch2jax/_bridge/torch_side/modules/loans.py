@@ -1,8 +1,8 @@
 """What a call borrows and must give back when its graph is gone. Imports nothing of torch or JAX.
 
-A module's forward pass runs on a replica (see ``_replica``). Where the autograd graph refers to the
-replica (``torch.utils.checkpoint`` runs it again in the backward pass), the loan lasts as long as
-the graph: to the end of the handler's call, or with a kept graph until that is dropped.
+A module's forward pass runs on a replica (see ``replica.py``). Where the autograd graph refers to
+the replica (``torch.utils.checkpoint`` runs it again in the backward pass), the loan lasts as long
+as the graph: to the end of the handler's call, or with a kept graph until that is dropped.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 
-class Lease:
+class Loan:
     """A loan that is returned once: by ``release``, or when nothing refers to it."""
 
     def __init__(self, give_back: Callable[[], None]) -> None:
@@ -27,7 +27,7 @@ class Lease:
 
 
 class _Scope(threading.local):
-    leases: list[Lease] | None = None
+    loans: list[Loan] | None = None
 
 
 _scope = _Scope()
@@ -37,31 +37,31 @@ def scoped(run: Callable[..., Any]) -> Callable[..., Any]:
     """``run``, at whose end the loans of its calls are returned that no graph has taken over."""
 
     def call(*args: Any) -> Any:
-        outer, _scope.leases = _scope.leases, []
+        outer, _scope.loans = _scope.loans, []
         try:
             return run(*args)
         finally:
-            leases, _scope.leases = _scope.leases, outer
-            for lease in leases:
-                lease.release()
+            loans, _scope.loans = _scope.loans, outer
+            for loan in loans:
+                loan.release()
 
     return call
 
 
-def hold(lease: Lease) -> None:
+def extend(loan: Loan) -> None:
     """Keep a loan until the end of the call under way, or of the graph that takes it over."""
-    if _scope.leases is not None:
-        _scope.leases.append(lease)
+    if _scope.loans is not None:
+        _scope.loans.append(loan)
 
 
-def held() -> bool:
+def outstanding() -> bool:
     """Whether the call under way has loans that its graph refers to."""
-    return bool(_scope.leases)
+    return bool(_scope.loans)
 
 
-def take() -> list[Lease]:
+def take_over() -> list[Loan]:
     """The loans of the call under way, for a graph that needs them longer."""
-    if not _scope.leases:
+    if not _scope.loans:
         return []
-    leases, _scope.leases = _scope.leases, []
-    return leases
+    loans, _scope.loans = _scope.loans, []
+    return loans

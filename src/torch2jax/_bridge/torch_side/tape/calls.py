@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any
 
 from ..callee import Callee
 from ..derivatives import Program, Vjp, Vmap
 from ..gradients import Indices
+from .kept_graph import GraphPolicy
 from .programs import DropGraph, KeepGraph, PullThroughGraph
 from .table import tape
 
@@ -29,40 +29,51 @@ def is_vjp(callee: Callee) -> bool:
     return isinstance(callee.program, Vjp)
 
 
+def untaped(callee: Callee) -> Callee:
+    """The callee that computes the same and neither returns nor takes a token."""
+    if is_keep(callee) or callee.token_at is not None:
+        assert callee.parent is not None
+        return callee.parent
+    return callee
+
+
 def keeping(callee: Callee, wrt: Indices) -> Callee:
     """``x -> (outputs, token)``: the call that keeps its graph for derivatives in ``wrt``."""
-    label = callee.options.label + callee.path
-    child = callee.derive(
-        f"/keep({','.join(map(str, wrt))})",
-        lambda: KeepGraph(callee.program, wrt, label, callee.options.rng is not None),
-        list(callee.inputs),
-        [*callee.outputs, "the token"],
-    )
-    if "forget" not in child.memo:
+
+    def make() -> Program:
+        options = callee.options
+        policy = GraphPolicy(options.label + callee.path, wrt, options.rng is not None)
+        program = KeepGraph(callee.program, policy)
         # When no wrapper and no executable is left, nor are graphs whose backward never ran.
-        child.memo["forget"] = weakref.finalize(child, tape.forget, id(child.program))
-        child.memo["forget"].atexit = False
-    return child
+        weakref.finalize(program, tape.forget, policy).atexit = False
+        return program
+
+    suffix = f"/keep({','.join(map(str, wrt))})"
+    return callee.derive(suffix, make, callee.inputs, [*callee.outputs, "the token"])
+
+
+def kept_operands(keep: Callee) -> Indices:
+    """The operands for whose derivatives a call of ``keep`` keeps its graph."""
+    assert isinstance(keep.program, KeepGraph)
+    return keep.program.policy.wrt
 
 
 def with_token(callee: Callee, after: int, keep: Callee) -> Callee:
     """``callee``, a derivative, with a token of ``keep`` before its last ``after`` operands."""
     at = len(callee.inputs) - after
-    program: Any = callee.program
-    batched = isinstance(program, Vmap)
-    vjp = program.parent if batched else program
-    assert isinstance(keep.program, KeepGraph)
+    program = callee.program
     keeper = keep.program
+    assert isinstance(keeper, KeepGraph)
 
     def make() -> Program:
+        batched = isinstance(program, Vmap)
+        vjp = program.base if batched else program
         if isinstance(vjp, Vjp):
             dims = vjp.split(program.dims) if batched else ((), ())
             if all(d is None for d in dims[0]) and all(d == 0 for d in dims[1]):
-                return PullThroughGraph(vjp, keeper, batched, program)
-        return DropGraph(program, after, keeper)
+                return PullThroughGraph(program, vjp, keeper, batched)
+        return DropGraph(program, after, keeper.policy)
 
     inputs = [*callee.inputs[:at], "the token", *callee.inputs[at:]]
-    suffix = f"/tape({','.join(map(str, keeper.wrt))})"
-    child = callee.derive(suffix, make, inputs, list(callee.outputs))
-    child.keep = keep  # the graphs of a token are found by the program that kept them
-    return child
+    suffix = f"/tape({','.join(map(str, keeper.policy.wrt))})"
+    return callee.derive(suffix, make, inputs, callee.outputs, token_at=at, keep=keep)

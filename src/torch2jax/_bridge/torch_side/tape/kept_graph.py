@@ -4,12 +4,12 @@ NOTE [What a kept graph may hold]. XLA reuses and moves its buffers, inside a sc
 graph must hold no view of an operand. Hooks on saved tensors replace each such view by its place in
 the operand (``_View``) and rebuild it from the operands of the backward call. Views are found by
 storage, so views of another dtype and lazily conjugated ones are found too. The hooks switch off
-torch's check that a saved tensor was not changed in place: ``_Saved`` makes it. And what holds a
-view outside of saved tensors (``ctx.x = x``, the closures of ``torch.utils.checkpoint``) shows in
-reference counts after the forward pass: then, and where hooks are refused (``torch.func`` inside
+torch's check that a saved tensor was not changed in place: ``SavedTensors`` makes it. A view that
+is held outside of saved tensors (``ctx.x = x``, the closures of ``torch.utils.checkpoint``) shows
+in reference counts after the forward pass: then, and where hooks are refused (``torch.func`` inside
 ``f``), the function works on copies of its operands that torch owns. The choice is made per
-function, once, and shown by ``tape_info()``. Small operands are copied too, once hooks have told
-how large the graph is: copies of theirs are cheaper than hooks.
+function, once (``GraphPolicy``), and ``tape_info()`` shows it. Small operands are copied too, once
+hooks have told how large the graph is: their copies are cheaper than hooks.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
@@ -30,63 +30,83 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_
 from ..gradients import Indices, Tensor, Tensors
 from ..modules import loans
 
-if TYPE_CHECKING:
-    from .programs import KeepGraph
+
+class GraphPolicy:
+    """How the graphs of one function are kept: what is known of it, and what its calls taught.
+
+    Calls on several threads share it: they only ever set what they learn.
+    """
+
+    def __init__(self, label: str, wrt: Indices, seeded: bool) -> None:
+        self.label = label
+        """The function in ``tape_info()``."""
+        self.wrt = wrt
+        """Operands that its graphs are differentiated in."""
+        self.seeded = seeded
+        """Whether it draws from a key: a checkpointed block draws again in its backward pass."""
+        self.copies = False
+        """Whether the function works on copies of its operands."""
+        self.unhooked = False
+        """Whether it refuses hooks on saved tensors."""
+        self.by_backward = False
+        """Whether its graph refuses ``autograd.grad``, so that ``backward()`` must do."""
+        self.small: dict[tuple[torch.Size, ...], int] = {}
+        """Shapes of operands whose copies cost less than hooks, and the bytes of their graph."""
 
 
 class KeptGraph:
     """A kept graph: edges of its outputs, and its leaves; no view of an operand."""
 
-    def __init__(self, keep: KeepGraph, device: torch.device, source: SavedTensors) -> None:
-        self.keep, self.device, self.source = keep, device, source
+    def __init__(self, policy: GraphPolicy, device: torch.device, saved: SavedTensors) -> None:
+        self.policy, self.device, self.saved = policy, device, saved
         self.outputs: list[GradientEdge | None] = []
         self.inputs: list[Tensor] = []
         """Leaves of the graph: empty shells, or torch's own copies of the operands (``owned``)."""
         self.owned = False
-        self.storages = source.storages
-        self.leases: Sequence[loans.Lease] = ()
+        self.storages = saved.storages
+        self.loans: Sequence[loans.Loan] = ()
         """Replicas of modules that the graph runs again in its backward pass."""
         self.reused = False
+        """Whether its token was used more than once, so that it stays after a backward pass."""
         self.lock = threading.Lock()
 
 
 class SavedTensors:
-    """Packs what a forward pass on ``operands`` saves, and what it is rebuilt from.
+    """Packs what a forward pass on ``operands`` saves, and holds what it is rebuilt from.
 
-    See NOTE [What a kept graph may hold]. Packed, a tensor is a function without arguments that
-    gives it back. Apart from the graph: the graph refers to it.
+    See NOTE [What a kept graph may hold]. A packed tensor is a function without arguments that
+    gives it back. This object is no part of ``KeptGraph``, because the graph refers to it.
     """
 
     def __init__(self, operands: Tensors) -> None:
         self.operands = operands
-        """Of the forward pass, then of the backward call under way, and none between them."""
+        """Those of the forward pass, then of the backward call under way; none between the two."""
         self.versions: list[int] = []
-        """Of the operands at the end of the forward pass."""
+        """The operands' versions at the end of the forward pass."""
         self.storages: dict[int, int] = {}
         """Address and bytes of the storages that the graph holds."""
         self.by_address = {x.data_ptr(): i for i, x in enumerate(operands)}
         self.by_address.pop(0, None)  # where tensors without elements are
 
-    def unchanged(self, operand: int, saved: int) -> Tensor:
+    def unchanged(self, operand: int, expected: int) -> Tensor:
         """An operand, if its version is still the one that was saved."""
         x = self.operands[operand]
         # The forward pass may still be under way.
         version = self.versions[operand] if self.versions else x._version
-        if version != saved:
-            raise _modified(x, saved, version)
+        if version != expected:
+            raise _modified(x, expected, version)
         return x
 
     def pack(self, t: Tensor) -> Callable[[], Tensor]:
         if t.layout is not torch.strided:
-            return partial(_own, t, t._version)
+            return partial(_torchs_own, t, t._version)
         storage = t.untyped_storage()
         address = storage.data_ptr()
         index = self.by_address.get(address)
         if index is None:
             self.storages[address] = storage.nbytes()
-            # With its node, an output that its own node saves would be a cycle that nobody
-            # collects.
-            return partial(_own, t.detach() if t.requires_grad else t, t._version)
+            # Detached: an output that its own node saves would be a cycle that nobody collects.
+            return partial(_torchs_own, t.detach() if t.requires_grad else t, t._version)
         x = self.operands[index]
         version = x._version  # its own, or that of another tensor in the same memory
         conj, neg = t.is_conj(), t.is_neg()
@@ -96,17 +116,17 @@ class SavedTensors:
         return _View(self, index, t.dtype, size, stride, offset, conj, neg, version)
 
 
-def _own(t: Tensor, saved: int) -> Tensor:
-    """A saved tensor of torch's own, if its version is still the one that was saved."""
-    if t._version != saved:
-        raise _modified(t, saved, t._version)
+def _torchs_own(t: Tensor, expected: int) -> Tensor:
+    """A saved tensor in torch's memory, if its version is still the one that was saved."""
+    if t._version != expected:
+        raise _modified(t, expected, t._version)
     return t
 
 
 class _View(NamedTuple):
     """A saved view of an operand: where it lies in it."""
 
-    source: SavedTensors
+    saved: SavedTensors
     operand: int
     dtype: torch.dtype
     size: torch.Size
@@ -117,7 +137,7 @@ class _View(NamedTuple):
     version: int
 
     def __call__(self) -> Tensor:
-        x = self.source.unchanged(self.operand, self.version)
+        x = self.saved.unchanged(self.operand, self.version)
         if x.dtype is self.dtype:
             t = x.as_strided(self.size, self.stride, self.offset)
         else:
@@ -135,18 +155,18 @@ def refuses_hooks(error: RuntimeError) -> bool:
     return "saved tensor hooks" in str(error) or "BatchedTensorImpl" in str(error)
 
 
-def packing(source: SavedTensors) -> saved_tensors_hooks:
-    """A context in which ``source`` packs what autograd saves."""
+def packing(saved: SavedTensors) -> saved_tensors_hooks:
+    """A context in which ``saved`` packs what autograd saves."""
     dynamo = sys.modules.get("torch._dynamo.eval_frame")  # loading it takes seconds
     if dynamo is not None:
         _exempt_from_compilation(dynamo)
-    return saved_tensors_hooks(source.pack, operator.call)
+    return saved_tensors_hooks(saved.pack, operator.call)
 
 
 @functools.cache
 def _exempt_from_compilation(dynamo: Any) -> None:
     """Have torch.compile not compile the hooks where a compiled function calls them."""
-    for f in (SavedTensors.pack, SavedTensors.unchanged, _own, _View.__call__):
+    for f in (SavedTensors.pack, SavedTensors.unchanged, _torchs_own, _View.__call__):
         dynamo.skip_code(f.__code__)
 
 
@@ -174,7 +194,7 @@ def storages_of(tensors: Iterable[Tensor]) -> dict[int, int]:
 
 
 def saved_tensors(out: Tensors) -> Iterator[Tensor]:
-    """What the graph of ``out`` saves, asked of its nodes."""
+    """The tensors that the nodes of the graph of ``out`` save."""
     pending = [y.grad_fn for y in out if y.grad_fn is not None]
     seen = set(pending)
     while pending:
@@ -191,7 +211,7 @@ def saved_tensors(out: Tensors) -> Iterator[Tensor]:
 
 
 def _references(x: Tensor) -> tuple[int, int, int, int]:
-    """To its storage, to that as a Python object, to the tensor, and to that as a Python object."""
+    """How many references there are: in C++ and Python, to the storage, then to the tensor."""
     storage = x.untyped_storage()
     uses = _storage_references(storage._cdata)
     return uses, sys.getrefcount(storage), x._use_count(), sys.getrefcount(x)  # type: ignore[attr-defined]
@@ -200,8 +220,8 @@ def _references(x: Tensor) -> tuple[int, int, int, int]:
 _storage_references = torch._C._storage_Use_Count
 
 
-def _unheld() -> tuple[tuple[int, int, int, int], tuple[int, int, int, int]]:
-    """Counts for a leaf, and for an operand that is none, which nobody else refers to."""
+def _least_references() -> tuple[tuple[int, int, int, int], tuple[int, int, int, int]]:
+    """Counts where nobody else refers to an operand: for one that is a leaf, and for another."""
     operands = (torch.zeros(1),)
     leaves = [operands[0].detach().requires_grad_()]
     inputs = [leaves[0]]
@@ -215,16 +235,16 @@ def _unheld() -> tuple[tuple[int, int, int, int], tuple[int, int, int, int]]:
     return watched, plain  # type: ignore[return-value]
 
 
-_WATCHED, _PLAIN = _unheld()
+_WATCHED, _PLAIN = _least_references()
 
 
 def referenced_elsewhere(operands: Tensors, leaves: list[Tensor], wrt: Indices) -> bool:
     """Whether something beside our own lists refers to an operand's storage or to a leaf."""
     shared: set[int] | None = None
     for i, x in enumerate(leaves):
-        storage, held, uses, references = _references(x)
+        storage, storage_object, tensor, tensor_object = _references(x)
         least = _WATCHED if i in wrt else _PLAIN
-        if held > least[1] or uses > least[2] or references > least[3]:
+        if storage_object > least[1] or tensor > least[2] or tensor_object > least[3]:
             return True
         if storage > least[0]:
             if shared is None:  # two operands may be one buffer

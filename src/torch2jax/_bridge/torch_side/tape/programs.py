@@ -4,7 +4,7 @@ A differentiated call of ``f`` is a call of ``KeepGraph(f, S)``: it returns the 
 and keeps its autograd graph in the tape under that token. ``PullThroughGraph`` takes the graph and
 runs only the backward pass. A token that is not in the tape (evicted, used up, from another
 process) is a miss: ``PullThroughGraph`` then runs forward from the primals, so no result depends on
-the tape.
+the tape. A derivative that cannot use the graph drops it: ``DropGraph``.
 
 What a kept graph may hold: see the NOTE in ``kept_graph.py``.
 """
@@ -21,9 +21,10 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from ...._compat.torch import pull_back, pull_back_rows, python_node
 from .. import seeding
 from ..derivatives import Program, Vjp, roots_of
-from ..gradients import Indices, Tensor, Tensors, conj, gradients_by_backward, refuses_grad
+from ..gradients import Tensor, Tensors, conj, gradients_by_backward, refuses_grad
 from ..modules import loans
 from .kept_graph import (
+    GraphPolicy,
     KeptGraph,
     SavedTensors,
     empty,
@@ -39,19 +40,11 @@ from .table import no_token, tape
 class KeepGraph:
     """``x -> (f(x), token)``, with the graph of the forward pass kept under the token."""
 
-    def __init__(self, parent: Program, wrt: Indices, label: str, seeded: bool) -> None:
-        self.parent, self.wrt, self.label, self.seeded = parent, wrt, label, seeded
-        self.copies = False
-        """Whether the function works on copies of its operands."""
-        self.unhooked = False
-        """Whether it refuses hooks on saved tensors."""
-        self.by_backward = False
-        """Whether its graph refuses ``autograd.grad``, so that ``backward()`` must do."""
-        self.small: dict[tuple[torch.Size, ...], int] = {}
-        """Shapes of operands whose copies cost less than hooks, and the bytes of their graph."""
+    def __init__(self, base: Program, policy: GraphPolicy) -> None:
+        self.base, self.policy = base, policy
 
     def functional(self, *args: Tensor) -> Tensors:
-        return (*self.parent.functional(*args), no_token(args))
+        return (*self.base.functional(*args), no_token(args))
 
     graph = functional
 
@@ -63,55 +56,57 @@ class KeepGraph:
 
     def forward(self, args: Tensors) -> tuple[Tensors, KeptGraph | None]:
         """Outputs and a graph to keep; None where the graph cannot be kept this time."""
+        policy = self.policy
         before = torch.is_grad_enabled()
         torch._C._set_grad_enabled(True)
         try:
-            if not self.copies:
+            if not policy.copies:
                 shapes = tuple([x.shape for x in args])
-                if shapes in self.small:
-                    return self._on_copies(args, self.small[shapes])
+                if shapes in policy.small:
+                    return self._on_copies(args, policy.small[shapes])
                 try:
                     out, graph = self._on_views(args)
                 except RuntimeError as error:
                     if not refuses_hooks(error):
                         raise
-                    self.copies = self.unhooked = True
+                    policy.copies = policy.unhooked = True
                 else:
                     if graph is None:
                         gc.collect()  # the refused graph may lie in cycles, and it holds views
                     else:
                         size = sum(x.nbytes for x in args) + sum(graph.storages.values())
                         if size <= _SMALL and graph.device.type == "cpu":
-                            self.small[shapes] = size
+                            policy.small[shapes] = size
                     return out, graph
-            if not self.unhooked:
+            if not policy.unhooked:
                 try:
                     return self._on_copies(args)
                 except RuntimeError as error:
                     if not refuses_hooks(error):
                         raise
-                    self.unhooked = True
+                    policy.unhooked = True
             return self._on_copies(args)
         finally:
             torch._C._set_grad_enabled(before)
 
     def _on_views(self, args: Tensors) -> tuple[Tensors, KeptGraph | None]:
-        source = SavedTensors(args)
-        graph = KeptGraph(self, args[0].device, source)
+        wrt = self.policy.wrt
+        saved = SavedTensors(args)
+        graph = KeptGraph(self.policy, args[0].device, saved)
         leaves = [x.detach() for x in args]
-        for i in self.wrt:
+        for i in wrt:
             leaves[i].requires_grad_()
-        with packing(source):  # fn may run a backward pass of its own
-            out = self.parent.graph(*leaves)
+        with packing(saved):  # fn may run a backward pass of its own
+            out = self.base.graph(*leaves)
         graph.outputs = [_edge(y) for y in out]
-        graph.inputs = [leaves[i] for i in self.wrt]
-        source.versions = [x._version for x in args]
-        source.operands = ()
+        graph.inputs = [leaves[i] for i in wrt]
+        saved.versions = [x._version for x in args]
+        saved.operands = ()
         out = _detached(out)
         # A local decision: another thread in this object may find something else.
-        refused = loans.held() or referenced_elsewhere(args, leaves, self.wrt)
+        refused = loans.outstanding() or referenced_elsewhere(args, leaves, wrt)
         if refused:
-            self.copies = True
+            self.policy.copies = True
         # The graph's leaves are these tensor objects. They must not keep XLA's memory, not even
         # where the graph is refused and lies in a cycle.
         for leaf in leaves if refused else graph.inputs:
@@ -120,25 +115,26 @@ class KeepGraph:
 
     def _on_copies(self, args: Tensors, size: int | None = None) -> tuple[Tensors, KeptGraph]:
         """``size``: bytes of the graph, where they are known."""
-        source = SavedTensors(())  # empty is a view of an operand here: what it packs is counted
-        graph = KeptGraph(self, args[0].device, source)
+        policy = self.policy
+        saved = SavedTensors(())  # without operands it finds no view, and counts what it packs
+        graph = KeptGraph(policy, args[0].device, saved)
         leaves = [x.clone() for x in args]
-        for i in self.wrt:
+        for i in policy.wrt:
             leaves[i].requires_grad_()
-        if self.unhooked or size is not None:
-            out = self.parent.graph(*leaves)
+        if policy.unhooked or size is not None:
+            out = self.base.graph(*leaves)
         else:
-            with packing(source):
-                out = self.parent.graph(*leaves)
-        graph.leases = loans.take()
+            with packing(saved):
+                out = self.base.graph(*leaves)
+        graph.loans = loans.take_over()
         graph.outputs = [_edge(y) for y in out]
-        graph.inputs = [leaves[i] for i in self.wrt]
+        graph.inputs = [leaves[i] for i in policy.wrt]
         graph.owned = True
         if size is not None:
             graph.storages[-id(graph)] = size  # no address of a storage
         else:
-            saved = saved_tensors(out) if self.unhooked else ()
-            graph.storages.update(storages_of((*leaves, *out, *saved)))
+            found = saved_tensors(out) if policy.unhooked else ()
+            graph.storages.update(storages_of((*leaves, *out, *found)))
         return _detached(out), graph
 
 
@@ -163,36 +159,37 @@ def _detached(out: Tensors) -> Tensors:
 class PullThroughGraph:
     """``(x, token, c) -> c · ∂f_D/∂x_S(x)``: the ``Vjp``, by the graph under the token if there.
 
-    ``batched``: every cotangent has leading rows, and so have the results.
+    ``base`` is the ``Vjp``, or with ``batched`` its batch: every cotangent then has leading rows,
+    and so have the results. It computes the same where there is no graph.
     """
 
-    def __init__(self, vjp: Vjp, keep: KeepGraph, batched: bool, otherwise: Program) -> None:
-        self.vjp, self.keep, self.batched = vjp, keep, batched
-        self.otherwise = otherwise
+    def __init__(self, base: Program, vjp: Vjp, keep: KeepGraph, batched: bool) -> None:
+        self.base, self.vjp, self.keep, self.batched = base, vjp, keep, batched
+        self.policy = keep.policy
 
-    def _untaped(self, args: Tensors) -> tuple[Tensors, Tensor, Tensors]:
+    def _split(self, args: Tensors) -> tuple[Tensors, Tensor, Tensors]:
         at = len(args) - len(self.vjp.of) - 1
         return args[:at], args[at], args[at + 1 :]
 
     def functional(self, *args: Tensor) -> Tensors:
-        primals, _, cotangents = self._untaped(args)
-        return self.otherwise.functional(*primals, *cotangents)
+        primals, _, cotangents = self._split(args)
+        return self.base.functional(*primals, *cotangents)
 
     def graph(self, *args: Tensor) -> Tensors:
-        primals, _, cotangents = self._untaped(args)
-        return self.otherwise.graph(*primals, *cotangents)
+        primals, _, cotangents = self._split(args)
+        return self.base.graph(*primals, *cotangents)
 
     def run(self, *args: Tensor) -> Tensors:
-        primals, token, cotangents = self._untaped(args)
+        primals, token, cotangents = self._split(args)
         key = tuple(token.tolist())
-        graph = tape.take(key, self.keep, token.device)
+        graph = tape.take(key, self.policy, token.device)
         if graph is None:
             if not tape.used_up(key):
-                return self.otherwise.run(*primals, *cotangents)
+                return self.base.run(*primals, *cotangents)
             # Merged or hoisted by XLA, and used again: keep what is rebuilt for the next use.
             _, graph = self.keep.forward(primals)
             if graph is None:
-                return self.otherwise.run(*primals, *cotangents)
+                return self.base.run(*primals, *cotangents)
             graph.reused = True
             tape.restore(key, graph)
         return self._pull(graph, primals, cotangents)
@@ -203,12 +200,12 @@ class PullThroughGraph:
         if None in edges:  # an output that depends on no input
             seeds = tuple(c for c, e in zip(seeds, edges, strict=True) if e is not None)
             edges = [e for e in edges if e is not None]
-        grads: Sequence[Tensor | None] = [None] * len(self.keep.wrt)
+        grads: Sequence[Tensor | None] = [None] * len(self.policy.wrt)
         if edges:
             with graph.lock:
-                graph.source.operands = primals
+                graph.saved.operands = primals
                 try:
-                    if self.keep.seeded:  # a checkpointed block draws again in its backward pass
+                    if self.policy.seeded:
                         with seeding.lock:
                             grads = self._gradients(graph, edges, seeds)
                     else:
@@ -216,12 +213,12 @@ class PullThroughGraph:
                 except RuntimeError as error:
                     if not refuses_grad(error):
                         raise
-                    self.keep.copies = self.keep.by_backward = True
-                    return self.otherwise.run(*primals, *cotangents)
+                    self.policy.copies = self.policy.by_backward = True
+                    return self.base.run(*primals, *cotangents)
                 finally:
-                    graph.source.operands = ()
-        if self.vjp.wrt != self.keep.wrt:
-            by_input = dict(zip(self.keep.wrt, grads, strict=True))
+                    graph.saved.operands = ()
+        if self.vjp.wrt != self.policy.wrt:
+            by_input = dict(zip(self.policy.wrt, grads, strict=True))
             grads = [by_input[i] for i in self.vjp.wrt]
         rows = (cotangents[0].shape[0],) if self.batched else ()
         filled = [
@@ -233,9 +230,9 @@ class PullThroughGraph:
     def _gradients(
         self, graph: KeptGraph, edges: Sequence[Any], seeds: Tensors
     ) -> Sequence[Tensor | None]:
-        if self.keep.by_backward and graph.owned and not (self.batched or graph.reused):
+        if self.policy.by_backward and graph.owned and not (self.batched or graph.reused):
             leaves = tuple(graph.inputs)
-            return gradients_by_backward(edges, leaves, seeds, roots_of(self.keep))
+            return gradients_by_backward(edges, leaves, seeds, roots_of(self))
         pull = pull_back_rows if self.batched else pull_back
         return pull(edges, graph.inputs, seeds, graph.reused)
 
@@ -243,20 +240,20 @@ class PullThroughGraph:
 class DropGraph:
     """A program that takes a token before its last ``after`` operands, and drops its graph."""
 
-    def __init__(self, program: Program, after: int, keep: KeepGraph) -> None:
-        self.program, self.after, self.keep = program, after, keep
+    def __init__(self, base: Program, after: int, policy: GraphPolicy) -> None:
+        self.base, self.after, self.policy = base, after, policy
 
     def _without_token(self, args: Tensors) -> Tensors:
         at = len(args) - self.after - 1
         return args[:at] + args[at + 1 :]
 
     def functional(self, *args: Tensor) -> Tensors:
-        return self.program.functional(*self._without_token(args))
+        return self.base.functional(*self._without_token(args))
 
     def graph(self, *args: Tensor) -> Tensors:
-        return self.program.graph(*self._without_token(args))
+        return self.base.graph(*self._without_token(args))
 
     def run(self, *args: Tensor) -> Tensors:
         token = args[len(args) - self.after - 1]
-        tape.take(tuple(token.tolist()), self.keep, token.device)
-        return self.program.run(*self._without_token(args))
+        tape.take(tuple(token.tolist()), self.policy, token.device)
+        return self.base.run(*self._without_token(args))

@@ -1,6 +1,6 @@
 """The tape: graphs of forward passes, kept for their backward passes. Imports torch, never JAX.
 
-A table in this process, of bounded size; ``programs.py`` has the programs that write and read it.
+It is a table of this process, of bounded size; the programs of ``programs.py`` write and read it.
 """
 
 from __future__ import annotations
@@ -12,16 +12,12 @@ import threading
 import warnings
 from collections import OrderedDict, defaultdict
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 
 from ...._errors import SignatureError, Torch2JaxWarning
 from ..gradients import Tensor, Tensors
-from .kept_graph import KeptGraph
-
-if TYPE_CHECKING:
-    from .programs import KeepGraph
+from .kept_graph import GraphPolicy, KeptGraph
 
 _ENVIRONMENT = f"{__name__.partition('.')[0].upper()}_TAPE_BYTES"
 
@@ -29,6 +25,7 @@ Token = tuple[int, ...]
 
 
 def no_token(args: Tensors) -> Tensor:
+    """The token of a call that keeps no graph, on the device of its operands."""
     return torch.zeros(4, dtype=torch.uint32, device=args[0].device)
 
 
@@ -65,22 +62,22 @@ class _Account:
     def __init__(self) -> None:
         self.bytes = 0
         self.storages: dict[int, tuple[int, int]] = {}
-        """By address: how many graphs hold it, and its bytes. What several hold counts once."""
+        """How many graphs hold a storage, and its bytes, by address. Each counts once."""
         self.fresh: list[tuple[Token, Tensor]] = []
-        """Tokens to come, with their words. Made in blocks: one alone costs microseconds."""
+        """Tokens to come, with their words. They are made in blocks: one costs microseconds."""
 
     def enter(self, storages: dict[int, int]) -> None:
         for address, size in storages.items():
             # An address may have been another storage's before: the larger size counts.
-            held, counted = self.storages.get(address, (0, 0))
-            self.storages[address] = held + 1, max(size, counted)
+            graphs, counted = self.storages.get(address, (0, 0))
+            self.storages[address] = graphs + 1, max(size, counted)
             self.bytes += max(size - counted, 0)
 
     def leave(self, storages: dict[int, int]) -> None:
         for address in storages:
-            held, counted = self.storages.pop(address)
-            if held > 1:
-                self.storages[address] = held - 1, counted
+            graphs, counted = self.storages.pop(address)
+            if graphs > 1:
+                self.storages[address] = graphs - 1, counted
             else:
                 self.bytes -= counted
 
@@ -107,7 +104,7 @@ class Tape:
         self._copying: dict[str, None] = {}
 
     def add(self, graph: KeptGraph) -> Tensor:
-        """KeepGraph ``graph``; a tensor with the words of its token."""
+        """Keep ``graph``, and return a tensor with the words of its token."""
         with self._lock:
             account = self._accounts[graph.device]
             if not account.fresh:
@@ -125,18 +122,18 @@ class Tape:
         return list(zip(tokens, block.unbind(), strict=True))
 
     def restore(self, token: Token, graph: KeptGraph) -> None:
-        """KeepGraph ``graph`` under ``token``, and evict what is beyond the budget."""
+        """Keep ``graph`` under ``token``, and evict what is beyond the budget."""
         with self._lock:
             if graph.reused:
                 # One graph that is used again and again is kept per function, the latest.
-                same = [t for t, c in self._graphs.items() if c.reused and c.keep is graph.keep]
-                for other in same:
-                    self._remove(other)
+                for other, kept in list(self._graphs.items()):
+                    if kept.reused and kept.policy is graph.policy:
+                        self._remove(other)
             self._enter(token, graph, self._accounts[graph.device])
 
     def _enter(self, token: Token, graph: KeptGraph, account: _Account) -> None:
-        if graph.keep.copies:
-            self._copying[graph.keep.label] = None
+        if graph.policy.copies:
+            self._copying[graph.policy.label] = None
         self._graphs[token] = graph
         account.enter(graph.storages)
         self._evict(graph.device, account)
@@ -144,19 +141,19 @@ class Tape:
     def _evict(self, device: torch.device, account: _Account) -> None:
         budget = default_budget(device) if self._budget is None else self._budget
         while account.bytes > budget or budget == 0:
-            oldest = next((t for t, c in self._graphs.items() if c.device == device), None)
+            oldest = next((t for t, g in self._graphs.items() if g.device == device), None)
             if oldest is None:  # a budget of 0 keeps no graph, not even one without activations
                 return
             self._remove(oldest)
             self._evicted(budget)
 
-    def take(self, token: Token, keep: KeepGraph, device: torch.device) -> KeptGraph | None:
-        """The graph under ``token``, if it is there and is of ``keep`` on ``device``."""
+    def take(self, token: Token, policy: GraphPolicy, device: torch.device) -> KeptGraph | None:
+        """The graph under ``token``, if there is one of this function on ``device``."""
         if token == _NO_TOKEN:
             return None
         with self._lock:
             graph = self._graphs.get(token)
-            if graph is None or graph.keep is not keep or graph.device != device:
+            if graph is None or graph.policy is not policy or graph.device != device:
                 self._misses += 1
                 return None
             self._hits += 1
@@ -179,10 +176,10 @@ class Tape:
                 self._remove(token)
             self._used.clear()
 
-    def forget(self, keep: int) -> None:
-        """Drop the graphs of the ``KeepGraph`` with this id, whose callee is gone."""
+    def forget(self, policy: GraphPolicy) -> None:
+        """Drop the graphs of a function that nobody can call any more."""
         with self._lock:
-            for token in [t for t, c in self._graphs.items() if id(c.keep) == keep]:
+            for token in [t for t, g in self._graphs.items() if g.policy is policy]:
                 self._remove(token)
 
     def set_budget(self, budget: int | None) -> None:
@@ -254,7 +251,7 @@ def clear_tape() -> None:
 def set_tape_budget(bytes: int | None) -> None:
     """Bytes of activations that the tape keeps on each device; None: a quarter of its memory.
 
-    0 keeps empty: every backward pass runs forward again.
+    0 keeps nothing: every backward pass runs forward again.
 
     Raises:
       SignatureError: for anything but None and an int of at least 0.
