@@ -67,8 +67,8 @@ def torch2jax(
       output_shapes: pytree of ``jax.ShapeDtypeStruct``, arrays, tensors or ``torch.Size``. Given,
         ``fn`` is never evaluated to infer its result, and a result that differs is an error; a
         list and a tuple do not.
-      depth: None for derivatives of any order in both modes; ``k >= 1`` for ``k`` nested
-        ``jax.custom_vjp`` rules, reverse mode only; 0 for none.
+      depth: None for derivatives of any order; ``k >= 1`` for ``k`` orders at most, in both modes;
+        0 for none.
       nondiff_argnums: positional arguments that get zero cotangents without torch work.
       nondiff_mask: the same, as a tree of bools with the structure of the arguments or of a prefix.
       residuals: "tape": a differentiated call keeps PyTorch's autograd graph for its backward pass

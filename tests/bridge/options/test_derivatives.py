@@ -85,6 +85,24 @@ def test_depth(depth: int) -> None:
     same(f(x), twin(x))
 
 
+@pytest.mark.parametrize("inner", [jax.jacfwd, jax.jacrev])
+@pytest.mark.parametrize("outer", [jax.jacfwd, jax.jacrev])
+@pytest.mark.parametrize(
+    "through",
+    [lambda g: g, jax.jit, lambda g: lambda x: jax.vmap(g)(x[None])[0]],
+    ids=["eager", "jit", "vmap"],
+)
+def test_depth_counts_in_both_modes(inner: Any, outer: Any, through: Any) -> None:
+    def second(depth: int) -> Any:
+        return through(outer(inner(torch2jax(lambda a: torch.sin(a).prod(), depth=depth))))
+
+    same(second(2)(X), outer(inner(lambda a: jnp.sin(a).prod()))(X), 1e-4)
+    with pytest.raises(DifferentiationError, match=r"2 times.*depth=1\b.*depth=2"):
+        second(1)(X)
+    with pytest.raises(DifferentiationError, match=r"3 times.*depth=2\b.*depth=3"):
+        jax.grad(lambda x: second(2)(x).sum())(X)
+
+
 def test_depth_none_has_no_limit() -> None:
     f: Any = torch2jax(lambda a: torch.exp(2 * a))
     for _ in range(5):
