@@ -38,8 +38,8 @@ SEVERAL = "/several"
 
 
 def entry_of(callee: Callee, name: str, several_devices: bool) -> Any:
-    """An entry of the handler's table; withdrawn when nothing refers to it."""
-    options, base = callee.options, callee.parent is None
+    """An entry of the handler's table; it is withdrawn when nothing refers to it."""
+    options, is_root = callee.options, callee.parent is None
     run, collect = runnable(callee)
     return extension.Entry(
         name=name,
@@ -49,8 +49,8 @@ def entry_of(callee: Callee, name: str, several_devices: bool) -> Any:
         inputs=list(callee.inputs),
         outputs=list(callee.outputs),
         default_dtype=options.default_dtype,
-        pass_outputs=base and options.pass_outputs,
-        inplace=[i for i, _ in options.aliases] if base else [],
+        pass_outputs=is_root and options.pass_outputs,
+        inplace=[i for i, _ in options.aliases] if is_root else [],
     )
 
 
@@ -64,8 +64,8 @@ def runnable(callee: Callee) -> tuple[Any, Any]:
 def name_of(callee: Callee) -> str:
     """The callee's name: ``module.qualname``, a counter, and how it is derived.
 
-    The counter of a root is given when it or anything derived from it is first lowered, so equal
-    programs have equal names in every process.
+    A root gets its counter when it or anything derived from it is first lowered, so equal programs
+    have equal names in every process.
     """
     if callee.parent is not None:
         return name_of(callee.parent) + callee.suffix
@@ -78,9 +78,9 @@ def name_of(callee: Callee) -> str:
 
 
 def _shut_down() -> None:
-    """Let what was dispatched end, 5 s at most, then refuse calls.
+    """Wait for what was dispatched, 5 s at most, then refuse calls.
 
-    A program that is still running while the interpreter goes has ended some processes by abort.
+    Programs that still ran while the interpreter shut down have aborted some processes.
     """
     deadline = time.monotonic() + 5
     if _names:  # something was lowered, so JAX has a backend

@@ -1,4 +1,4 @@
-"""The extension: the only file that imports it. What it needs of PyTorch is given to it here."""
+"""The extension: only this file imports it, and gives it what it needs of PyTorch."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import torch.utils.dlpack
 
 from ... import _ext, _refusals
 from ..._compat.torch import exchange_api
-from ..torch_side import ambient, exceptions
+from ..torch_side import ambient, exceptions, streams
 
 TARGET = __name__.partition(".")[0]
-"""Name of the custom call: the package's import name, so that aliases live side by side."""
+"""Name of the custom call. It is the package's import name, so that aliases live side by side."""
 
 dlpack_path, dtype_routes = _ext.dlpack_path, _ext.dtype_routes
 to_arrays, to_tensors = _ext.to_arrays, _ext.to_tensors
@@ -37,22 +37,22 @@ def resolve_by(resolver: Any) -> None:
 
 
 def set_up(**others: Any) -> None:
-    """Give the handler what it uses of PyTorch and of the package, or others of it."""
+    """Give the handler what it uses of PyTorch and the package; ``others`` replace parts of it."""
     hooks = {
         "ambient_clean": ambient.ambient_clean,
         "run_guarded": ambient.run_guarded,
         "describe_exception": exceptions.describe_exception,
         "collect": lambda: gc.collect(1),
         "resolve": lambda name: _resolver(name),
-        "run_on_stream": ambient.run_on_stream,
-        "current_stream": ambient.current_stream,
+        "run_on_stream": streams.run_on_stream,
+        "current_stream": streams.current_stream,
     }
     rocm = torch.version.hip is not None
     _ext.setup(exchange_api=exchange_api(), torch=torch, rocm=rocm, **{**hooks, **others})
 
 
 set_up()
-# In a forked process the handler refuses: what it asks before a call raises.
+# In a forked process the handler refuses calls: what it asks before each of them raises.
 os.register_at_fork(
     after_in_child=lambda: set_up(
         ambient_clean=_refusals.refuse_forked, run_on_stream=_refusals.refuse_forked

@@ -28,10 +28,10 @@ from ..torch_side.callee import Callee
 from ..torch_side.inference import Spec, runs_on_fakes
 from ..torch_side.normalizations import in_parts
 from ..torch_side.tape.calls import (
-    is_keep,
     is_vjp,
     keeping,
     kept_operands,
+    returns_token,
     untaped,
     with_token,
 )
@@ -62,7 +62,7 @@ def _batch(
     A token that is returned has rows where the rows have graphs of their own. Otherwise it has
     none: it is the token of one graph for all rows, or says that nothing is kept.
     """
-    f, keeps = untaped(callee), is_keep(callee)
+    f, keeps = untaped(callee), returns_token(callee)
     size = next(x.shape[d] for x, d in zip(operands, dims, strict=True) if d is not None)
     rows = [((size, *shape), dtype) for shape, dtype in (results[:-1] if keeps else results)]
     out_dims: list[int | None] = [0] * len(rows)

@@ -28,7 +28,7 @@ from jax.interpreters import ad
 from ..._compat.jax import register_dce_rule
 from ..._errors import DifferentiationError
 from ..torch_side.callee import Callee
-from ..torch_side.tape.calls import is_keep, keepable, keeping, untaped, with_token
+from ..torch_side.tape.calls import keepable, keeping, returns_token, untaped, with_token
 from .primitive import TOKEN, call, torch_call_p
 
 
@@ -53,7 +53,7 @@ def _jvp(
     results: Any,
     orders: int | None,
 ) -> tuple[list[Any], list[Any]]:
-    # A token has no tangent, so what it is taken from is differentiated in the same operands.
+    # A token has no tangent: the callee without it has the same derivatives.
     f, operands = untaped(callee), callee.without_token(primals)
     seeds = {
         i: t
@@ -116,7 +116,8 @@ def _transpose(
     avals = [_shape_dtype(operands[i]) for i in linear]
     seeds = [cotangents[i] for i in of]
     f, primals = untaped(callee), callee.without_token(operands)
-    where = tuple(i for i, x in enumerate(primals) if ad.is_undefined_primal(x))  # no token is
+    # The places of the linear operands among those without a token, which is never linear.
+    where = tuple(i for i, x in enumerate(primals) if ad.is_undefined_primal(x))
     transposed = f.transpose(where, of)
     if transposed is not None:
         others = [x for x in primals if not ad.is_undefined_primal(x)]
@@ -173,7 +174,7 @@ def _drop_token(used: list[bool], eqn: Any) -> tuple[list[bool], Any]:
     callee = eqn.params["callee"]
     if not any(used) and not eqn.effects:
         return [False] * len(eqn.invars), None
-    if is_keep(callee) and not used[-1]:
+    if returns_token(callee) and not used[-1]:
         params = dict(eqn.params, callee=callee.parent, results=eqn.params["results"][:-1])
         eqn = eqn.replace(params=params, outvars=eqn.outvars[:-1])
     return [True] * len(eqn.invars), eqn

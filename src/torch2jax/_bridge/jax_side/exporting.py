@@ -1,4 +1,4 @@
-"""Exported programs: ``jax.export`` of what contains a call, and ``register`` where it is loaded.
+"""Exported programs: ``jax.export`` of a program with calls, and ``register`` where it is loaded.
 
 The name of a call in an exported program is that of its callee, ``|``, and the types of the
 operands of the user's function:
@@ -32,13 +32,13 @@ export_checks = [jax.export.DisabledSafetyCheck.custom_call(extension.TARGET)]
 
 _lock = threading.RLock()
 _registered: dict[str, dict[str, Callee]] = {}
-"""By name and signature: the callee of the user's function."""
+"""Callees of users' functions, by name and signature."""
 _wrapped: dict[str, Any] = {}
-"""Registered functions by name: registering one again is no other function."""
+"""Registered functions by name. They live on, so that registering one again finds it."""
 _entries: dict[str, tuple[Callee, Any]] = {}
-"""By exported name: what was followed, alive as long as the process."""
+"""Callees and their entries by exported name. They live as long as the process."""
 _exported: weakref.WeakValueDictionary[str, Callee] = weakref.WeakValueDictionary()
-"""By exported name: what this process exported itself."""
+"""Callees that this process exported itself, by exported name."""
 
 
 def provide(name: str, wrapped: Any, callee: Callee, avals: Avals) -> None:
@@ -87,7 +87,7 @@ def _signature(avals: Avals) -> str:
 
 
 def resolve(exported: str) -> str:
-    """Enter what an exported program calls into the handler's table; "", or why it cannot be."""
+    """Enter what an exported program calls into the handler's table; return "", or why not."""
     with _lock:
         path, bar, signature = exported.rpartition("|")
         name = next((n for n in _registered if path == n or path.startswith(n + "/")), None)

@@ -39,11 +39,11 @@ def _lower(
     else:
         name = entries.register(callee, several).name
         ctx.module_context.add_keepalive(callee)
-    base = callee.parent is None
+    is_root = callee.parent is None
     lower = jax.ffi.ffi_lowering(
         extension.TARGET,
         has_side_effect=callee.options.side_effects or callee.options.draws,
-        operand_output_aliases=dict(callee.options.aliases) if base else {},
+        operand_output_aliases=dict(callee.options.aliases) if is_root else {},
     )
     return lower(ctx, *operands, name=name)
 

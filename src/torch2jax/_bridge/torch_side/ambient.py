@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 _AUTOCAST_DEVICES = ("cpu", "cuda")
 
-# Looked up once: the handler asks at every execution of an executable.
+# These are looked up once, because the handler asks at every execution of an executable.
 _function_modes = torch._C._len_torch_function_stack
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _transforms = _functorch.peek_interpreter_stack
@@ -65,24 +65,3 @@ def run_guarded(run: Callable[..., Any], args: tuple[Any, ...], default_dtype: t
     """``run(*args)`` in a clean state."""
     with clean_surroundings(default_dtype):
         return run(*args)
-
-
-def run_on_stream(
-    body: Callable[..., Any],
-    args: tuple[Any, ...],
-    stream: int,
-    device_index: int,
-    default_dtype: torch.dtype,
-) -> Any:
-    """``body(*args)`` in a clean state, with ``stream`` as torch's current stream of the device.
-
-    The handler orders it after work that torch has queued on its own stream, and before later work.
-    """
-    ours = torch.cuda.ExternalStream(stream, device=device_index)
-    with torch.cuda.device(device_index), torch.cuda.stream(ours):
-        return run_guarded(body, args, default_dtype)
-
-
-def current_stream(device_index: int) -> int:
-    """The address of torch's current stream of a device."""
-    return torch.cuda.current_stream(device_index).cuda_stream

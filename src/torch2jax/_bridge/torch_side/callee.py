@@ -34,21 +34,21 @@ class CalleeOptions:
     vmap_method: str = "auto"
     side_effects: bool = False
     aliases: tuple[tuple[int, int], ...] = ()
-    """(operand, output) pairs of the base call that share memory."""
+    """(operand, output) pairs of the root's call that share memory."""
     tape: bool = True
     """Whether a differentiated call keeps its autograd graph for the backward pass."""
     borrows: bool = False
     """Whether calls borrow replicas of a module: see ``modules/loans.py``."""
     mutated: tuple[int, ...] = ()
-    """Operands that ``fn`` changes in place: themselves, or a copy of theirs."""
+    """Operands that ``fn`` changes in place, or of which it changes a copy."""
     rng: int | None = None
     """The operand that holds the words of a key. Random numbers are drawn from it."""
     draws: bool = False
-    """The call itself takes numbers from torch's generator: never dropped, merged or moved."""
+    """Whether it takes numbers from torch's generator: it is never dropped, merged or moved."""
     pass_outputs: bool = False
-    """The base call's ``run`` takes the output buffers after the operands."""
+    """The root's ``run`` takes the output buffers after the operands."""
     notes: set[Any] = field(default_factory=set)
-    """Warnings given once."""
+    """Keys of the warnings that were given: each is given once."""
 
 
 class Callee:
@@ -151,7 +151,7 @@ class Callee:
         return self._batched("vmap", Vmap, dims)
 
     def rows(self, dims: Dims) -> Callee:
-        """The same, one row after the other: for rows with random numbers of their own."""
+        """The same, one row after the other, for rows with random numbers of their own."""
         return self._batched("rows", Rows, dims)
 
     def _batched(self, name: str, program: type[Vmap], dims: Dims) -> Callee:

@@ -87,7 +87,7 @@ class Jvp:
     """``(x, t) -> ∂f_D/∂x_S(x) · t``, by forward mode or, where it is missing, by two pullbacks.
 
     The pullback ``u -> Jᴴ u`` is linear in ``u``; its own pullback at ``t``, for any ``u``, is
-    ``J t``. (Ones, because torch pulls back through ``logcumsumexp`` by way of the logarithm of
+    ``J t``. (``u`` is ones, because torch pulls back through ``logcumsumexp`` by the logarithm of
     ``u``.) Old-style ``autograd.Function``s and operators without a forward formula need this.
     """
 
@@ -115,9 +115,9 @@ class Jvp:
                 raise error from None
 
     def outermost(self, *args: Tensor) -> Tensors:
-        """By forward mode, where nothing differentiates the result and ``f`` is no derivative.
+        """The ``run`` of a first derivative, by forward mode: nothing differentiates the result.
 
-        Nested, torch's forward mode is silently wrong for some operators (``linalg.solve``,
+        When nested, torch's forward mode is silently wrong for some operators (``linalg.solve``,
         ``layer_norm``): derivatives of derivatives go by pullbacks.
         """
         return self._either(self.base.functional, self._two_pullbacks_functional, args)
@@ -203,7 +203,7 @@ class Vjp:
         return conj(pullback(conj(cotangents)))
 
     def graph(self, *args: Tensor) -> Tensors:
-        # Not detached: a second derivative goes through the primals too.
+        # The primals are not detached: a second derivative goes through them too.
         primals, cotangents = self.split(args)
         with torch.enable_grad():
             primals = watched_leaves(primals, self.wrt)
@@ -248,9 +248,9 @@ class Vjp:
 
 
 class Vmap:
-    """``f`` on every row: one call through ``torch.func.vmap``; rows of results at dim 0.
+    """``f`` on every row, in one call through ``torch.func.vmap``. Results have rows at dim 0.
 
-    Random numbers are drawn once for all rows, as JAX does with a key that is not batched.
+    Random numbers are drawn once for all rows, as in JAX with a key that is not batched.
     """
 
     def __init__(self, base: Program, dims: Dims) -> None:
@@ -298,7 +298,7 @@ class Vmap:
 class Rows(Vmap):
     """``f`` on every row, one row after the other inside one call.
 
-    For rows with random numbers of their own: each has its key.
+    This serves rows with random numbers of their own: each has its key.
     """
 
     def functional(self, *args: Tensor) -> Tensors:
@@ -323,7 +323,7 @@ class Rows(Vmap):
 def _restrict(
     f: Callable[..., Tensors], primals: Tensors, wrt: Indices, of: Indices
 ) -> Callable[..., Tensors]:
-    """``f`` as a function of the inputs ``wrt`` to the outputs ``of``, the others held."""
+    """``f`` as a function from the inputs ``wrt`` to the outputs ``of``; other inputs are fixed."""
 
     def restricted(*xs: Tensor) -> Tensors:
         args = list(primals)

@@ -11,12 +11,10 @@ from typing import Any
 
 import torch
 
-# --- exceptions that cross XLA -----------------------------------------------------------------
-
-_KEPT = 16
+_MOST = 16
 _exceptions: OrderedDict[str, BaseException] = OrderedDict()
 _exceptions_lock = threading.RLock()
-"""Reentrant: dropping an exception may run anything, a call that fails too."""
+"""It is reentrant, because dropping an exception may run anything, even a call that fails."""
 
 
 def describe_exception(label: str, error: BaseException) -> str:
@@ -36,7 +34,7 @@ def describe_exception(label: str, error: BaseException) -> str:
         _own_tensors(each)
     with _exceptions_lock:
         _exceptions[message] = error
-        while len(_exceptions) > _KEPT:
+        while len(_exceptions) > _MOST:
             _exceptions.popitem(last=False)
     return message
 
@@ -57,7 +55,7 @@ def _with_its_causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _own_tensors(error: BaseException) -> None:
-    """Tensors among the arguments and attributes of an exception become copies."""
+    """Make copies of the tensors among an exception's arguments and attributes."""
     with contextlib.suppress(Exception):  # a class may refuse either
         if any(isinstance(x, torch.Tensor) for x in error.args):
             error.args = tuple(_owned(x) for x in error.args)

@@ -1,4 +1,4 @@
-"""Gradients by PyTorch's autograd, of leaves that were made for one call."""
+"""Gradients by PyTorch's autograd, in leaves that were made for one call."""
 
 from __future__ import annotations
 

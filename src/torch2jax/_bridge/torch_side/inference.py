@@ -1,9 +1,9 @@
-"""What a function returns, found on stand-ins for its arguments: torch only, never JAX.
+"""What a function returns, found on stand-ins for its arguments. Imports torch, never JAX.
 
 ``fn`` runs on fake tensors (shapes and dtypes, no values). Where fake tensors cannot run it
 (``.item()``, ``.numpy()``), it runs on the example values, or on seeded random normals: zeros break
 ``cholesky``, ``inv`` and norms. Either way the user's objects are as before: see ``preserved`` and
-``_Recorder.restoring``.
+``Recorder.restoring``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.autograd.graph import disable_saved_tensors_hooks
 
 from . import ambient
 from .reachable import preserved
-from .recorder import _Recorder
+from .recorder import Recorder
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def _infer_otherwise(
     describe: Callable[[Any], Any],
     fake_error: Exception,
 ) -> Inference:
-    """What fake tensors could not tell: with symbols for sizes that depend on values, or values."""
+    """Run on symbols for sizes that depend on values, or on values: fake tensors did not do."""
     try:
         if type(fake_error).__name__ == "DynamicOutputShapeException":
             with contextlib.suppress(_NoSymbols):
@@ -115,16 +115,16 @@ class _Refused(Exception):
 
 def _infer_fake(
     fn: Callable[..., Any], specs: Sequence[Spec], describe: Callable[[Any], Any]
-) -> tuple[_Recorder, Inference]:
+) -> tuple[Recorder, Inference]:
     with _fake_tensors():
         operands = [torch.empty(s.shape, dtype=s.dtype, device=s.device) for s in specs]
-        recorder = _Recorder(operands, probe_int32=any(s.dtype is torch.int32 for s in specs))
+        recorder = Recorder(operands, probe_int32=any(s.dtype is torch.int32 for s in specs))
         return recorder, _record(fn, operands, recorder, describe)
 
 
 @contextlib.contextmanager
 def _fake_tensors(**options: Any) -> Iterator[None]:
-    """Every new tensor is fake. What an operator refuses is raised, and not logged beside."""
+    """Make every new tensor fake. What an operator refuses is raised, and not logged as well."""
     # Loading fake tensors takes most of a second.
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -149,13 +149,13 @@ class _NoSymbols(Exception):
 def _infer_symbolic(
     fn: Callable[..., Any], specs: Sequence[Spec], describe: Callable[[Any], Any]
 ) -> Inference:
-    """An operator's size depends on values: a symbol stands for it, and shows in the result."""
+    """Run with a symbol for a size that depends on values; it shows in the result."""
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     with _fake_tensors(shape_env=ShapeEnv()):
         operands = [torch.empty(s.shape, dtype=s.dtype, device=s.device) for s in specs]
         try:
-            return _record(fn, operands, _Recorder(operands), describe)
+            return _record(fn, operands, Recorder(operands), describe)
         except _Refused:
             raise
         except Exception as error:
@@ -167,11 +167,11 @@ def _infer_real(
 ) -> Inference:
     def run(**others: int) -> Inference:
         operands = [_sample(i, s, **others) for i, s in enumerate(specs)]
-        return _record(fn, operands, _Recorder(operands), describe)
+        return _record(fn, operands, Recorder(operands), describe)
 
     found = run()
     if any(s.value is None and not _inexact(s.dtype) for s in specs):
-        # Other integers, too: a shape that follows them is not known.
+        # It runs on other integers too: a shape that follows them is not known.
         again = None
         with contextlib.suppress(Exception):  # an index beyond its end, say
             again = run(integer=1)
@@ -187,7 +187,7 @@ def _inexact(dtype: torch.dtype) -> bool:
 def _record(
     fn: Callable[..., Any],
     operands: list[torch.Tensor],
-    recorder: _Recorder,
+    recorder: Recorder,
     describe: Callable[[Any], Any],
 ) -> Inference:
     before = [x._version for x in operands]
@@ -221,7 +221,7 @@ def runs_on_fakes(
         try:
             with _fake_tensors():
                 operands = [torch.empty(s.shape, dtype=s.dtype, device=s.device) for s in specs]
-                recorder = _Recorder(operands)
+                recorder = Recorder(operands)
                 # Gradients are on so that a checkpoint, which vmap cannot run again, shows itself.
                 refused = disable_saved_tensors_hooks(_HOOKS_REFUSED)
                 with recorder.restoring(), recorder, torch.enable_grad(), refused:

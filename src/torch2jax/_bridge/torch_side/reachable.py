@@ -26,8 +26,8 @@ def reachable_leaves(roots: Iterable[Any]) -> list[torch.Tensor]:
 def _reachable(roots: Iterable[Any]) -> tuple[list[torch.nn.Module], list[torch.Tensor]]:
     """Modules and leaf tensors that a function can reach.
 
-    The function itself, what it is bound to, a partial's arguments, closures and the globals that
-    its code names; in plain objects and containers one level down.
+    It reaches itself, what it is bound to, a partial's arguments, its closures and the globals that
+    its code names; in plain objects and containers, what lies one level down.
     """
     modules: dict[int, torch.nn.Module] = {}
     tensors: list[torch.Tensor] = []

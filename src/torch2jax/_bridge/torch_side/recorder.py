@@ -16,8 +16,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 _NATIVE_NAMESPACES = ("aten", "prims", "prim", "c10d", "profiler")
 
 
-class _Recorder(TorchDispatchMode):
-    """Sees every operator of a run: which draw, which are a library's own, what they write."""
+class Recorder(TorchDispatchMode):
+    """Sees every operator of a run: which draw, which are a library's own, and what they write."""
 
     def __init__(self, operands: Sequence[torch.Tensor], probe_int32: bool = False) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class _Recorder(TorchDispatchMode):
         self.no_forward = False
         self.refuses_int32: str | None = None
         self.written: set[int] = set()
-        """Operands written, whatever their version counters say: ``_foreach`` moves none."""
+        """Operands that were written. Version counters do not tell: ``_foreach`` moves none."""
         self._operands = {x.untyped_storage()._cdata: i for i, x in enumerate(operands)}
         self._created: set[int] = set()
         self._outside: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -72,7 +72,7 @@ class _Recorder(TorchDispatchMode):
                 if storage in self._operands:
                     self.written.add(self._operands[storage])
                 elif storage not in self._created and type(t) in _REAL:
-                    # Of the user's own: on fake operands, too, such a write is done.
+                    # A tensor of the user's is written even where the operands are fake.
                     with _disable_current_modes():
                         self._outside.append((t, t.detach().clone()))
 
@@ -148,11 +148,11 @@ _STATISTICS_WRITERS = {
     "aten::batch_norm_gather_stats": None,
     "aten::batch_norm_gather_stats_with_counts": None,
 }
-"""Where their argument ``training`` stands; None: they always write."""
+"""The place of their argument ``training``; None where they always write."""
 
 
 def _draws(schema: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether an operator that can draw random numbers does: a dropout of zero draws none."""
+    """Whether an operator that can draw random numbers does so: a dropout of zero draws none."""
     given = {**dict(zip((a.name for a in schema.arguments), args, strict=False)), **kwargs}
     if "bernoulli" in schema.name:
         return True

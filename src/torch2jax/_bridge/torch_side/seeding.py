@@ -1,8 +1,8 @@
-"""Random numbers: torch's generators seeded from a key for one call. Imports torch, never JAX.
+"""Random numbers: a key seeds torch's generators for one call. Imports torch, never JAX.
 
 A seeded program has one more operand, the words of a JAX key (uint32). The same words give the same
-numbers, so a forward pass that runs again draws the same mask. torch's CPU generator is one for the
-process: a call that seeds it holds ``lock``, and puts its state back.
+numbers, so a forward pass that runs again draws the same mask. The process has one CPU generator: a
+call that seeds it holds ``lock``, and puts its state back.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def _generators_from(words: Tensor) -> Iterator[None]:
 
 
 def seed_of(words: Sequence[int]) -> int:
-    """A 64-bit seed in whose every bit each word has a part.
+    """A 64-bit seed, in each bit of which every word has a part.
 
     The finaliser of SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators,
     2014), one round per word: torch's CPU generator uses the low half of a seed alone.

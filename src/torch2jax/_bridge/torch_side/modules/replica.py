@@ -3,8 +3,8 @@
 The user's module is shared: calls run on several threads at once, and a graph may run part of the
 module again in its backward pass. So no call puts its tensors into the module itself, as
 ``torch.func.functional_call`` does, but into a replica: a copy of the structure without parameters.
-Replicas are pooled. One is as it was made at the start of every call: what a call caches in its
-attributes is forgotten.
+Replicas are pooled. Every call finds one as it was made: what a call caches in its attributes is
+forgotten.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Replica:
     """A copy of a module's structure, which takes tensors for one call at a time."""
 
     def __init__(self, layout: Layout, train: bool, wrap: Any) -> None:
-        # Parameters and buffers come with each call; what else is a tensor is the replica's own.
+        # Parameters and buffers come with each call; the replica owns all other tensors.
         memo: dict[int, Any] = {id(t): None for g in layout.tensors.values() for t in g.values()}
         for sub in layout.module.modules():
             for value in vars(sub).values():
@@ -143,7 +143,7 @@ _NARROW = {
 
 
 class _Pristine:
-    """A container and what it held; of a module, its attributes."""
+    """A container, which may be a module's attributes, and what it held."""
 
     def __init__(self, live: Any) -> None:
         self.live, self.copy, self.size = live, live.copy(), len(live)

@@ -13,13 +13,13 @@ from .table import tape
 
 
 def keepable(callee: Callee) -> bool:
-    """Whether graphs of this callee are kept: the user's function and its batched form."""
+    """Whether graphs of this callee are kept: it is the user's function or its batched form."""
     while isinstance(callee.program, Vmap) and callee.parent is not None:
         callee = callee.parent
     return callee.options.tape and callee.parent is None
 
 
-def is_keep(callee: Callee) -> bool:
+def returns_token(callee: Callee) -> bool:
     """Whether this callee returns a token as its last output."""
     return isinstance(callee.program, KeepGraph)
 
@@ -31,7 +31,7 @@ def is_vjp(callee: Callee) -> bool:
 
 def untaped(callee: Callee) -> Callee:
     """The callee that computes the same and neither returns nor takes a token."""
-    if is_keep(callee) or callee.token_at is not None:
+    if returns_token(callee) or callee.token_at is not None:
         assert callee.parent is not None
         return callee.parent
     return callee
