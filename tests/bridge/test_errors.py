@@ -499,9 +499,13 @@ def test_past_depth() -> None:
         jax.jacrev(jax.grad(torch2jax(lambda a: torch.sin(a).sum(), depth=1)))(X)
 
 
-def test_forward_mode_of_depth_says_so() -> None:
-    with pytest.raises(TypeError, match=r"depth|custom_vjp"):
-        jax.jvp(torch2jax(torch.sin, depth=1), (X,), (X,))
+def test_past_depth_in_forward_mode() -> None:
+    with pytest.raises(DifferentiationError, match=r"sin.*depth=0.*depth=1.*depth=None"):
+        jax.jvp(torch2jax(torch.sin, depth=0), (X,), (X,))
+    f = torch2jax(torch.sin, depth=1)
+    same(jax.jvp(f, (X,), (X,)), jax.jvp(jnp.sin, (X,), (X,)))
+    with pytest.raises(DifferentiationError, match=r"2 times.*depth=1.*depth=2"):
+        jax.jacfwd(jax.jacfwd(f))(X)
 
 
 def test_no_gradient_is_zero_not_an_error() -> None:
