@@ -296,14 +296,14 @@ def test_token_of_another_callable_is_a_miss(x):
     _, pull_f = jax.vjp(f, x)
     _, pull_g = jax.vjp(g, x)
     table = internals.tape
-    (token_f, cell_f), (token_g, cell_g) = table._cells.items()
-    assert cell_f.keep is not cell_g.keep
-    assert table.take(token_f, cell_g.keep, cell_g.device) is None
-    assert table.take(token_f, cell_f.keep, torch.device("meta")) is None
-    assert table.take((*token_f[:2], 2**31, 0), cell_f.keep, cell_f.device) is None
+    (token_f, graph_f), (token_g, graph_g) = table._graphs.items()
+    assert graph_f.policy is not graph_g.policy
+    assert table.take(token_f, graph_g.policy, graph_g.device) is None
+    assert table.take(token_f, graph_f.policy, torch.device("meta")) is None
+    assert table.take((*token_f[:2], 2**31, 0), graph_f.policy, graph_f.device) is None
     assert tape_info().entries == 2
     # Swapped under each other's tokens: both recompute, and are right.
-    table._cells[token_f], table._cells[token_g] = cell_g, cell_f
+    table._graphs[token_f], table._graphs[token_g] = graph_g, graph_f
     close(pull_f(x), jax.vjp(twin, x)[1](x))
     close(pull_g(x), jax.vjp(lambda x: jnp.cos(x) * x, x)[1](x))
 

@@ -137,7 +137,7 @@ def wrapped_anew(fn: Callable[..., Any]) -> Any:
 
 
 def ignoring_bits(view: Any) -> torch.Tensor:
-    x = view.source.operands[view.operand]
+    x = view.saved.operands[view.operand]
     if x.dtype is view.dtype:
         return x.as_strided(view.size, view.stride, view.offset)
     t = torch.empty(0, dtype=view.dtype)
@@ -206,7 +206,7 @@ def test_trap_b_inplace_after_save(x, fn, jit):
 
 @pytest.mark.parametrize("fn", [exp_then_add, saved_input_then_mul, saved_view_then_fill])
 def test_trap_b_naive(x, fn, monkeypatch):
-    monkeypatch.setattr(kept_graph, "_own", lambda t, version: t)
+    monkeypatch.setattr(kept_graph, "_torchs_own", lambda t, version: t)
     jax.block_until_ready(jax.grad(total(wrapped_anew(fn)))(x))  # no error: silently wrong
 
 
