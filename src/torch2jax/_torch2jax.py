@@ -158,7 +158,7 @@ def torch2jax(
         else checks.names(static_argnames, "static_argnames", label),
         label,
     )
-    config = Options(
+    options = Options(
         examples=(example_args, example_kw or {}) if example_args or example_kw else None,
         output_shapes=output_shapes,
         depth=depth,
@@ -182,13 +182,13 @@ def torch2jax(
         default_dtype=torch.get_default_dtype(),
         default_device=torch.get_default_device(),
     )
-    if isinstance(fn, JaxFunction) and fn.is_plain() and config.changes_nothing():
+    if isinstance(fn, JaxFunction) and fn.is_plain() and options.changes_nothing():
         return fn.__wrapped__  # type: ignore[return-value]  # a JAX function as it was
     if not lower:
-        return wrapped(TorchFunction, fn, label, config)
+        return wrapped(TorchFunction, fn, label, options)
     from ._lower.function import LoweredFunction  # on use: the bridge does not need it
 
-    return wrapped(LoweredFunction, fn, label, config)
+    return wrapped(LoweredFunction, fn, label, options)
 
 
 def register(

@@ -35,11 +35,11 @@ def wrapped(kind: type[Wrapped], fn: Callable[..., Any], label: str, options: Op
     return found  # type: ignore[return-value]  # its kind is a part of the key
 
 
-def _prepared(fn: Callable[..., Any], config: Options) -> Callable[..., Any]:
+def _prepared(fn: Callable[..., Any], options: Options) -> Callable[..., Any]:
     """``fn`` under its lock and the default device of wrap time."""
-    contexts: list[Any] = [config.lock] if config.lock is not None else []
-    if config.default_device != _CPU:
-        contexts.append(config.default_device)
+    contexts: list[Any] = [options.lock] if options.lock is not None else []
+    if options.default_device != _CPU:
+        contexts.append(options.default_device)
     if not contexts:
         return fn
 

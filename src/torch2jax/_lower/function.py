@@ -33,12 +33,12 @@ class LoweredFunction(TorchFunction):
     """A PyTorch function as a JAX program; made by ``torch2jax(fn, lower=True)``."""
 
     def __init__(
-        self, fn: Callable[..., Any], run: Callable[..., Any], label: str, config: Options
+        self, fn: Callable[..., Any], run: Callable[..., Any], label: str, options: Options
     ) -> None:
-        super().__init__(fn, run, label, config)
+        super().__init__(fn, run, label, options)
         self._run = _on_replica(fn) if isinstance(fn, torch.nn.Module) else run
         self._noted: set[str] = set()
-        if config.out_arg is not None:
+        if options.out_arg is not None:
             raise SignatureError(
                 f"out_arg of {label} is for the bridge, where results land in XLA's buffers; "
                 "lower=True has no copies to save."
@@ -50,17 +50,17 @@ class LoweredFunction(TorchFunction):
 
     def untraced(self) -> LoweredFunction:
         """A copy without cached traces, which runs ``fn`` when it is called."""
-        return LoweredFunction(self.__wrapped__, self._run, self._label, self._config)
+        return LoweredFunction(self.__wrapped__, self._run, self._label, self._options)
 
     def _trace_here(self, call: Any, operands: Any, shards: Shards | None = None) -> Any:
         key = None
-        if self._config.stochastic:
+        if self._options.stochastic:
             key, operands = self._words(operands[-1]), operands[:-1]
-        facts = OperandOptions(self.__wrapped__, self._config, call.arguments, self._label)
+        by_operand = OperandOptions(self.__wrapped__, self._options, call.arguments, self._label)
         labels = call.arguments.labels
-        held = facts.nondiff(labels)
+        nondiff = by_operand.nondiff(labels)
         arrays = [
-            jax.lax.stop_gradient(x) if i in held else jax.numpy.asarray(x)
+            jax.lax.stop_gradient(x) if i in nondiff else jax.numpy.asarray(x)
             for i, x in enumerate(operands)
         ]
         avals = [jax.typeof(x) for x in arrays]
@@ -70,10 +70,10 @@ class LoweredFunction(TorchFunction):
                     f"{label} of {self._label} has the shape {a.shape}: PyTorch code needs sizes "
                     "that are numbers. Export one program for each size."
                 )
-        casts = dict(facts.casts([a.dtype for a in avals]))
+        casts = dict(by_operand.casts([a.dtype for a in avals]))
         dtypes = [casts.get(i) or dtype_j2t(a.dtype) for i, a in enumerate(avals)]
         narrow = [i for i, d in enumerate(dtypes) if d is torch.int32 and i not in casts]
-        inplace = facts.of_argnums(self._config.inplace_argnums, "inplace_argnums")
+        inplace = by_operand.of_argnums(self._options.inplace_argnums, "inplace_argnums")
         try:
             return self._attempt(call.arguments, arrays, dtypes, key, inplace)
         except Torch2JaxError:
@@ -111,7 +111,7 @@ class LoweredFunction(TorchFunction):
     ) -> Any:
         tensors = [_argument(x, d) for x, d in zip(arrays, dtypes, strict=True)]
         args, kwargs = arguments.unflatten(tensors)
-        with running(self._config.default_dtype, key):
+        with running(self._options.default_dtype, key):
             out = loans.scoped(lambda: self._run(*args, **kwargs))()
             if inplace and out is None:
                 result = None
@@ -120,15 +120,15 @@ class LoweredFunction(TorchFunction):
                 self._check_shapes([t for _, t in found], treedef, arrays)
                 result = treedef.unflatten([_result(t) for _, t in found])
             updated = [_result(tensors[i]) for i in inplace]
-        if not self._config.inplace_argnums:
+        if not self._options.inplace_argnums:
             return result
-        return self._config.with_updated(arguments, inplace, result, updated)
+        return self._options.with_updated(arguments, inplace, result, updated)
 
     def _check_shapes(self, found: list[Any], treedef: Any, arrays: list[Any]) -> None:
-        if self._config.output_shapes is None:
+        if self._options.output_shapes is None:
             return
         dtypes = [x.dtype for x in arrays]
-        declared = results.declared_result(self._config.output_shapes, dtypes, self._label)
+        declared = results.declared_result(self._options.output_shapes, dtypes, self._label)
         got = [(tuple(t.shape), canonical(t.dtype)) for t in found]
         expected = [(leaf.shape, leaf.dtype) for leaf in declared.leaves]
         if treedef != declared.treedef or got != expected:

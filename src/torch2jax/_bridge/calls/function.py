@@ -50,27 +50,27 @@ class TorchFunction:
     """A PyTorch function as a JAX function; made by ``torch2jax``."""
 
     def __init__(
-        self, fn: Callable[..., Any], run: Callable[..., Any], label: str, config: Options
+        self, fn: Callable[..., Any], run: Callable[..., Any], label: str, options: Options
     ) -> None:
         self.__wrapped__ = fn
         self.__name__ = getattr(fn, "__name__", None) or type(fn).__name__
         self.__qualname__ = label
         self.__doc__ = fn.__doc__
         self.__module__ = getattr(fn, "__module__", None) or type(fn).__module__
-        self._config = config
+        self._options = options
         self._label = label
-        self._planner = Planner(fn, run, label, config)
-        self._plans: dict[Hashable, Binding] = {}
+        self._planner = Planner(fn, run, label, options)
+        self._bindings: dict[Hashable, Binding] = {}
         self._calls: dict[Hashable, _Call] = {}
         self._positional: dict[int, Callable[..., Any]] = {}
-        self._plain = not (config.static_argnums or config.static_argnames)
+        self._plain = not (options.static_argnums or options.static_argnames)
 
     def __repr__(self) -> str:
         return f"torch2jax({self._label})"
 
     def is_plain(self) -> bool:
         """Whether it has the arguments, the results and the derivatives of the function itself."""
-        return self._config.changes_nothing()
+        return self._options.changes_nothing()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # The quick path to jit's own: arrays by position, in a number met before.
@@ -115,15 +115,15 @@ class TorchFunction:
         """The callee of calls with such arguments, and the avals of its operands."""
         call, operands = self._flatten_arguments(args, kwargs)
         avals = tuple(checks.leaf_aval(x) for x in operands)
-        plan = self._planner.plan(call.arguments, avals, [False] * len(avals))
-        return plan.callee, avals
+        binding = self._planner.plan(call.arguments, avals, [False] * len(avals))
+        return binding.callee, avals
 
     # --- arguments -------------------------------------------------------------------------------
 
     def _flatten(self, args: Any, kwargs: Any) -> tuple[_Call, list[Any]]:
         """Split a call's arguments into its structure and its operands."""
         key = []
-        if self._config.stochastic:
+        if self._options.stochastic:
             kwargs = dict(kwargs)
             key = [self._key(kwargs.pop("rng", None))]
         call, operands = self._flatten_arguments(args, kwargs)
@@ -144,7 +144,7 @@ class TorchFunction:
     def _flatten_arguments(self, args: Any, kwargs: Any) -> tuple[_Call, list[Any]]:
         given = (args, kwargs)
         if not self._plain:
-            given = mark_static(self._config, args, kwargs, self._label)
+            given = mark_static(self._options, args, kwargs, self._label)
         try:
             leaves, treedef = tree_flatten(given)
         except (TypeError, ValueError) as error:  # keys of a dict that cannot be sorted
@@ -158,7 +158,7 @@ class TorchFunction:
             call = self._intern(key)
             if (
                 self._plain
-                and not (kwargs or self._config.stochastic)
+                and not (kwargs or self._options.stochastic)
                 and jax.tree_util.all_leaves(args)
             ):
                 self._positional[len(args)] = call.jitted
@@ -210,10 +210,10 @@ class TorchFunction:
                 ) from None
 
     def _check_structure(self, treedef: Any, args: Any, kwargs: Any) -> None:
-        given = kwargs if self._config.out_arg is None else {**kwargs, self._config.out_arg: None}
+        given = kwargs if self._options.out_arg is None else {**kwargs, self._options.out_arg: None}
         checks.check_call(self.__wrapped__, args, given, self._label)
-        if self._config.examples is not None:
-            expected = mark_static(self._config, *self._config.examples, self._label)
+        if self._options.examples is not None:
+            expected = mark_static(self._options, *self._options.examples, self._label)
             checks.check_structure(treedef, tree_flatten(expected)[1], self._label)
 
     def _intern(self, key: tuple[Any, tuple[tuple[int, Static], ...]]) -> _Call:
@@ -222,15 +222,15 @@ class TorchFunction:
     # --- tracing ---------------------------------------------------------------------------------
 
     def _trace(self, call: _Call, *operands: Any) -> Any:
-        if self._config.out_specs is None:
+        if self._options.out_specs is None:
             return self._trace_here(call, operands)
         given = OperandOptions(
-            self.__wrapped__, self._config, call.arguments, self._label
+            self.__wrapped__, self._options, call.arguments, self._label
         ).in_specs()
-        shards = Shards(self._config, given, operands, call.arguments.labels, self._label)
+        shards = Shards(self._options, given, operands, call.arguments.labels, self._label)
 
         def local(*operands: Any) -> Any:
-            if self._config.stochastic:
+            if self._options.stochastic:
                 operands = (*operands[:-1], shards.own_key(operands[-1]))
             return self._trace_here(call, operands, shards)
 
@@ -240,19 +240,21 @@ class TorchFunction:
         self, call: _Call, operands: tuple[Any, ...], shards: Shards | None = None
     ) -> Any:
         words = None
-        if self._config.stochastic:
+        if self._options.stochastic:
             words = self._words(operands[-1])
             operands = operands[:-1]
         avals = tuple((x.shape, x.dtype) for x in map(jax.typeof, operands))
         key = (call, avals, x64_enabled(), shards and shards.mesh)
-        plan = self._plans.get(key)
-        if plan is None:
+        binding = self._bindings.get(key)
+        if binding is None:
             numbers = [x.weak_type and not x.shape for x in map(jax.typeof, operands)]
-            plan = self._plans[key] = self._planner.plan(call.arguments, avals, numbers, shards)
-        if words is None and plan.callee.options.rng is not None:
+            binding = self._bindings[key] = self._planner.plan(
+                call.arguments, avals, numbers, shards
+            )
+        if words is None and binding.callee.options.rng is not None:
             [words] = call_primitive(self._planner.seed, [], [((2,), "uint32")])
             words = varying_everywhere(words)  # each device draws its own
-        return self._bind(plan, operands, words)
+        return self._bind(binding, operands, words)
 
     def _words(self, rng: Any) -> Any:
         """The words of a key: uint32 of shape (n,)."""
@@ -265,22 +267,22 @@ class TorchFunction:
             )
         return rng
 
-    def _bind(self, plan: Binding, operands: Sequence[Any], words: Any) -> Any:
-        held = [
-            jax.lax.stop_gradient(x) if i in plan.nondiff else x for i, x in enumerate(operands)
+    def _bind(self, binding: Binding, operands: Sequence[Any], words: Any) -> Any:
+        bound = [
+            jax.lax.stop_gradient(x) if i in binding.nondiff else x for i, x in enumerate(operands)
         ]
         if words is not None:
-            held.append(words)
-        if self._config.depth is None:
-            out = call_primitive(plan.callee, held, plan.results)
+            bound.append(words)
+        if self._options.depth is None:
+            out = call_primitive(binding.callee, bound, binding.results)
         else:
-            depth = self._config.depth
-            out = call_to_depth(plan.callee, held, plan.results, depth, plan.nondiff)
-        n = len(plan.result.leaves)
-        result = plan.result.treedef.unflatten(out[:n])
-        if not self._config.inplace_argnums:
+            depth = self._options.depth
+            out = call_to_depth(binding.callee, bound, binding.results, depth, binding.nondiff)
+        n = len(binding.result.leaves)
+        result = binding.result.treedef.unflatten(out[:n])
+        if not self._options.inplace_argnums:
             return result
-        return self._config.with_updated(plan.arguments, plan.inplace, result, out[n:])
+        return self._options.with_updated(binding.arguments, binding.inplace, result, out[n:])
 
 
 # The class itself changes, so that calls elsewhere pay nothing.

@@ -32,9 +32,9 @@ class OperandOptions:
     """The options as facts about the operands of calls with one structure."""
 
     def __init__(
-        self, fn: Callable[..., Any], config: Options, arguments: Arguments, label: str
+        self, fn: Callable[..., Any], options: Options, arguments: Arguments, label: str
     ) -> None:
-        self.fn, self.config, self.label = fn, config, label
+        self.fn, self.options, self.label = fn, options, label
         static = {i for i, _ in arguments.statics}
         spots, count = [], 0
         for i in range(arguments.treedef.num_leaves):
@@ -42,8 +42,8 @@ class OperandOptions:
             count += i not in static
         self.args, self.kwargs = arguments.treedef.unflatten(spots)
         self.examples: dict[int, Any] = {}
-        if config.examples is not None:
-            examples = tree_flatten(mark_static(config, *config.examples, label))[0]
+        if options.examples is not None:
+            examples = tree_flatten(mark_static(options, *options.examples, label))[0]
             self.examples = {
                 s.index: x for s, x in zip(spots, examples, strict=True) if s.index is not None
             }
@@ -64,9 +64,9 @@ class OperandOptions:
         """OperandOptions that are never differentiated."""
         never = getattr(self.fn, "never_differentiated", ())
         found = {i for i, label in enumerate(labels) if label.startswith(never)} if never else set()
-        found |= set(self.of_argnums(self.config.nondiff_argnums, "nondiff_argnums"))
-        if self.config.nondiff_mask is not None:
-            items = self._spread(self.config.nondiff_mask, "nondiff_mask")
+        found |= set(self.of_argnums(self.options.nondiff_argnums, "nondiff_argnums"))
+        if self.options.nondiff_mask is not None:
+            items = self._spread(self.options.nondiff_mask, "nondiff_mask")
             found |= {k for k, masked in items.items() if masked}
         return frozenset(found)
 
@@ -78,7 +78,7 @@ class OperandOptions:
             # Wider than JAX carries it: with x64 off, in the dtype that JAX gives such an example.
             if dtype is not None and checks.leaf_aval(x)[1] == dtypes[k]:
                 wanted[k] = dtype
-        given = self._by_operand(self.config.arg_dtypes, "arg_dtypes")
+        given = self._by_operand(self.options.arg_dtypes, "arg_dtypes")
         wanted |= {k: dtype for k, dtype in given.items() if dtype is not None}
         for dtype in wanted.values():
             if not isinstance(dtype, torch.dtype):
@@ -92,7 +92,7 @@ class OperandOptions:
 
     def in_specs(self) -> dict[int, Any] | None:
         """Specs of operands, None where types say it; None where ``in_specs`` is not given."""
-        given = self.config.in_specs
+        given = self.options.in_specs
         return None if given is None else self._by_operand(given, "in_specs")
 
     def _by_operand(self, given: Any, option: str) -> dict[int, Any]:
@@ -139,14 +139,14 @@ class OperandOptions:
             ) from None
 
 
-def mark_static(config: Options, args: Any, kwargs: Any, label: str) -> tuple[Any, Any]:
+def mark_static(options: Options, args: Any, kwargs: Any, label: str) -> tuple[Any, Any]:
     """``(args, kwargs)`` with declared static arguments as single leaves."""
     marked = list(args)
-    for i in config.static_argnums:
+    for i in options.static_argnums:
         if -len(args) <= i < len(args):
             marked[i] = Static(args[i], f"args[{i}]", label)
     return tuple(marked), {
-        k: Static(v, f"kwargs[{k!r}]", label) if k in config.static_argnames else v
+        k: Static(v, f"kwargs[{k!r}]", label) if k in options.static_argnames else v
         for k, v in kwargs.items()
     }
 

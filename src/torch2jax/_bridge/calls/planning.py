@@ -50,39 +50,39 @@ class Binding:
 
 
 class Planner:
-    """Makes the plans of one wrapped function: ``fn`` under ``config``.
+    """Makes the plans of one wrapped function: ``fn`` under ``options``.
 
     ``run`` is ``fn`` under its lock and the default device of wrap time.
     """
 
     def __init__(
-        self, fn: Callable[..., Any], run: Callable[..., Any], label: str, config: Options
+        self, fn: Callable[..., Any], run: Callable[..., Any], label: str, options: Options
     ) -> None:
         self._wrapped, self._fn = fn, run
-        self._label, self._config = label, config
-        self._callables: dict[Hashable, Callee] = {}
+        self._label, self._options = label, options
+        self._callees: dict[Hashable, Callee] = {}
 
     @functools.cached_property
-    def _options(self) -> CalleeOptions:
+    def _callee_options(self) -> CalleeOptions:
         # Made at the first trace: asking for the default device starts JAX's backend.
-        fn, config = self._wrapped, self._config
+        fn, options = self._wrapped, self._options
         return CalleeOptions(
             label=self._label,
-            name=config.name or qualified_name(fn),
-            named=config.name is not None,
-            default_dtype=config.default_dtype,
+            name=options.name or qualified_name(fn),
+            named=options.name is not None,
+            default_dtype=options.default_dtype,
             device=default_device(),
             roots=(fn,),
-            vmap_method=config.vmap_method,
-            tape=config.tape,
-            side_effects=config.side_effects,
+            vmap_method=options.vmap_method,
+            tape=options.tape,
+            side_effects=options.side_effects,
             borrows=isinstance(fn, Forward),
         )
 
     @functools.cached_property
     def seed(self) -> Callee:
         """What draws without a key draws a seed, and is then a function of that seed."""
-        options = replace(self._options, draws=True)
+        options = replace(self._callee_options, draws=True)
         return Callee(UserProgram(draw_seed, None, False, ()), options, [], ["the seed"])
 
     def plan(
@@ -97,14 +97,14 @@ class Planner:
         With ``shards``, the plan of the call on one shard.
         """
         self._check_avals(arguments, avals)
-        facts = OperandOptions(self._wrapped, self._config, arguments, self._label)
-        arguments = replace(arguments, casts=facts.casts([d for _, d in avals]))
-        inplace = facts.of_argnums(self._config.inplace_argnums, "inplace_argnums")
+        by_operand = OperandOptions(self._wrapped, self._options, arguments, self._label)
+        arguments = replace(arguments, casts=by_operand.casts([d for _, d in avals]))
+        inplace = by_operand.of_argnums(self._options.inplace_argnums, "inplace_argnums")
         inference = None
-        if self._config.output_shapes is not None:
+        if self._options.output_shapes is not None:
             dtypes = [d for _, d in avals]
-            result = results.declared_result(self._config.output_shapes, dtypes, self._label)
-            if not (result.leaves or inplace or self._config.side_effects):
+            result = results.declared_result(self._options.output_shapes, dtypes, self._label)
+            if not (result.leaves or inplace or self._options.side_effects):
                 raise SignatureError(
                     f"output_shapes of {self._label} describes no tensor, so there is nothing to "
                     "compute. Describe the result; or wrap it with side_effects=True if it is "
@@ -113,7 +113,7 @@ class Planner:
             if shards is not None:
                 result = shards.result(result, bool(inplace))
         else:
-            arguments, inference = self._infer(arguments, facts, avals, numbers, bool(inplace))
+            arguments, inference = self._infer(arguments, by_operand, avals, numbers, bool(inplace))
             result = inference.result
             copies = tuple(sorted(inference.mutated - set(inplace)))
             if copies:
@@ -121,12 +121,12 @@ class Planner:
                 arguments = replace(arguments, copies=copies)
         updated = [avals[i] for i in inplace]
         return Binding(
-            self._callable(arguments, result, inplace, inference),
+            self._callee(arguments, result, inplace, inference),
             arguments,
             result,
             (*((leaf.shape, leaf.dtype) for leaf in result.leaves), *updated),
             inplace,
-            facts.nondiff(arguments.labels),
+            by_operand.nondiff(arguments.labels),
         )
 
     def _check_avals(self, arguments: Arguments, avals: Avals) -> None:
@@ -144,17 +144,17 @@ class Planner:
     def _infer(
         self,
         arguments: Arguments,
-        facts: OperandOptions,
+        by_operand: OperandOptions,
         avals: Avals,
         numbers: Sequence[bool],
         none_allowed: bool,
     ) -> tuple[Arguments, Inference]:
         """What ``fn`` returns for these avals, and the arguments with the casts that it needs."""
-        device = self._options.device
+        device = self._callee_options.device
 
         def attempt(arguments: Arguments) -> Inference:
             specs = [
-                Spec(shape, dtype_j2t(dtype), device, facts.example_value(i, shape))
+                Spec(shape, dtype_j2t(dtype), device, by_operand.example_value(i, shape))
                 for i, (shape, dtype) in enumerate(avals)
             ]
             call = arguments.applied(self._fn)
@@ -163,10 +163,10 @@ class Planner:
                     lambda *operands: call(*arguments.prepare(operands)),
                     specs,
                     lambda out: describe_result(
-                        out, self._label, none_allowed or self._config.side_effects
+                        out, self._label, none_allowed or self._options.side_effects
                     ),
-                    self._config.default_dtype,
-                    self._options.roots,
+                    self._options.default_dtype,
+                    self._callee_options.roots,
                 )
 
         def attempt_wide() -> tuple[Arguments, Inference] | None:
@@ -253,11 +253,11 @@ class Planner:
         )
 
     def _note(self, key: Hashable, text: str) -> None:
-        if key not in self._options.notes:
-            self._options.notes.add(key)
+        if key not in self._callee_options.notes:
+            self._callee_options.notes.add(key)
             warnings.warn(text, Torch2JaxWarning, stacklevel=4)
 
-    def _callable(
+    def _callee(
         self,
         arguments: Arguments,
         result: Result,
@@ -267,15 +267,16 @@ class Planner:
         """One callee for each way in which flat operands become a flat result."""
         forms = tuple((leaf.torch_dtype, leaf.dtype) for leaf in result.leaves)
         key = (arguments, result.treedef, forms, x64_enabled())
-        known = self._callables.get(key)
+        known = self._callees.get(key)
         if known is not None:
             return known
         fn = self._fn
-        out_arg = self._config.out_arg
+        out_arg = self._options.out_arg
         if out_arg is not None and checks.requires(self._wrapped, out_arg):
             fn = with_buffers(fn, out_arg, result)
         pure, run, bare = flat_function(fn, arguments, result, self._label, inplace)
-        options = replace(self._options, mutated=tuple(sorted({*inplace, *arguments.copies})))
+        mutated = tuple(sorted({*inplace, *arguments.copies}))
+        options = replace(self._callee_options, mutated=mutated)
         inputs = list(arguments.labels)
         outputs = [leaf.label for leaf in result.leaves]
         if inplace:
@@ -292,7 +293,7 @@ class Planner:
             raise SignatureError(
                 f"{self._label} draws random numbers ({draws}): pass a JAX key as rng=."
             )
-        if self._config.stochastic or draws:
+        if self._options.stochastic or draws:
             rng = len(inputs)
             inputs.append("rng")
             options = replace(options, rng=rng)
@@ -302,7 +303,7 @@ class Planner:
             run, pure = run or pure, refusing(pure, self._label)
         forward_ad = inference is not None and inference.forward_ad
         program = UserProgram(pure, run, forward_ad, options.roots, bare)
-        return self._callables.setdefault(key, Callee(program, options, inputs, outputs))
+        return self._callees.setdefault(key, Callee(program, options, inputs, outputs))
 
 
 # Made here, where no mode of a caller sees it.

@@ -21,14 +21,14 @@ class Shards:
 
     def __init__(
         self,
-        config: Options,
+        options: Options,
         given: Mapping[int, Any] | None,
         operands: Sequence[Any],
         labels: Sequence[str],
         label: str,
     ) -> None:
-        self.config, self.label = config, label
-        mesh = config.mesh
+        self.options, self.label = options, label
+        mesh = options.mesh
         if mesh is None:
             mesh = _mesh_of(operands) or jax.sharding.get_abstract_mesh()
         if mesh.empty:
@@ -47,7 +47,7 @@ class Shards:
                 f"{sorted(self.axes)} of the mesh are automatic, so that types do not say how the "
                 "arguments are sharded: give in_specs=, or make the axes explicit (jax.make_mesh)."
             )
-        for spec in jax.tree.leaves(config.out_specs):
+        for spec in jax.tree.leaves(options.out_specs):
             if not isinstance(spec, PartitionSpec):
                 raise SignatureError(
                     f"out_specs of {label} has {spec!r}; give a jax.P for every result."
@@ -64,7 +64,7 @@ class Shards:
 
     def result(self, whole: Result, inplace: bool) -> Result:
         """The result on one shard, from that of the whole call, which ``output_shapes`` gives."""
-        specs = self.config.out_specs
+        specs = self.options.out_specs
         if inplace and isinstance(specs, tuple | list) and not isinstance(specs, PartitionSpec):
             specs = specs[0]  # the others are of the updated arguments
         tree = whole.treedef.unflatten(list(range(len(whole.leaves))))
@@ -105,7 +105,7 @@ class Shards:
             local,
             mesh=self.mesh,
             in_specs=tuple(self.specs),
-            out_specs=self.config.out_specs,
+            out_specs=self.options.out_specs,
             axis_names=set(self.axes),
         )
         return mapped(*operands)
