@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 
 from .._bridge.calls import results
 from .._bridge.calls.arguments import Arguments
+from .._bridge.calls.attempts import Casts, attempted
 from .._bridge.calls.function import TorchFunction
 from .._bridge.calls.operands import OperandOptions
 from .._bridge.calls.options import Options
@@ -19,8 +19,8 @@ from .._bridge.calls.shards import Shards
 from .._bridge.torch_side.modules import loans
 from .._bridge.torch_side.modules.forward import Forward
 from .._bridge.torch_side.modules.replica import Layout
-from .._conversions.dtypes import canonical, dtype_j2t, x64_enabled
-from .._errors import SignatureError, Torch2JaxError, Torch2JaxWarning
+from .._conversions.dtypes import canonical, dtype_j2t
+from .._errors import SignatureError
 from ..device.operators.constants import value_of
 from ..device.setup.enable import enable
 from ..device.tensors.tensor import Tensor, from_torch, wrap
@@ -37,7 +37,6 @@ class LoweredFunction(TorchFunction):
     ) -> None:
         super().__init__(fn, run, label, options)
         self._run = _on_replica(fn) if isinstance(fn, torch.nn.Module) else run
-        self._noted: set[str] = set()
         if options.out_arg is not None:
             raise SignatureError(
                 f"out_arg of {label} is for the bridge, where results land in XLA's buffers; "
@@ -70,38 +69,18 @@ class LoweredFunction(TorchFunction):
                     f"{label} of {self._label} has the shape {a.shape}: PyTorch code needs sizes "
                     "that are numbers. Export one program for each size."
                 )
-        casts = dict(by_operand.casts([a.dtype for a in avals]))
-        dtypes = [casts.get(i) or dtype_j2t(a.dtype) for i, a in enumerate(avals)]
-        narrow = [i for i, d in enumerate(dtypes) if d is torch.int32 and i not in casts]
+        carried = [dtype_j2t(a.dtype) for a in avals]
         inplace = by_operand.of_argnums(self._options.inplace_argnums, "inplace_argnums")
-        try:
-            return self._attempt(call.arguments, arrays, dtypes, key, inplace)
-        except Torch2JaxError:
-            raise
-        except Exception as error:
-            # Without x64 PyTorch's int64 comes as int32, which some operators refuse.
-            if not narrow or x64_enabled():
-                raise
-            wide = [torch.int64 if i in narrow else d for i, d in enumerate(dtypes)]
-            try:
-                out = self._attempt(call.arguments, arrays, wide, key, inplace)
-            except Exception:
-                raise error from None
-            self._note([labels[i] for i in narrow])
-            return out
 
-    def _note(self, labels: list[str]) -> None:
-        names = ", ".join(labels)
-        if names not in self._noted:
-            self._noted.add(names)
-            warnings.warn(
-                f"{self._label} refuses int32, so {names} reach it as int64 (JAX's x64 mode is "
-                "off). arg_dtypes= or int64 examples say so without this note.",
-                Torch2JaxWarning,
-                stacklevel=4,
-            )
+        def attempt(casts: Casts) -> Any:
+            dtypes = dict(enumerate(carried)) | dict(casts)
+            return self._run_on(call.arguments, arrays, list(dtypes.values()), key, inplace)
 
-    def _attempt(
+        casts = by_operand.casts([a.dtype for a in avals])
+        _, result = attempted(attempt, casts, carried, labels, self._planner.notes)
+        return result
+
+    def _run_on(
         self,
         arguments: Arguments,
         arrays: list[Any],

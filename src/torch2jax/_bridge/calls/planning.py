@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,6 +25,7 @@ from ..torch_side.modules.forward import Forward
 from ..torch_side.seeding import draw_seed, refusing, seeded
 from . import checks, results
 from .arguments import Arguments
+from .attempts import Casts, Notes, attempted
 from .flat_function import flat_function, out_function, with_buffers
 from .names import qualified_name
 from .operands import OperandOptions
@@ -60,6 +60,7 @@ class Planner:
     ) -> None:
         self._wrapped, self._fn = fn, run
         self._label, self._options = label, options
+        self.notes = Notes(label)
         self._callees: dict[Hashable, Callee] = {}
 
     @functools.cached_property
@@ -117,7 +118,7 @@ class Planner:
             result = inference.result
             copies = tuple(sorted(inference.mutated - set(inplace)))
             if copies:
-                self._note_copies(arguments, copies)
+                self.notes.private_copies([arguments.labels[i] for i in copies])
                 arguments = replace(arguments, copies=copies)
         updated = [avals[i] for i in inplace]
         return Binding(
@@ -151,16 +152,18 @@ class Planner:
     ) -> tuple[Arguments, Inference]:
         """What ``fn`` returns for these avals, and the arguments with the casts that it needs."""
         device = self._callee_options.device
+        dtypes = [dtype_j2t(dtype) for _, dtype in avals]
 
-        def attempt(arguments: Arguments) -> Inference:
+        def attempt(casts: Casts) -> Inference:
+            tried = replace(arguments, casts=casts)
             specs = [
-                Spec(shape, dtype_j2t(dtype), device, by_operand.example_value(i, shape))
-                for i, (shape, dtype) in enumerate(avals)
+                Spec(shape, dtype, device, by_operand.example_value(i, shape))
+                for i, ((shape, _), dtype) in enumerate(zip(avals, dtypes, strict=True))
             ]
-            call = arguments.applied(self._fn)
+            call = tried.applied(self._fn)
             with jax.ensure_compile_time_eval():  # fn may call JAX: its values are no tracers here
                 return infer(
-                    lambda *operands: call(*arguments.prepare(operands)),
+                    lambda *operands: call(*tried.prepare(operands)),
                     specs,
                     lambda out: describe_result(
                         out, self._label, none_allowed or self._options.side_effects
@@ -169,28 +172,16 @@ class Planner:
                     self._callee_options.roots,
                 )
 
-        def attempt_wide() -> tuple[Arguments, Inference] | None:
-            cast = {i for i, _ in arguments.casts}
-            widened = tuple(
-                (i, torch.int64)
-                for i, (_, dtype) in enumerate(avals)
-                if dtype_j2t(dtype) is torch.int32 and i not in cast
-            )
-            if not widened or x64_enabled():
-                return None
-            wide = replace(arguments, casts=tuple(sorted(arguments.casts + widened)))
-            try:
-                inference = attempt(wide)
-            except Exception:
-                return None
-            self._note_wide([arguments.labels[i] for i, _ in widened])
-            return wide, inference
-
         try:
-            inference = attempt(arguments)
-            if inference.refuses_int32 is not None:
-                return attempt_wide() or (arguments, inference)
-            return arguments, inference
+            casts, inference = attempted(
+                attempt,
+                arguments.casts,
+                dtypes,
+                arguments.labels,
+                self.notes,
+                lambda inference: inference.refuses_int32 is not None,
+            )
+            return replace(arguments, casts=casts), inference
         except FakeSurvived:
             raise Torch2JaxError(
                 f"{self._label} keeps a tensor of the run that infers its result somewhere outside "
@@ -205,13 +196,10 @@ class Planner:
                 "padded), or pass output_shapes= if the size is known."
                 + self._hint_of_numbers(arguments, numbers)
             ) from None
-        except Torch2JaxError:
+        except (Torch2JaxError, Torch2JaxWarning):  # a note, where warnings are errors
             raise
         except Exception as error:
-            wide = attempt_wide()
-            if wide is None:
-                raise self._trace_error(error, arguments, avals, numbers) from error
-            return wide
+            raise self._trace_error(error, arguments, avals, numbers) from error
 
     def _trace_error(
         self, error: Exception, arguments: Arguments, avals: Avals, numbers: Sequence[bool]
@@ -234,28 +222,6 @@ class Planner:
             f"\n(ints and floats reach it as 0-d tensors, here {', '.join(scalars)}: name them in "
             "static_argnums or static_argnames if it needs Python numbers)"
         )
-
-    def _note_copies(self, arguments: Arguments, copies: Sequence[int]) -> None:
-        names = ", ".join(arguments.labels[i] for i in copies)
-        self._note(
-            ("copies", names),
-            f"{self._label} changes {names} in place; JAX arrays are immutable, so it gets a "
-            "private copy at each call. Name the argument in inplace_argnums to receive its "
-            "updated value without a copy, or clone it yourself.",
-        )
-
-    def _note_wide(self, labels: Sequence[str]) -> None:
-        names = ", ".join(labels)
-        self._note(
-            ("wide", names),
-            f"{self._label} refuses int32, so {names} reach it as int64 (JAX's x64 mode is off). "
-            "arg_dtypes= or int64 examples say so without this note.",
-        )
-
-    def _note(self, key: Hashable, text: str) -> None:
-        if key not in self._callee_options.notes:
-            self._callee_options.notes.add(key)
-            warnings.warn(text, Torch2JaxWarning, stacklevel=4)
 
     def _callee(
         self,
