@@ -1,12 +1,12 @@
-"""Where JAX must not be called: in a call on one of several devices, and in forked processes."""
+"""What the package refuses in several places: calls of JAX that deadlock, and symbolic shapes."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from ._errors import Torch2JaxError
+from ._errors import SignatureError, Torch2JaxError
 
 # --- one of several devices ----------------------------------------------------------------------
 
@@ -54,3 +54,15 @@ def refuse_forked(*_: Any, **__: Any) -> Any:
         "JAX and PyTorch do not exist and their locks may be held for ever. Start processes by "
         'multiprocessing.get_context("spawn") or "forkserver".'
     )
+
+
+# --- symbolic shapes -----------------------------------------------------------------------------
+
+
+def refuse_symbolic(shape: Iterable[Any], what: str) -> None:
+    """Raise where a size of ``what`` is a symbol of ``jax.export`` in place of a number."""
+    if not all(isinstance(n, int) for n in shape):
+        raise SignatureError(
+            f"{what} has the symbolic shape {shape}, and PyTorch code needs sizes that are "
+            "numbers: trace or export it with concrete shapes, once for each size."
+        )

@@ -18,7 +18,7 @@ from .._bridge.calls.arguments import Static
 from .._bridge.calls.function import TorchFunction
 from .._bridge.calls.names import label_of
 from .._compat.torch import dispatch_modes
-from .._conversions.dtypes import dtype_j2t, x64_enabled
+from .._conversions.dtypes import dtype_j2t
 from .._errors import SignatureError, Torch2JaxError, UnsupportedDtypeError
 from .autograd import apply
 from .graph_sites import named
@@ -201,11 +201,7 @@ class JaxFunction:
                     "of JAX; pass a tensor or a number, or name the argument in static_argnums or "
                     "static_argnames."
                 ) from error
-            if isinstance(x, int) and x.bit_length() > (63 if x64_enabled() else 31):
-                raise SignatureError(
-                    f"{label} of {self.__qualname__} is {x}, which does not fit JAX's integers; "
-                    "pass a float, or name the argument in static_argnums or static_argnames."
-                ) from error
+            checks.refuse_wide_int(x, f"{label} of {self.__qualname__}")
             if isinstance(x, torch.Tensor) and x.is_nested:
                 raise SignatureError(
                     f"{label} of {self.__qualname__} is a nested tensor, and JAX arrays are dense. "

@@ -21,6 +21,7 @@ from .._bridge.torch_side.modules.forward import Forward
 from .._bridge.torch_side.modules.replica import Layout
 from .._conversions.dtypes import canonical, dtype_j2t
 from .._errors import SignatureError
+from .._refusals import refuse_symbolic
 from ..device.operators.constants import value_of
 from ..device.setup.enable import enable
 from ..device.tensors.tensor import Tensor, from_torch, wrap
@@ -64,11 +65,7 @@ class LoweredFunction(TorchFunction):
         ]
         avals = [jax.typeof(x) for x in arrays]
         for label, a in zip(labels, avals, strict=True):
-            if not all(isinstance(n, int) for n in a.shape):
-                raise SignatureError(
-                    f"{label} of {self._label} has the shape {a.shape}: PyTorch code needs sizes "
-                    "that are numbers. Export one program for each size."
-                )
+            refuse_symbolic(a.shape, f"{label} of {self._label}")
         carried = [dtype_j2t(a.dtype) for a in avals]
         inplace = by_operand.of_argnums(self._options.inplace_argnums, "inplace_argnums")
 

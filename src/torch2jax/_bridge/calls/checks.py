@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from jax.tree_util import keystr
 
-from ..._conversions.dtypes import canonical, dtype_j2t
+from ..._conversions.dtypes import canonical, dtype_j2t, x64_enabled
 from ..._errors import SignatureError
 
 STATIC_TYPES = (
@@ -131,6 +131,15 @@ def resolve_statics(
         positions = {i % len(parameters) for i in nums} if parameters else set()
         names = tuple(parameters[i].name for i in sorted(positions) if both[i])
     return nums, names
+
+
+def refuse_wide_int(x: Any, what: str) -> None:
+    """Raise where a Python number has more bits than JAX's integers."""
+    if isinstance(x, int) and x.bit_length() > (63 if x64_enabled() else 31):
+        raise SignatureError(
+            f"{what} is {x}, which does not fit JAX's integers; pass a float, or name the argument "
+            "in static_argnums or static_argnames."
+        )
 
 
 def leaf_aval(x: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:

@@ -193,11 +193,7 @@ class TorchFunction:
         """Raise where an operand is nothing that JAX takes."""
         labels = [*call.arguments.labels, "rng"]
         for where, x in zip(labels, operands, strict=False):
-            if isinstance(x, int) and x.bit_length() > (63 if x64_enabled() else 31):
-                raise SignatureError(
-                    f"{where} of {self._label} is {x}, which does not fit JAX's integers; pass a "
-                    "float, or name the argument in static_argnums or static_argnames."
-                )
+            checks.refuse_wide_int(x, f"{where} of {self._label}")
             try:
                 if isinstance(x, jax.ShapeDtypeStruct):  # has a type, and no value
                     raise TypeError

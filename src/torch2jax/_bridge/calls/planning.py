@@ -18,6 +18,7 @@ from ..._errors import (
     TorchCallError,
     UnsupportedDtypeError,
 )
+from ..._refusals import refuse_symbolic
 from ..torch_side.callee import Callee, CalleeOptions
 from ..torch_side.derivatives import UserProgram
 from ..torch_side.inference import FakeSurvived, Inference, ShapeDependsOnValues, Spec, infer
@@ -132,11 +133,7 @@ class Planner:
 
     def _check_avals(self, arguments: Arguments, avals: Avals) -> None:
         for label, (shape, dtype) in zip(arguments.labels, avals, strict=True):
-            if not all(isinstance(d, int) for d in shape):
-                raise SignatureError(
-                    f"{label} of {self._label} has the symbolic shape {shape}; PyTorch needs "
-                    "numbers: trace or export it with concrete shapes."
-                )
+            refuse_symbolic(shape, f"{label} of {self._label}")
             try:
                 dtype_j2t(dtype)
             except UnsupportedDtypeError as error:
