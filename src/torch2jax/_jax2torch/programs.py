@@ -14,9 +14,6 @@ NOTE [Two forms]. ``math`` is what derivatives are made of; ``run``, which is co
 same values and may use residuals: it then ignores ``x`` but for what the residuals name, and a
 derivative of it would miss terms. ``Pullback(f, S, D, plan)`` takes ``(x, c, r)``; its ``math``
 ignores ``r``.
-
-NOTE [Conjugates]. PyTorch's gradient is the conjugate transpose, JAX's cotangent the plain one:
-``Jᴴ c = conj(Jᵀ conj(c))``. The other direction is in ``torch_side/derivatives.py``.
 """
 
 from __future__ import annotations
@@ -26,8 +23,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from .._conversions.cotangents import cotangents_of, gradient_of
 from .residuals import Facts, Indices, PullbackRecipe, Traced, unflatten
 
 Flags = tuple[bool, ...]
@@ -94,7 +91,7 @@ class WithResiduals(Formula):
 
 
 class Pullback(Formula):
-    """``(x, c, r) -> Jᴴ c``. See NOTE [Two forms] and NOTE [Conjugates]."""
+    """``(x, c, r) -> Jᴴ c``. See NOTE [Two forms], and NOTE [Conjugates] in ``cotangents.py``."""
 
     def __init__(
         self, parent: Formula, n: int, wrt: Indices, of: Indices, plan: PullbackRecipe | None
@@ -125,14 +122,11 @@ class Pullback(Formula):
 
     def _cotangents(self, avals: Sequence[Any], c: Sequence[Any], facts: Facts) -> Traced:
         given = dict(zip(self.of, c, strict=True))
-        full = [
-            jnp.conj(given[j]) if j in given else _zero_cotangent(shape, dtype)
-            for j, (shape, dtype) in enumerate(avals)
-        ]
+        full = cotangents_of([given.get(j) for j in range(len(avals))], avals)
         return Traced(tuple(full), (), facts)
 
     def _result(self, pulled: Sequence[Any]) -> Traced:
-        return Traced(tuple(map(jnp.conj, pulled)), (), Facts())
+        return Traced(tuple(map(gradient_of, pulled)), (), Facts())
 
 
 class Pushforward(Formula):
@@ -239,9 +233,3 @@ def _restricted(formula: Formula, wrt: Indices, operands: Sequence[Any]) -> Math
         return formula.math(*full)
 
     return f
-
-
-def _zero_cotangent(shape: tuple[int, ...], dtype: Any) -> Any:
-    if jnp.issubdtype(dtype, jnp.inexact):
-        return jnp.zeros(shape, dtype)
-    return np.zeros(shape, jax.dtypes.float0)
