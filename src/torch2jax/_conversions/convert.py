@@ -21,7 +21,8 @@ from jax.core import Tracer
 
 from .._errors import SignatureError, Torch2JaxError, UnsupportedDtypeError
 from .._refusals import check_may_call_jax
-from .dtypes import NARROWED, TO_JAX, carrier_of, dtype_j2t, dtype_t2j, type_name, x64_enabled
+from .dtypes import TO_JAX, carrier_of, dtype_j2t, dtype_t2j, needs_x64, type_name, x64_enabled
+from .narrowed import NARROWED
 
 __all__ = ["j2t", "t2j", "tree_j2t", "tree_t2j"]
 
@@ -105,7 +106,7 @@ def _array(tensor: torch.Tensor) -> jax.Array:
 
 def _narrowed(tensor: torch.Tensor) -> torch.Tensor:
     """An int64 tensor as int32, checked where that waits for no device; others are an error."""
-    if tensor.dtype is not torch.int64:
+    if needs_x64(tensor.dtype):
         raise UnsupportedDtypeError(
             f"t2j got a tensor of {tensor.dtype}, and 64-bit values are switched off in JAX. "
             f"Switch them on, {_ENABLE_X64}, or convert the tensor first: "

@@ -12,6 +12,7 @@ import torch
 
 from .._compat.jax import x64_enabled as x64_enabled
 from .._errors import SignatureError, UnsupportedDtypeError
+from .narrowed import NARROWED
 
 DType: TypeAlias = "np.dtype[Any]"
 
@@ -27,14 +28,6 @@ TO_JAX: dict[torch.dtype, DType] = {
     if hasattr(torch, name.rstrip("_"))
 }
 _TO_TORCH: dict[DType, torch.dtype] = {dtype: key for key, dtype in TO_JAX.items()}
-
-# What JAX makes of 64-bit dtypes while x64 is off.
-NARROWED = {
-    torch.int64: torch.int32,
-    torch.uint64: torch.uint32,
-    torch.float64: torch.float32,
-    torch.complex128: torch.complex64,
-}
 
 
 def dtype_t2j(torch_dtype: torch.dtype) -> DType:
@@ -131,6 +124,14 @@ def canonical(torch_dtype: torch.dtype) -> DType:
         dtype('float32')
     """
     return dtype_t2j(torch_dtype if x64_enabled() else NARROWED.get(torch_dtype, torch_dtype))
+
+
+def needs_x64(torch_dtype: torch.dtype) -> bool:
+    """Whether tensors of the dtype are refused while x64 is off, as it is now.
+
+    Of the 64-bit dtypes int64 alone is not: PyTorch uses it everywhere, and its values mostly fit.
+    """
+    return torch_dtype in NARROWED and torch_dtype is not torch.int64 and not x64_enabled()
 
 
 def _as_numpy_dtype(x: Any) -> DType | None:

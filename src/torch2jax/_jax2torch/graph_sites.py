@@ -12,7 +12,7 @@ import jax
 import torch
 
 from .._compat.jax import precision
-from .._conversions.dtypes import canonical, dtype_t2j
+from .._conversions.dtypes import canonical, needs_x64
 from .._errors import Torch2JaxError, UnsupportedDtypeError
 from .autograd import Call
 from .programs import JaxProgram
@@ -109,14 +109,13 @@ def aval_of(x: Any) -> Any:
     if not isinstance(x, Tensor):
         number = {torch.SymFloat: float, torch.SymInt: int}.get(type(x))
         return x if number is None else number(x)
-    dtype = canonical(x.dtype)
-    if dtype != dtype_t2j(x.dtype) and x.dtype is not torch.int64:
+    if needs_x64(x.dtype):
         raise UnsupportedDtypeError(
             f"got a tensor of {x.dtype}, and 64-bit values are switched off in JAX. Switch them "
             'on, jax.config.update("jax_enable_x64", True), or convert the tensor first.'
         )
     # Sizes that the graph leaves open become fixed: JAX compiles for each shape.
-    return jax.ShapeDtypeStruct(tuple(map(int, x.shape)), dtype)
+    return jax.ShapeDtypeStruct(tuple(map(int, x.shape)), canonical(x.dtype))
 
 
 def site_named(name: str) -> Site:

@@ -9,7 +9,8 @@ from typing import Any
 import jax
 import torch
 
-from ..._conversions.dtypes import NARROWED, dtype_j2t, x64_enabled
+from ..._conversions.dtypes import dtype_j2t, x64_enabled
+from ..._conversions.narrowed import WIDENED
 from .arguments import Arguments, Tensor, Tensors
 from .results import SINGLE, Result, collector
 
@@ -33,7 +34,7 @@ def flat_function(
     casts = [
         (i, dtype)
         for i, leaf in enumerate(result.leaves)
-        if (dtype := dtype_j2t(leaf.dtype)) in _WIDE
+        if (dtype := dtype_j2t(leaf.dtype)) in WIDENED
         and not x64_enabled()
         and (result.declared or leaf.torch_dtype is not dtype)
     ]
@@ -70,18 +71,14 @@ Bare = tuple[Callable[..., Any], Callable[[Any], Tensors]]
 def _cast(leaves: Tensors, casts: Sequence[tuple[int, torch.dtype]]) -> Tensors:
     out = list(leaves)
     for i, dtype in casts:
-        if out[i].dtype is _WIDE[dtype]:
+        if out[i].dtype is WIDENED[dtype]:
             out[i] = out[i].to(dtype)
     return tuple(out)
 
 
-_WIDE = {narrow: wide for wide, narrow in NARROWED.items()}
-"""With x64 off, the torch dtype that JAX carries as this one."""
-
-
 def _check_range(t: Tensor, dtype: torch.dtype, path: str, label: str) -> None:
     """64-bit integers that become 32-bit must fit; checked where no device must be waited for."""
-    if t.device.type != "cpu" or t.numel() == 0 or t.dtype is not _WIDE[dtype]:
+    if t.device.type != "cpu" or t.numel() == 0 or t.dtype is not WIDENED[dtype]:
         return
     low, high = (int(x) for x in torch.aminmax(t))
     info = torch.iinfo(dtype)
