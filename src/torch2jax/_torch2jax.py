@@ -151,12 +151,7 @@ def torch2jax(
     if lock is not None and not (isinstance(lock, bool) or hasattr(type(lock), "__exit__")):
         raise SignatureError(f"lock={lock!r} of {label} must be a context manager or a bool.")
     static_argnums, static_argnames = checks.resolve_statics(
-        fn,
-        None if static_argnums is None else checks.indices(static_argnums, "static_argnums", label),
-        None
-        if static_argnames is None
-        else checks.names(static_argnames, "static_argnames", label),
-        label,
+        fn, static_argnums, static_argnames, label
     )
     options = Options(
         examples=(example_args, example_kw or {}) if example_args or example_kw else None,

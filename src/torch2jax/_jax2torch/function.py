@@ -14,7 +14,7 @@ from jax.core import Tracer
 from jax.tree_util import keystr, tree_flatten, tree_flatten_with_path
 
 from .._bridge.calls import checks
-from .._bridge.calls.arguments import Static
+from .._bridge.calls.arguments import Static, mark_static
 from .._bridge.calls.function import TorchFunction
 from .._bridge.calls.names import label_of
 from .._compat.torch import dispatch_modes
@@ -41,11 +41,7 @@ class _Entry:
         self.labels = [checks.argument_label(paths[s]) for s in spots]
         args, _ = marked
         for i in function.nondiff_argnums:
-            if not -len(args) <= i < len(args):
-                raise SignatureError(
-                    f"nondiff_argnums of {function.__qualname__} names argument {i}; the call has "
-                    f"{len(args)} positional arguments."
-                )
+            checks.check_position(i, len(args), "nondiff_argnums", function.__qualname__)
         held = [set(jax.tree.leaves(args[i])) for i in function.nondiff_argnums]
         self.nondiff = [k for k, s in enumerate(spots) if any(s in leaves for leaves in held)]
         fn, label = function.__wrapped__, function.__qualname__
@@ -160,15 +156,7 @@ class JaxFunction:
             leaves, treedef = tree_flatten((args, kwargs))
             entry = self._entries.get(treedef) or self._entry(treedef, treedef, {}, args, kwargs)
             return entry, leaves
-        given = list(args)
-        for i in self.static_argnums:
-            if -len(args) <= i < len(args):
-                given[i] = self._static(args[i], f"args[{i}]")
-        named = {
-            k: self._static(v, f"kwargs[{k!r}]") if k in self.static_argnames else v
-            for k, v in kwargs.items()
-        }
-        leaves, treedef = tree_flatten((tuple(given), named))
+        leaves, treedef = tree_flatten(mark_static(self, args, kwargs, self._static))
         statics = {i: x for i, x in enumerate(leaves) if isinstance(x, Static)}
         key = (treedef, tuple(statics.items()))
         entry = self._entries.get(key) or self._entry(key, treedef, statics, args, kwargs)
@@ -272,14 +260,7 @@ def jax2torch(
     if not callable(fn):
         raise SignatureError(f"jax2torch wraps a callable, got {type(fn).__name__}.")
     label = label_of(fn)
-    nums, names = checks.resolve_statics(
-        fn,
-        None if static_argnums is None else checks.indices(static_argnums, "static_argnums", label),
-        None
-        if static_argnames is None
-        else checks.names(static_argnames, "static_argnames", label),
-        label,
-    )
+    nums, names = checks.resolve_statics(fn, static_argnums, static_argnames, label)
     nondiff = checks.indices(nondiff_argnums, "nondiff_argnums", label)
     if isinstance(fn, TorchFunction) and fn.is_plain() and not (nondiff or nums or names):
         return fn.__wrapped__

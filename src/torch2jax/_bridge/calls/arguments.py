@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from jax.tree_util import tree_flatten_with_path
@@ -36,6 +36,33 @@ class Static:
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Static) and self.key == other.key
+
+
+class DeclaresStatic(Protocol):
+    """The options by which a user declares static arguments."""
+
+    @property
+    def static_argnums(self) -> tuple[int, ...]: ...
+
+    @property
+    def static_argnames(self) -> tuple[str, ...]: ...
+
+
+def mark_static(
+    options: DeclaresStatic,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    static: Callable[[Any, str], Static],
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """``(args, kwargs)`` with each declared static argument as one leaf, made by ``static``."""
+    marked = list(args)
+    for i in options.static_argnums:
+        if -len(args) <= i < len(args):
+            marked[i] = static(args[i], f"args[{i}]")
+    return tuple(marked), {
+        k: static(v, f"kwargs[{k!r}]") if k in options.static_argnames else v
+        for k, v in kwargs.items()
+    }
 
 
 @dataclass(frozen=True)

@@ -97,18 +97,16 @@ def _is_sequence(value: Any) -> bool:
 
 
 def resolve_statics(
-    fn: Callable[..., Any],
-    argnums: tuple[int, ...] | None,
-    argnames: tuple[str, ...] | None,
-    label: str,
+    fn: Callable[..., Any], static_argnums: Any, static_argnames: Any, label: str
 ) -> tuple[tuple[int, ...], tuple[str, ...]]:
     """Positions and names of static arguments; one follows from the other, as in ``jax.jit``."""
-    nums, names = argnums or (), argnames or ()
+    nums = indices(static_argnums, "static_argnums", label)
+    chosen = () if static_argnames is None else names(static_argnames, "static_argnames", label)
     target = fn.forward if isinstance(fn, torch.nn.Module) else fn
     try:
         parameters = list(inspect.signature(target).parameters.values())
     except (TypeError, ValueError):
-        return nums, names
+        return nums, chosen
     both = [p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters]
     kinds = {p.kind for p in parameters}
     n = sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
@@ -120,17 +118,26 @@ def resolve_statics(
                     "arguments."
                 )
     if inspect.Parameter.VAR_KEYWORD not in kinds:
-        for name in names:
+        for name in chosen:
             if not any(p.name == name and p.kind is not p.POSITIONAL_ONLY for p in parameters):
                 raise SignatureError(
                     f"static_argnames of {label} names {name!r}, which it does not take by keyword."
                 )
-    if argnums is None:
-        nums = tuple(i for i, p in enumerate(parameters) if both[i] and p.name in names)
-    elif argnames is None:
+    if static_argnums is None:
+        nums = tuple(i for i, p in enumerate(parameters) if both[i] and p.name in chosen)
+    elif static_argnames is None:
         positions = {i % len(parameters) for i in nums} if parameters else set()
-        names = tuple(parameters[i].name for i in sorted(positions) if both[i])
-    return nums, names
+        chosen = tuple(parameters[i].name for i in sorted(positions) if both[i])
+    return nums, chosen
+
+
+def check_position(index: int, count: int, option: str, label: str) -> None:
+    """Raise where a call of ``count`` positional arguments has none at this position."""
+    if not -count <= index < count:
+        raise SignatureError(
+            f"{option} of {label} names argument {index}; the call has {count} positional "
+            "arguments."
+        )
 
 
 def refuse_wide_int(x: Any, what: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -19,8 +20,8 @@ from ..jax_side.primitive import call as call_primitive
 from ..torch_side import exceptions
 from ..torch_side.callee import Callee
 from . import checks
-from .arguments import Static, arguments_of
-from .operands import OperandOptions, mark_static
+from .arguments import Static, arguments_of, mark_static
+from .operands import OperandOptions
 from .options import Options
 from .planning import Avals, Binding, Planner
 from .shards import Shards
@@ -63,6 +64,7 @@ class TorchFunction:
         self._bindings: dict[Hashable, Binding] = {}
         self._calls: dict[Hashable, _Call] = {}
         self._positional: dict[int, Callable[..., Any]] = {}
+        self._static = functools.partial(Static, label=label)
         self._plain = not (options.static_argnums or options.static_argnames)
 
     def __repr__(self) -> str:
@@ -144,7 +146,7 @@ class TorchFunction:
     def _flatten_arguments(self, args: Any, kwargs: Any) -> tuple[_Call, list[Any]]:
         given = (args, kwargs)
         if not self._plain:
-            given = mark_static(self._options, args, kwargs, self._label)
+            given = mark_static(self._options, args, kwargs, self._static)
         try:
             leaves, treedef = tree_flatten(given)
         except (TypeError, ValueError) as error:  # keys of a dict that cannot be sorted
@@ -178,7 +180,7 @@ class TorchFunction:
             if isinstance(x, Static):
                 statics.append((i, x))
             elif isinstance(x, checks.STATIC_TYPES):
-                statics.append((i, Static(x, where, self._label)))
+                statics.append((i, self._static(x, where)))
             else:
                 operands.append(x)
         key = (treedef, tuple(statics))
@@ -209,7 +211,7 @@ class TorchFunction:
         given = kwargs if self._options.out_arg is None else {**kwargs, self._options.out_arg: None}
         checks.check_call(self.__wrapped__, args, given, self._label)
         if self._options.examples is not None:
-            expected = mark_static(self._options, *self._options.examples, self._label)
+            expected = mark_static(self._options, *self._options.examples, self._static)
             checks.check_structure(treedef, tree_flatten(expected)[1], self._label)
 
     def _intern(self, key: tuple[Any, tuple[tuple[int, Static], ...]]) -> _Call:

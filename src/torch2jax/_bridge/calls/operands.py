@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from ..._conversions.convert import j2t
 from ..._conversions.dtypes import dtype_j2t
 from ..._errors import SignatureError
 from . import checks
-from .arguments import Arguments, Static
+from .arguments import Arguments, Static, mark_static
 from .options import Options
 
 
@@ -35,33 +36,30 @@ class OperandOptions:
         self, fn: Callable[..., Any], options: Options, arguments: Arguments, label: str
     ) -> None:
         self.fn, self.options, self.label = fn, options, label
-        static = {i for i, _ in arguments.statics}
+        statics = {i for i, _ in arguments.statics}
         spots, count = [], 0
         for i in range(arguments.treedef.num_leaves):
-            spots.append(_Spot(None if i in static else count))
-            count += i not in static
+            spots.append(_Spot(None if i in statics else count))
+            count += i not in statics
         self.args, self.kwargs = arguments.treedef.unflatten(spots)
         self.examples: dict[int, Any] = {}
         if options.examples is not None:
-            examples = tree_flatten(mark_static(options, *options.examples, label))[0]
+            static = functools.partial(Static, label=label)
+            examples = tree_flatten(mark_static(options, *options.examples, static))[0]
             self.examples = {
                 s.index: x for s, x in zip(spots, examples, strict=True) if s.index is not None
             }
 
     def of_argnums(self, argnums: Sequence[int], option: str) -> tuple[int, ...]:
-        """OperandOptions of whole positional arguments."""
+        """The operands in whole positional arguments, which an option names."""
         found: list[int] = []
         for i in argnums:
-            if not -len(self.args) <= i < len(self.args):
-                raise SignatureError(
-                    f"{option} of {self.label} names argument {i}; the call has {len(self.args)} "
-                    "positional arguments."
-                )
+            checks.check_position(i, len(self.args), option, self.label)
             found += _indices_in(self.args[i])
         return tuple(found)
 
     def nondiff(self, labels: Sequence[str]) -> frozenset[int]:
-        """OperandOptions that are never differentiated."""
+        """The operands that are never differentiated."""
         never = getattr(self.fn, "never_differentiated", ())
         found = {i for i, label in enumerate(labels) if label.startswith(never)} if never else set()
         found |= set(self.of_argnums(self.options.nondiff_argnums, "nondiff_argnums"))
@@ -137,18 +135,6 @@ class OperandOptions:
             raise SignatureError(
                 f"{option} of {self.label} names {name!r}, which is not an argument of the call."
             ) from None
-
-
-def mark_static(options: Options, args: Any, kwargs: Any, label: str) -> tuple[Any, Any]:
-    """``(args, kwargs)`` with declared static arguments as single leaves."""
-    marked = list(args)
-    for i in options.static_argnums:
-        if -len(args) <= i < len(args):
-            marked[i] = Static(args[i], f"args[{i}]", label)
-    return tuple(marked), {
-        k: Static(v, f"kwargs[{k!r}]", label) if k in options.static_argnames else v
-        for k, v in kwargs.items()
-    }
 
 
 def _indices_in(tree: Any) -> list[int]:
