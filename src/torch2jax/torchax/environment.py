@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -244,11 +245,7 @@ def words_of(key: Any) -> Any:
     return key
 
 
-_environment: list[Environment] = []
-
-
+@functools.cache
 def default_env() -> Environment:
     """The environment of the process."""
-    if not _environment:
-        _environment.append(Environment())
-    return _environment[0]
+    return Environment()
