@@ -1,4 +1,4 @@
-"""What the package refuses in several places: calls of JAX that deadlock, and symbolic shapes."""
+"""Several places refuse the same things: calls of JAX that deadlock, and symbolic shapes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _several_devices = _Thread()
 
 
 def on_one_of_several(run: Callable[..., Any]) -> Callable[..., Any]:
-    """``run``, on a thread that knows that its program runs on several devices at once."""
+    """Return ``run`` on a thread that knows that its program runs on several devices at once."""
 
     def call(*args: Any) -> Any:
         before, _several_devices.one_of_several = _several_devices.one_of_several, True
@@ -48,7 +48,7 @@ def check_may_call_jax(what: str) -> None:
 
 
 def refuse_forked(*_: Any, **__: Any) -> Any:
-    """What stands for a call in a process that was forked: threads of JAX and locks are missing."""
+    """Raise in a forked process, where JAX's threads are missing; it takes the place of a call."""
     raise Torch2JaxError(
         "a torch2jax function is called in a process made by os.fork(), in which the threads of "
         "JAX and PyTorch do not exist and their locks may be held for ever. Start processes by "

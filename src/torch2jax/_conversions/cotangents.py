@@ -1,4 +1,4 @@
-"""PyTorch's gradients as JAX's cotangents, and back. Imports JAX, never torch.
+"""PyTorch's gradients become JAX's cotangents, and back. This file never imports torch.
 
 NOTE [Conjugates]. PyTorch's gradient is the conjugate transpose, JAX's cotangent the plain one:
 ``Jᴴ c = conj(Jᵀ conj(c))``. The other direction is in ``torch_side/derivatives.py``.
@@ -17,10 +17,10 @@ import numpy as np
 def cotangents_of(
     gradients: Iterable[Any], avals: Iterable[tuple[tuple[int, ...], Any]]
 ) -> list[Any]:
-    """Cotangents of results of these shapes and dtypes, from the gradients that autograd has.
+    """Return the cotangents of results of these shapes and dtypes.
 
-    ``gradients`` are arrays, and None where autograd has none. Results that are not floating or
-    complex get JAX's float0 whatever autograd has.
+    ``gradients`` are those of autograd: arrays, and None where it has none. Results that are not
+    floating or complex get JAX's float0.
     """
     return [_cotangent(g, shape, dtype) for g, (shape, dtype) in zip(gradients, avals, strict=True)]
 
@@ -32,7 +32,7 @@ def _cotangent(gradient: Any, shape: tuple[int, ...], dtype: Any) -> Any:
 
 
 def gradient_of(cotangent: Any) -> Any:
-    """The gradient for autograd; None for an integer operand, which has none."""
+    """Return the gradient for autograd; None for an integer operand, which has none."""
     if cotangent is None or cotangent.dtype == jax.dtypes.float0:
         return None
     return jnp.conj(cotangent)

@@ -1,4 +1,4 @@
-"""PyTorch's 64-bit dtypes and what JAX carries in their place. Never imports JAX."""
+"""While x64 is off JAX carries 64-bit dtypes as narrower ones. This file never imports JAX."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ NARROWED = {
     torch.float64: torch.float32,
     torch.complex128: torch.complex64,
 }
-"""What JAX makes of 64-bit dtypes while x64 is off."""
+"""JAX carries the first of each pair as the second while x64 is off."""
 
 WIDENED = {narrow: wide for wide, narrow in NARROWED.items()}
-"""The other way: the PyTorch dtype that JAX carries as this one while x64 is off."""
+"""The same pairs the other way round."""

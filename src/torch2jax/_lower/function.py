@@ -1,4 +1,4 @@
-"""``torch2jax(fn, lower=True)``: ``fn`` runs once, on tensors that hold tracers."""
+"""With ``torch2jax(fn, lower=True)`` ``fn`` runs once, on tensors that hold tracers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ __all__ = ["LoweredFunction"]
 
 
 class LoweredFunction(TorchFunction):
-    """A PyTorch function as a JAX program; made by ``torch2jax(fn, lower=True)``."""
+    """A PyTorch function as a JAX program; ``torch2jax(fn, lower=True)`` makes it."""
 
     def __init__(
         self, fn: Callable[..., Any], run: Callable[..., Any], label: str, options: Options
@@ -49,7 +49,7 @@ class LoweredFunction(TorchFunction):
         return f"torch2jax({self._label}, lower=True)"
 
     def untraced(self) -> LoweredFunction:
-        """A copy without cached traces, which runs ``fn`` when it is called."""
+        """Return a copy without cached traces, which runs ``fn`` when it is called."""
         return LoweredFunction(self.__wrapped__, self._run, self._label, self._options)
 
     def _trace_here(self, call: Any, operands: Any, shards: Shards | None = None) -> Any:
@@ -119,7 +119,7 @@ def _named(treedef: Any, leaves: list[Any]) -> str:
 
 
 def _on_replica(module: torch.nn.Module) -> Callable[..., Any]:
-    """A module whose parameters and buffers are constants, and which is not changed."""
+    """Return the module as a function that takes its tensors for constants and changes nothing."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
         layout = Layout(module)

@@ -1,4 +1,4 @@
-"""``torch.compile(model, backend="torch2jax")``: forward and backward graphs as JAX programs."""
+"""``torch.compile(model, backend="torch2jax")`` turns graphs into JAX programs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["backend"]
 
 
 def backend(graph: torch.fx.GraphModule, examples: list[torch.Tensor]) -> Callable[..., Any]:
-    """The backend that ``torch.compile(..., backend="torch2jax")`` calls, once for each graph.
+    """Compile a graph; ``torch.compile(..., backend="torch2jax")`` calls it once for each.
 
     Forward and backward graphs become programs of their own, for tensors of any device; tensors are
     shared with JAX where their memory allows, as in ``t2j``.
@@ -34,10 +34,10 @@ class _OfTensors:
     def __init__(self, graph: torch.fx.GraphModule, arguments: Sequence[Any]) -> None:
         self._graph, self._arguments = graph, arguments
         self.dtypes: list[torch.dtype | None] = []
-        """The dtypes of the graph's results, known once it has run; None: not a tensor."""
+        """The dtypes of the graph's results, once it has run; None stands for what is no tensor."""
 
     def __call__(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
-        """The results that are tensors."""
+        """Return the results that are tensors."""
         rest = iter(tensors)
         outs = self._graph(*[next(rest) if x is _TENSOR else x for x in self._arguments])
         self.dtypes = [x.dtype if isinstance(x, torch.Tensor) else None for x in outs]
@@ -45,7 +45,7 @@ class _OfTensors:
 
 
 _TENSOR = object()
-"""Stands for a tensor among the arguments of a graph."""
+"""This stands for a tensor among the arguments of a graph."""
 
 
 def _compiled(graph: torch.fx.GraphModule, examples: list[Any]) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""The arguments of a call: which are operands, which are static, and the tree of them."""
+"""The arguments of a call form a tree of operands and static values."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Tensors = tuple[Tensor, ...]
 
 
 class Static:
-    """A static argument as a leaf; equal where type and value are."""
+    """A static argument is one leaf; two are equal where their types and values are."""
 
     def __init__(self, value: Any, where: str, label: str) -> None:
         self.value = value
@@ -54,7 +54,7 @@ def mark_static(
     kwargs: dict[str, Any],
     static: Callable[[Any, str], Static],
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """``(args, kwargs)`` with each declared static argument as one leaf, made by ``static``."""
+    """Return ``(args, kwargs)`` with one leaf, made by ``static``, for each static argument."""
     marked = list(args)
     for i in options.static_argnums:
         if -len(args) <= i < len(args):
@@ -67,7 +67,7 @@ def mark_static(
 
 @dataclass(frozen=True)
 class Arguments:
-    """How flat operands become the arguments of ``fn``.
+    """This says how flat operands become the arguments of ``fn``.
 
     ``statics`` are (leaf index, static value) pairs; the other leaves are operands in order.
     ``casts`` gives operands another dtype before ``fn`` sees them; ``copies`` are the operands that
@@ -81,14 +81,14 @@ class Arguments:
     copies: tuple[int, ...] = ()
 
     def unflatten(self, operands: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """``(args, kwargs)`` from operands."""
+        """Return ``(args, kwargs)`` with these operands in their places."""
         leaves = list(operands)
-        for i, static in self.statics:  # in ascending order
+        for i, static in self.statics:  # they are in ascending order
             leaves.insert(i, static.value)
         return self.treedef.unflatten(leaves)
 
     def prepare(self, operands: Tensors) -> Tensors:
-        """OperandOptions as ``fn`` gets them."""
+        """Return the operands as ``fn`` gets them: cast, and copied where it changes them."""
         if not self.casts and not self.copies:
             return operands
         xs = list(operands)
@@ -99,7 +99,7 @@ class Arguments:
         return tuple(xs)
 
     def applied(self, fn: Callable[..., Any]) -> Callable[..., Any]:
-        """``fn`` as a function of prepared operands, which returns what ``fn`` returns."""
+        """Return ``fn`` as a function of prepared operands; it returns what ``fn`` returns."""
         args, kwargs = self.unflatten([_HOLE] * len(self.labels))
         positional = not kwargs and not self.statics and all(a is _HOLE for a in args)
         if positional:
@@ -116,7 +116,7 @@ _HOLE = object()
 
 
 def arguments_of(treedef: Any, statics: tuple[tuple[int, Static], ...]) -> Arguments:
-    """The arguments of calls with this structure, before anything is known of dtypes."""
+    """Return the arguments of calls with this structure, before anything is known of dtypes."""
     static = {i for i, _ in statics}
     paths, _ = tree_flatten_with_path(treedef.unflatten([0] * treedef.num_leaves))
     labels = tuple(checks.argument_label(p) for i, (p, _) in enumerate(paths) if i not in static)

@@ -1,4 +1,4 @@
-"""The second attempt with int64, for functions that refuse the int32 in which JAX carries it.
+"""Functions that refuse the int32 in which JAX carries int64 get a second attempt.
 
 While x64 is off JAX carries PyTorch's int64 as int32, and some operators refuse int32. A function
 that fails with int32 operands is run once more with int64 in their place, and a note says so.
@@ -17,19 +17,20 @@ from ..._errors import Torch2JaxError, Torch2JaxWarning
 from ..torch_side.inference import FakeSurvived, ShapeDependsOnValues
 
 Casts = tuple[tuple[int, torch.dtype], ...]
-"""(operand, dtype) pairs of the operands that reach ``fn`` in another dtype than they come in."""
+"""(operand, dtype) pairs name the operands that reach ``fn`` in another dtype than they have."""
 
 Found = TypeVar("Found")
 
 
 class Notes:
-    """The notes that the user reads about one wrapped function, each of them once."""
+    """The user reads these notes about a wrapped function, and each of them once."""
 
     def __init__(self, label: str) -> None:
         self._label = label
         self._given: set[str] = set()
 
     def private_copies(self, names: Sequence[str]) -> None:
+        """Say that the function gets copies of these arguments, because it changes them."""
         self._give(
             f"{self._label} changes {', '.join(names)} in place; JAX arrays are immutable, so it "
             "gets a private copy at each call. Name the argument in inplace_argnums to receive its "
@@ -37,6 +38,7 @@ class Notes:
         )
 
     def int64(self, names: Sequence[str]) -> None:
+        """Say that these arguments reach the function as int64."""
         self._give(
             f"{self._label} refuses int32, so {', '.join(names)} reach it as int64 (JAX's x64 mode "
             "is off). arg_dtypes= or int64 examples say so without this note."
@@ -56,7 +58,7 @@ def attempted(
     notes: Notes,
     refuses_int32: Callable[[Found], bool] = lambda found: False,
 ) -> tuple[Casts, Found]:
-    """What ``attempt(casts)`` returns, or a second attempt with int64; and the casts of that one.
+    """Return ``casts`` and what ``attempt(casts)`` returns, or those of an attempt with int64.
 
     ``dtypes`` are those of the operands as they come. The second attempt is made where the first
     one fails, or returned something of which ``refuses_int32`` is true. Where the second one fails

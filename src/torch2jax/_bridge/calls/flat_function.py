@@ -1,4 +1,4 @@
-"""From pytrees to a flat torch function, and its result back to a pytree."""
+"""A function of pytrees becomes one from flat tensors to flat tensors."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def flat_function(
     label: str,
     inplace: Sequence[int] = (),
 ) -> tuple[Callable[..., Tensors], Callable[..., Tensors] | None, Bare | None]:
-    """``(pure, run, bare)``: ``fn`` from flat operands to a tuple of tensors in JAX's dtypes.
+    """Return ``(pure, run, bare)``: ``fn`` from flat operands to a tuple in JAX's dtypes.
 
     With ``inplace`` operands, the tuple ends with their updated values; ``pure`` works on copies of
-    them, ``run`` on the operands themselves. ``run`` is None where it is ``pure``. ``bare`` is
-    there where ``fn`` takes the operands as they are and returns one tensor.
+    them, ``run`` on the operands themselves. ``run`` is None where it would be ``pure``, and
+    ``bare`` is None unless ``fn`` takes the operands as they are and returns one tensor.
     """
     call = arguments.applied(fn)
     collect = collector(result, label)
@@ -77,7 +77,7 @@ def _cast(leaves: Tensors, casts: Sequence[tuple[int, torch.dtype]]) -> Tensors:
 
 
 def _check_range(t: Tensor, dtype: torch.dtype, path: str, label: str) -> None:
-    """64-bit integers that become 32-bit must fit; checked where no device must be waited for."""
+    """Raise where 64-bit integers do not fit 32 bits; not on a GPU, where looking would wait."""
     if t.device.type != "cpu" or t.numel() == 0 or t.dtype is not WIDENED[dtype]:
         return
     low, high = (int(x) for x in torch.aminmax(t))
@@ -96,7 +96,7 @@ def out_function(
     out_arg: str,
     label: str,
 ) -> Callable[..., Tensors]:
-    """``run`` for a function that writes its results into ``out_arg``: XLA's own buffers."""
+    """Return ``run`` for a function that writes its results into ``out_arg``, XLA's own buffers."""
     collect = collector(result, label)
 
     def run(*operands: Tensor) -> Tensors:
@@ -111,7 +111,7 @@ def out_function(
 
 
 def with_buffers(fn: Callable[..., Any], out_arg: str, result: Result) -> Callable[..., Any]:
-    """``fn``, which must be given ``out_arg``, as a function that allocates its results."""
+    """Return ``fn``, which needs ``out_arg``, as a function that allocates its results."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         given = [x for x in jax.tree.leaves((args, kwargs)) if isinstance(x, Tensor)]

@@ -1,4 +1,4 @@
-"""A wrapped function: from a Python call to the operands of the primitive, and back."""
+"""A wrapped function turns a Python call into a call of the primitive."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from .shards import Shards
 
 
 class _Call:
-    """The structure of a call: what selects a trace beside shapes and dtypes. Interned."""
+    """The structure of a call selects a trace, together with shapes and dtypes. It is interned."""
 
     def __init__(
         self,
@@ -39,7 +39,7 @@ class _Call:
     ) -> None:
         self.arguments = arguments_of(treedef, statics)
 
-        # A function of its own, so that it and not a class names the call in profiles.
+        # It is a function of its own, so that its name and not a class's stands in profiles.
         def traced(*operands: Any) -> Any:
             return trace(self, *operands)
 
@@ -48,7 +48,7 @@ class _Call:
 
 
 class TorchFunction:
-    """A PyTorch function as a JAX function; made by ``torch2jax``."""
+    """A PyTorch function as a JAX function; ``torch2jax`` makes it."""
 
     def __init__(
         self, fn: Callable[..., Any], run: Callable[..., Any], label: str, options: Options
@@ -71,11 +71,11 @@ class TorchFunction:
         return f"torch2jax({self._label})"
 
     def is_plain(self) -> bool:
-        """Whether it has the arguments, the results and the derivatives of the function itself."""
+        """Return whether arguments, results and derivatives are those of the function itself."""
         return self._options.changes_nothing()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        # The quick path to jit's own: arrays by position, in a number met before.
+        # Arrays by position, in a number met before, take the quick path to jit's own.
         jitted = None
         if not kwargs:
             for a in args:
@@ -104,17 +104,17 @@ class TorchFunction:
             raise
 
     def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
-        """``jax.stages.Lowered`` for these arguments; ``jax.ShapeDtypeStruct``s do."""
+        """Return ``jax.stages.Lowered`` for these arguments; ``jax.ShapeDtypeStruct``s do."""
         call, operands = self._flatten(args, kwargs)
         return call.jitted.lower(*operands)
 
     def trace(self, *args: Any, **kwargs: Any) -> jax.stages.Traced:
-        """``jax.stages.Traced`` for these arguments; ``jax.ShapeDtypeStruct``s do."""
+        """Return ``jax.stages.Traced`` for these arguments; ``jax.ShapeDtypeStruct``s do."""
         call, operands = self._flatten(args, kwargs)
         return call.jitted.trace(*operands)
 
     def callee_for(self, args: Any, kwargs: Any) -> tuple[Callee, Avals]:
-        """The callee of calls with such arguments, and the avals of its operands."""
+        """Return the callee of calls with such arguments, and the avals of its operands."""
         call, operands = self._flatten_arguments(args, kwargs)
         avals = tuple(checks.leaf_aval(x) for x in operands)
         binding = self._planner.plan(call.arguments, avals, [False] * len(avals))
@@ -149,7 +149,7 @@ class TorchFunction:
             given = mark_static(self._options, args, kwargs, self._static)
         try:
             leaves, treedef = tree_flatten(given)
-        except (TypeError, ValueError) as error:  # keys of a dict that cannot be sorted
+        except (TypeError, ValueError) as error:  # a dict may have keys that cannot be sorted
             raise SignatureError(f"an argument of {self._label} is no tree: {error}") from None
         if any(isinstance(x, _NOT_OPERANDS) for x in leaves):
             return self._flatten_statics(given)
@@ -197,10 +197,10 @@ class TorchFunction:
         for where, x in zip(labels, operands, strict=False):
             checks.refuse_wide_int(x, f"{where} of {self._label}")
             try:
-                if isinstance(x, jax.ShapeDtypeStruct):  # has a type, and no value
+                if isinstance(x, jax.ShapeDtypeStruct):  # it has a type, and no value
                     raise TypeError
                 jax.typeof(x)
-            except (TypeError, ValueError):  # the latter for a masked array
+            except (TypeError, ValueError):  # a masked array raises the latter
                 raise SignatureError(
                     f"{where} of {self._label} is a {type(x).__name__}, which is no JAX value; "
                     "pass an array or a number, or name the argument in static_argnums or "
@@ -255,7 +255,7 @@ class TorchFunction:
         return self._bind(binding, operands, words)
 
     def _words(self, rng: Any) -> Any:
-        """The words of a key: uint32 of shape (n,)."""
+        """Return the words of a key, which are uint32 of shape (n,)."""
         if jax.dtypes.issubdtype(rng.dtype, jax.dtypes.prng_key):
             rng = jax.random.key_data(rng)
         if rng.dtype != "uint32" or len(rng.shape) != 1:
@@ -291,23 +291,25 @@ os.register_at_fork(
 _NOT_OPERANDS = (*checks.STATIC_TYPES, Static, torch.Tensor)
 
 _RUNTIME_ERRORS = (jax.errors.JaxRuntimeError, ValueError)
-"""As which an error of XLA comes: the latter from jit's C++ path."""
+"""XLA's errors arrive as these two types; the latter comes from jit's C++ path."""
 
 
 _NOT_CAUGHT = (KeyboardInterrupt, SystemExit)
-"""What asks the process to end: `except Exception` would swallow a TorchCallError in its place."""
+"""These ask the process to end; `except Exception` would swallow a TorchCallError instead."""
 
 
 def _raise_original(error: Exception, label: str) -> None:
-    """Raise what the user should meet in place of an error of XLA that carries one of ours."""
+    """Raise our own error, or the user's exception, where an error of XLA carries one."""
     text = str(error)
     found = exceptions.take_exception(text)
     if found is not None:
         message, original = found
         if isinstance(original, _NOT_CAUGHT):
-            raise original from original.__cause__  # a cause hides the error of XLA
+            # With a cause Python does not show the error of XLA.
+            raise original from original.__cause__
         raise TorchCallError(message) from original
-    # The handler's own checks; INTERNAL is an exception that was not kept: too many came since.
+    # The handler's own checks fail so. INTERNAL stands for an exception that was dropped, because
+    # too many came after it.
     for status in ("INVALID_ARGUMENT: ", "FAILED_PRECONDITION: ", "INTERNAL: "):
         _, ours, message = text.partition(status)
         if ours and message.startswith(label):

@@ -1,4 +1,4 @@
-"""What the options say of each operand."""
+"""Options of whole arguments become facts about each operand."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from .options import Options
 
 @dataclass(frozen=True)
 class _Spot:
-    """Stands for a leaf of the arguments: the ``index``-th operand, or a static one (None)."""
+    """This stands for a leaf of the arguments: the ``index``-th operand, or a static one (None)."""
 
     index: int | None
 
 
 class OperandOptions:
-    """The options as facts about the operands of calls with one structure."""
+    """What the options say about the operands of calls with one structure."""
 
     def __init__(
         self, fn: Callable[..., Any], options: Options, arguments: Arguments, label: str
@@ -51,7 +51,7 @@ class OperandOptions:
             }
 
     def of_argnums(self, argnums: Sequence[int], option: str) -> tuple[int, ...]:
-        """The operands in whole positional arguments, which an option names."""
+        """Return the operands in the positional arguments that an option names."""
         found: list[int] = []
         for i in argnums:
             checks.check_position(i, len(self.args), option, self.label)
@@ -59,7 +59,7 @@ class OperandOptions:
         return tuple(found)
 
     def nondiff(self, labels: Sequence[str]) -> frozenset[int]:
-        """The operands that are never differentiated."""
+        """Return the operands that are never differentiated."""
         never = getattr(self.fn, "never_differentiated", ())
         found = {i for i, label in enumerate(labels) if label.startswith(never)} if never else set()
         found |= set(self.of_argnums(self.options.nondiff_argnums, "nondiff_argnums"))
@@ -69,11 +69,11 @@ class OperandOptions:
         return frozenset(found)
 
     def casts(self, dtypes: Sequence[Any]) -> tuple[tuple[int, torch.dtype], ...]:
-        """Operands that reach ``fn`` in another dtype, by ``arg_dtypes`` or 64-bit examples."""
+        """Return the casts of operands that ``arg_dtypes`` or 64-bit examples ask for."""
         wanted: dict[int, Any] = {}
         for k, x in self.examples.items():
             dtype = checks.example_dtype(x)
-            # Wider than JAX carries it: with x64 off, in the dtype that JAX gives such an example.
+            # It may be wider than JAX carries it: it counts where JAX narrows it to this dtype.
             if dtype is not None and checks.leaf_aval(x)[1] == dtypes[k]:
                 wanted[k] = dtype
         given = self._by_operand(self.options.arg_dtypes, "arg_dtypes")
@@ -89,12 +89,12 @@ class OperandOptions:
         )
 
     def in_specs(self) -> dict[int, Any] | None:
-        """Specs of operands, None where types say it; None where ``in_specs`` is not given."""
+        """Return the specs of operands, None where types say it; None without ``in_specs``."""
         given = self.options.in_specs
         return None if given is None else self._by_operand(given, "in_specs")
 
     def _by_operand(self, given: Any, option: str) -> dict[int, Any]:
-        """Items of a prefix tree over the positional arguments, or of a dict by argument name."""
+        """Return the items of a prefix tree over positional arguments, or of a dict by name."""
         if not isinstance(given, dict):
             return {} if given is None else self._spread(given, option)
         found: dict[int, Any] = {}
@@ -106,10 +106,10 @@ class OperandOptions:
         return found
 
     def example_value(self, index: int, shape: tuple[int, ...]) -> torch.Tensor | None:
-        """The value of an operand's example, if it has one and fits."""
+        """Return the value of an operand's example, if it has one of this shape."""
         x = self.examples.get(index)
         if isinstance(x, jax.Array) and not isinstance(x, Tracer):
-            # A donated array has no value left, and one over several devices none for one tensor.
+            # A donated array has no value left, and a tensor cannot view one over several devices.
             x = None if x.is_deleted() or len(x.devices()) > 1 else j2t(x)
         elif isinstance(x, np.ndarray):
             x = torch.from_numpy(x)
@@ -118,14 +118,14 @@ class OperandOptions:
         return None
 
     def _spread(self, tree: Any, option: str) -> dict[int, Any]:
-        """Items of a prefix tree over the positional arguments, by operand."""
+        """Return the items of a prefix tree over the positional arguments, by operand."""
         tree = tuple(tree) if isinstance(tree, list) else tree
         items = checks.prefix_leaves(tree, self.args, option, self.label)
         spots = jax.tree.leaves(self.args)
         return {s.index: x for s, x in zip(spots, items, strict=True) if s.index is not None}
 
     def _argument(self, name: str, option: str) -> Any:
-        """The argument passed to ``fn``'s parameter ``name``."""
+        """Return the argument that ``fn``'s parameter ``name`` gets."""
         if name in self.kwargs:
             return self.kwargs[name]
         target = self.fn.forward if isinstance(self.fn, torch.nn.Module) else self.fn

@@ -1,4 +1,4 @@
-"""From the avals of a call to what it binds: a callee and the shapes of its results."""
+"""The avals of a call decide what it binds: a callee and the shapes of its results."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ from .results import Result, describe_result
 from .shards import Shards
 
 Avals = Sequence[tuple[tuple[int, ...], Any]]
-"""(shape, dtype) pairs."""
+"""These are (shape, dtype) pairs."""
 
 
 @dataclass(frozen=True)
 class Binding:
-    """What a call with given structure, shapes and dtypes binds."""
+    """A call with given structure, shapes and dtypes binds this."""
 
     callee: Callee
     arguments: Arguments
@@ -51,7 +51,7 @@ class Binding:
 
 
 class Planner:
-    """Makes the plans of one wrapped function: ``fn`` under ``options``.
+    """The planner makes the bindings of one wrapped function: ``fn`` under ``options``.
 
     ``run`` is ``fn`` under its lock and the default device of wrap time.
     """
@@ -66,7 +66,7 @@ class Planner:
 
     @functools.cached_property
     def _callee_options(self) -> CalleeOptions:
-        # Made at the first trace: asking for the default device starts JAX's backend.
+        # They are made at the first trace, as asking for the default device starts JAX's backend.
         fn, options = self._wrapped, self._options
         return CalleeOptions(
             label=self._label,
@@ -83,7 +83,7 @@ class Planner:
 
     @functools.cached_property
     def seed(self) -> Callee:
-        """What draws without a key draws a seed, and is then a function of that seed."""
+        """This callee draws the seed for functions that draw random numbers without a key."""
         options = replace(self._callee_options, draws=True)
         return Callee(UserProgram(draw_seed, None, False, ()), options, [], ["the seed"])
 
@@ -94,9 +94,9 @@ class Planner:
         numbers: Sequence[bool],
         shards: Shards | None = None,
     ) -> Binding:
-        """The plan of a call; ``numbers`` are the operands that come from Python numbers.
+        """Return what a call binds; with ``shards``, what it binds on one shard.
 
-        With ``shards``, the plan of the call on one shard.
+        ``numbers`` says which operands come from Python numbers.
         """
         self._check_avals(arguments, avals)
         by_operand = OperandOptions(self._wrapped, self._options, arguments, self._label)
@@ -147,7 +147,7 @@ class Planner:
         numbers: Sequence[bool],
         none_allowed: bool,
     ) -> tuple[Arguments, Inference]:
-        """What ``fn`` returns for these avals, and the arguments with the casts that it needs."""
+        """Infer what ``fn`` returns, and return the arguments with the casts that it needs."""
         device = self._callee_options.device
         dtypes = [dtype_j2t(dtype) for _, dtype in avals]
 
@@ -158,7 +158,7 @@ class Planner:
                 for i, ((shape, _), dtype) in enumerate(zip(avals, dtypes, strict=True))
             ]
             call = tried.applied(self._fn)
-            with jax.ensure_compile_time_eval():  # fn may call JAX: its values are no tracers here
+            with jax.ensure_compile_time_eval():  # fn may call JAX, on values
                 return infer(
                     lambda *operands: call(*tried.prepare(operands)),
                     specs,
@@ -193,7 +193,7 @@ class Planner:
                 "padded), or pass output_shapes= if the size is known."
                 + self._hint_of_numbers(arguments, numbers)
             ) from None
-        except (Torch2JaxError, Torch2JaxWarning):  # a note, where warnings are errors
+        except (Torch2JaxError, Torch2JaxWarning):  # the latter is a note where warnings are errors
             raise
         except Exception as error:
             raise self._trace_error(error, arguments, avals, numbers) from error
@@ -227,7 +227,7 @@ class Planner:
         inplace: tuple[int, ...],
         inference: Inference | None,
     ) -> Callee:
-        """One callee for each way in which flat operands become a flat result."""
+        """Return the one callee for this way from flat operands to a flat result."""
         forms = tuple((leaf.torch_dtype, leaf.dtype) for leaf in result.leaves)
         key = (arguments, result.treedef, forms, x64_enabled())
         known = self._callees.get(key)
@@ -269,12 +269,12 @@ class Planner:
         return self._callees.setdefault(key, Callee(program, options, inputs, outputs))
 
 
-# Made here, where no mode of a caller sees it.
+# They are made here, where no mode of a caller sees it.
 _CPU, _CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 def default_device() -> torch.device:
-    """Where torch computes for JAX's default backend."""
+    """Return the device on which torch computes for JAX's default backend."""
     if jax.default_backend() in ("gpu", "cuda", "rocm") and torch.cuda.is_available():
         return _CUDA
     return _CPU
