@@ -1,4 +1,4 @@
-"""The other direction: ``jax2torch(fn)`` is a PyTorch function."""
+"""``jax2torch(fn)`` is a PyTorch function: the other direction."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _NUMBERS = (bool, int, float, complex, np.ndarray, np.generic)
 
 
 class _Entry:
-    """Calls with one structure of arguments and one set of static ones."""
+    """An entry serves calls with one structure of arguments and one set of static ones."""
 
     def __init__(self, treedef: Any, statics: dict[int, Static], function: JaxFunction) -> None:
         spots = [s for s in range(treedef.num_leaves) if s not in statics]
@@ -60,7 +60,7 @@ class _Entry:
 
 
 class JaxFunction:
-    """A JAX function as a PyTorch function; made by ``jax2torch``."""
+    """A JAX function as a PyTorch function; ``jax2torch`` makes it."""
 
     def __init__(
         self,
@@ -87,7 +87,7 @@ class JaxFunction:
         self._entries: dict[Any, _Entry] = {}
 
     def is_plain(self) -> bool:
-        """Whether it has the arguments and the derivatives of the function itself."""
+        """Return whether its arguments and derivatives are those of the function itself."""
         return self._plain and not self.nondiff_argnums and self.device is None
 
     def __repr__(self) -> str:
@@ -98,14 +98,14 @@ class JaxFunction:
             from .graph_operator import call_in_graph  # torch.compile imports it as it traces
 
             return call_in_graph(self.key, args, kwargs)
-        if dispatch_modes():  # make_fx, fake tensors: they see operators alone
+        if dispatch_modes():  # make_fx and fake tensors see operators alone
             from .graph_operator import apply_in_graph
 
             return self.call_by(apply_in_graph, args, kwargs)
         return self.call_by(apply, args, kwargs)
 
     def call_by(self, apply: Applier, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call it: ``apply`` maps a program and its operands to results and their tree."""
+        """Call it; ``apply`` maps a program and its operands to results and their tree."""
         entry, operands = self._flatten(args, kwargs)
         for k in entry.nondiff:
             if isinstance(operands[k], torch.Tensor):
@@ -121,7 +121,7 @@ class JaxFunction:
         return tree.unflatten(outs)
 
     def _apply_on_device(self, apply: Applier, entry: _Entry, operands: list[Any]) -> Any:
-        """On the device that was asked for; without tensors on PyTorch's default device."""
+        """Apply it on the device that the user chose, or else on PyTorch's default one."""
         device = self.device or torch.get_default_device()
         for label, x in zip(entry.labels, operands, strict=True):
             if isinstance(x, torch.Tensor) and not _same_device(x.device, device):
@@ -133,7 +133,7 @@ class JaxFunction:
             return apply(entry.program, operands)
 
     def __deepcopy__(self, memo: Any) -> JaxFunction:
-        return self  # a function, without state of its own
+        return self  # it is a function, without state of its own
 
     def __reduce__(self) -> Any:
         options = (
@@ -163,7 +163,7 @@ class JaxFunction:
         return entry, [x for x in leaves if not isinstance(x, Static)]
 
     def _static(self, value: Any, where: str) -> Static:
-        if isinstance(value, torch.Tensor):  # it has a hash, of its identity
+        if isinstance(value, torch.Tensor):  # its hash would be that of its identity
             raise SignatureError(
                 f"the static argument {where} of {self.__qualname__} is a tensor: it would be "
                 "traced anew for each. Tensors are operands; leave it out of static_argnums and "
@@ -212,7 +212,7 @@ def jax2torch(
     device: torch.device | str | None = None,
     name: str | None = None,
 ) -> Callable[..., Any]:
-    """A JAX function as a PyTorch function.
+    """Make a PyTorch function of a JAX function.
 
     The result runs ``fn`` compiled, on arrays that view the tensors' memory, and returns tensors
     that view JAX's. It is differentiable to any order: ``backward``, ``torch.autograd.grad``,
@@ -272,7 +272,7 @@ def jax2torch(
 
 
 def _checked(result: Any, label: str) -> Any:
-    """A result whose leaves are arrays that tensors can be made of."""
+    """Return the result, or raise where a leaf is nothing that a tensor can be made of."""
     for path, x in tree_flatten_with_path(result)[0]:
         where = f"result{keystr(path)} of {label}"
         if not isinstance(x, (jax.Array, *_NUMBERS)):

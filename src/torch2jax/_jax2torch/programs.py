@@ -1,4 +1,4 @@
-"""A JAX function on flat arrays and the functions derived from it. Imports JAX, never torch.
+"""A JAX function on flat arrays, and the functions derived from it. It never imports torch.
 
 A *program* maps arrays to a tuple of arrays. With operands ``x``, tangents ``t`` of the operands
 ``S`` and cotangents ``c`` of the results ``D``,
@@ -39,13 +39,13 @@ jax.tree_util.register_pytree_node(
 
 
 class Formula:
-    """What a program computes, in two forms; it knows what it is made of, not its derivatives."""
+    """A formula says what a program computes, in two forms; it does not know its derivatives."""
 
     emits = True
-    """Whether residuals can be emitted: not where ``run`` already differs from ``math``."""
+    """Whether it can emit residuals: not where ``run`` already differs from ``math``."""
 
     reads: frozenset[int] | None = None
-    """The operands that ``run`` reads; None: all."""
+    """The operands that ``run`` reads; None means all."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -82,9 +82,8 @@ class WithResiduals(Formula):
         return self.parent.math(*operands)
 
     def run(self, *operands: Any) -> Traced:
-        traced, pull = jax.vjp(
-            _restricted(self.parent, self.wrt, operands), *operands_at(operands, self.wrt)
-        )
+        chosen = [operands[i] for i in self.wrt]
+        traced, pull = jax.vjp(_restricted(self.parent, self.wrt, operands), *chosen)
         plan = PullbackRecipe(self.wrt, operands, traced, pull)
         residuals, plan.residuals = tuple(plan.residuals), []
         return Traced(traced.outs, residuals, Facts(traced.facts.tree, plan))
@@ -108,7 +107,8 @@ class Pullback(Formula):
 
     def math(self, *args: Any) -> Traced:
         x, c, _ = self._split(args)
-        traced, pull = jax.vjp(_restricted(self.parent, self.wrt, x), *operands_at(x, self.wrt))
+        chosen = [x[i] for i in self.wrt]
+        traced, pull = jax.vjp(_restricted(self.parent, self.wrt, x), *chosen)
         avals = [(out.shape, out.dtype) for out in traced.outs]
         return self._result(pull(self._cotangents(avals, c, traced.facts)))
 
@@ -139,7 +139,7 @@ class Pushforward(Formula):
     def math(self, *args: Any) -> Traced:
         x, t = args[: self.n], args[self.n :]
         f = _restricted(self.parent, self.wrt, x)
-        _, pushed = jax.jvp(f, tuple(operands_at(x, self.wrt)), tuple(t))
+        _, pushed = jax.jvp(f, tuple(x[i] for i in self.wrt), tuple(t))
         inexact = [u for u in pushed.outs if jnp.issubdtype(u.dtype, jnp.inexact)]
         return Traced(tuple(inexact), (), Facts())
 
@@ -172,7 +172,7 @@ class JaxProgram:
         self.formula, self.name = formula, formula.name
         self.emits, self.reads = formula.emits, formula.reads
         self.is_emission = isinstance(formula, WithResiduals)
-        self.sites: dict[Any, Any] = {}  # where compiled graphs call it: see ``graph_sites``
+        self.sites: dict[Any, Any] = {}  # compiled graphs call it there: see ``graph_sites``
         self._derived: dict[Any, JaxProgram] = {}
         self._asked: dict[Any, Asked] = {}
 
@@ -197,7 +197,7 @@ class JaxProgram:
         return self._derive(Pullback, n, wrt, of, plan)
 
     def asked(self, needs: Flags, missing: Flags, plan: PullbackRecipe) -> Asked:
-        """The pullback that a backward pass asks for, None where it is zero, its wrt and its of.
+        """Return the pullback that a backward pass asks for, None where it is zero; its wrt and of.
 
         ``needs``: which operands need a gradient; ``missing``: which cotangents there are not.
         """
@@ -219,12 +219,8 @@ class JaxProgram:
         return made or self._derived.setdefault(key, JaxProgram(make(self.formula, *how)))
 
 
-def operands_at(operands: Sequence[Any], wrt: Indices) -> list[Any]:
-    return [operands[i] for i in wrt]
-
-
 def _restricted(formula: Formula, wrt: Indices, operands: Sequence[Any]) -> Math:
-    """``math`` as a function of the operands ``wrt``, the others held."""
+    """Return ``math`` as a function of the operands ``wrt``, with the others held."""
 
     def f(*chosen: Any) -> Traced:
         full = list(operands)
