@@ -153,12 +153,12 @@ class ApplyProgram(torch.autograd.Function):
             *(out for out, inexact in zip(outs, ctx.inexact, strict=True) if not inexact),
             *residuals,
         )
-        # Rows of another level's residuals have a plan too; it is that level's.
-        plan = call.facts.plan if call.program.is_emission else None
-        ctx.call, ctx.plan, ctx.n_results = call, plan, len(output)
+        # Rows of another level's residuals have a recipe too; it is that level's.
+        recipe = call.facts.recipe if call.program.is_emission else None
+        ctx.call, ctx.recipe, ctx.n_results = call, recipe, len(output)
         tensors = [x for _, x in _tensors(operands)]
         ctx.others, ctx.n_tensors = _others(operands), len(tensors)
-        kept = [outs[i] for i in plan.kept] if plan else []
+        kept = [outs[i] for i in recipe.kept] if recipe else []
         saved = [*tensors, *kept, *residuals]
         ctx.save_for_backward(*saved)
         if transforms_active() or forward_ad_active():
@@ -175,9 +175,9 @@ class ApplyProgram(torch.autograd.Function):
         of = tuple([j for j, (inexact, c) in pairs if inexact and c is not None])
         if not (wrt and of):
             return _gradients(n, wrt, ())
-        plan = ctx.plan if ctx.plan and set(wrt) <= set(ctx.plan.wrt) else None
-        program = ctx.call.program.pullback(n, wrt, of, plan)
-        args = [*operands, *(cotangents[j] for j in of), *(x.detach() for x in held if plan)]
+        recipe = ctx.recipe if ctx.recipe and set(wrt) <= set(ctx.recipe.wrt) else None
+        program = ctx.call.program.pullback(n, wrt, of, recipe)
+        args = [*operands, *(cotangents[j] for j in of), *(x.detach() for x in held if recipe)]
         return _gradients(n, wrt, _apply(ctx.call.another(program, n), args))
 
     @staticmethod
@@ -216,18 +216,18 @@ class Direct(torch.autograd.Function):
         arrays, n_tensors, on_cpu = to_arrays(operands, call.x64)
         traced = call.program.jitted(*arrays)
         call.facts = facts = traced.facts
-        results, plan = traced.outs, facts.plan
+        results, recipe = traced.outs, facts.recipe
         outs = to_tensors(results, facts.dtypes, on_cpu)
         ctx.set_materialize_grads(False)
-        if plan.integers:
-            ctx.mark_non_differentiable(*[outs[j] for j in plan.integers])
+        if recipe.integers:
+            ctx.mark_non_differentiable(*[outs[j] for j in recipe.integers])
         tensors, others = operands, None
         if n_tensors != len(operands):
             tensors = [x for x in operands if isinstance(x, Tensor)]
             others = _others(operands)
-        ctx.save_for_backward(*tensors, *map(outs.__getitem__, plan.kept))
-        held = (*map(results.__getitem__, plan.kept), *traced.residuals)
-        call.kept = others, plan.read(arrays), held, on_cpu
+        ctx.save_for_backward(*tensors, *map(outs.__getitem__, recipe.kept))
+        held = (*map(results.__getitem__, recipe.kept), *traced.residuals)
+        call.kept = others, recipe.read(arrays), held, on_cpu
         ctx.call = call
         return outs
 
@@ -236,16 +236,16 @@ class Direct(torch.autograd.Function):
         call = ctx.call
         if x64_enabled() is not call.x64:
             return _as_in_forward(Direct.backward, ctx, *cotangents)
-        needs, plan = ctx.needs_input_grad[1:], call.facts.plan
+        needs, recipe = ctx.needs_input_grad[1:], call.facts.recipe
         n, missing = len(needs), tuple([c is None for c in cotangents])
-        program, wrt, of = call.program.asked(needs, missing, plan)
+        program, wrt, of = call.program.asked(needs, missing, recipe)
         if program is None:
             return _gradients(n, wrt, ())
         given = cotangents if len(of) == len(missing) else [cotangents[j] for j in of]
         saved = ctx.saved_tensors  # this raises where one of them is changed, or freed
         others, read, held, on_cpu = call.kept
         if grad_enabled() or not eager():
-            n_tensors, n_kept = len(saved) - len(plan.kept), len(plan.kept)
+            n_tensors, n_kept = len(saved) - len(recipe.kept), len(recipe.kept)
             operands = _operands(others or [None] * n, saved[:n_tensors])
             kept = [x.detach() for x in saved[n_tensors:]]
             residuals = held[n_kept:]

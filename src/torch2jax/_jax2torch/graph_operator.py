@@ -102,13 +102,13 @@ def _setup_context(ctx: Any, inputs: Any, output: list[Tensor]) -> None:
     ctx.site = site = site_named(program)
     traced = site.shapes(site.operands(tensors, ctx.floats, ctx.ints))
     ctx.n_tensors, ctx.n_outs = len(tensors), len(traced.outs)
-    ctx.plan = plan = traced.facts.plan if site.program.is_emission else None
-    kept = [output[j] for j in plan.kept] if plan else []
+    ctx.recipe = recipe = traced.facts.recipe if site.program.is_emission else None
+    kept = [output[j] for j in recipe.kept] if recipe else []
     ctx.save_for_backward(*tensors, *kept, *output[ctx.n_outs :])
 
 
 def _backward(ctx: Any, cotangents: Sequence[Tensor | None]) -> Any:
-    site, plan = ctx.site, ctx.plan
+    site, recipe = ctx.site, ctx.recipe
     tensors, held = ctx.saved_tensors[: ctx.n_tensors], ctx.saved_tensors[ctx.n_tensors :]
     n = len(site.kinds)
     primals = [
@@ -117,9 +117,9 @@ def _backward(ctx: Any, cotangents: Sequence[Tensor | None]) -> Any:
         if (x.is_floating_point() or x.is_complex()) and i < n - site.n_held
     ]
     # An exported program may be asked for more gradients than the trace that chose the residuals.
-    if plan and not all(i in plan.wrt for i, x in primals if x.requires_grad):
-        plan = None
-    wrt = tuple(i for i, _ in primals if plan is None or i in plan.wrt)
+    if recipe and not all(i in recipe.wrt for i, x in primals if x.requires_grad):
+        recipe = None
+    wrt = tuple(i for i, _ in primals if recipe is None or i in recipe.wrt)
     of = tuple(
         j
         for j, c in enumerate(cotangents[: ctx.n_outs])
@@ -127,8 +127,8 @@ def _backward(ctx: Any, cotangents: Sequence[Tensor | None]) -> Any:
     )
     grads: list[Tensor | None] = [None] * len(tensors)
     if wrt and of:
-        held = held if plan else ()
-        program = site.program.pullback(n, wrt, of, plan)
+        held = held if recipe else ()
+        program = site.program.pullback(n, wrt, of, recipe)
         kinds = (*site.kinds, *["tensor"] * (len(of) + len(held)))
         pullback = Site.of(program, kinds, n, len(held), site.x64)
         operands = site.operands(tensors, ctx.floats, ctx.ints)

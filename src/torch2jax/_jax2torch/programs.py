@@ -12,7 +12,7 @@ are programs again, so derivatives of any order are calls of programs.
 
 NOTE [Two forms]. ``math`` is what derivatives are made of; ``run``, which is compiled, has the
 same values and may use residuals: it then ignores ``x`` but for what the residuals name, and a
-derivative of it would miss terms. ``Pullback(f, S, D, plan)`` takes ``(x, c, r)``; its ``math``
+derivative of it would miss terms. ``Pullback(f, S, D, recipe)`` takes ``(x, c, r)``; its ``math``
 ignores ``r``.
 """
 
@@ -84,22 +84,22 @@ class WithResiduals(Formula):
     def run(self, *operands: Any) -> Traced:
         chosen = [operands[i] for i in self.wrt]
         traced, pull = jax.vjp(_restricted(self.parent, self.wrt, operands), *chosen)
-        plan = PullbackRecipe(self.wrt, operands, traced, pull)
-        residuals, plan.residuals = tuple(plan.residuals), []
-        return Traced(traced.outs, residuals, Facts(traced.facts.tree, plan))
+        recipe = PullbackRecipe(self.wrt, operands, traced, pull)
+        residuals, recipe.residuals = tuple(recipe.residuals), []
+        return Traced(traced.outs, residuals, Facts(traced.facts.tree, recipe))
 
 
 class Pullback(Formula):
     """``(x, c, r) -> Jᴴ c``. See NOTE [Two forms], and NOTE [Conjugates] in ``cotangents.py``."""
 
     def __init__(
-        self, parent: Formula, n: int, wrt: Indices, of: Indices, plan: PullbackRecipe | None
+        self, parent: Formula, n: int, wrt: Indices, of: Indices, recipe: PullbackRecipe | None
     ) -> None:
         super().__init__(f"{parent.name.removesuffix('_with_residuals')}_pullback")
-        self.parent, self.n, self.wrt, self.of, self.plan = parent, n, wrt, of, plan
-        self.emits = plan is None
-        if plan is not None:
-            self.reads = plan.reads
+        self.parent, self.n, self.wrt, self.of, self.recipe = parent, n, wrt, of, recipe
+        self.emits = recipe is None
+        if recipe is not None:
+            self.reads = recipe.reads
 
     def _split(self, args: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:
         end = self.n + len(self.of)
@@ -113,11 +113,11 @@ class Pullback(Formula):
         return self._result(pull(self._cotangents(avals, c, traced.facts)))
 
     def run(self, *args: Any) -> Traced:
-        if self.plan is None:
+        if self.recipe is None:
             return self.math(*args)
         x, c, r = self._split(args)
-        pulled = self.plan.pull(x, r)(self._cotangents(self.plan.avals, c, self.plan.facts))
-        by_operand = dict(zip(self.plan.wrt, pulled, strict=True))
+        pulled = self.recipe.pull(x, r)(self._cotangents(self.recipe.avals, c, self.recipe.facts))
+        by_operand = dict(zip(self.recipe.wrt, pulled, strict=True))
         return self._result([by_operand[i] for i in self.wrt])
 
     def _cotangents(self, avals: Sequence[Any], c: Sequence[Any], facts: Facts) -> Traced:
@@ -163,7 +163,7 @@ class JaxProgram:
     """A formula, compiled, and the programs derived from it, each made once.
 
     NOTE [No cycles]. Derived programs refer to formulas, never to programs, and what JAX's caches
-    hold (plans) to neither: all that is compiled goes when the last reference to a program goes.
+    hold (recipes) to neither: all that is compiled goes when the last reference to a program goes.
     Left to the garbage collector, jitted functions would be collected inside of JAX's own tracing,
     which up to jaxlib 0.10 can crash (jax pull request 38281).
     """
@@ -192,22 +192,22 @@ class JaxProgram:
         return self._derive(Pushforward, n, wrt)
 
     def pullback(
-        self, n: int, wrt: Indices, of: Indices, plan: PullbackRecipe | None
+        self, n: int, wrt: Indices, of: Indices, recipe: PullbackRecipe | None
     ) -> JaxProgram:
-        return self._derive(Pullback, n, wrt, of, plan)
+        return self._derive(Pullback, n, wrt, of, recipe)
 
-    def asked(self, needs: Flags, missing: Flags, plan: PullbackRecipe) -> Asked:
+    def asked(self, needs: Flags, missing: Flags, recipe: PullbackRecipe) -> Asked:
         """Return the pullback that a backward pass asks for, None where it is zero; its wrt and of.
 
         ``needs``: which operands need a gradient; ``missing``: which cotangents there are not.
         """
-        key = (needs, missing, plan)
+        key = (needs, missing, recipe)
         return self._asked.get(key) or self._asked.setdefault(key, self._ask(*key))
 
-    def _ask(self, needs: Flags, missing: Flags, plan: PullbackRecipe) -> Asked:
+    def _ask(self, needs: Flags, missing: Flags, recipe: PullbackRecipe) -> Asked:
         wrt = tuple(i for i, need in enumerate(needs) if need)
         of = tuple(j for j, none in enumerate(missing) if not none)
-        return self.pullback(len(needs), wrt, of, plan) if wrt and of else None, wrt, of
+        return self.pullback(len(needs), wrt, of, recipe) if wrt and of else None, wrt, of
 
     def batch(self, dims: Dims) -> JaxProgram:
         return self._derive(Batch, dims)

@@ -21,8 +21,8 @@ class Facts:
     dtypes: frozenset[Any]
     """The dtypes of results and residuals."""
 
-    def __init__(self, tree: Any = None, plan: PullbackRecipe | None = None) -> None:
-        self.tree, self.plan = tree, plan
+    def __init__(self, tree: Any = None, recipe: PullbackRecipe | None = None) -> None:
+        self.tree, self.recipe = tree, recipe
 
 
 class Traced:
