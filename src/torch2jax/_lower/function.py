@@ -9,8 +9,8 @@ import jax
 import torch
 
 from .._bridge.calls import results
-from .._bridge.calls.arguments import Arguments
-from .._bridge.calls.attempts import Casts, attempted
+from .._bridge.calls.arguments import Arguments, Casts
+from .._bridge.calls.attempts import attempted
 from .._bridge.calls.function import TorchFunction
 from .._bridge.calls.operands import OperandOptions
 from .._bridge.calls.options import Options

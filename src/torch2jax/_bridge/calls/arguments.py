@@ -14,6 +14,8 @@ from . import checks
 
 Tensor = torch.Tensor
 Tensors = tuple[Tensor, ...]
+Casts = tuple[tuple[int, torch.dtype], ...]
+"""(operand, dtype) pairs name the operands that reach ``fn`` in another dtype than they have."""
 
 
 class Static:
@@ -77,7 +79,7 @@ class Arguments:
     treedef: Any
     statics: tuple[tuple[int, Static], ...]
     labels: tuple[str, ...]
-    casts: tuple[tuple[int, torch.dtype], ...] = ()
+    casts: Casts = ()
     copies: tuple[int, ...] = ()
 
     def unflatten(self, operands: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

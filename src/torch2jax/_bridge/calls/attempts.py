@@ -15,9 +15,7 @@ import torch
 from ..._conversions.dtypes import x64_enabled
 from ..._errors import Torch2JaxError, Torch2JaxWarning
 from ..torch_side.inference import FakeSurvived, ShapeDependsOnValues
-
-Casts = tuple[tuple[int, torch.dtype], ...]
-"""(operand, dtype) pairs name the operands that reach ``fn`` in another dtype than they have."""
+from .arguments import Casts
 
 Found = TypeVar("Found")
 

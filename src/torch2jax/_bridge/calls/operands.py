@@ -18,7 +18,7 @@ from ..._conversions.convert import j2t
 from ..._conversions.dtypes import dtype_j2t
 from ..._errors import SignatureError
 from . import checks
-from .arguments import Arguments, Static, mark_static
+from .arguments import Arguments, Casts, Static, mark_static
 from .options import Options
 
 
@@ -68,7 +68,7 @@ class OperandOptions:
             found |= {k for k, masked in items.items() if masked}
         return frozenset(found)
 
-    def casts(self, dtypes: Sequence[Any]) -> tuple[tuple[int, torch.dtype], ...]:
+    def casts(self, dtypes: Sequence[Any]) -> Casts:
         """Return the casts of operands that ``arg_dtypes`` or 64-bit examples ask for."""
         wanted: dict[int, Any] = {}
         for k, x in self.examples.items():

@@ -25,8 +25,8 @@ from ..torch_side.inference import FakeSurvived, Inference, ShapeDependsOnValues
 from ..torch_side.modules.forward import Forward
 from ..torch_side.seeding import draw_seed, refusing, seeded
 from . import checks, results
-from .arguments import Arguments
-from .attempts import Casts, Notes, attempted
+from .arguments import Arguments, Casts
+from .attempts import Notes, attempted
 from .flat_function import flat_function, out_function, with_buffers
 from .names import qualified_name
 from .operands import OperandOptions
