@@ -1,4 +1,4 @@
-"""Modules: ``apply, variables = from_module(module)``, in the manner of JAX's own libraries."""
+"""``apply, variables = from_module(module)`` takes modules as JAX's own libraries do."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Variables = dict[str, dict[str, Any]]
 
 
 class Apply:
-    """A module's forward pass as a function of its variables; made by ``from_module``."""
+    """A module's forward pass as a function of its variables; ``from_module`` makes it."""
 
     def __init__(
         self, layout: Layout, wrap: Callable[[Any], Any], own_keywords: bool, options: Any
@@ -38,13 +38,13 @@ class Apply:
         self._functions: dict[tuple[bool, bool], TorchFunction] = {}
 
     def __deepcopy__(self, memo: Any) -> Apply:
-        return self  # a function: nothing in it changes
+        return self  # it is a function: nothing in it changes
 
     def __repr__(self) -> str:
         return f"from_module({self.__name__}).apply"
 
     def untraced(self) -> Apply:
-        """A copy without cached traces, which runs the module when it is called."""
+        """Return a copy without cached traces, which runs the module when it is called."""
         options = {**self._options, "name": "report"}
         return Apply(self.layout, self._wrap, self._own_keywords, options)
 
@@ -108,7 +108,7 @@ _GROUPS = ("params", "frozen", "buffers")
 def from_module(
     module: torch.nn.Module, *example_args: Any, kwargs: bool = False, **options: Any
 ) -> tuple[Apply, Variables]:
-    """A module as a pure function of its variables, which are JAX arrays.
+    """Make a pure function of a module and its variables, which are JAX arrays.
 
     Args:
       module: any ``torch.nn.Module``. It is never changed, and it may be used from several threads:
@@ -169,7 +169,7 @@ def from_module(
 def to_state_dict(
     variables: Mapping[str, Mapping[str, Any]], module: Apply | torch.nn.Module | None = None
 ) -> OrderedDict[str, torch.Tensor]:
-    """Variables as a ``state_dict``, for ``module.load_state_dict``.
+    """Return variables as a ``state_dict``, for ``module.load_state_dict``.
 
     Args:
       variables: as ``from_module`` returns them, or as training left them.
@@ -217,7 +217,7 @@ def to_state_dict(
 
 
 def _verbatim(wrap: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """``wrap``, whose calls take ``(args, kwargs)``: no keyword can clash."""
+    """Return ``wrap`` for calls that take ``(args, kwargs)``, so that no keyword can clash."""
 
     def wrapped(replica: Any) -> Any:
         call = wrap(replica)
@@ -229,13 +229,13 @@ def _verbatim(wrap: Callable[[Any], Any]) -> Callable[[Any], Any]:
 def _copy(t: torch.Tensor) -> jax.Array:
     array = t2j(t.detach().clone())
     if jax.default_backend() == "cpu":
-        # Where there is no other place, the array is bound to none: it joins what is on a mesh.
+        # The CPU is the only place, so the array is bound to none and joins others on a mesh.
         return jnp.array(np.asarray(array))
     return array
 
 
 def _uncompiled(module: torch.nn.Module) -> tuple[torch.nn.Module, Callable[[Any], Any]]:
-    """The module inside ``torch.compile``, and how to compile a replica of it in the same way."""
+    """Return the module inside ``torch.compile``, and a function that compiles a replica alike."""
     inner = getattr(module, "_orig_mod", None)
     if inner is None:
         if getattr(module, "_compiled_call_impl", None) is None:
@@ -251,7 +251,7 @@ def _uncompiled(module: torch.nn.Module) -> tuple[torch.nn.Module, Callable[[Any
 
 
 def _initialised(module: torch.nn.Module, examples: tuple[Any, ...]) -> torch.nn.Module:
-    """A module whose lazy parameters and buffers have shapes: it has run once."""
+    """Return the module; one with lazy parameters or buffers has run once, so they have shapes."""
     tensors = [*module.named_parameters(), *module.named_buffers()]
     lazy = [name for name, t in tensors if isinstance(t, UninitializedTensorMixin)]
     if not lazy:

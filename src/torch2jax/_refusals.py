@@ -1,12 +1,12 @@
-"""Where JAX must not be called: in a call on one of several devices, and in forked processes."""
+"""Several places refuse the same things: calls of JAX that deadlock, and symbolic shapes."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from ._errors import Torch2JaxError
+from ._errors import SignatureError, Torch2JaxError
 
 # --- one of several devices ----------------------------------------------------------------------
 
@@ -19,7 +19,7 @@ _several_devices = _Thread()
 
 
 def on_one_of_several(run: Callable[..., Any]) -> Callable[..., Any]:
-    """``run``, on a thread that knows that its program runs on several devices at once."""
+    """Return ``run`` on a thread that knows that its program runs on several devices at once."""
 
     def call(*args: Any) -> Any:
         before, _several_devices.one_of_several = _several_devices.one_of_several, True
@@ -48,9 +48,21 @@ def check_may_call_jax(what: str) -> None:
 
 
 def refuse_forked(*_: Any, **__: Any) -> Any:
-    """What stands for a call in a process that was forked: threads of JAX and locks are missing."""
+    """Raise in a forked process, where JAX's threads are missing; it takes the place of a call."""
     raise Torch2JaxError(
         "a torch2jax function is called in a process made by os.fork(), in which the threads of "
         "JAX and PyTorch do not exist and their locks may be held for ever. Start processes by "
         'multiprocessing.get_context("spawn") or "forkserver".'
     )
+
+
+# --- symbolic shapes -----------------------------------------------------------------------------
+
+
+def refuse_symbolic(shape: Iterable[Any], what: str) -> None:
+    """Raise where a size of ``what`` is a symbol of ``jax.export`` in place of a number."""
+    if not all(isinstance(n, int) for n in shape):
+        raise SignatureError(
+            f"{what} has the symbolic shape {shape}, and PyTorch code needs sizes that are "
+            "numbers: trace or export it with concrete shapes, once for each size."
+        )

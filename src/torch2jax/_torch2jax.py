@@ -49,7 +49,7 @@ def torch2jax(
     use_torch_vjp: bool | None = None,
     use_zeros: bool | None = None,
 ) -> TorchFunction:
-    """A PyTorch function as a JAX function.
+    """Make a JAX function of a PyTorch function.
 
     The result jits, differentiates in both modes to any order, batches and scans like a function
     written in ``jax.numpy``. ``fn`` runs in PyTorch, on tensors that view XLA's memory: operands
@@ -151,14 +151,9 @@ def torch2jax(
     if lock is not None and not (isinstance(lock, bool) or hasattr(type(lock), "__exit__")):
         raise SignatureError(f"lock={lock!r} of {label} must be a context manager or a bool.")
     static_argnums, static_argnames = checks.resolve_statics(
-        fn,
-        None if static_argnums is None else checks.indices(static_argnums, "static_argnums", label),
-        None
-        if static_argnames is None
-        else checks.names(static_argnames, "static_argnames", label),
-        label,
+        fn, static_argnums, static_argnames, label
     )
-    config = Options(
+    options = Options(
         examples=(example_args, example_kw or {}) if example_args or example_kw else None,
         output_shapes=output_shapes,
         depth=depth,
@@ -182,13 +177,13 @@ def torch2jax(
         default_dtype=torch.get_default_dtype(),
         default_device=torch.get_default_device(),
     )
-    if isinstance(fn, JaxFunction) and fn.is_plain() and config.changes_nothing():
-        return fn.__wrapped__  # type: ignore[return-value]  # a JAX function as it was
+    if isinstance(fn, JaxFunction) and fn.is_plain() and options.changes_nothing():
+        return fn.__wrapped__  # type: ignore[return-value]  # it is the JAX function that it was
     if not lower:
-        return wrapped(TorchFunction, fn, label, config)
-    from ._lower.function import LoweredFunction  # on use: the bridge does not need it
+        return wrapped(TorchFunction, fn, label, options)
+    from ._lower.function import LoweredFunction  # imported on use, as the bridge does not need it
 
-    return wrapped(LoweredFunction, fn, label, config)
+    return wrapped(LoweredFunction, fn, label, options)
 
 
 def register(
@@ -236,7 +231,7 @@ def _struct(x: Any) -> Any:
 def torch2jax_without_vjp(
     fn: Callable[..., Any], *example_args: Any, **options: Any
 ) -> TorchFunction:
-    """``torch2jax(fn, ..., depth=0)``: forward only.
+    """Return ``torch2jax(fn, ..., depth=0)``, which runs forward only.
 
     Examples:
       >>> import jax.numpy as jnp, torch
@@ -247,7 +242,7 @@ def torch2jax_without_vjp(
 
 
 def torch2jax_with_vjp(fn: Callable[..., Any], *example_args: Any, **options: Any) -> TorchFunction:
-    """Deprecated: ``torch2jax`` defines derivatives by itself.
+    """Use ``torch2jax``, which defines derivatives by itself; this name is deprecated.
 
     Examples:
       >>> import torch

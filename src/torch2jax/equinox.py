@@ -1,6 +1,6 @@
 """PyTorch modules as Equinox modules: ``from torch2jax.equinox import TorchModule``.
 
-The one public module that imports Equinox; the package itself never does.
+This module alone imports Equinox; the package itself never does.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class TorchModule(eqx.nn.StatefulLayer):
     apply: Apply = eqx.field(static=True)
 
     def __init__(self, module: torch.nn.Module, *example_args: Any, **options: Any) -> None:
-        """Copies the module's tensors.
+        """Copy the module's tensors.
 
         Args:
           module: any ``torch.nn.Module``.
@@ -87,13 +87,13 @@ class TorchModule(eqx.nn.StatefulLayer):
         self.inference = not module.training
 
     def is_stateful(self) -> bool:
-        """Whether calls take and return a state: whether the PyTorch module has buffers."""
+        """Return whether the PyTorch module has buffers, so that calls take and return a state."""
         return self.buffers is not None
 
     def __call__(
         self, *args: Any, key: Any = None, inference: bool | None = None, **keywords: Any
     ) -> Any:
-        """The module's forward pass.
+        """Run the module's forward pass.
 
         Args:
           *args: what the module's ``forward`` takes: JAX arrays, trees of them, static values.
@@ -131,7 +131,7 @@ class TorchModule(eqx.nn.StatefulLayer):
         return out if state is None else (out, state)
 
     def variables(self, state: eqx.nn.State | None = None) -> Variables:
-        """The arrays, as ``from_module`` returns them; a module with buffers needs the state."""
+        """Return the arrays, as ``from_module`` does; a module with buffers needs the state."""
         buffers: dict[str, Any] = {}
         if self.buffers is not None:
             if state is None:
@@ -144,12 +144,12 @@ class TorchModule(eqx.nn.StatefulLayer):
         return {"params": self.params, "frozen": self.frozen, "buffers": buffers}
 
     def state_dict(self, state: eqx.nn.State | None = None) -> OrderedDict[str, torch.Tensor]:
-        """The tensors, for the PyTorch module's ``load_state_dict``: copies, on the CPU."""
+        """Return copies on the CPU, for the PyTorch module's ``load_state_dict``."""
         return to_state_dict(self.variables(state), self.apply)
 
 
 def trainable(tree: Any) -> Any:
-    """What an optimizer should change: a filter for ``eqx.partition`` and ``eqx.filter``.
+    """Say what an optimizer should change, for ``eqx.partition`` and ``eqx.filter``.
 
     Args:
       tree: a ``TorchModule``, or anything with some inside.

@@ -1,6 +1,6 @@
 """PyTorch modules as Flax modules: ``from torch2jax.flax import TorchModule``.
 
-The one public module that imports Flax; the package itself never does.
+This module alone imports Flax; the package itself never does.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class TorchModule(nnx.Module):
         rng_collection: str = "dropout",
         **options: Any,
     ) -> None:
-        """Copies the module's tensors.
+        """Copy the module's tensors.
 
         Args:
           module: any ``torch.nn.Module``.
@@ -106,7 +106,7 @@ class TorchModule(nnx.Module):
         rngs: nnx.Rngs | nnx.RngStream | jax.Array | None = None,
         **keywords: Any,
     ) -> Any:
-        """The module's forward pass.
+        """Run the module's forward pass.
 
         Args:
           *args: what the module's ``forward`` takes: JAX arrays, trees of them, static values.
@@ -146,7 +146,7 @@ class TorchModule(nnx.Module):
         return rngs() if isinstance(rngs, nnx.RngStream) else rngs
 
     def set_view(self, deterministic: bool | None = None) -> None:
-        """Called by ``nnx.view``.
+        """Change the mode; ``nnx.view`` calls it.
 
         Args:
           deterministic: if True, evaluation mode: no dropout, BatchNorm's running statistics.
@@ -155,7 +155,7 @@ class TorchModule(nnx.Module):
             self.deterministic = deterministic
 
     def variables(self) -> Variables:
-        """The arrays, as ``from_module`` returns them."""
+        """Return the arrays, as ``from_module`` does."""
         groups = {"params": self.params, "frozen": self.frozen, "buffers": self.buffers}
         return {
             group: {name: variable[...] for name, variable in held.items()}
@@ -163,5 +163,5 @@ class TorchModule(nnx.Module):
         }
 
     def state_dict(self) -> OrderedDict[str, torch.Tensor]:
-        """The tensors, for the PyTorch module's ``load_state_dict``: copies, on the CPU."""
+        """Return copies on the CPU, for the PyTorch module's ``load_state_dict``."""
         return to_state_dict(self.variables(), self.apply)

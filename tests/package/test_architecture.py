@@ -26,7 +26,7 @@ SOURCES = sorted(FILES.values())
 STACK = [
     # Each line imports only what stands on lines above it, and itself.
     {"_errors"},
-    {"_refusals", "_compat"},
+    {"_refusals", "_compat", "_conversions.narrowed"},
     {"_conversions", "_bridge.torch_side"},
     {"_bridge.handler"},
     {"_bridge.jax_side"},
@@ -44,7 +44,7 @@ STACK = [
 ]
 """The rooms of the package, from the ground up."""
 
-TORCH_ALONE = {"_bridge.torch_side", "_compat.torch"}
+TORCH_ALONE = {"_bridge.torch_side", "_compat.torch", "_conversions.narrowed"}
 JAX_ALONE = {"_bridge.jax_side", "_compat.jax"}
 
 

@@ -1,4 +1,4 @@
-"""One wrapped function for each function and its options."""
+"""Wrapping gives the same object for the same function and options."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _CPU = torch.device("cpu")
 
 
 process_lock = threading.RLock()
-"""What ``lock=True`` stands for."""
+"""The lock that ``lock=True`` stands for: the process has one."""
 
 _lock = threading.Lock()
 _wrapped: weakref.WeakValueDictionary[Hashable, TorchFunction] = weakref.WeakValueDictionary()
@@ -26,7 +26,7 @@ Wrapped = TypeVar("Wrapped", bound=TorchFunction)
 
 
 def wrapped(kind: type[Wrapped], fn: Callable[..., Any], label: str, options: Options) -> Wrapped:
-    """``fn`` as a JAX function of a kind; the same object for the same function and options."""
+    """Wrap ``fn``; the same function, options and kind give the same object."""
     key = (kind, _identity(fn), *options.key(label))
     with _lock:
         found = _wrapped.get(key)
@@ -35,11 +35,11 @@ def wrapped(kind: type[Wrapped], fn: Callable[..., Any], label: str, options: Op
     return found  # type: ignore[return-value]  # its kind is a part of the key
 
 
-def _prepared(fn: Callable[..., Any], config: Options) -> Callable[..., Any]:
-    """``fn`` under its lock and the default device of wrap time."""
-    contexts: list[Any] = [config.lock] if config.lock is not None else []
-    if config.default_device != _CPU:
-        contexts.append(config.default_device)
+def _prepared(fn: Callable[..., Any], options: Options) -> Callable[..., Any]:
+    """Return ``fn`` as it runs: under its lock and the default device of wrap time."""
+    contexts: list[Any] = [options.lock] if options.lock is not None else []
+    if options.default_device != _CPU:
+        contexts.append(options.default_device)
     if not contexts:
         return fn
 
@@ -53,9 +53,10 @@ def _prepared(fn: Callable[..., Any], config: Options) -> Callable[..., Any]:
 
 
 def _identity(fn: Any) -> Hashable:
-    """What makes two functions the same: a bound method is a new object at every access.
+    """Return a key that is equal for the same function.
 
-    A wrapped function keeps ``fn`` alive, so that an id stays its own.
+    A bound method is a new object at every access, so its parts count. A wrapped function keeps
+    ``fn`` alive, so that no other object gets its id.
     """
     if hasattr(fn, "__func__") and hasattr(fn, "__self__"):
         return (id(fn.__self__), id(fn.__func__))

@@ -1,1 +1,1 @@
-"""Arrays, tensors and dtypes, from one side to the other."""
+"""Arrays, tensors, dtypes and gradients are converted from one side to the other here."""

@@ -21,7 +21,8 @@ from jax.core import Tracer
 
 from .._errors import SignatureError, Torch2JaxError, UnsupportedDtypeError
 from .._refusals import check_may_call_jax
-from .dtypes import NARROWED, TO_JAX, carrier_of, dtype_j2t, dtype_t2j, type_name, x64_enabled
+from .dtypes import TO_JAX, carrier_of, dtype_j2t, dtype_t2j, needs_x64, type_name, x64_enabled
+from .narrowed import NARROWED
 
 __all__ = ["j2t", "t2j", "tree_j2t", "tree_t2j"]
 
@@ -33,11 +34,11 @@ _ENABLE_X64 = 'jax.config.update("jax_enable_x64", True)'
 
 # --- tensor to array -----------------------------------------------------------------------------
 
-_ALIGNMENT = 64  # XLA reads CPU memory in place from here on
+_ALIGNMENT = 64  # XLA reads CPU memory in place where it is aligned to so many bytes
 
 
 def t2j(tensor: torch.Tensor) -> jax.Array:
-    """A PyTorch tensor as a JAX array, in the same memory where XLA can read it in place.
+    """Make a JAX array of a PyTorch tensor, in the same memory where XLA can read it in place.
 
     Array and tensor then share that memory, and either keeps it alive. JAX takes arrays for
     immutable: writing into the tensor afterwards changes the array, and what JAX computes from it
@@ -99,13 +100,13 @@ def _array(tensor: torch.Tensor) -> jax.Array:
     if carrier is None:
         return jax.dlpack.from_dlpack(tensor)
     bits = jax.dlpack.from_dlpack(tensor.view(carrier))
-    with jax.ensure_compile_time_eval():  # an array, also while a function is traced
+    with jax.ensure_compile_time_eval():  # it is an array also while a function is traced
         return jax.lax.bitcast_convert_type(bits, TO_JAX[tensor.dtype])
 
 
 def _narrowed(tensor: torch.Tensor) -> torch.Tensor:
-    """An int64 tensor as int32, checked where that waits for no device; others are an error."""
-    if tensor.dtype is not torch.int64:
+    """Return an int64 tensor as int32, checked on a CPU; other 64-bit dtypes are an error."""
+    if needs_x64(tensor.dtype):
         raise UnsupportedDtypeError(
             f"t2j got a tensor of {tensor.dtype}, and 64-bit values are switched off in JAX. "
             f"Switch them on, {_ENABLE_X64}, or convert the tensor first: "
@@ -145,7 +146,7 @@ def _check_tensor(tensor: object) -> None:
 
 
 def _without_memory(tensor: torch.Tensor) -> str | None:
-    """What a tensor without dense memory of its own is, and the remedy; None for all others."""
+    """Say what a tensor without dense memory of its own is, and the remedy; None for others."""
     if tensor.is_nested:
         return (
             "a nested tensor, and JAX arrays are dense. Convert it first: "
@@ -202,7 +203,7 @@ def _check_device(tensor: torch.Tensor) -> None:
 
 
 def j2t(array: jax.Array | NDArray) -> torch.Tensor:
-    """A JAX array as a PyTorch tensor, in the same memory.
+    """Make a PyTorch tensor of a JAX array, in the same memory.
 
     The tensor keeps the memory alive, also when the array is deleted or donated. It must not be
     written to: JAX takes arrays for immutable, so an in-place operation on the tensor changes the
@@ -251,7 +252,9 @@ def _from_numpy(array: NDArray) -> torch.Tensor:
     native = np.array(array, dtype=TO_JAX[dtype], order="C", copy=True)
     if native.dtype.isbuiltin == 1:
         return torch.from_numpy(native)
-    return torch.from_numpy(native.view(f"i{native.itemsize}")).view(dtype)  # bfloat16, float8
+    return torch.from_numpy(native.view(f"i{native.itemsize}")).view(
+        dtype
+    )  # it is bfloat16 or float8
 
 
 def _check_array(array: object) -> None:
@@ -308,7 +311,7 @@ def _check_array(array: object) -> None:
 
 
 def tree_t2j(tree: Any) -> Any:
-    """Every tensor in a tree as a JAX array, by `t2j`.
+    """Make a JAX array of every tensor in a tree, by `t2j`.
 
     Args:
         tree: any JAX pytree; a module's `state_dict()` is one. Leaves that are not tensors
@@ -330,7 +333,7 @@ def tree_t2j(tree: Any) -> Any:
 
 
 def tree_j2t(tree: Any) -> Any:
-    """Every array in a tree as a PyTorch tensor, by `j2t`.
+    """Make a PyTorch tensor of every array in a tree, by `j2t`.
 
     Args:
         tree: any JAX pytree. Leaves that are neither a `jax.Array` nor a `numpy.ndarray` (numbers,

@@ -1,4 +1,4 @@
-"""Dtypes of PyTorch and of JAX, and how those that DLPack does not know travel."""
+"""Dtypes have the same names in PyTorch and JAX; DLPack does not know all of them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ import torch
 
 from .._compat.jax import x64_enabled as x64_enabled
 from .._errors import SignatureError, UnsupportedDtypeError
+from .narrowed import NARROWED
 
 DType: TypeAlias = "np.dtype[Any]"
 
-_NAMES = (  # the same on both sides
+_NAMES = (  # they are the same on both sides
     *("bool_", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
     *("float16", "bfloat16", "float32", "float64", "complex64", "complex128"),
     *("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz"),
@@ -28,17 +29,9 @@ TO_JAX: dict[torch.dtype, DType] = {
 }
 _TO_TORCH: dict[DType, torch.dtype] = {dtype: key for key, dtype in TO_JAX.items()}
 
-# What JAX makes of 64-bit dtypes while x64 is off.
-NARROWED = {
-    torch.int64: torch.int32,
-    torch.uint64: torch.uint32,
-    torch.float64: torch.float32,
-    torch.complex128: torch.complex64,
-}
-
 
 def dtype_t2j(torch_dtype: torch.dtype) -> DType:
-    """The JAX dtype of the same name as a PyTorch dtype.
+    """Return the JAX dtype of the same name as a PyTorch dtype.
 
     64-bit dtypes stay 64-bit, whatever `jax_enable_x64` says.
 
@@ -60,7 +53,7 @@ def dtype_t2j(torch_dtype: torch.dtype) -> DType:
     """
     try:
         return TO_JAX[torch_dtype]
-    except (KeyError, TypeError):  # TypeError: not hashable
+    except (KeyError, TypeError):  # x may not be hashable: TypeError
         pass
     if not isinstance(torch_dtype, torch.dtype):
         raise SignatureError(
@@ -74,7 +67,7 @@ def dtype_t2j(torch_dtype: torch.dtype) -> DType:
 
 
 def dtype_j2t(jax_dtype: Any) -> torch.dtype:
-    """The PyTorch dtype of the same name as a JAX dtype.
+    """Return the PyTorch dtype of the same name as a JAX dtype.
 
     Args:
         jax_dtype: whatever `numpy.dtype` accepts: a dtype, a scalar type (`jnp.float32`,
@@ -92,7 +85,7 @@ def dtype_j2t(jax_dtype: Any) -> torch.dtype:
         (torch.float32, torch.bfloat16, torch.int8)
     """
     try:
-        return _TO_TORCH[jax_dtype]  # the common case: a numpy.dtype
+        return _TO_TORCH[jax_dtype]  # most often it is a numpy.dtype
     except (KeyError, TypeError):
         pass
     if _is_key_dtype(jax_dtype):
@@ -121,7 +114,7 @@ def dtype_j2t(jax_dtype: Any) -> torch.dtype:
 
 
 def canonical(torch_dtype: torch.dtype) -> DType:
-    """The dtype in which JAX carries values of a PyTorch dtype: not a 64-bit one while x64 is off.
+    """Return the dtype in which JAX carries values of a PyTorch dtype; with x64 off it is narrow.
 
     Raises:
         UnsupportedDtypeError: as in `dtype_t2j`.
@@ -131,6 +124,14 @@ def canonical(torch_dtype: torch.dtype) -> DType:
         dtype('float32')
     """
     return dtype_t2j(torch_dtype if x64_enabled() else NARROWED.get(torch_dtype, torch_dtype))
+
+
+def needs_x64(torch_dtype: torch.dtype) -> bool:
+    """Return whether tensors of the dtype are refused because x64 is off.
+
+    Of the 64-bit dtypes int64 alone is not: PyTorch uses it everywhere, and its values mostly fit.
+    """
+    return torch_dtype in NARROWED and torch_dtype is not torch.int64 and not x64_enabled()
 
 
 def _as_numpy_dtype(x: Any) -> DType | None:
@@ -150,11 +151,12 @@ def _is_key_dtype(x: Any) -> bool:
 
 
 def supported(prefix: str = "") -> str:
+    """Return a sentence that lists the dtypes which both sides have."""
     return f"Supported: {', '.join(prefix + dtype.name for dtype in _TO_TORCH)}."
 
 
 def carrier_of(dtype: torch.dtype) -> torch.dtype | None:
-    """The dtype whose bits stand for dtype's in DLPack; None where DLPack carries dtype itself."""
+    """Return the dtype whose bits travel for those of ``dtype``; None where DLPack carries it."""
     return None if dtype.itemsize > 1 or not dtype.is_floating_point else _float8_carrier(dtype)
 
 
@@ -171,5 +173,6 @@ def _float8_carrier(dtype: torch.dtype) -> torch.dtype | None:
 
 
 def type_name(x: object) -> str:
+    """Return the type of ``x`` as messages name it."""
     kind = type(x)
     return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"

@@ -1,4 +1,4 @@
-"""What a call costs here, in microseconds."""
+"""The doctor measures what a call costs here, in microseconds."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ import jax.numpy as jnp
 import torch
 
 from .._torch2jax import torch2jax
-from .report import Check
-
-# -- what a call costs -----------------------------------------------------------------------------
+from .diagnosis import Check
 
 _LOOP = 1000
 
 
 def costs() -> tuple[list[Check], dict[str, float]]:
+    """The cost of adding two small arrays, for each way of calling: as checks, and as figures."""
     a = b = jnp.ones(16)
     add = torch2jax(torch.add)
     compiled, gradient = jax.jit(add), jax.jit(jax.grad(lambda a, b: add(a, b).sum()))
@@ -43,7 +42,7 @@ def costs() -> tuple[list[Check], dict[str, float]]:
 
 
 def _microseconds(call: Callable[[], jax.Array], calls: int = 100) -> float:
-    """Median of some rounds, each call awaited."""
+    """The median of some rounds in which each call is awaited."""
     call().block_until_ready()
     rounds = []
     for _ in range(15):

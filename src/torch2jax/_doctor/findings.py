@@ -1,4 +1,7 @@
-"""What is installed here: versions, devices, memory and switches."""
+"""What the doctor finds without running anything: versions, devices, the bridge and settings.
+
+Each function here is one section of the report and yields its checks.
+"""
 
 from __future__ import annotations
 
@@ -17,16 +20,15 @@ import torch
 from .. import __version__
 from .._bridge.handler.extension import PLATFORMS, TARGET, dlpack_path, dtype_routes
 from .._bridge.torch_side.tape.table import default_budget, tape_info
-from .report import Check
+from .diagnosis import Check
 
 LIBRARIES = ("flax", "equinox", "optax", "orbax-checkpoint", "numpyro", "transformers")
-"""Optional libraries whose versions are told where they are installed."""
-
-
-# -- what is here ----------------------------------------------------------------------------------
+"""Optional libraries; the doctor shows the versions of those that are installed."""
 
 
 def versions() -> Iterator[Check]:
+    """The versions of this package and of the libraries that it works with."""
+
     def found(name: str, detail: str) -> Check:
         return Check("Versions", name, "info", detail)
 
@@ -52,6 +54,7 @@ def visible_devices() -> list[Any]:
 
 
 def devices() -> Iterator[Check]:
+    """The devices that JAX sees, and whether PyTorch reaches them."""
     devices = visible_devices()
     for d in devices:
         known = d.platform in ("cpu", "gpu")
@@ -83,6 +86,8 @@ def devices() -> Iterator[Check]:
 
 
 def bridge() -> Iterator[Check]:
+    """How the extension passes tensors on, and whether 64-bit types are on."""
+
     def found(name: str, detail: str) -> Check:
         return Check("Bridge", name, "ok", detail)
 
@@ -105,10 +110,8 @@ def bridge() -> Iterator[Check]:
     )
 
 
-# -- settings that will hurt -----------------------------------------------------------------------
-
-
 def memory() -> Iterator[Check]:
+    """Settings that cost memory or time: allocators, the tape's budget, debugging switches."""
     gpus = [d for d in visible_devices() if d.platform == "gpu"]
     if gpus:
         yield from _memory_of_gpus()
@@ -168,7 +171,7 @@ def memory_limit(root: Path = Path("/sys/fs/cgroup")) -> int | None:
 
 
 def _switches(gpu: bool) -> Iterator[Check]:
-    """Debugging switches that were left on, and too many threads."""
+    """Debugging switches that somebody left on, and too many threads."""
     if jax.config.jax_disable_jit:  # type: ignore[attr-defined]
         yield Check(
             "Memory",

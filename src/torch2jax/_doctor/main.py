@@ -1,7 +1,7 @@
-"""The doctor: what was found on this machine, and a proof that the bridge works on it.
+"""The doctor's command line: ``python -m torch2jax``.
 
-``python -m torch2jax`` prints it. Every proof runs a PyTorch function through a transform of JAX
-and compares with the same function in ``jax.numpy`` under the same transform.
+It prints what it finds on this machine and proves that the bridge works on it. When all is well, it
+also measures what a call costs.
 """
 
 from __future__ import annotations
@@ -13,32 +13,31 @@ import sys
 
 from .._bridge.handler.extension import TARGET
 from .costs import costs
+from .diagnosis import Check, Diagnosis
 from .findings import bridge, devices, memory, versions
 from .printing import as_text, print_rich
-from .proofs import proofs, told
-from .report import Check, Diagnosis
+from .proofs import proofs
 
 TIMEOUT = 300
-"""Seconds after which the doctor prints where every thread hangs, and gives up."""
+"""After so many seconds the doctor prints where every thread hangs, and gives up."""
 
 
 def examine() -> Diagnosis:
     """Look at everything, and run the proofs."""
-    report = Diagnosis()
+    diagnosis = Diagnosis()
     for section in (versions, devices, bridge, memory, proofs):
         try:
-            report.checks += section()
+            diagnosis.checks += section()
         except Exception as error:  # the doctor tells of it, and goes on
-            name = section.__name__.lstrip("_").capitalize()
-            report.checks.append(Check(name, "look", "failed", told(error)))
-    if report.ok:
-        found, report.microseconds = costs()
-        report.checks += found
-    return report
+            diagnosis.checks.append(Check.of_error(section.__name__.capitalize(), "look", error))
+    if diagnosis.ok:
+        found, diagnosis.microseconds = costs()
+        diagnosis.checks += found
+    return diagnosis
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit status: 0 where the bridge works, 1 where it does not."""
+    """Run the command line; return the exit status: 0 where the bridge works, otherwise 1."""
     parser = argparse.ArgumentParser(
         prog=f"python -m {TARGET}",
         description=f"Show what {TARGET} finds on this machine, and prove that it works.",
@@ -49,15 +48,15 @@ def main(argv: list[str] | None = None) -> int:
     with contextlib.suppress(AttributeError, OSError, ValueError):  # no stderr of its own
         faulthandler.dump_traceback_later(TIMEOUT, exit=True)
     try:
-        report = examine()
+        diagnosis = examine()
     finally:
         faulthandler.cancel_dump_traceback_later()
     if arguments.json:
-        print(report.as_json())
-        return int(not report.ok)
+        print(diagnosis.as_json())
+        return int(not diagnosis.ok)
     try:
-        print_rich(report)
+        print_rich(diagnosis)
     except ImportError:
         encoding = sys.stdout.encoding or "ascii"
-        print(as_text(report).encode(encoding, "replace").decode(encoding))
-    return int(not report.ok)
+        print(as_text(diagnosis).encode(encoding, "replace").decode(encoding))
+    return int(not diagnosis.ok)

@@ -1,38 +1,36 @@
-"""The doctor's report as text, with colours where rich is installed."""
+"""The doctor's report on a terminal: in colours where rich is installed, else as plain text."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from .report import Check, Diagnosis
-
-# -- on the terminal -------------------------------------------------------------------------------
+from .diagnosis import Check, Diagnosis
 
 MARKS = {"ok": "ok", "info": "-", "warning": "!", "failed": "FAILED"}
 COLOURS = {"ok": "green", "info": "dim", "warning": "yellow", "failed": "bold red"}
 
 
-def as_text(report: Diagnosis) -> str:
+def as_text(diagnosis: Diagnosis) -> str:
     """The report without colours."""
     lines = []
-    for section, checks in _sections(report.checks):
+    for section, checks in _sections(diagnosis.checks):
         lines += ["", section]
         for check in checks:
             lines.append(f"  {MARKS[check.status]:>6}  {check.name:<20} {check.detail}")
             if check.remedy:
                 lines.append(f"{'':30} {check.remedy}")
-    return "\n".join([*lines, "", report.verdict])
+    return "\n".join([*lines, "", diagnosis.verdict])
 
 
-def print_rich(report: Diagnosis) -> None:
+def print_rich(diagnosis: Diagnosis) -> None:
     """The report in colours; ImportError where rich is not installed."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     console = Console(highlight=False)
-    width = max(len(check.name) for check in report.checks)
-    for section, checks in _sections(report.checks):
+    width = max(len(check.name) for check in diagnosis.checks)
+    for section, checks in _sections(diagnosis.checks):
         table = Table.grid(padding=(0, 2))
         table.add_column(width=6, justify="right")
         table.add_column(width=width, no_wrap=True)
@@ -45,8 +43,8 @@ def print_rich(report: Diagnosis) -> None:
             table.add_row(f"[{colour}]{MARKS[check.status]}[/]", escape(check.name), detail)
         console.print(f"\n[bold]{section}[/]")
         console.print(table)
-    colour = "bold green" if report.ok else "bold red"
-    console.print(f"\n[{colour}]{escape(report.verdict)}[/]")
+    colour = "bold green" if diagnosis.ok else "bold red"
+    console.print(f"\n[{colour}]{escape(diagnosis.verdict)}[/]")
 
 
 def _sections(checks: Iterable[Check]) -> Iterator[tuple[str, list[Check]]]:

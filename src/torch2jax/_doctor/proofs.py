@@ -1,4 +1,8 @@
-"""Small programs that prove that the package works here, each beside its ``jax.numpy`` twin."""
+"""Small programs that prove that the package works here.
+
+Most run a PyTorch function through a transform of JAX and compare with the same function in
+``jax.numpy`` under the same transform.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +17,8 @@ import torch
 from .._errors import TorchCallError
 from .._from_module import from_module
 from .._torch2jax import torch2jax
+from .diagnosis import Check
 from .findings import visible_devices
-from .report import Check
-
-# -- proofs ----------------------------------------------------------------------------------------
 
 Fn: TypeAlias = Callable[..., Any]
 
@@ -50,6 +52,7 @@ def _operands() -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
 
 
 def proofs() -> Iterator[Check]:
+    """A check for each proof, for each device, and for all devices at once."""
     for name, transform in TRANSFORMS.items():
         yield _proof(name, lambda transform=transform: _agrees(transform, jnp.asarray))
     for name, run in {
@@ -70,12 +73,7 @@ def _proof(name: str, run: Callable[[], str]) -> Check:
     try:
         return Check("Proofs", name, "ok", run())
     except Exception as error:  # whatever goes wrong belongs into the report
-        return Check("Proofs", name, "failed", told(error))
-
-
-def told(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"
+        return Check.of_error("Proofs", name, error)
 
 
 def _agrees(transform: Callable[[Fn], Fn], put: Callable[[Any], jax.Array]) -> str:
@@ -87,7 +85,7 @@ def _agrees(transform: Callable[[Fn], Fn], put: Callable[[Any], jax.Array]) -> s
 
 def _assert_equal(got: Any, expected: Any) -> None:
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-        # As far as a GPU's short floats for matrix products go.
+        # A GPU multiplies matrices in short floats: this is how exact they are.
         np.testing.assert_allclose(x, y, rtol=1e-2, atol=2e-3)
 
 

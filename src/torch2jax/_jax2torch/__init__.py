@@ -1,1 +1,1 @@
-"""JAX functions called from PyTorch."""
+"""PyTorch calls JAX functions here, with gradients in every mode."""

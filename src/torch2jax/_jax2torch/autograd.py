@@ -1,4 +1,4 @@
-"""Programs of JAX applied to tensors, with PyTorch's autograd and ``torch.func`` above them.
+"""Programs of JAX are applied to tensors, below PyTorch's autograd and ``torch.func``.
 
 NOTE [One Function]. ``ApplyProgram`` applies any program; its derivatives and batches apply derived
 programs, by ``ApplyProgram`` again wherever something may differentiate or batch them further. So
@@ -48,23 +48,23 @@ Tensor = torch.Tensor
 
 
 class Call:
-    """One application of a program: what it is told, and the facts of the trace that ran."""
+    """One application of a program: it knows what it is told, and the facts of its trace."""
 
     __slots__ = ("facts", "kept", "n_primals", "program", "x64")
     facts: Facts
     kept: Any
-    """What a backward pass needs beside saved tensors; None when it is freed. See ``Direct``."""
+    """A backward pass needs this beside saved tensors; None when it is freed. See ``Direct``."""
 
     def __init__(self, program: JaxProgram, x64: bool, n_primals: int) -> None:
         self.program, self.x64 = program, x64
         self.n_primals = n_primals  # the operands after them are cotangents and held values
 
     def another(self, program: JaxProgram, n_primals: int) -> Call:
-        """A call of a derived program."""
+        """Return a call of a derived program."""
         return type(self)(program, self.x64, n_primals)
 
     def run(self, operands: Sequence[Any]) -> Sequence[Tensor]:
-        """Results, then residuals."""
+        """Return the results, then the residuals."""
         reads = self.program.reads
         if reads is not None:
             n = self.n_primals
@@ -76,7 +76,7 @@ class Call:
 
 
 def apply(program: JaxProgram, operands: Sequence[Any], kind: type[Call] = Call) -> Any:
-    """The results of a program, and the tree that they are the leaves of."""
+    """Return the results of a program, and the tree that they are the leaves of."""
     call = kind(program, x64_enabled(), len(operands))
     outs = _apply(call, operands)
     facts = call.facts
@@ -104,7 +104,7 @@ def _apply(call: Call, operands: Sequence[Any]) -> Sequence[Tensor]:
 
 
 def _apply_rows(call: Call, operands: Sequence[Any]) -> Sequence[Tensor]:
-    """Inside ``is_grads_batched`` and ``vectorize=True``, which are not ``torch.func``'s vmap."""
+    """Apply it in ``is_grads_batched`` and ``vectorize=True``, an older vmap of PyTorch's."""
     level = legacy_vmap_level()
     dims = tuple(0 if is_legacy_batched(x) else None for x in operands)
     rows = [
@@ -127,9 +127,9 @@ def _emit(call: Call, wrt: Indices) -> None:
 
 
 def _as_in_forward(rule: Callable[..., Any], ctx: Any, *args: Any) -> Any:
-    """A rule with 64-bit types on or off as they were in the forward pass.
+    """Run a rule with 64-bit types on or off as they were in the forward pass.
 
-    That is a setting of the thread, and a thread of PyTorch's own may run the rule.
+    That is a setting of the thread, and PyTorch may run the rule on a thread of its own.
     """
     with precision(ctx.call.x64):
         return rule(ctx, *args)
@@ -153,12 +153,12 @@ class ApplyProgram(torch.autograd.Function):
             *(out for out, inexact in zip(outs, ctx.inexact, strict=True) if not inexact),
             *residuals,
         )
-        # Rows of another level's residuals have a plan too; it is that level's.
-        plan = call.facts.plan if call.program.is_emission else None
-        ctx.call, ctx.plan, ctx.n_results = call, plan, len(output)
+        # Rows of another level's residuals have a recipe too; it is that level's.
+        recipe = call.facts.recipe if call.program.is_emission else None
+        ctx.call, ctx.recipe, ctx.n_results = call, recipe, len(output)
         tensors = [x for _, x in _tensors(operands)]
         ctx.others, ctx.n_tensors = _others(operands), len(tensors)
-        kept = [outs[i] for i in plan.kept] if plan else []
+        kept = [outs[i] for i in recipe.kept] if recipe else []
         saved = [*tensors, *kept, *residuals]
         ctx.save_for_backward(*saved)
         if transforms_active() or forward_ad_active():
@@ -175,9 +175,9 @@ class ApplyProgram(torch.autograd.Function):
         of = tuple([j for j, (inexact, c) in pairs if inexact and c is not None])
         if not (wrt and of):
             return _gradients(n, wrt, ())
-        plan = ctx.plan if ctx.plan and set(wrt) <= set(ctx.plan.wrt) else None
-        program = ctx.call.program.pullback(n, wrt, of, plan)
-        args = [*operands, *(cotangents[j] for j in of), *(x.detach() for x in held if plan)]
+        recipe = ctx.recipe if ctx.recipe and set(wrt) <= set(ctx.recipe.wrt) else None
+        program = ctx.call.program.pullback(n, wrt, of, recipe)
+        args = [*operands, *(cotangents[j] for j in of), *(x.detach() for x in held if recipe)]
         return _gradients(n, wrt, _apply(ctx.call.another(program, n), args))
 
     @staticmethod
@@ -201,7 +201,9 @@ class ApplyProgram(torch.autograd.Function):
         batched = call.another(program, call.n_primals)
         rows = _apply(batched, operands)
         call.facts = batched.facts
-        if batched.program is not program:  # residuals were asked for below, and stay there
+        if (
+            batched.program is not program
+        ):  # what was applied below asked for residuals, which stay there
             rows = rows[: batched.facts.n_out]
         return tuple(rows), (0,) * len(rows)
 
@@ -214,18 +216,18 @@ class Direct(torch.autograd.Function):
         arrays, n_tensors, on_cpu = to_arrays(operands, call.x64)
         traced = call.program.jitted(*arrays)
         call.facts = facts = traced.facts
-        results, plan = traced.outs, facts.plan
+        results, recipe = traced.outs, facts.recipe
         outs = to_tensors(results, facts.dtypes, on_cpu)
         ctx.set_materialize_grads(False)
-        if plan.integers:
-            ctx.mark_non_differentiable(*[outs[j] for j in plan.integers])
+        if recipe.integers:
+            ctx.mark_non_differentiable(*[outs[j] for j in recipe.integers])
         tensors, others = operands, None
         if n_tensors != len(operands):
             tensors = [x for x in operands if isinstance(x, Tensor)]
             others = _others(operands)
-        ctx.save_for_backward(*tensors, *map(outs.__getitem__, plan.kept))
-        held = (*map(results.__getitem__, plan.kept), *traced.residuals)
-        call.kept = others, plan.read(arrays), held, on_cpu
+        ctx.save_for_backward(*tensors, *map(outs.__getitem__, recipe.kept))
+        held = (*map(results.__getitem__, recipe.kept), *traced.residuals)
+        call.kept = others, recipe.read(arrays), held, on_cpu
         ctx.call = call
         return outs
 
@@ -234,16 +236,16 @@ class Direct(torch.autograd.Function):
         call = ctx.call
         if x64_enabled() is not call.x64:
             return _as_in_forward(Direct.backward, ctx, *cotangents)
-        needs, plan = ctx.needs_input_grad[1:], call.facts.plan
+        needs, recipe = ctx.needs_input_grad[1:], call.facts.recipe
         n, missing = len(needs), tuple([c is None for c in cotangents])
-        program, wrt, of = call.program.asked(needs, missing, plan)
+        program, wrt, of = call.program.asked(needs, missing, recipe)
         if program is None:
             return _gradients(n, wrt, ())
         given = cotangents if len(of) == len(missing) else [cotangents[j] for j in of]
-        saved = ctx.saved_tensors  # raises where one of them is changed, or freed
+        saved = ctx.saved_tensors  # this raises where one of them is changed, or freed
         others, read, held, on_cpu = call.kept
         if grad_enabled() or not eager():
-            n_tensors, n_kept = len(saved) - len(plan.kept), len(plan.kept)
+            n_tensors, n_kept = len(saved) - len(recipe.kept), len(recipe.kept)
             operands = _operands(others or [None] * n, saved[:n_tensors])
             kept = [x.detach() for x in saved[n_tensors:]]
             residuals = held[n_kept:]
@@ -264,7 +266,7 @@ _direct = plain_apply(Direct)
 
 
 def _gradients(n: int, wrt: Sequence[int], grads: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-    """What ``backward`` returns: None for the call, and for what asks for no gradient."""
+    """Return what ``backward`` returns: None for the call, and for what asks for no gradient."""
     if len(wrt) == n == len(grads):
         return None, *grads
     found = dict(zip(wrt, grads, strict=False))  # residuals may follow the gradients
@@ -272,18 +274,18 @@ def _gradients(n: int, wrt: Sequence[int], grads: Sequence[Tensor]) -> tuple[Ten
 
 
 def _others(operands: Sequence[Any]) -> list[Any]:
-    """The operands, with None for tensors, which are saved as such."""
+    """Return the operands with None for tensors, which autograd saves."""
     return [None if isinstance(x, Tensor) else x for x in operands]
 
 
 def _operands(others: Sequence[Any], saved: Sequence[Tensor]) -> list[Any]:
-    """The operands again."""
+    """Return the operands with the saved tensors in their places."""
     tensors = iter(saved)
     return [next(tensors) if x is None else x for x in others]
 
 
 def _saved(ctx: Any) -> tuple[list[Any], list[Tensor]]:
-    """The operands, and what a pullback holds beside them."""
+    """Return the operands, and what a pullback holds beside them."""
     saved = [unwrap_if_dead(x) for x in ctx.saved_tensors]
     return _operands(ctx.others, saved), saved[ctx.n_tensors :]
 

@@ -1,4 +1,4 @@
-"""The other direction: ``jax2torch(fn)`` is a PyTorch function."""
+"""``jax2torch(fn)`` is a PyTorch function: the other direction."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from jax.core import Tracer
 from jax.tree_util import keystr, tree_flatten, tree_flatten_with_path
 
 from .._bridge.calls import checks
-from .._bridge.calls.arguments import Static
+from .._bridge.calls.arguments import Static, mark_static
 from .._bridge.calls.function import TorchFunction
 from .._bridge.calls.names import label_of
 from .._compat.torch import dispatch_modes
-from .._conversions.dtypes import dtype_j2t, x64_enabled
+from .._conversions.dtypes import dtype_j2t
 from .._errors import SignatureError, Torch2JaxError, UnsupportedDtypeError
 from .autograd import apply
 from .graph_sites import named
@@ -32,7 +32,7 @@ _NUMBERS = (bool, int, float, complex, np.ndarray, np.generic)
 
 
 class _Entry:
-    """Calls with one structure of arguments and one set of static ones."""
+    """An entry serves calls with one structure of arguments and one set of static ones."""
 
     def __init__(self, treedef: Any, statics: dict[int, Static], function: JaxFunction) -> None:
         spots = [s for s in range(treedef.num_leaves) if s not in statics]
@@ -41,11 +41,7 @@ class _Entry:
         self.labels = [checks.argument_label(paths[s]) for s in spots]
         args, _ = marked
         for i in function.nondiff_argnums:
-            if not -len(args) <= i < len(args):
-                raise SignatureError(
-                    f"nondiff_argnums of {function.__qualname__} names argument {i}; the call has "
-                    f"{len(args)} positional arguments."
-                )
+            checks.check_position(i, len(args), "nondiff_argnums", function.__qualname__)
         held = [set(jax.tree.leaves(args[i])) for i in function.nondiff_argnums]
         self.nondiff = [k for k, s in enumerate(spots) if any(s in leaves for leaves in held)]
         fn, label = function.__wrapped__, function.__qualname__
@@ -64,7 +60,7 @@ class _Entry:
 
 
 class JaxFunction:
-    """A JAX function as a PyTorch function; made by ``jax2torch``."""
+    """A JAX function as a PyTorch function; ``jax2torch`` makes it."""
 
     def __init__(
         self,
@@ -91,7 +87,7 @@ class JaxFunction:
         self._entries: dict[Any, _Entry] = {}
 
     def is_plain(self) -> bool:
-        """Whether it has the arguments and the derivatives of the function itself."""
+        """Return whether its arguments and derivatives are those of the function itself."""
         return self._plain and not self.nondiff_argnums and self.device is None
 
     def __repr__(self) -> str:
@@ -102,14 +98,14 @@ class JaxFunction:
             from .graph_operator import call_in_graph  # torch.compile imports it as it traces
 
             return call_in_graph(self.key, args, kwargs)
-        if dispatch_modes():  # make_fx, fake tensors: they see operators alone
+        if dispatch_modes():  # make_fx and fake tensors see operators alone
             from .graph_operator import apply_in_graph
 
             return self.call_by(apply_in_graph, args, kwargs)
         return self.call_by(apply, args, kwargs)
 
     def call_by(self, apply: Applier, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call it: ``apply`` maps a program and its operands to results and their tree."""
+        """Call it; ``apply`` maps a program and its operands to results and their tree."""
         entry, operands = self._flatten(args, kwargs)
         for k in entry.nondiff:
             if isinstance(operands[k], torch.Tensor):
@@ -125,7 +121,7 @@ class JaxFunction:
         return tree.unflatten(outs)
 
     def _apply_on_device(self, apply: Applier, entry: _Entry, operands: list[Any]) -> Any:
-        """On the device that was asked for; without tensors on PyTorch's default device."""
+        """Apply it on the device that the user chose, or else on PyTorch's default one."""
         device = self.device or torch.get_default_device()
         for label, x in zip(entry.labels, operands, strict=True):
             if isinstance(x, torch.Tensor) and not _same_device(x.device, device):
@@ -137,7 +133,7 @@ class JaxFunction:
             return apply(entry.program, operands)
 
     def __deepcopy__(self, memo: Any) -> JaxFunction:
-        return self  # a function, without state of its own
+        return self  # it is a function, without state of its own
 
     def __reduce__(self) -> Any:
         options = (
@@ -160,22 +156,14 @@ class JaxFunction:
             leaves, treedef = tree_flatten((args, kwargs))
             entry = self._entries.get(treedef) or self._entry(treedef, treedef, {}, args, kwargs)
             return entry, leaves
-        given = list(args)
-        for i in self.static_argnums:
-            if -len(args) <= i < len(args):
-                given[i] = self._static(args[i], f"args[{i}]")
-        named = {
-            k: self._static(v, f"kwargs[{k!r}]") if k in self.static_argnames else v
-            for k, v in kwargs.items()
-        }
-        leaves, treedef = tree_flatten((tuple(given), named))
+        leaves, treedef = tree_flatten(mark_static(self, args, kwargs, self._static))
         statics = {i: x for i, x in enumerate(leaves) if isinstance(x, Static)}
         key = (treedef, tuple(statics.items()))
         entry = self._entries.get(key) or self._entry(key, treedef, statics, args, kwargs)
         return entry, [x for x in leaves if not isinstance(x, Static)]
 
     def _static(self, value: Any, where: str) -> Static:
-        if isinstance(value, torch.Tensor):  # it has a hash, of its identity
+        if isinstance(value, torch.Tensor):  # its hash would be that of its identity
             raise SignatureError(
                 f"the static argument {where} of {self.__qualname__} is a tensor: it would be "
                 "traced anew for each. Tensors are operands; leave it out of static_argnums and "
@@ -201,11 +189,7 @@ class JaxFunction:
                     "of JAX; pass a tensor or a number, or name the argument in static_argnums or "
                     "static_argnames."
                 ) from error
-            if isinstance(x, int) and x.bit_length() > (63 if x64_enabled() else 31):
-                raise SignatureError(
-                    f"{label} of {self.__qualname__} is {x}, which does not fit JAX's integers; "
-                    "pass a float, or name the argument in static_argnums or static_argnames."
-                ) from error
+            checks.refuse_wide_int(x, f"{label} of {self.__qualname__}")
             if isinstance(x, torch.Tensor) and x.is_nested:
                 raise SignatureError(
                     f"{label} of {self.__qualname__} is a nested tensor, and JAX arrays are dense. "
@@ -228,7 +212,7 @@ def jax2torch(
     device: torch.device | str | None = None,
     name: str | None = None,
 ) -> Callable[..., Any]:
-    """A JAX function as a PyTorch function.
+    """Make a PyTorch function of a JAX function.
 
     The result runs ``fn`` compiled, on arrays that view the tensors' memory, and returns tensors
     that view JAX's. It is differentiable to any order: ``backward``, ``torch.autograd.grad``,
@@ -276,14 +260,7 @@ def jax2torch(
     if not callable(fn):
         raise SignatureError(f"jax2torch wraps a callable, got {type(fn).__name__}.")
     label = label_of(fn)
-    nums, names = checks.resolve_statics(
-        fn,
-        None if static_argnums is None else checks.indices(static_argnums, "static_argnums", label),
-        None
-        if static_argnames is None
-        else checks.names(static_argnames, "static_argnames", label),
-        label,
-    )
+    nums, names = checks.resolve_statics(fn, static_argnums, static_argnames, label)
     nondiff = checks.indices(nondiff_argnums, "nondiff_argnums", label)
     if isinstance(fn, TorchFunction) and fn.is_plain() and not (nondiff or nums or names):
         return fn.__wrapped__
@@ -295,7 +272,7 @@ def jax2torch(
 
 
 def _checked(result: Any, label: str) -> Any:
-    """A result whose leaves are arrays that tensors can be made of."""
+    """Return the result, or raise where a leaf is nothing that a tensor can be made of."""
     for path, x in tree_flatten_with_path(result)[0]:
         where = f"result{keystr(path)} of {label}"
         if not isinstance(x, (jax.Array, *_NUMBERS)):

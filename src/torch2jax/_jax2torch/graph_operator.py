@@ -1,4 +1,4 @@
-"""Programs of JAX in graphs of ``torch.compile``: one custom operator applies them all.
+"""One custom operator applies all programs of JAX in graphs of ``torch.compile``.
 
 In a compiled function a call becomes ``torch2jax::apply(tensors, floats, ints, program)``, with the
 name of the program. Its fake kernel asks JAX for shapes, its gradient is an ``apply`` of the
@@ -28,7 +28,7 @@ from .programs import JaxProgram
 
 @nonstrict_trace
 def call_in_graph(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A call of the ``JaxFunction`` of that name: what ``torch.compile`` does not look into."""
+    """Call the ``JaxFunction`` of that name; ``torch.compile`` does not look into it."""
     function = named.get(name)
     if function is None:
         raise Torch2JaxError(f"{name}, a result of jax2torch, is gone.")
@@ -36,7 +36,7 @@ def call_in_graph(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
 
 
 def apply_in_graph(program: JaxProgram, operands: Sequence[Any]) -> Any:
-    """``apply`` of ``autograd``, as one node of a graph."""
+    """Do what ``apply`` of ``autograd`` does, as one node of a graph."""
     if transforms_active() or forward_ad_active():  # there the operator has no derivatives
         return apply(program, operands, GraphCall)
     x64 = x64_enabled()
@@ -50,7 +50,7 @@ def apply_in_graph(program: JaxProgram, operands: Sequence[Any]) -> Any:
 
 
 class GraphCall(Call):
-    """An application below ``torch.func`` in a graph: the node is what runs at the bottom."""
+    """An application below ``torch.func`` in a graph, where the node runs at the bottom."""
 
     __slots__ = ()
 
@@ -76,7 +76,7 @@ def _call(site: Site, operands: Sequence[Any]) -> list[Tensor]:
 @torch.library.custom_op(
     f"{__name__.partition('.')[0]}::apply",
     mutates_args=(),
-    # Written out, because torch 2.6 does not read the annotations below.
+    # It is written out, because torch 2.6 does not read the annotations below.
     schema="(Tensor[] tensors, float[] floats, SymInt[] ints, str program) -> Tensor[]",
 )
 def _op(
@@ -102,13 +102,13 @@ def _setup_context(ctx: Any, inputs: Any, output: list[Tensor]) -> None:
     ctx.site = site = site_named(program)
     traced = site.shapes(site.operands(tensors, ctx.floats, ctx.ints))
     ctx.n_tensors, ctx.n_outs = len(tensors), len(traced.outs)
-    ctx.plan = plan = traced.facts.plan if site.program.is_emission else None
-    kept = [output[j] for j in plan.kept] if plan else []
+    ctx.recipe = recipe = traced.facts.recipe if site.program.is_emission else None
+    kept = [output[j] for j in recipe.kept] if recipe else []
     ctx.save_for_backward(*tensors, *kept, *output[ctx.n_outs :])
 
 
 def _backward(ctx: Any, cotangents: Sequence[Tensor | None]) -> Any:
-    site, plan = ctx.site, ctx.plan
+    site, recipe = ctx.site, ctx.recipe
     tensors, held = ctx.saved_tensors[: ctx.n_tensors], ctx.saved_tensors[ctx.n_tensors :]
     n = len(site.kinds)
     primals = [
@@ -117,9 +117,9 @@ def _backward(ctx: Any, cotangents: Sequence[Tensor | None]) -> Any:
         if (x.is_floating_point() or x.is_complex()) and i < n - site.n_held
     ]
     # An exported program may be asked for more gradients than the trace that chose the residuals.
-    if plan and not all(i in plan.wrt for i, x in primals if x.requires_grad):
-        plan = None
-    wrt = tuple(i for i, _ in primals if plan is None or i in plan.wrt)
+    if recipe and not all(i in recipe.wrt for i, x in primals if x.requires_grad):
+        recipe = None
+    wrt = tuple(i for i, _ in primals if recipe is None or i in recipe.wrt)
     of = tuple(
         j
         for j, c in enumerate(cotangents[: ctx.n_outs])
@@ -127,15 +127,15 @@ def _backward(ctx: Any, cotangents: Sequence[Tensor | None]) -> Any:
     )
     grads: list[Tensor | None] = [None] * len(tensors)
     if wrt and of:
-        held = held if plan else ()
-        program = site.program.pullback(n, wrt, of, plan)
+        held = held if recipe else ()
+        program = site.program.pullback(n, wrt, of, recipe)
         kinds = (*site.kinds, *["tensor"] * (len(of) + len(held)))
         pullback = Site.of(program, kinds, n, len(held), site.x64)
         operands = site.operands(tensors, ctx.floats, ctx.ints)
         found = _call(pullback, [*operands, *(cotangents[j] for j in of), *held])
         for i, grad in zip(wrt, found, strict=True):
             grads[site.tensors.index(i)] = grad
-    # As custom_op wants it: an empty list has a structure, a list of numbers is one leaf.
+    # custom_op wants it so: an empty list has a structure, a list of numbers is one leaf.
     return grads, None if ctx.floats else [], None if ctx.ints else [], None
 
 

@@ -1,4 +1,4 @@
-"""Calls that stand in compiled graphs: programs and functions by name."""
+"""Compiled graphs refer to programs and functions by name."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import jax
 import torch
 
 from .._compat.jax import precision
-from .._conversions.dtypes import canonical, dtype_t2j
+from .._conversions.dtypes import canonical, needs_x64
 from .._errors import Torch2JaxError, UnsupportedDtypeError
 from .autograd import Call
 from .programs import JaxProgram
 from .residuals import Traced
 
 named: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
-"""The functions of ``jax2torch`` by their keys, by which compiled graphs refer to them."""
+"""The functions of ``jax2torch`` by the keys with which compiled graphs refer to them."""
 
 
 Tensor = torch.Tensor
@@ -56,19 +56,22 @@ class Site:
     def of(
         program: JaxProgram, kinds: tuple[Any, ...], n_primals: int, n_held: int, x64: bool
     ) -> Site:
+        """Return the one site of a program for these operands."""
         key = (kinds, n_primals, n_held, x64)
         site = program.sites.get(key)
         return site or program.sites.setdefault(key, Site(program, *key))
 
     def operands(self, tensors: Sequence[Any], floats: Sequence[Any], ints: Sequence[Any]) -> Any:
+        """Return the operands in their order."""
         given = {"tensor": iter(tensors), "float": iter(floats), "int": iter(ints)}
         return [next(given[k]) if isinstance(k, str) else k[0] for k in self.kinds]
 
     def run(self, operands: Sequence[Any]) -> list[Tensor]:
+        """Return the results, then the residuals."""
         return list(Call(self.program, self.x64, self.n_primals).run(operands))
 
     def shapes(self, operands: Sequence[Any]) -> Traced:
-        """What ``run`` will return: nothing is computed, and a trace is found again by the run."""
+        """Return what ``run`` will return, without computing; ``run`` finds the trace again."""
         reads = self.program.reads
         with precision(self.x64):
             avals = [
@@ -79,6 +82,7 @@ class Site:
 
 
 def kind_of(x: Any) -> Any:
+    """Return the kind of an operand, as ``Site`` has it."""
     if isinstance(x, Tensor):
         return "tensor"
     if type(x) in (float, torch.SymFloat):
@@ -106,20 +110,21 @@ class _Constant(tuple):
 
 
 def aval_of(x: Any) -> Any:
+    """Return the operand without its values: a tensor's shape and dtype, or a number."""
     if not isinstance(x, Tensor):
         number = {torch.SymFloat: float, torch.SymInt: int}.get(type(x))
         return x if number is None else number(x)
-    dtype = canonical(x.dtype)
-    if dtype != dtype_t2j(x.dtype) and x.dtype is not torch.int64:
+    if needs_x64(x.dtype):
         raise UnsupportedDtypeError(
             f"got a tensor of {x.dtype}, and 64-bit values are switched off in JAX. Switch them "
             'on, jax.config.update("jax_enable_x64", True), or convert the tensor first.'
         )
     # Sizes that the graph leaves open become fixed: JAX compiles for each shape.
-    return jax.ShapeDtypeStruct(tuple(map(int, x.shape)), dtype)
+    return jax.ShapeDtypeStruct(tuple(map(int, x.shape)), canonical(x.dtype))
 
 
 def site_named(name: str) -> Site:
+    """Return the site of this name, or raise where its program is gone."""
     site = _sites.get(name)
     if site is None:
         raise gone(name)
@@ -127,6 +132,7 @@ def site_named(name: str) -> Site:
 
 
 def gone(name: str) -> Torch2JaxError:
+    """Return the error for a site whose program is gone."""
     return Torch2JaxError(
         f"the JAX function {name} of a compiled graph is gone: it lives as long as what jax2torch "
         "returned, in the process that compiled the graph."

@@ -24,7 +24,7 @@ def jax_module(
     trainable: Callable[[str], bool] | None = None,
     **options: Any,
 ) -> JaxModule:
-    """A JAX model as a ``torch.nn.Module`` that PyTorch's optimizers train.
+    """Make a ``torch.nn.Module`` of a JAX model, for PyTorch's optimizers to train.
 
     Args:
       apply: ``apply(params, *args, **kwargs)``, a function that ``jax2torch`` takes.
@@ -57,7 +57,7 @@ def jax_module(
 
 
 class JaxModule(torch.nn.Module):
-    """Made by ``jax_module``."""
+    """A JAX model as a module; ``jax_module`` makes it."""
 
     def __init__(
         self,
@@ -86,7 +86,7 @@ class JaxModule(torch.nn.Module):
         return self._function(self._tensors(), *args, **kwargs)
 
     def to_jax(self) -> Any:
-        """The tree of parameters as they are now, for ``apply``: copies, and the constants."""
+        """Return the tree of parameters for ``apply``: copies of them, and the constants."""
         return self._applied.tree([t2j(x.detach().clone()) for x in self._tensors()])
 
     def _tensors(self) -> list[torch.Tensor]:
@@ -95,7 +95,7 @@ class JaxModule(torch.nn.Module):
     def _place(
         self, words: list[str], x: Any, trainable: Callable[[str], bool] | None
     ) -> tuple[torch.nn.Module, str]:
-        """Make the tensor of a leaf; returns the module that holds it, and its name there."""
+        """Make the tensor of a leaf; return the module that holds it, and its name there."""
         # NumPy's float64 is float32 while x64 is off, as JAX itself would take it.
         tensor = x.detach().clone() if isinstance(x, torch.Tensor) else j2t(jnp.asarray(x)).clone()
         inexact = tensor.is_floating_point() or tensor.is_complex()
@@ -115,7 +115,7 @@ class JaxModule(torch.nn.Module):
 
 
 class _Branch(torch.nn.Module):
-    """An inner node of the tree of parameters."""
+    """A branch is an inner node of the tree of parameters."""
 
 
 class _Applied:
@@ -145,7 +145,7 @@ def _is_array(x: Any) -> bool:
 
 
 def _word(key: Any) -> str:
-    """A key of a path as a part of a name."""
+    """Return a key of a path as a part of a name."""
     for attribute in ("key", "name", "idx"):
         if hasattr(key, attribute):
             return str(getattr(key, attribute)).replace(".", "_") or "_"
@@ -153,14 +153,14 @@ def _word(key: Any) -> str:
 
 
 def _free(owner: torch.nn.Module, word: str, known: Any) -> str:
-    """The word, or where the module has such an attribute already another one."""
+    """Return the word, or another one where the module has such an attribute already."""
     while hasattr(owner, word) and word not in known:
         word += "_"
     return word
 
 
 def _behind_params(options: dict[str, Any]) -> dict[str, Any]:
-    """Options of ``jax2torch`` whose positions begin after ``params``."""
+    """Return options of ``jax2torch`` whose positions count ``params``, too."""
     shifted = dict(options)
     for option in ("static_argnums", "nondiff_argnums"):
         nums = options.get(option)

@@ -1,4 +1,4 @@
-"""A JAX function on flat arrays and the functions derived from it. Imports JAX, never torch.
+"""A JAX function on flat arrays, and the functions derived from it. It never imports torch.
 
 A *program* maps arrays to a tuple of arrays. With operands ``x``, tangents ``t`` of the operands
 ``S`` and cotangents ``c`` of the results ``D``,
@@ -12,11 +12,8 @@ are programs again, so derivatives of any order are calls of programs.
 
 NOTE [Two forms]. ``math`` is what derivatives are made of; ``run``, which is compiled, has the
 same values and may use residuals: it then ignores ``x`` but for what the residuals name, and a
-derivative of it would miss terms. ``Pullback(f, S, D, plan)`` takes ``(x, c, r)``; its ``math``
+derivative of it would miss terms. ``Pullback(f, S, D, recipe)`` takes ``(x, c, r)``; its ``math``
 ignores ``r``.
-
-NOTE [Conjugates]. PyTorch's gradient is the conjugate transpose, JAX's cotangent the plain one:
-``Jᴴ c = conj(Jᵀ conj(c))``. The other direction is in ``torch_side/derivatives.py``.
 """
 
 from __future__ import annotations
@@ -26,8 +23,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from .._conversions.cotangents import cotangents_of, gradient_of
 from .residuals import Facts, Indices, PullbackRecipe, Traced, unflatten
 
 Flags = tuple[bool, ...]
@@ -42,13 +39,13 @@ jax.tree_util.register_pytree_node(
 
 
 class Formula:
-    """What a program computes, in two forms; it knows what it is made of, not its derivatives."""
+    """A formula says what a program computes, in two forms; it does not know its derivatives."""
 
     emits = True
-    """Whether residuals can be emitted: not where ``run`` already differs from ``math``."""
+    """Whether it can emit residuals: not where ``run`` already differs from ``math``."""
 
     reads: frozenset[int] | None = None
-    """The operands that ``run`` reads; None: all."""
+    """The operands that ``run`` reads; None means all."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -85,25 +82,24 @@ class WithResiduals(Formula):
         return self.parent.math(*operands)
 
     def run(self, *operands: Any) -> Traced:
-        traced, pull = jax.vjp(
-            _restricted(self.parent, self.wrt, operands), *operands_at(operands, self.wrt)
-        )
-        plan = PullbackRecipe(self.wrt, operands, traced, pull)
-        residuals, plan.residuals = tuple(plan.residuals), []
-        return Traced(traced.outs, residuals, Facts(traced.facts.tree, plan))
+        chosen = [operands[i] for i in self.wrt]
+        traced, pull = jax.vjp(_restricted(self.parent, self.wrt, operands), *chosen)
+        recipe = PullbackRecipe(self.wrt, operands, traced, pull)
+        residuals, recipe.residuals = tuple(recipe.residuals), []
+        return Traced(traced.outs, residuals, Facts(traced.facts.tree, recipe))
 
 
 class Pullback(Formula):
-    """``(x, c, r) -> Jᴴ c``. See NOTE [Two forms] and NOTE [Conjugates]."""
+    """``(x, c, r) -> Jᴴ c``. See NOTE [Two forms], and NOTE [Conjugates] in ``cotangents.py``."""
 
     def __init__(
-        self, parent: Formula, n: int, wrt: Indices, of: Indices, plan: PullbackRecipe | None
+        self, parent: Formula, n: int, wrt: Indices, of: Indices, recipe: PullbackRecipe | None
     ) -> None:
         super().__init__(f"{parent.name.removesuffix('_with_residuals')}_pullback")
-        self.parent, self.n, self.wrt, self.of, self.plan = parent, n, wrt, of, plan
-        self.emits = plan is None
-        if plan is not None:
-            self.reads = plan.reads
+        self.parent, self.n, self.wrt, self.of, self.recipe = parent, n, wrt, of, recipe
+        self.emits = recipe is None
+        if recipe is not None:
+            self.reads = recipe.reads
 
     def _split(self, args: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:
         end = self.n + len(self.of)
@@ -111,28 +107,26 @@ class Pullback(Formula):
 
     def math(self, *args: Any) -> Traced:
         x, c, _ = self._split(args)
-        traced, pull = jax.vjp(_restricted(self.parent, self.wrt, x), *operands_at(x, self.wrt))
+        chosen = [x[i] for i in self.wrt]
+        traced, pull = jax.vjp(_restricted(self.parent, self.wrt, x), *chosen)
         avals = [(out.shape, out.dtype) for out in traced.outs]
         return self._result(pull(self._cotangents(avals, c, traced.facts)))
 
     def run(self, *args: Any) -> Traced:
-        if self.plan is None:
+        if self.recipe is None:
             return self.math(*args)
         x, c, r = self._split(args)
-        pulled = self.plan.pull(x, r)(self._cotangents(self.plan.avals, c, self.plan.facts))
-        by_operand = dict(zip(self.plan.wrt, pulled, strict=True))
+        pulled = self.recipe.pull(x, r)(self._cotangents(self.recipe.avals, c, self.recipe.facts))
+        by_operand = dict(zip(self.recipe.wrt, pulled, strict=True))
         return self._result([by_operand[i] for i in self.wrt])
 
     def _cotangents(self, avals: Sequence[Any], c: Sequence[Any], facts: Facts) -> Traced:
         given = dict(zip(self.of, c, strict=True))
-        full = [
-            jnp.conj(given[j]) if j in given else _zero_cotangent(shape, dtype)
-            for j, (shape, dtype) in enumerate(avals)
-        ]
+        full = cotangents_of([given.get(j) for j in range(len(avals))], avals)
         return Traced(tuple(full), (), facts)
 
     def _result(self, pulled: Sequence[Any]) -> Traced:
-        return Traced(tuple(map(jnp.conj, pulled)), (), Facts())
+        return Traced(tuple(map(gradient_of, pulled)), (), Facts())
 
 
 class Pushforward(Formula):
@@ -145,7 +139,7 @@ class Pushforward(Formula):
     def math(self, *args: Any) -> Traced:
         x, t = args[: self.n], args[self.n :]
         f = _restricted(self.parent, self.wrt, x)
-        _, pushed = jax.jvp(f, tuple(operands_at(x, self.wrt)), tuple(t))
+        _, pushed = jax.jvp(f, tuple(x[i] for i in self.wrt), tuple(t))
         inexact = [u for u in pushed.outs if jnp.issubdtype(u.dtype, jnp.inexact)]
         return Traced(tuple(inexact), (), Facts())
 
@@ -169,7 +163,7 @@ class JaxProgram:
     """A formula, compiled, and the programs derived from it, each made once.
 
     NOTE [No cycles]. Derived programs refer to formulas, never to programs, and what JAX's caches
-    hold (plans) to neither: all that is compiled goes when the last reference to a program goes.
+    hold (recipes) to neither: all that is compiled goes when the last reference to a program goes.
     Left to the garbage collector, jitted functions would be collected inside of JAX's own tracing,
     which up to jaxlib 0.10 can crash (jax pull request 38281).
     """
@@ -178,7 +172,7 @@ class JaxProgram:
         self.formula, self.name = formula, formula.name
         self.emits, self.reads = formula.emits, formula.reads
         self.is_emission = isinstance(formula, WithResiduals)
-        self.sites: dict[Any, Any] = {}  # where compiled graphs call it: see ``graph_sites``
+        self.sites: dict[Any, Any] = {}  # compiled graphs call it there: see ``graph_sites``
         self._derived: dict[Any, JaxProgram] = {}
         self._asked: dict[Any, Asked] = {}
 
@@ -198,22 +192,22 @@ class JaxProgram:
         return self._derive(Pushforward, n, wrt)
 
     def pullback(
-        self, n: int, wrt: Indices, of: Indices, plan: PullbackRecipe | None
+        self, n: int, wrt: Indices, of: Indices, recipe: PullbackRecipe | None
     ) -> JaxProgram:
-        return self._derive(Pullback, n, wrt, of, plan)
+        return self._derive(Pullback, n, wrt, of, recipe)
 
-    def asked(self, needs: Flags, missing: Flags, plan: PullbackRecipe) -> Asked:
-        """The pullback that a backward pass asks for, None where it is zero, its wrt and its of.
+    def asked(self, needs: Flags, missing: Flags, recipe: PullbackRecipe) -> Asked:
+        """Return the pullback that a backward pass asks for, None where it is zero; its wrt and of.
 
         ``needs``: which operands need a gradient; ``missing``: which cotangents there are not.
         """
-        key = (needs, missing, plan)
+        key = (needs, missing, recipe)
         return self._asked.get(key) or self._asked.setdefault(key, self._ask(*key))
 
-    def _ask(self, needs: Flags, missing: Flags, plan: PullbackRecipe) -> Asked:
+    def _ask(self, needs: Flags, missing: Flags, recipe: PullbackRecipe) -> Asked:
         wrt = tuple(i for i, need in enumerate(needs) if need)
         of = tuple(j for j, none in enumerate(missing) if not none)
-        return self.pullback(len(needs), wrt, of, plan) if wrt and of else None, wrt, of
+        return self.pullback(len(needs), wrt, of, recipe) if wrt and of else None, wrt, of
 
     def batch(self, dims: Dims) -> JaxProgram:
         return self._derive(Batch, dims)
@@ -225,12 +219,8 @@ class JaxProgram:
         return made or self._derived.setdefault(key, JaxProgram(make(self.formula, *how)))
 
 
-def operands_at(operands: Sequence[Any], wrt: Indices) -> list[Any]:
-    return [operands[i] for i in wrt]
-
-
 def _restricted(formula: Formula, wrt: Indices, operands: Sequence[Any]) -> Math:
-    """``math`` as a function of the operands ``wrt``, the others held."""
+    """Return ``math`` as a function of the operands ``wrt``, with the others held."""
 
     def f(*chosen: Any) -> Traced:
         full = list(operands)
@@ -239,9 +229,3 @@ def _restricted(formula: Formula, wrt: Indices, operands: Sequence[Any]) -> Math
         return formula.math(*full)
 
     return f
-
-
-def _zero_cotangent(shape: tuple[int, ...], dtype: Any) -> Any:
-    if jnp.issubdtype(dtype, jnp.inexact):
-        return jnp.zeros(shape, dtype)
-    return np.zeros(shape, jax.dtypes.float0)

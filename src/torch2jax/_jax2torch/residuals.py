@@ -1,4 +1,4 @@
-"""What a differentiated call keeps for its pullback, and how the pullback is put together again."""
+"""A differentiated call keeps residuals, and its pullback is put together from them again."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ Indices = tuple[int, ...]
 
 
 class Facts:
-    """What a trace finds out and a call returns beside its arrays; equal to itself alone."""
+    """A call returns these beside its arrays, as static; each equals itself alone."""
 
     n_out: int
     """How many results there are; residuals follow them."""
 
     dtypes: frozenset[Any]
-    """Of results and residuals."""
+    """The dtypes of results and residuals."""
 
-    def __init__(self, tree: Any = None, plan: PullbackRecipe | None = None) -> None:
-        self.tree, self.plan = tree, plan
+    def __init__(self, tree: Any = None, recipe: PullbackRecipe | None = None) -> None:
+        self.tree, self.recipe = tree, recipe
 
 
 class Traced:
-    """Results, residuals and, static, the facts of their trace: ``jit`` returns them together."""
+    """``jit`` returns results and residuals together with the facts of their trace, as static."""
 
     __slots__ = ("facts", "outs", "residuals")
 
@@ -35,14 +35,16 @@ class Traced:
 
 
 def unflatten(facts: Facts, children: Any, make: Any = object.__new__) -> Traced:
-    traced = make(Traced)  # at every call: __init__ would be a second function of Python
+    traced = make(
+        Traced
+    )  # it runs at every call, and __init__ would be a second function of Python
     traced.outs, traced.residuals = children
     traced.facts = facts
     return traced
 
 
 class PullbackRecipe:
-    """How a pullback is put together again: a leaf is an operand, a held value or a constant.
+    """A recipe puts a pullback together: a leaf is an operand, a held value or a constant.
 
     Residuals that are operands or results of the forward program are not returned a second time:
     whoever calls it has them. *Held* are the results at ``kept``, then the new residuals.
@@ -54,7 +56,7 @@ class PullbackRecipe:
         self.avals = [(out.shape, out.dtype) for out in traced.outs]
         leaves, self.treedef = jax.tree.flatten(pull)
         self.constants: list[Any] = []
-        self.residuals: list[Any] = []  # tracers: taken out by the emission, once
+        self.residuals: list[Any] = []  # tracers, which the emission takes out, once
         found: dict[int, tuple[str, int]] = {}
         for kind, values in (("operand", primals), ("out", traced.outs)):
             for i, x in enumerate(values):
@@ -85,12 +87,12 @@ class PullbackRecipe:
         ]
 
     def read(self, operands: list[Any]) -> list[Any]:
-        """The operands that the pullback reads; None for the others."""
+        """Return the operands that the pullback reads; None for the others."""
         if self.reads_all:
             return operands
         return [x if i in self.reads else None for i, x in enumerate(operands)]
 
     def pull(self, operands: Sequence[Any], held: Sequence[Any]) -> Any:
-        """The pullback, from the values that its plan names."""
+        """Return the pullback, made of the values that the recipe names."""
         values = {"operand": operands, "held": held, "constant": self.constants}
         return jax.tree.unflatten(self.treedef, [values[kind][i] for kind, i in self.sources])

@@ -1,4 +1,4 @@
-"""Tensors to arrays and back at the speed of a call: `t2j` and `j2t` without their checks.
+"""Tensors become arrays and back at the speed of a call, without the checks of `t2j` and `j2t`.
 
 What is plain goes straight to DLPack, in the extension; everything else (GPUs, other layouts,
 float8, 64-bit values with x64 off, whatever is an error) goes through `t2j` and `j2t`, with the
@@ -33,10 +33,10 @@ _is_pinned = torch.Tensor.is_pinned if torch.cuda.is_available() else None
 
 
 def to_arrays(operands: Sequence[Any], x64: bool) -> tuple[list[Any], int, bool]:
-    """Operands as JAX takes them: tensors as arrays, other values as they are.
+    """Return the operands as JAX takes them: tensors as arrays, other values as they are.
 
-    Also how many tensors there are, and whether results are in a CPU's memory, for all that is
-    known: there are tensors, all there.
+    Return also how many tensors there are, and whether results will be in a CPU's memory: that is
+    known where there are tensors, and all are there.
     """
     check_may_call_jax("a jax2torch function")
     return extension.to_arrays(operands, x64, import_capsule, cpu_device(), _is_pinned, _array)
@@ -46,14 +46,14 @@ def _array(x: torch.Tensor, i: int) -> Any:
     try:
         return t2j(x)
     except Torch2JaxError as error:
-        error.operand = i  # type: ignore[attr-defined]  # whoever knows its name adds it
+        error.operand = i  # type: ignore[attr-defined]  # a caller that knows its name adds that
         raise
 
 
 def to_tensors(
     arrays: Sequence[Any], dtypes: frozenset[Any], on_cpu: bool
 ) -> tuple[torch.Tensor, ...]:
-    """Results, of those dtypes, as tensors in their memory; on a CPU they are computed then."""
+    """Return results of these dtypes as tensors in their memory; on a CPU wait for them."""
     if on_cpu and dtypes <= _EXPORTED:
         return extension.to_tensors(arrays, export_capsule)
     return tuple([j2t(x) for x in arrays])

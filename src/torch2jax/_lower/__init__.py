@@ -1,1 +1,1 @@
-"""PyTorch functions as JAX programs, operator by operator: ``lower=True``."""
+"""With ``lower=True`` a PyTorch function becomes a JAX program, operator by operator."""

@@ -1,8 +1,7 @@
-"""``torch2jax(fn, lower=True)``: ``fn`` runs once, on tensors that hold tracers."""
+"""With ``torch2jax(fn, lower=True)`` ``fn`` runs once, on tensors that hold tracers."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +9,8 @@ import jax
 import torch
 
 from .._bridge.calls import results
-from .._bridge.calls.arguments import Arguments
+from .._bridge.calls.arguments import Arguments, Casts
+from .._bridge.calls.attempts import attempted
 from .._bridge.calls.function import TorchFunction
 from .._bridge.calls.operands import OperandOptions
 from .._bridge.calls.options import Options
@@ -19,8 +19,9 @@ from .._bridge.calls.shards import Shards
 from .._bridge.torch_side.modules import loans
 from .._bridge.torch_side.modules.forward import Forward
 from .._bridge.torch_side.modules.replica import Layout
-from .._conversions.dtypes import canonical, dtype_j2t, x64_enabled
-from .._errors import SignatureError, Torch2JaxError, Torch2JaxWarning
+from .._conversions.dtypes import canonical, dtype_j2t
+from .._errors import SignatureError
+from .._refusals import refuse_symbolic
 from ..device.operators.constants import value_of
 from ..device.setup.enable import enable
 from ..device.tensors.tensor import Tensor, from_torch, wrap
@@ -30,15 +31,14 @@ __all__ = ["LoweredFunction"]
 
 
 class LoweredFunction(TorchFunction):
-    """A PyTorch function as a JAX program; made by ``torch2jax(fn, lower=True)``."""
+    """A PyTorch function as a JAX program; ``torch2jax(fn, lower=True)`` makes it."""
 
     def __init__(
-        self, fn: Callable[..., Any], run: Callable[..., Any], label: str, config: Options
+        self, fn: Callable[..., Any], run: Callable[..., Any], label: str, options: Options
     ) -> None:
-        super().__init__(fn, run, label, config)
+        super().__init__(fn, run, label, options)
         self._run = _on_replica(fn) if isinstance(fn, torch.nn.Module) else run
-        self._noted: set[str] = set()
-        if config.out_arg is not None:
+        if options.out_arg is not None:
             raise SignatureError(
                 f"out_arg of {label} is for the bridge, where results land in XLA's buffers; "
                 "lower=True has no copies to save."
@@ -49,59 +49,35 @@ class LoweredFunction(TorchFunction):
         return f"torch2jax({self._label}, lower=True)"
 
     def untraced(self) -> LoweredFunction:
-        """A copy without cached traces, which runs ``fn`` when it is called."""
-        return LoweredFunction(self.__wrapped__, self._run, self._label, self._config)
+        """Return a copy without cached traces, which runs ``fn`` when it is called."""
+        return LoweredFunction(self.__wrapped__, self._run, self._label, self._options)
 
     def _trace_here(self, call: Any, operands: Any, shards: Shards | None = None) -> Any:
         key = None
-        if self._config.stochastic:
+        if self._options.stochastic:
             key, operands = self._words(operands[-1]), operands[:-1]
-        facts = OperandOptions(self.__wrapped__, self._config, call.arguments, self._label)
+        by_operand = OperandOptions(self.__wrapped__, self._options, call.arguments, self._label)
         labels = call.arguments.labels
-        held = facts.nondiff(labels)
+        nondiff = by_operand.nondiff(labels)
         arrays = [
-            jax.lax.stop_gradient(x) if i in held else jax.numpy.asarray(x)
+            jax.lax.stop_gradient(x) if i in nondiff else jax.numpy.asarray(x)
             for i, x in enumerate(operands)
         ]
         avals = [jax.typeof(x) for x in arrays]
         for label, a in zip(labels, avals, strict=True):
-            if not all(isinstance(n, int) for n in a.shape):
-                raise SignatureError(
-                    f"{label} of {self._label} has the shape {a.shape}: PyTorch code needs sizes "
-                    "that are numbers. Export one program for each size."
-                )
-        casts = dict(facts.casts([a.dtype for a in avals]))
-        dtypes = [casts.get(i) or dtype_j2t(a.dtype) for i, a in enumerate(avals)]
-        narrow = [i for i, d in enumerate(dtypes) if d is torch.int32 and i not in casts]
-        inplace = facts.of_argnums(self._config.inplace_argnums, "inplace_argnums")
-        try:
-            return self._attempt(call.arguments, arrays, dtypes, key, inplace)
-        except Torch2JaxError:
-            raise
-        except Exception as error:
-            # Without x64 PyTorch's int64 comes as int32, which some operators refuse.
-            if not narrow or x64_enabled():
-                raise
-            wide = [torch.int64 if i in narrow else d for i, d in enumerate(dtypes)]
-            try:
-                out = self._attempt(call.arguments, arrays, wide, key, inplace)
-            except Exception:
-                raise error from None
-            self._note([labels[i] for i in narrow])
-            return out
+            refuse_symbolic(a.shape, f"{label} of {self._label}")
+        carried = [dtype_j2t(a.dtype) for a in avals]
+        inplace = by_operand.of_argnums(self._options.inplace_argnums, "inplace_argnums")
 
-    def _note(self, labels: list[str]) -> None:
-        names = ", ".join(labels)
-        if names not in self._noted:
-            self._noted.add(names)
-            warnings.warn(
-                f"{self._label} refuses int32, so {names} reach it as int64 (JAX's x64 mode is "
-                "off). arg_dtypes= or int64 examples say so without this note.",
-                Torch2JaxWarning,
-                stacklevel=4,
-            )
+        def attempt(casts: Casts) -> Any:
+            dtypes = dict(enumerate(carried)) | dict(casts)
+            return self._run_on(call.arguments, arrays, list(dtypes.values()), key, inplace)
 
-    def _attempt(
+        casts = by_operand.casts([a.dtype for a in avals])
+        _, result = attempted(attempt, casts, carried, labels, self._planner.notes)
+        return result
+
+    def _run_on(
         self,
         arguments: Arguments,
         arrays: list[Any],
@@ -111,7 +87,7 @@ class LoweredFunction(TorchFunction):
     ) -> Any:
         tensors = [_argument(x, d) for x, d in zip(arrays, dtypes, strict=True)]
         args, kwargs = arguments.unflatten(tensors)
-        with running(self._config.default_dtype, key):
+        with running(self._options.default_dtype, key):
             out = loans.scoped(lambda: self._run(*args, **kwargs))()
             if inplace and out is None:
                 result = None
@@ -120,15 +96,15 @@ class LoweredFunction(TorchFunction):
                 self._check_shapes([t for _, t in found], treedef, arrays)
                 result = treedef.unflatten([_result(t) for _, t in found])
             updated = [_result(tensors[i]) for i in inplace]
-        if not self._config.inplace_argnums:
+        if not self._options.inplace_argnums:
             return result
-        return self._config.with_updated(arguments, inplace, result, updated)
+        return self._options.with_updated(arguments, inplace, result, updated)
 
     def _check_shapes(self, found: list[Any], treedef: Any, arrays: list[Any]) -> None:
-        if self._config.output_shapes is None:
+        if self._options.output_shapes is None:
             return
         dtypes = [x.dtype for x in arrays]
-        declared = results.declared_result(self._config.output_shapes, dtypes, self._label)
+        declared = results.declared_result(self._options.output_shapes, dtypes, self._label)
         got = [(tuple(t.shape), canonical(t.dtype)) for t in found]
         expected = [(leaf.shape, leaf.dtype) for leaf in declared.leaves]
         if treedef != declared.treedef or got != expected:
@@ -143,7 +119,7 @@ def _named(treedef: Any, leaves: list[Any]) -> str:
 
 
 def _on_replica(module: torch.nn.Module) -> Callable[..., Any]:
-    """A module whose parameters and buffers are constants, and which is not changed."""
+    """Return the module as a function that takes its tensors for constants and changes nothing."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
         layout = Layout(module)

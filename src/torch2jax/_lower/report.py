@@ -1,4 +1,4 @@
-"""What ``lower=True`` makes of the operators of a function, and on which lines."""
+"""The report says what ``lower=True`` makes of each operator, and on which line."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from .function import LoweredFunction
 
 @dataclass(frozen=True)
 class Report:
-    """What became of the operators of a function. ``print`` shows it as a table.
+    """This says what became of the operators of a function; ``print`` shows it as a table.
 
-    Each is ``{(operator, line of the user's code): count}``.
+    Each field is ``{(operator, line of the user's code): count}``.
     """
 
     native: dict[tuple[str, str], int]
@@ -40,7 +40,7 @@ class Report:
 
 
 def lowering_report(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
-    """What ``torch2jax(fn, lower=True)`` makes of each operator, and on which line of your code.
+    """Report what ``torch2jax(fn, lower=True)`` makes of each operator, and on which line of yours.
 
     Args:
       fn: a PyTorch function or module, or what ``torch2jax(..., lower=True)`` returned, or an
@@ -65,11 +65,11 @@ def lowering_report(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report
     places = [i for i, x in enumerate(leaves) if hasattr(x, "shape")]
 
     def call(*arrays: Any) -> Any:
-        full = list(leaves)  # numbers, flags and strings are what they are in a call
+        full = list(leaves)  # numbers, flags and strings stay as they are in a call
         for i, x in zip(places, arrays, strict=True):
             full[i] = x
         a, k = treedef.unflatten(full)
-        # A fresh function each time: a cached trace would run nothing.
+        # The function is new each time, because a cached trace would run nothing.
         return fn.untraced()(*a, **k)
 
     with recorded() as events:

@@ -1,8 +1,8 @@
-"""``torch.compile(model, backend="torch2jax")``: forward and backward graphs as JAX programs."""
+"""``torch.compile(model, backend="torch2jax")`` turns graphs into JAX programs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ __all__ = ["backend"]
 
 
 def backend(graph: torch.fx.GraphModule, examples: list[torch.Tensor]) -> Callable[..., Any]:
-    """The backend that ``torch.compile(..., backend="torch2jax")`` calls, once for each graph.
+    """Compile a graph; ``torch.compile(..., backend="torch2jax")`` calls it once for each.
 
     Forward and backward graphs become programs of their own, for tensors of any device; tensors are
     shared with JAX where their memory allows, as in ``t2j``.
@@ -28,47 +28,49 @@ def backend(graph: torch.fx.GraphModule, examples: list[torch.Tensor]) -> Callab
     return aot_autograd(fw_compiler=_compiled, bw_compiler=_compiled)(graph, examples)
 
 
+class _OfTensors:
+    """A graph as a function of its tensors alone, for certain numbers among its arguments."""
+
+    def __init__(self, graph: torch.fx.GraphModule, arguments: Sequence[Any]) -> None:
+        self._graph, self._arguments = graph, arguments
+        self.dtypes: list[torch.dtype | None] = []
+        """The dtypes of the graph's results, once it has run; None stands for what is no tensor."""
+
+    def __call__(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        """Return the results that are tensors."""
+        rest = iter(tensors)
+        outs = self._graph(*[next(rest) if x is _TENSOR else x for x in self._arguments])
+        self.dtypes = [x.dtype if isinstance(x, torch.Tensor) else None for x in outs]
+        return [x for x in outs if isinstance(x, torch.Tensor)]
+
+
+_TENSOR = object()
+"""This stands for a tensor among the arguments of a graph."""
+
+
 def _compiled(graph: torch.fx.GraphModule, examples: list[Any]) -> Callable[..., Any]:
     from functorch.compile import make_boxed_func
 
-    spots = [i for i, x in enumerate(examples) if isinstance(x, torch.Tensor)]
+    spots = {i for i, x in enumerate(examples) if isinstance(x, torch.Tensor)}
     made = [node.meta.get("val") for node in graph.graph.nodes]
-    ours = any(isinstance(x, torch.Tensor) and x.device.type == "jax" for x in made)
-    dtypes: list[list[Any]] = []
-
-    def run(tensors: list[Any], numbers: tuple[Any, ...]) -> Any:
-        full = list(numbers)
-        for i, x in zip(spots, tensors, strict=True):
-            full[i] = x
-        outs = graph(*full)
-        dtypes[:] = [[x.dtype if isinstance(x, torch.Tensor) else None for x in outs]]
-        return [x for x in outs if isinstance(x, torch.Tensor)]
-
-    programs: dict[Any, LoweredFunction] = {}
+    on_jax = any(isinstance(x, torch.Tensor) and x.device.type == "jax" for x in made)
+    programs: dict[Any, tuple[LoweredFunction, _OfTensors]] = {}
 
     def call(*args: Any) -> list[Any]:
-        numbers = tuple(None if i in spots else x for i, x in enumerate(args))
-        tensors = [args[i] for i in spots]
+        arguments = tuple(_TENSOR if i in spots else x for i, x in enumerate(args))
+        tensors = [args[i] for i in sorted(spots)]
         given = tuple(x.dtype for x in tensors)
-        program = programs.get((numbers, given))
-        if program is None:
-            program = programs[numbers, given] = wrapped(
-                LoweredFunction,
-                lambda *t: run(list(t), numbers),
-                "a graph of torch.compile",
-                Options(arg_dtypes=given),
-            )
-        # XLA reads shared memory later than it returns: results are waited for.
+        if (arguments, given) not in programs:
+            fn = _OfTensors(graph, arguments)
+            label, options = "a graph of torch.compile", Options(arg_dtypes=given)
+            programs[arguments, given] = wrapped(LoweredFunction, fn, label, options), fn
+        program, fn = programs[arguments, given]
         arrays = [x.jax() if isinstance(x, Tensor) else t2j(x) for x in tensors]
-        out = jax.block_until_ready(program(*arrays))
-        values = iter(out)
-        result: list[Any] = []
-        for dtype in dtypes[0]:
-            if dtype is None:
-                result.append(None)
-                continue
-            array = next(values)
-            result.append(wrap(array, dtype) if ours else j2t(array).to(dtype))
-        return result
+        # XLA reads shared memory later than the call returns, so the results are awaited.
+        results = iter(jax.block_until_ready(program(*arrays)))
+        return [None if d is None else as_tensor(next(results), d) for d in fn.dtypes]
+
+    def as_tensor(array: jax.Array, dtype: torch.dtype) -> torch.Tensor:
+        return wrap(array, dtype) if on_jax else j2t(array).to(dtype)
 
     return make_boxed_func(call)

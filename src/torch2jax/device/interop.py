@@ -9,6 +9,7 @@ import jax
 import torch
 from jax.core import Tracer
 
+from .._conversions.cotangents import cotangents_of, gradient_of
 from .._conversions.dtypes import dtype_j2t
 from .._errors import SignatureError
 from .setup.enable import enable
@@ -89,7 +90,10 @@ class _CallJax(torch.autograd.Function):
         else:
             out = of()
         leaves, box[:] = jax.tree.leaves(out), [jax.tree.structure(out)]
-        ctx.places, ctx.out = differentiable, [jax.typeof(x) for x in leaves]
+        ctx.places, ctx.avals = (
+            differentiable,
+            [(x.shape, x.dtype) for x in map(jax.typeof, leaves)],
+        )
         ctx.structure = box[0]
         outs = tuple(tensor(jax.numpy.asarray(x)) for x in leaves)
         ctx.mark_non_differentiable(
@@ -99,18 +103,11 @@ class _CallJax(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:  # type: ignore[override]
-        cotangents = []
-        for g, aval in zip(grads, ctx.out, strict=True):
-            if not jax.numpy.issubdtype(aval.dtype, jax.numpy.inexact):
-                cotangents.append(jax.numpy.zeros(aval.shape, jax.dtypes.float0))
-            elif g is None:
-                cotangents.append(jax.numpy.zeros(aval.shape, aval.dtype))
-            else:
-                cotangents.append(jax.numpy.conj(read(g)))
+        cotangents = cotangents_of([None if g is None else read(g) for g in grads], ctx.avals)
         found = ctx.pull(jax.tree.unflatten(ctx.structure, cotangents))
         out: list[Any] = [None] * (len(ctx.needs_input_grad) - 3)
         for i, g in zip(ctx.places, found, strict=True):
-            out[i] = tensor(jax.numpy.conj(g))
+            out[i] = tensor(gradient_of(g))
         return (None, None, None, *out)
 
 

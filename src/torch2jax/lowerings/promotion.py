@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from .._conversions.dtypes import canonical, dtype_j2t, x64_enabled
+from .._conversions.dtypes import canonical, dtype_j2t, needs_x64
+from .._conversions.narrowed import NARROWED
 from .._errors import UnsupportedDtypeError
 
 # --- dtypes --------------------------------------------------------------------------------------
@@ -22,20 +23,13 @@ def carried(dtype: torch.dtype) -> np.dtype[Any]:
     Raises:
         UnsupportedDtypeError: float64, complex128 and uint64 while x64 is off, and what JAX lacks.
     """
-    if dtype in _WIDE and not x64_enabled():
+    if needs_x64(dtype):
+        other = torch.int64 if dtype is torch.uint64 else NARROWED[dtype]
         raise UnsupportedDtypeError(
             f"a tensor of {dtype} on device jax needs 64-bit values, which JAX has switched off. "
-            'Switch them on, jax.config.update("jax_enable_x64", True), or use '
-            f"{_WIDE[dtype]}."
+            f'Switch them on, jax.config.update("jax_enable_x64", True), or use {other}.'
         )
     return canonical(dtype)
-
-
-_WIDE = {
-    torch.float64: torch.float32,
-    torch.complex128: torch.complex64,
-    torch.uint64: torch.int64,
-}
 
 
 def of_dtype(dtype: torch.dtype | None) -> np.dtype[Any]:

@@ -1,4 +1,4 @@
-"""The names of torchax and torch_xla2 for programs written for them.
+"""Programs written for torchax and torch_xla2 find their names here.
 
 ``import torch2jax.torchax as torchax``, or ``torch2jax.torchax.install()`` before an unchanged
 ``import torchax``. Importing it enables the device "jax". Only this module changes PyTorch's
@@ -68,19 +68,19 @@ def disable_globally() -> None:
 
 @contextlib.contextmanager
 def disable_temporarily() -> Iterator[None]:
-    """The CPU is PyTorch's default device in this context."""
+    """Make the CPU PyTorch's default device in this context."""
     with torch.device("cpu"):
         yield
 
 
 def enable_accuracy_mode() -> None:
-    """JAX with 64-bit types and exact matrix products, for the process."""
+    """Let JAX use 64-bit types and exact matrix products, in the whole process."""
     jax.config.update("jax_enable_x64", True)
     jax.config.update("jax_default_matmul_precision", "highest")
 
 
 def enable_performance_mode() -> None:
-    """JAX without 64-bit types, with the platform's fast matrix products, for the process."""
+    """Let JAX use no 64-bit types and fast matrix products, in the whole process."""
     jax.config.update("jax_enable_x64", False)
     jax.config.update("jax_default_matmul_precision", "default")
 
@@ -88,7 +88,7 @@ def enable_performance_mode() -> None:
 def extract_jax(
     mod: torch.nn.Module, env: Any = None, dedup_parameters: bool = True, tie_weights: bool = True
 ) -> tuple[Any, Any]:
-    """A module as ``(arrays by name, fn(arrays, args, kwargs=None))``; see ``device.extract``.
+    """Return ``(arrays by name, fn(arrays, args, kwargs=None))``; see ``device.extract``.
 
     Tied parameters are one array, under their first name.
     """
@@ -97,7 +97,7 @@ def extract_jax(
 
 @dataclasses.dataclass
 class CompileOptions:
-    """How ``compile`` compiles: methods of a module, options of ``jax.jit``."""
+    """``compile`` compiles these methods of a module, with these options of ``jax.jit``."""
 
     methods_to_compile: list[str] = dataclasses.field(default_factory=lambda: ["forward"])
     jax_jit_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -105,7 +105,7 @@ class CompileOptions:
 
 
 def compile(fn: Any, options: CompileOptions | None = None) -> Any:
-    """A module as ``interop.JittableModule``, a function as one of ``interop.jax_jit``."""
+    """Compile a module to an ``interop.JittableModule``, a function by ``interop.jax_jit``."""
     options = options or CompileOptions()
     if options.mode != "jax":
         raise ValueError(

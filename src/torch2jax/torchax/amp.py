@@ -12,5 +12,5 @@ __all__ = ["autocast"]
 def autocast(
     device: str = "jax", dtype: torch.dtype = torch.bfloat16, env: Any = None, **options: Any
 ) -> Any:
-    """``torch.autocast`` for device jax, the same in every environment."""
+    """Return ``torch.autocast`` for device jax; it is the same in every environment."""
     return torch.autocast(options.pop("device_type", device), dtype, **options)

@@ -1,4 +1,4 @@
-"""JAX functions on tensors and PyTorch functions on arrays, under torchax's names."""
+"""JAX functions take tensors and PyTorch functions take arrays, under torchax's names."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Function = Callable[..., Any]
 
 
 def jax_view(tree: Any) -> Any:
-    """What PyTorch has in a pytree as what JAX has: without a copy.
+    """Turn what PyTorch has in a pytree into what JAX has, without a copy.
 
     Tensors on device jax become arrays, dtypes dtypes, functions of tensors functions of arrays.
     """
@@ -39,7 +39,7 @@ def jax_view(tree: Any) -> Any:
 
 
 def torch_view(tree: Any) -> Any:
-    """What JAX has in a pytree as what PyTorch has: the other way of ``jax_view``.
+    """Turn what JAX has in a pytree into what PyTorch has: the other way of ``jax_view``.
 
     JAX's keys stay as they are.
     """
@@ -93,7 +93,7 @@ def wrap_jax_jit(
     jax_jit_func: Function = jax.jit,
     kwargs_for_jax: dict[str, Any] | None = None,
 ) -> Function:
-    """A transform of JAX, with these options, of a function of tensors on device jax."""
+    """Apply a transform of JAX, with these options, to a function of tensors on device jax."""
     return torch_view(jax_jit_func(jax_view(torch_function), **(kwargs_for_jax or {})))
 
 
@@ -102,7 +102,7 @@ def jax_jit(
     kwargs_for_jax_jit: dict[str, Any] | None = None,
     fix_for_buffer_donation: bool = False,
 ) -> Function:
-    """``jax.jit`` of a function of tensors on device jax that closes over none.
+    """Apply ``jax.jit`` to a function of tensors on device jax that closes over none.
 
     Each call has random numbers of its own: their key is an argument of the program, in front of
     the others.
@@ -110,7 +110,7 @@ def jax_jit(
     options = dict(kwargs_for_jax_jit or {})
     shardings = options.get("in_shardings")
     if shardings is not None:
-        if not isinstance(shardings, list | tuple):  # one for all arguments, however many
+        if not isinstance(shardings, list | tuple):  # it is one for all arguments, however many
             return wrap_jax_jit(torch_function, jax.jit, options)
         options["in_shardings"] = (None, *shardings)
     for name in ("donate_argnums", "static_argnums"):

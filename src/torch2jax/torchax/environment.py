@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -26,7 +27,7 @@ __all__ = ["Environment", "Properties", "default_env", "words_of"]
 
 
 class Properties(NamedTuple):
-    """What ``Environment.param`` shows of this thread."""
+    """``Environment.param`` shows these of this thread."""
 
     mesh: Any
     prng: Any
@@ -40,7 +41,7 @@ class _Thread(threading.local):
 
 
 class _Overrides(TorchFunctionMode):
-    """Calls a user's own definition in place of a function of PyTorch."""
+    """This mode calls a user's own definition in place of a function of PyTorch."""
 
     def __init__(self, definitions: dict[Any, Callable[..., Any]]) -> None:
         super().__init__()
@@ -52,6 +53,8 @@ class _Overrides(TorchFunctionMode):
 
 
 class _Printer(TorchDispatchMode):
+    """This mode prints each operator to stderr."""
+
     def __init__(self, operands: bool) -> None:
         super().__init__()
         self.operands = operands
@@ -90,7 +93,7 @@ class Environment(contextlib.ContextDecorator):
 
     @property
     def enabled(self) -> bool:
-        """Whether jax is the default device of this thread."""
+        """Say whether jax is the default device of this thread."""
         return torch.get_default_device().type == "jax"
 
     def __enter__(self) -> Environment:
@@ -106,7 +109,7 @@ class Environment(contextlib.ContextDecorator):
         self._thread.entered.pop().__exit__(*error)
 
     def enable_torch_modes(self) -> None:
-        """As ``with``, until ``disable_torch_modes``."""
+        """Enter the environment as ``with`` does, until ``disable_torch_modes``."""
         self.__enter__()
 
     def disable_torch_modes(self, *error: Any) -> None:
@@ -137,7 +140,7 @@ class Environment(contextlib.ContextDecorator):
             self._definitions[op_to_override] = op_impl
 
     def definitions(self) -> contextlib.AbstractContextManager[Any]:
-        """A context in which overridden functions are what the user has defined."""
+        """Return a context in which overridden functions are what the user has defined."""
         return _Overrides(self._definitions) if self._definitions else contextlib.nullcontext()
 
     # --- random numbers and other properties
@@ -154,7 +157,7 @@ class Environment(contextlib.ContextDecorator):
         return jax.random.wrap_key_data(words)
 
     def get_and_rotate_prng_key(self, generator: torch.Generator | None = None) -> jax.Array:
-        """A key that has not been used."""
+        """Return a key that has not been used."""
         return jax.random.wrap_key_data(random_streams.next_words(generator))
 
     def manual_seed(self, key: Any) -> None:
@@ -179,7 +182,7 @@ class Environment(contextlib.ContextDecorator):
 
     @contextlib.contextmanager
     def override_property(self, **properties: Any) -> Iterator[None]:
-        """In this context and thread: another ``mesh``, ``prng`` (a key) or ``autocast_dtype``."""
+        """Set ``mesh``, ``prng`` (a key) or ``autocast_dtype`` in this context and thread."""
         unknown = set(properties) - set(Properties._fields)
         if unknown:
             raise TypeError(f"override_property knows {Properties._fields}, not {sorted(unknown)}")
@@ -202,7 +205,7 @@ class Environment(contextlib.ContextDecorator):
     # --- conversions
 
     def to_xla(self, tree: Any) -> Any:
-        """Tensors and modules of a pytree on device jax; a module is moved in place."""
+        """Move tensors and modules of a pytree to device jax; a module moves in place."""
 
         def move(x: Any) -> Any:
             if isinstance(x, torch.nn.Module):
@@ -214,15 +217,15 @@ class Environment(contextlib.ContextDecorator):
         return jax.tree.map(move, tree, is_leaf=torch.is_tensor)
 
     def t2j_iso(self, tree: Any) -> Any:
-        """Tensors on device jax as their arrays."""
+        """Return the arrays of tensors on device jax."""
         return _device.jax_view(tree)
 
     def j2t_iso(self, tree: Any) -> Any:
-        """Arrays as tensors on device jax."""
+        """Return arrays as tensors on device jax."""
         return _device.torch_view(tree)
 
     def t2j_copy(self, tree: Any) -> Any:
-        """Tensors of any device as arrays."""
+        """Return tensors of any device as arrays."""
 
         def array(x: Any) -> Any:
             return read(x) if isinstance(x, Tensor) else from_torch(x) if torch.is_tensor(x) else x
@@ -230,25 +233,21 @@ class Environment(contextlib.ContextDecorator):
         return jax.tree.map(array, tree, is_leaf=torch.is_tensor)
 
     def j2t_copy(self, tree: Any) -> Any:
-        """Arrays as tensors in PyTorch's own CPU memory."""
+        """Return arrays as tensors in PyTorch's own CPU memory."""
         return jax.tree.map(
             lambda x: j2t(np.asarray(x)).clone() if isinstance(x, jax.Array) else x, tree
         )
 
 
 def words_of(key: Any) -> Any:
-    """The words of a key: of JAX, old style or new, or seen as a tensor."""
+    """Return the words of a key, which may be JAX's, old style or new, or seen as a tensor."""
     key = read(key) if isinstance(key, Tensor) else key
     if isinstance(key, jax.Array) and jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key):
         return jax.random.key_data(key)
     return key
 
 
-_environment: list[Environment] = []
-
-
+@functools.cache
 def default_env() -> Environment:
-    """The environment of the process."""
-    if not _environment:
-        _environment.append(Environment())
-    return _environment[0]
+    """Return the environment of the process."""
+    return Environment()

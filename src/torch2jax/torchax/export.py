@@ -16,7 +16,7 @@ __all__ = ["exported_program_to_jax", "exported_program_to_stablehlo", "extract_
 
 
 def exported_program_to_jax(exported_program: ExportedProgram, export_raw: bool = False) -> Any:
-    """A program as a JAX function.
+    """Turn a program into a JAX function.
 
     Args:
       exported_program: of ``torch.export.export``.
@@ -31,14 +31,14 @@ def exported_program_to_jax(exported_program: ExportedProgram, export_raw: bool 
 
 
 def extract_avals(exported: ExportedProgram) -> list[Any]:
-    """Shape and dtype of each argument, in the order of the graph; dynamic ones are symbolic."""
+    """Return shape and dtype of each argument, in the graph's order; dynamic ones are symbolic."""
     return torch_tree.tree_leaves(input_avals(exported))
 
 
 def exported_program_to_stablehlo(
     exported_program: ExportedProgram,
 ) -> tuple[list[Any], jax.export.Exported]:
-    """A program as StableHLO.
+    """Turn a program into StableHLO.
 
     Returns:
       ``(states, exported)``; ``exported.call(states, args)`` runs it, with ``args`` a tuple, and

@@ -30,7 +30,7 @@ __all__ = [
 
 
 def j2t_autograd(fn: Function, call_jax: Function = call_jax) -> Function:
-    """A JAX function as a function of tensors with JAX's derivative, as all of ``torch_view``."""
+    """Turn a JAX function into one of tensors, with JAX's derivative, as ``torch_view`` does."""
 
     @functools.wraps(fn)
     def inner(*args: Any, **kwargs: Any) -> Any:
@@ -45,7 +45,7 @@ fori_loop = torch_view(jax.lax.fori_loop)
 def jax_shard_map(
     torch_function: Function, kwargs_for_jax_shard_map: dict[str, Any] | None = None
 ) -> Function:
-    """``jax.shard_map`` of a function of tensors on device jax, compiled."""
+    """Apply ``jax.shard_map`` to a function of tensors on device jax, and compile it."""
 
     def compiled(fn: Function, **options: Any) -> Function:
         return jax.jit(jax.shard_map(fn, **options))
@@ -56,7 +56,7 @@ def jax_shard_map(
 def jax_value_and_grad(
     torch_function: Function, kwargs_for_value_and_grad: dict[str, Any] | None = None
 ) -> Function:
-    """``jax.value_and_grad`` of a function of tensors on device jax."""
+    """Apply ``jax.value_and_grad`` to a function of tensors on device jax."""
     inner = jax.value_and_grad(jax_view(torch_function), **(kwargs_for_value_and_grad or {}))
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -67,5 +67,5 @@ def jax_value_and_grad(
 
 
 def gradient_checkpoint(torch_function: Function, kwargs: dict[str, Any] | None = None) -> Function:
-    """``jax.checkpoint`` of a function of tensors: backward runs it again."""
+    """Apply ``jax.checkpoint`` to a function of tensors: backward runs it again."""
     return wrap_jax_jit(torch_function, jax.checkpoint, kwargs)

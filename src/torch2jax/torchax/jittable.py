@@ -21,7 +21,7 @@ __all__ = ["JittableModule", "extract_all_buffers", "set_all_buffers"]
 def extract_all_buffers(
     m: torch.nn.Module, all_names: bool = True
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(trainable parameters, all other tensors) of a module by name.
+    """Return (trainable parameters, all other tensors) of a module by name.
 
     The others are frozen parameters, buffers, and tensors that are plain attributes. With
     ``all_names`` a part that has several names comes under each.
@@ -71,7 +71,7 @@ class JittableModule(torch.nn.Module):
         dedup_parameters: bool = True,
     ) -> None:
         super().__init__()
-        if isinstance(env, dict):  # the order of torchax 0.0.13
+        if isinstance(env, dict):  # torchax 0.0.13 has this order
             env, extra_jit_args = None, env
         self._model = m
         self._env = env or default_env()
@@ -99,7 +99,7 @@ class JittableModule(torch.nn.Module):
         self, method_or_name: str | Callable[..., Any], params: Any, buffers: Any, *args: Any,
         **kwargs: Any,
     ) -> Any:  # fmt: skip
-        """A method with these parameters and buffers in place of the module's.
+        """Call a method with these parameters and buffers in place of the module's.
 
         Args:
           method_or_name: a method's name, or a function ``(module, *args, **kwargs)``.
@@ -125,7 +125,7 @@ class JittableModule(torch.nn.Module):
             return method(*args, **kwargs)
 
     def _everywhere(self, given: dict[str, Any]) -> dict[str, Any]:
-        """The tensors, tied ones at all their places: once in a module that has several names."""
+        """Return the tensors with tied ones at all their places, once in each module."""
         new = {}
         for name, x in given.items():
             prefix, _, last = name.rpartition(".")
@@ -136,7 +136,7 @@ class JittableModule(torch.nn.Module):
 
     @contextlib.contextmanager
     def with_rng(self, rng: Any) -> Iterator[JittableModule]:
-        """Calls in this context draw from a JAX key."""
+        """Let calls in this context draw from a JAX key."""
         with self._env.override_property(prng=rng):
             yield self
 
@@ -153,7 +153,7 @@ class JittableModule(torch.nn.Module):
         self._jitted[key] = call
 
     def _is_input(self, name: str, x: Any) -> bool:
-        """Not a plain attribute of another device, which is a constant of the program."""
+        """Say no for a plain attribute on another device, which is a constant of the program."""
         prefix, _, last = name.rpartition(".")
         part = self._model.get_submodule(prefix)
         return isinstance(x, Tensor) or last in part._buffers or last in part._parameters

@@ -58,7 +58,7 @@ class Mesh:
 
     @classmethod
     def fsdp_mesh(cls, axis_name: str = "fsdp") -> Mesh:
-        """All devices along one axis, over which each tensor is split."""
+        """Make a mesh of all devices along one axis, over which each tensor is split."""
         return cls(jax.make_mesh((len(jax.devices()),), (axis_name,)))
 
     def initialize_model_sharded(
@@ -68,7 +68,7 @@ class Mesh:
         init_kwargs: Mapping[str, Any] | None = None,
         override_sharder: Sharder | None = None,
     ) -> torch.nn.Module:
-        """``model_class(*init_args, **init_kwargs)`` whose tensors are never whole on a device."""
+        """Make ``model_class(*init_args, **init_kwargs)``, never whole on one device."""
         return sharded_init(
             lambda: model_class(*init_args, **(init_kwargs or {})),
             self.jax_mesh,

@@ -17,7 +17,7 @@ __all__ = ["Environment", "Tensor"]
 
 
 def apply_jax(self: Tensor, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """``fn(array, ...)`` as a tensor."""
+    """Return ``fn(array, ...)`` as a tensor."""
     return call_jax(fn, self, *args, **kwargs)
 
 
@@ -44,7 +44,7 @@ def shard_(self: Tensor, sharding: Any) -> Tensor:
 
 
 def _new(cls: Any, elem: Any, env: Any = None, requires_grad: bool = False) -> Tensor:
-    """``Tensor(array, env)``: the array as a tensor, without a copy."""
+    """Make a tensor of the array without a copy: ``Tensor(array, env)``."""
     return _tensor(elem, requires_grad)
 
 

@@ -23,7 +23,7 @@ def make_train_step(
     optax_optimizer: Any,
     remat_policy: Any = None,
 ) -> Callable[..., Any]:
-    """A step of training as a function of tensors on device jax, for ``interop.jax_jit``.
+    """Make a step of training: a function of tensors on device jax, for ``interop.jax_jit``.
 
     Args:
       model_fn: ``(weights, buffers, args) -> result``.
@@ -55,7 +55,7 @@ def make_train_step(
 
 
 class _Hidden:
-    """Holds a module that is not a submodule: its own parameters are not used."""
+    """This holds a module so that it is no submodule: its own parameters are not used."""
 
     def __init__(self, module: torch.nn.Module) -> None:
         self.module = module

@@ -9,7 +9,7 @@ __all__ = ["merge", "partition"]
 
 
 def partition(original: Sequence[Any], func: Callable[[Any], bool]) -> tuple[list[Any], list[Any]]:
-    """(elements of which ``func`` is true, the others), with None in the places of the rest."""
+    """Return (elements of which ``func`` is true, the others), with None in the other places."""
     chosen = [bool(func(x)) for x in original]
     return (
         [x if yes else None for x, yes in zip(original, chosen, strict=True)],
@@ -18,6 +18,6 @@ def partition(original: Sequence[Any], func: Callable[[Any], bool]) -> tuple[lis
 
 
 def merge(list1: Sequence[Any], list2: Sequence[Any]) -> list[Any]:
-    """The lists of ``partition`` as one again."""
+    """Return the lists of ``partition`` as one again."""
     assert len(list1) == len(list2), (len(list1), len(list2))
     return [b if a is None else a for a, b in zip(list1, list2, strict=True)]

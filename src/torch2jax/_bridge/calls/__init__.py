@@ -1,1 +1,1 @@
-"""From a Python call to the operands of the primitive, and back."""
+"""A Python call becomes operands of the primitive, and its results become the user's tree."""

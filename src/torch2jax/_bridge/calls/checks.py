@@ -1,4 +1,4 @@
-"""What the user said about arguments and results, checked once and in the user's words."""
+"""These functions check once what the user said, and raise errors in the user's words."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from jax.tree_util import keystr
 
-from ..._conversions.dtypes import canonical, dtype_j2t
+from ..._conversions.dtypes import canonical, dtype_j2t, x64_enabled
 from ..._errors import SignatureError
 
 STATIC_TYPES = (
@@ -29,11 +29,11 @@ STATIC_TYPES = (
     torch.Size,
     type(Ellipsis),
 )
-"""Arguments of these types are passed to ``fn`` as they are, without being declared static."""
+"""Arguments of these types are static by themselves: ``fn`` gets them as they are."""
 
 
 def argument_label(path: Sequence[Any]) -> str:
-    """``args[0]['w']`` or ``kwargs['scale']`` for a path into ``(args, kwargs)``."""
+    """Return ``args[0]['w']`` or ``kwargs['scale']`` for a path into ``(args, kwargs)``."""
     return ("kwargs" if path[0].idx else "args") + keystr(tuple(path[1:]))
 
 
@@ -42,7 +42,7 @@ def check_call(fn: Callable[..., Any], args: Any, kwargs: Any, label: str) -> No
     target = fn.forward if isinstance(fn, torch.nn.Module) else fn
     try:
         signature = inspect.signature(target)
-    except (TypeError, ValueError):  # torch's own functions have none
+    except (TypeError, ValueError):  # torch's own functions have no signature
         return
     try:
         signature.bind(*args, **kwargs)
@@ -56,7 +56,7 @@ def check_call(fn: Callable[..., Any], args: Any, kwargs: Any, label: str) -> No
 
 
 def requires(fn: Callable[..., Any], name: str) -> bool:
-    """Whether ``fn`` cannot be called without its argument ``name``."""
+    """Return whether ``fn`` cannot be called without its argument ``name``."""
     try:
         parameter = inspect.signature(fn).parameters.get(name)
     except (TypeError, ValueError):
@@ -65,7 +65,7 @@ def requires(fn: Callable[..., Any], name: str) -> bool:
 
 
 def indices(value: Any, option: str, label: str) -> tuple[int, ...]:
-    """The positions that an option names: an int or a sequence of them."""
+    """Return the positions that an option names by an int or a sequence of them."""
     items = () if value is None else tuple(value) if _is_sequence(value) else (value,)
     if any(isinstance(i, bool) or not isinstance(i, int | np.integer) for i in items):
         raise SignatureError(
@@ -76,7 +76,7 @@ def indices(value: Any, option: str, label: str) -> tuple[int, ...]:
 
 
 def names(value: Any, option: str, label: str) -> tuple[str, ...]:
-    """The arguments that an option names: a str or a sequence of them."""
+    """Return the arguments that an option names by a str or a sequence of them."""
     items = tuple(value) if _is_sequence(value) else (value,)
     if not all(isinstance(name, str) for name in items):
         raise SignatureError(
@@ -86,7 +86,7 @@ def names(value: Any, option: str, label: str) -> tuple[str, ...]:
 
 
 def one_name(value: Any, option: str, label: str) -> str | None:
-    """The name that an option gives."""
+    """Return the name that an option gives."""
     if value is not None and not (isinstance(value, str) and value):
         raise SignatureError(f"{option}={value!r} of {label} must be a name (a str) or None.")
     return value
@@ -97,18 +97,16 @@ def _is_sequence(value: Any) -> bool:
 
 
 def resolve_statics(
-    fn: Callable[..., Any],
-    argnums: tuple[int, ...] | None,
-    argnames: tuple[str, ...] | None,
-    label: str,
+    fn: Callable[..., Any], static_argnums: Any, static_argnames: Any, label: str
 ) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """Positions and names of static arguments; one follows from the other, as in ``jax.jit``."""
-    nums, names = argnums or (), argnames or ()
+    """Return positions and names of static arguments; one implies the other, as in ``jax.jit``."""
+    nums = indices(static_argnums, "static_argnums", label)
+    chosen = () if static_argnames is None else names(static_argnames, "static_argnames", label)
     target = fn.forward if isinstance(fn, torch.nn.Module) else fn
     try:
         parameters = list(inspect.signature(target).parameters.values())
     except (TypeError, ValueError):
-        return nums, names
+        return nums, chosen
     both = [p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters]
     kinds = {p.kind for p in parameters}
     n = sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
@@ -120,21 +118,39 @@ def resolve_statics(
                     "arguments."
                 )
     if inspect.Parameter.VAR_KEYWORD not in kinds:
-        for name in names:
+        for name in chosen:
             if not any(p.name == name and p.kind is not p.POSITIONAL_ONLY for p in parameters):
                 raise SignatureError(
                     f"static_argnames of {label} names {name!r}, which it does not take by keyword."
                 )
-    if argnums is None:
-        nums = tuple(i for i, p in enumerate(parameters) if both[i] and p.name in names)
-    elif argnames is None:
+    if static_argnums is None:
+        nums = tuple(i for i, p in enumerate(parameters) if both[i] and p.name in chosen)
+    elif static_argnames is None:
         positions = {i % len(parameters) for i in nums} if parameters else set()
-        names = tuple(parameters[i].name for i in sorted(positions) if both[i])
-    return nums, names
+        chosen = tuple(parameters[i].name for i in sorted(positions) if both[i])
+    return nums, chosen
+
+
+def check_position(index: int, count: int, option: str, label: str) -> None:
+    """Raise where a call of ``count`` positional arguments has none at this position."""
+    if not -count <= index < count:
+        raise SignatureError(
+            f"{option} of {label} names argument {index}; the call has {count} positional "
+            "arguments."
+        )
+
+
+def refuse_wide_int(x: Any, what: str) -> None:
+    """Raise where a Python number has more bits than JAX's integers."""
+    if isinstance(x, int) and x.bit_length() > (63 if x64_enabled() else 31):
+        raise SignatureError(
+            f"{what} is {x}, which does not fit JAX's integers; pass a float, or name the argument "
+            "in static_argnums or static_argnames."
+        )
 
 
 def leaf_aval(x: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """Shape and dtype, as JAX carries it, of an example; only the aval of a tracer is read."""
+    """Return the shape of an example and the dtype in which JAX carries it."""
     if isinstance(x, torch.Tensor):
         return tuple(x.shape), np.dtype(canonical(x.dtype))
     if hasattr(x, "shape") and hasattr(x, "dtype"):
@@ -144,7 +160,7 @@ def leaf_aval(x: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
 
 
 def example_dtype(x: Any) -> torch.dtype | None:
-    """The torch dtype that an example asks for: a 64-bit one is kept with x64 off."""
+    """Return the torch dtype that an example asks for; with x64 off too it may be a 64-bit one."""
     if isinstance(x, torch.Tensor):
         return x.dtype
     if hasattr(x, "dtype"):
@@ -153,7 +169,7 @@ def example_dtype(x: Any) -> torch.dtype | None:
 
 
 def prefix_leaves(prefix: Any, args: Any, what: str, label: str) -> list[Any]:
-    """One item of ``prefix``, a tree or a prefix of one, for each leaf of ``args``."""
+    """Return an item of ``prefix``, a tree or a prefix of one, for each leaf of ``args``."""
     try:
         spread = jax.tree.map(
             lambda item, sub: jax.tree.map(lambda _: _Item(item), sub),

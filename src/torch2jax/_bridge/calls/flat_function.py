@@ -1,4 +1,4 @@
-"""From pytrees to a flat torch function, and its result back to a pytree."""
+"""A function of pytrees becomes one from flat tensors to flat tensors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 import jax
 import torch
 
-from ..._conversions.dtypes import NARROWED, dtype_j2t, x64_enabled
+from ..._conversions.dtypes import dtype_j2t, x64_enabled
+from ..._conversions.narrowed import WIDENED
 from .arguments import Arguments, Tensor, Tensors
 from .results import SINGLE, Result, collector
 
@@ -21,11 +22,11 @@ def flat_function(
     label: str,
     inplace: Sequence[int] = (),
 ) -> tuple[Callable[..., Tensors], Callable[..., Tensors] | None, Bare | None]:
-    """``(pure, run, bare)``: ``fn`` from flat operands to a tuple of tensors in JAX's dtypes.
+    """Return ``(pure, run, bare)``: ``fn`` from flat operands to a tuple in JAX's dtypes.
 
     With ``inplace`` operands, the tuple ends with their updated values; ``pure`` works on copies of
-    them, ``run`` on the operands themselves. ``run`` is None where it is ``pure``. ``bare`` is
-    there where ``fn`` takes the operands as they are and returns one tensor.
+    them, ``run`` on the operands themselves. ``run`` is None where it would be ``pure``, and
+    ``bare`` is None unless ``fn`` takes the operands as they are and returns one tensor.
     """
     call = arguments.applied(fn)
     collect = collector(result, label)
@@ -33,7 +34,7 @@ def flat_function(
     casts = [
         (i, dtype)
         for i, leaf in enumerate(result.leaves)
-        if (dtype := dtype_j2t(leaf.dtype)) in _WIDE
+        if (dtype := dtype_j2t(leaf.dtype)) in WIDENED
         and not x64_enabled()
         and (result.declared or leaf.torch_dtype is not dtype)
     ]
@@ -70,18 +71,14 @@ Bare = tuple[Callable[..., Any], Callable[[Any], Tensors]]
 def _cast(leaves: Tensors, casts: Sequence[tuple[int, torch.dtype]]) -> Tensors:
     out = list(leaves)
     for i, dtype in casts:
-        if out[i].dtype is _WIDE[dtype]:
+        if out[i].dtype is WIDENED[dtype]:
             out[i] = out[i].to(dtype)
     return tuple(out)
 
 
-_WIDE = {narrow: wide for wide, narrow in NARROWED.items()}
-"""With x64 off, the torch dtype that JAX carries as this one."""
-
-
 def _check_range(t: Tensor, dtype: torch.dtype, path: str, label: str) -> None:
-    """64-bit integers that become 32-bit must fit; checked where no device must be waited for."""
-    if t.device.type != "cpu" or t.numel() == 0 or t.dtype is not _WIDE[dtype]:
+    """Raise where 64-bit integers do not fit 32 bits; not on a GPU, where looking would wait."""
+    if t.device.type != "cpu" or t.numel() == 0 or t.dtype is not WIDENED[dtype]:
         return
     low, high = (int(x) for x in torch.aminmax(t))
     info = torch.iinfo(dtype)
@@ -99,7 +96,7 @@ def out_function(
     out_arg: str,
     label: str,
 ) -> Callable[..., Tensors]:
-    """``run`` for a function that writes its results into ``out_arg``: XLA's own buffers."""
+    """Return ``run`` for a function that writes its results into ``out_arg``, XLA's own buffers."""
     collect = collector(result, label)
 
     def run(*operands: Tensor) -> Tensors:
@@ -114,7 +111,7 @@ def out_function(
 
 
 def with_buffers(fn: Callable[..., Any], out_arg: str, result: Result) -> Callable[..., Any]:
-    """``fn``, which must be given ``out_arg``, as a function that allocates its results."""
+    """Return ``fn``, which needs ``out_arg``, as a function that allocates its results."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         given = [x for x in jax.tree.leaves((args, kwargs)) if isinstance(x, Tensor)]

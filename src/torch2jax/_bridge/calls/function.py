@@ -1,7 +1,8 @@
-"""A wrapped function: from a Python call to the operands of the primitive, and back."""
+"""A wrapped function turns a Python call into a call of the primitive."""
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -18,15 +19,15 @@ from ..jax_side.primitive import call as call_primitive
 from ..torch_side import exceptions
 from ..torch_side.callee import Callee
 from . import checks
-from .arguments import Static, arguments_of
-from .operands import OperandOptions, mark_static
+from .arguments import Static, arguments_of, mark_static
+from .operands import OperandOptions
 from .options import Options
 from .planning import Avals, Binding, Planner
 from .shards import Shards
 
 
 class _Call:
-    """The structure of a call: what selects a trace beside shapes and dtypes. Interned."""
+    """The structure of a call selects a trace, together with shapes and dtypes. It is interned."""
 
     def __init__(
         self,
@@ -37,7 +38,7 @@ class _Call:
     ) -> None:
         self.arguments = arguments_of(treedef, statics)
 
-        # A function of its own, so that it and not a class names the call in profiles.
+        # It is a function of its own, so that its name and not a class's stands in profiles.
         def traced(*operands: Any) -> Any:
             return trace(self, *operands)
 
@@ -46,33 +47,34 @@ class _Call:
 
 
 class TorchFunction:
-    """A PyTorch function as a JAX function; made by ``torch2jax``."""
+    """A PyTorch function as a JAX function; ``torch2jax`` makes it."""
 
     def __init__(
-        self, fn: Callable[..., Any], run: Callable[..., Any], label: str, config: Options
+        self, fn: Callable[..., Any], run: Callable[..., Any], label: str, options: Options
     ) -> None:
         self.__wrapped__ = fn
         self.__name__ = getattr(fn, "__name__", None) or type(fn).__name__
         self.__qualname__ = label
         self.__doc__ = fn.__doc__
         self.__module__ = getattr(fn, "__module__", None) or type(fn).__module__
-        self._config = config
+        self._options = options
         self._label = label
-        self._planner = Planner(fn, run, label, config)
-        self._plans: dict[Hashable, Binding] = {}
+        self._planner = Planner(fn, run, label, options)
+        self._bindings: dict[Hashable, Binding] = {}
         self._calls: dict[Hashable, _Call] = {}
         self._positional: dict[int, Callable[..., Any]] = {}
-        self._plain = not (config.static_argnums or config.static_argnames)
+        self._static = functools.partial(Static, label=label)
+        self._plain = not (options.static_argnums or options.static_argnames)
 
     def __repr__(self) -> str:
         return f"torch2jax({self._label})"
 
     def is_plain(self) -> bool:
-        """Whether it has the arguments, the results and the derivatives of the function itself."""
-        return self._config.changes_nothing()
+        """Return whether arguments, results and derivatives are those of the function itself."""
+        return self._options.changes_nothing()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        # The quick path to jit's own: arrays by position, in a number met before.
+        # Arrays by position, in a number met before, take the quick path to jit's own.
         jitted = None
         if not kwargs:
             for a in args:
@@ -101,28 +103,28 @@ class TorchFunction:
             raise
 
     def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
-        """``jax.stages.Lowered`` for these arguments; ``jax.ShapeDtypeStruct``s do."""
+        """Return ``jax.stages.Lowered`` for these arguments; ``jax.ShapeDtypeStruct``s do."""
         call, operands = self._flatten(args, kwargs)
         return call.jitted.lower(*operands)
 
     def trace(self, *args: Any, **kwargs: Any) -> jax.stages.Traced:
-        """``jax.stages.Traced`` for these arguments; ``jax.ShapeDtypeStruct``s do."""
+        """Return ``jax.stages.Traced`` for these arguments; ``jax.ShapeDtypeStruct``s do."""
         call, operands = self._flatten(args, kwargs)
         return call.jitted.trace(*operands)
 
     def callee_for(self, args: Any, kwargs: Any) -> tuple[Callee, Avals]:
-        """The callee of calls with such arguments, and the avals of its operands."""
+        """Return the callee of calls with such arguments, and the avals of its operands."""
         call, operands = self._flatten_arguments(args, kwargs)
         avals = tuple(checks.leaf_aval(x) for x in operands)
-        plan = self._planner.plan(call.arguments, avals, [False] * len(avals))
-        return plan.callee, avals
+        binding = self._planner.plan(call.arguments, avals, [False] * len(avals))
+        return binding.callee, avals
 
     # --- arguments -------------------------------------------------------------------------------
 
     def _flatten(self, args: Any, kwargs: Any) -> tuple[_Call, list[Any]]:
         """Split a call's arguments into its structure and its operands."""
         key = []
-        if self._config.stochastic:
+        if self._options.stochastic:
             kwargs = dict(kwargs)
             key = [self._key(kwargs.pop("rng", None))]
         call, operands = self._flatten_arguments(args, kwargs)
@@ -143,10 +145,10 @@ class TorchFunction:
     def _flatten_arguments(self, args: Any, kwargs: Any) -> tuple[_Call, list[Any]]:
         given = (args, kwargs)
         if not self._plain:
-            given = mark_static(self._config, args, kwargs, self._label)
+            given = mark_static(self._options, args, kwargs, self._static)
         try:
             leaves, treedef = tree_flatten(given)
-        except (TypeError, ValueError) as error:  # keys of a dict that cannot be sorted
+        except (TypeError, ValueError) as error:  # a dict may have keys that cannot be sorted
             raise SignatureError(f"an argument of {self._label} is no tree: {error}") from None
         if any(isinstance(x, _NOT_OPERANDS) for x in leaves):
             return self._flatten_statics(given)
@@ -157,7 +159,7 @@ class TorchFunction:
             call = self._intern(key)
             if (
                 self._plain
-                and not (kwargs or self._config.stochastic)
+                and not (kwargs or self._options.stochastic)
                 and jax.tree_util.all_leaves(args)
             ):
                 self._positional[len(args)] = call.jitted
@@ -177,7 +179,7 @@ class TorchFunction:
             if isinstance(x, Static):
                 statics.append((i, x))
             elif isinstance(x, checks.STATIC_TYPES):
-                statics.append((i, Static(x, where, self._label)))
+                statics.append((i, self._static(x, where)))
             else:
                 operands.append(x)
         key = (treedef, tuple(statics))
@@ -192,16 +194,12 @@ class TorchFunction:
         """Raise where an operand is nothing that JAX takes."""
         labels = [*call.arguments.labels, "rng"]
         for where, x in zip(labels, operands, strict=False):
-            if isinstance(x, int) and x.bit_length() > (63 if x64_enabled() else 31):
-                raise SignatureError(
-                    f"{where} of {self._label} is {x}, which does not fit JAX's integers; pass a "
-                    "float, or name the argument in static_argnums or static_argnames."
-                )
+            checks.refuse_wide_int(x, f"{where} of {self._label}")
             try:
-                if isinstance(x, jax.ShapeDtypeStruct):  # has a type, and no value
+                if isinstance(x, jax.ShapeDtypeStruct):  # it has a type, and no value
                     raise TypeError
                 jax.typeof(x)
-            except (TypeError, ValueError):  # the latter for a masked array
+            except (TypeError, ValueError):  # a masked array raises the latter
                 raise SignatureError(
                     f"{where} of {self._label} is a {type(x).__name__}, which is no JAX value; "
                     "pass an array or a number, or name the argument in static_argnums or "
@@ -209,10 +207,10 @@ class TorchFunction:
                 ) from None
 
     def _check_structure(self, treedef: Any, args: Any, kwargs: Any) -> None:
-        given = kwargs if self._config.out_arg is None else {**kwargs, self._config.out_arg: None}
+        given = kwargs if self._options.out_arg is None else {**kwargs, self._options.out_arg: None}
         checks.check_call(self.__wrapped__, args, given, self._label)
-        if self._config.examples is not None:
-            expected = mark_static(self._config, *self._config.examples, self._label)
+        if self._options.examples is not None:
+            expected = mark_static(self._options, *self._options.examples, self._static)
             checks.check_structure(treedef, tree_flatten(expected)[1], self._label)
 
     def _intern(self, key: tuple[Any, tuple[tuple[int, Static], ...]]) -> _Call:
@@ -221,15 +219,15 @@ class TorchFunction:
     # --- tracing ---------------------------------------------------------------------------------
 
     def _trace(self, call: _Call, *operands: Any) -> Any:
-        if self._config.out_specs is None:
+        if self._options.out_specs is None:
             return self._trace_here(call, operands)
         given = OperandOptions(
-            self.__wrapped__, self._config, call.arguments, self._label
+            self.__wrapped__, self._options, call.arguments, self._label
         ).in_specs()
-        shards = Shards(self._config, given, operands, call.arguments.labels, self._label)
+        shards = Shards(self._options, given, operands, call.arguments.labels, self._label)
 
         def local(*operands: Any) -> Any:
-            if self._config.stochastic:
+            if self._options.stochastic:
                 operands = (*operands[:-1], shards.own_key(operands[-1]))
             return self._trace_here(call, operands, shards)
 
@@ -239,22 +237,24 @@ class TorchFunction:
         self, call: _Call, operands: tuple[Any, ...], shards: Shards | None = None
     ) -> Any:
         words = None
-        if self._config.stochastic:
+        if self._options.stochastic:
             words = self._words(operands[-1])
             operands = operands[:-1]
         avals = tuple((x.shape, x.dtype) for x in map(jax.typeof, operands))
         key = (call, avals, x64_enabled(), shards and shards.mesh)
-        plan = self._plans.get(key)
-        if plan is None:
+        binding = self._bindings.get(key)
+        if binding is None:
             numbers = [x.weak_type and not x.shape for x in map(jax.typeof, operands)]
-            plan = self._plans[key] = self._planner.plan(call.arguments, avals, numbers, shards)
-        if words is None and plan.callee.options.rng is not None:
+            binding = self._bindings[key] = self._planner.plan(
+                call.arguments, avals, numbers, shards
+            )
+        if words is None and binding.callee.options.rng is not None:
             [words] = call_primitive(self._planner.seed, [], [((2,), "uint32")], orders=None)
             words = varying_everywhere(words)  # each device draws its own
-        return self._bind(plan, operands, words)
+        return self._bind(binding, operands, words)
 
     def _words(self, rng: Any) -> Any:
-        """The words of a key: uint32 of shape (n,)."""
+        """Return the words of a key, which are uint32 of shape (n,)."""
         if jax.dtypes.issubdtype(rng.dtype, jax.dtypes.prng_key):
             rng = jax.random.key_data(rng)
         if rng.dtype != "uint32" or len(rng.shape) != 1:
@@ -264,18 +264,18 @@ class TorchFunction:
             )
         return rng
 
-    def _bind(self, plan: Binding, operands: Sequence[Any], words: Any) -> Any:
-        held = [
-            jax.lax.stop_gradient(x) if i in plan.nondiff else x for i, x in enumerate(operands)
+    def _bind(self, binding: Binding, operands: Sequence[Any], words: Any) -> Any:
+        bound = [
+            jax.lax.stop_gradient(x) if i in binding.nondiff else x for i, x in enumerate(operands)
         ]
         if words is not None:
-            held.append(words)
-        out = call_primitive(plan.callee, held, plan.results, orders=self._config.depth)
-        n = len(plan.result.leaves)
-        result = plan.result.treedef.unflatten(out[:n])
-        if not self._config.inplace_argnums:
+            bound.append(words)
+        out = call_primitive(binding.callee, bound, binding.results, orders=self._options.depth)
+        n = len(binding.result.leaves)
+        result = binding.result.treedef.unflatten(out[:n])
+        if not self._options.inplace_argnums:
             return result
-        return self._config.with_updated(plan.arguments, plan.inplace, result, out[n:])
+        return self._options.with_updated(binding.arguments, binding.inplace, result, out[n:])
 
 
 # The class itself changes, so that calls elsewhere pay nothing.
@@ -286,23 +286,25 @@ os.register_at_fork(
 _NOT_OPERANDS = (*checks.STATIC_TYPES, Static, torch.Tensor)
 
 _RUNTIME_ERRORS = (jax.errors.JaxRuntimeError, ValueError)
-"""As which an error of XLA comes: the latter from jit's C++ path."""
+"""XLA's errors arrive as these two types; the latter comes from jit's C++ path."""
 
 
 _NOT_CAUGHT = (KeyboardInterrupt, SystemExit)
-"""What asks the process to end: `except Exception` would swallow a TorchCallError in its place."""
+"""These ask the process to end; `except Exception` would swallow a TorchCallError instead."""
 
 
 def _raise_original(error: Exception, label: str) -> None:
-    """Raise what the user should meet in place of an error of XLA that carries one of ours."""
+    """Raise our own error, or the user's exception, where an error of XLA carries one."""
     text = str(error)
     found = exceptions.take_exception(text)
     if found is not None:
         message, original = found
         if isinstance(original, _NOT_CAUGHT):
-            raise original from original.__cause__  # a cause hides the error of XLA
+            # With a cause Python does not show the error of XLA.
+            raise original from original.__cause__
         raise TorchCallError(message) from original
-    # The handler's own checks; INTERNAL is an exception that was not kept: too many came since.
+    # The handler's own checks fail so. INTERNAL stands for an exception that was dropped, because
+    # too many came after it.
     for status in ("INVALID_ARGUMENT: ", "FAILED_PRECONDITION: ", "INTERNAL: "):
         _, ours, message = text.partition(status)
         if ours and message.startswith(label):

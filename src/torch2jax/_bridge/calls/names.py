@@ -1,4 +1,4 @@
-"""What a function is called: in messages, and in HLO."""
+"""A function has one name in messages and another in HLO."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..torch_side.modules.forward import Forward
 
 
 def label_of(fn: Any) -> str:
-    """``fn`` in messages."""
+    """Return what messages call ``fn``."""
     if isinstance(fn, Forward):
         return type(fn.layout.module).__qualname__
     if isinstance(fn, functools.partial):
@@ -26,7 +26,7 @@ def label_of(fn: Any) -> str:
 
 
 def qualified_name(fn: Any) -> str:
-    """``module.qualname``, the root of the name in HLO."""
+    """Return ``module.qualname``, the root of the name in HLO."""
     label = label_of(fn)
     inner = fn.func if isinstance(fn, functools.partial) else fn
     inner = fn.layout.module if isinstance(fn, Forward) else inner

@@ -1,7 +1,8 @@
-"""What the options say of each operand."""
+"""Options of whole arguments become facts about each operand."""
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,68 +18,65 @@ from ..._conversions.convert import j2t
 from ..._conversions.dtypes import dtype_j2t
 from ..._errors import SignatureError
 from . import checks
-from .arguments import Arguments, Static
+from .arguments import Arguments, Casts, Static, mark_static
 from .options import Options
 
 
 @dataclass(frozen=True)
 class _Spot:
-    """Stands for a leaf of the arguments: the ``index``-th operand, or a static one (None)."""
+    """This stands for a leaf of the arguments: the ``index``-th operand, or a static one (None)."""
 
     index: int | None
 
 
 class OperandOptions:
-    """The options as facts about the operands of calls with one structure."""
+    """What the options say about the operands of calls with one structure."""
 
     def __init__(
-        self, fn: Callable[..., Any], config: Options, arguments: Arguments, label: str
+        self, fn: Callable[..., Any], options: Options, arguments: Arguments, label: str
     ) -> None:
-        self.fn, self.config, self.label = fn, config, label
-        static = {i for i, _ in arguments.statics}
+        self.fn, self.options, self.label = fn, options, label
+        statics = {i for i, _ in arguments.statics}
         spots, count = [], 0
         for i in range(arguments.treedef.num_leaves):
-            spots.append(_Spot(None if i in static else count))
-            count += i not in static
+            spots.append(_Spot(None if i in statics else count))
+            count += i not in statics
         self.args, self.kwargs = arguments.treedef.unflatten(spots)
         self.examples: dict[int, Any] = {}
-        if config.examples is not None:
-            examples = tree_flatten(mark_static(config, *config.examples, label))[0]
+        if options.examples is not None:
+            static = functools.partial(Static, label=label)
+            examples = tree_flatten(mark_static(options, *options.examples, static))[0]
             self.examples = {
                 s.index: x for s, x in zip(spots, examples, strict=True) if s.index is not None
             }
 
     def of_argnums(self, argnums: Sequence[int], option: str) -> tuple[int, ...]:
-        """OperandOptions of whole positional arguments."""
+        """Return the operands in the positional arguments that an option names."""
         found: list[int] = []
         for i in argnums:
-            if not -len(self.args) <= i < len(self.args):
-                raise SignatureError(
-                    f"{option} of {self.label} names argument {i}; the call has {len(self.args)} "
-                    "positional arguments."
-                )
+            checks.check_position(i, len(self.args), option, self.label)
             found += _indices_in(self.args[i])
         return tuple(found)
 
     def nondiff(self, labels: Sequence[str]) -> frozenset[int]:
-        """OperandOptions that are never differentiated."""
+        """Return the operands that are never differentiated."""
         never = getattr(self.fn, "never_differentiated", ())
         found = {i for i, label in enumerate(labels) if label.startswith(never)} if never else set()
-        found |= set(self.of_argnums(self.config.nondiff_argnums, "nondiff_argnums"))
-        if self.config.nondiff_mask is not None:
-            items = self._spread(self.config.nondiff_mask, "nondiff_mask")
+        found |= set(self.of_argnums(self.options.nondiff_argnums, "nondiff_argnums"))
+        if self.options.nondiff_mask is not None:
+            items = self._spread(self.options.nondiff_mask, "nondiff_mask")
             found |= {k for k, masked in items.items() if masked}
         return frozenset(found)
 
-    def casts(self, dtypes: Sequence[Any]) -> tuple[tuple[int, torch.dtype], ...]:
-        """Operands that reach ``fn`` in another dtype, by ``arg_dtypes`` or 64-bit examples."""
+    def casts(self, dtypes: Sequence[Any]) -> Casts:
+        """Return the casts of operands that ``arg_dtypes`` or 64-bit examples ask for."""
         wanted: dict[int, Any] = {}
         for k, x in self.examples.items():
             dtype = checks.example_dtype(x)
-            # Wider than JAX carries it: with x64 off, in the dtype that JAX gives such an example.
+            # It may be wider than JAX carries it: it counts where JAX narrows it to this dtype.
             if dtype is not None and checks.leaf_aval(x)[1] == dtypes[k]:
                 wanted[k] = dtype
-        given = self._by_operand(self.config.arg_dtypes, "arg_dtypes")
+        given = self._by_operand(self.options.arg_dtypes, "arg_dtypes")
         wanted |= {k: dtype for k, dtype in given.items() if dtype is not None}
         for dtype in wanted.values():
             if not isinstance(dtype, torch.dtype):
@@ -91,12 +89,12 @@ class OperandOptions:
         )
 
     def in_specs(self) -> dict[int, Any] | None:
-        """Specs of operands, None where types say it; None where ``in_specs`` is not given."""
-        given = self.config.in_specs
+        """Return the specs of operands, None where types say it; None without ``in_specs``."""
+        given = self.options.in_specs
         return None if given is None else self._by_operand(given, "in_specs")
 
     def _by_operand(self, given: Any, option: str) -> dict[int, Any]:
-        """Items of a prefix tree over the positional arguments, or of a dict by argument name."""
+        """Return the items of a prefix tree over positional arguments, or of a dict by name."""
         if not isinstance(given, dict):
             return {} if given is None else self._spread(given, option)
         found: dict[int, Any] = {}
@@ -108,10 +106,10 @@ class OperandOptions:
         return found
 
     def example_value(self, index: int, shape: tuple[int, ...]) -> torch.Tensor | None:
-        """The value of an operand's example, if it has one and fits."""
+        """Return the value of an operand's example, if it has one of this shape."""
         x = self.examples.get(index)
         if isinstance(x, jax.Array) and not isinstance(x, Tracer):
-            # A donated array has no value left, and one over several devices none for one tensor.
+            # A donated array has no value left, and a tensor cannot view one over several devices.
             x = None if x.is_deleted() or len(x.devices()) > 1 else j2t(x)
         elif isinstance(x, np.ndarray):
             x = torch.from_numpy(x)
@@ -120,14 +118,14 @@ class OperandOptions:
         return None
 
     def _spread(self, tree: Any, option: str) -> dict[int, Any]:
-        """Items of a prefix tree over the positional arguments, by operand."""
+        """Return the items of a prefix tree over the positional arguments, by operand."""
         tree = tuple(tree) if isinstance(tree, list) else tree
         items = checks.prefix_leaves(tree, self.args, option, self.label)
         spots = jax.tree.leaves(self.args)
         return {s.index: x for s, x in zip(spots, items, strict=True) if s.index is not None}
 
     def _argument(self, name: str, option: str) -> Any:
-        """The argument passed to ``fn``'s parameter ``name``."""
+        """Return the argument that ``fn``'s parameter ``name`` gets."""
         if name in self.kwargs:
             return self.kwargs[name]
         target = self.fn.forward if isinstance(self.fn, torch.nn.Module) else self.fn
@@ -137,18 +135,6 @@ class OperandOptions:
             raise SignatureError(
                 f"{option} of {self.label} names {name!r}, which is not an argument of the call."
             ) from None
-
-
-def mark_static(config: Options, args: Any, kwargs: Any, label: str) -> tuple[Any, Any]:
-    """``(args, kwargs)`` with declared static arguments as single leaves."""
-    marked = list(args)
-    for i in config.static_argnums:
-        if -len(args) <= i < len(args):
-            marked[i] = Static(args[i], f"args[{i}]", label)
-    return tuple(marked), {
-        k: Static(v, f"kwargs[{k!r}]", label) if k in config.static_argnames else v
-        for k, v in kwargs.items()
-    }
 
 
 def _indices_in(tree: Any) -> list[int]:

@@ -1,4 +1,4 @@
-"""The options of ``torch2jax``: checked, hashable, and read as facts about operands."""
+"""The options of ``torch2jax``, after they are checked."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ class Options:
     default_device: torch.device = field(default_factory=torch.get_default_device)
 
     def key(self, label: str) -> tuple[Hashable, ...]:
-        """Equal for equal options. Trees count by structure and leaves, arrays by their avals."""
+        """Return a key, equal for equal options: trees count by structure and leaves."""
 
         def one(option: str, value: Any) -> Hashable:
             try:
                 key = _tree_key(value) if option in _TREES else value
                 hash(key)
-            except (TypeError, ValueError) as error:  # keys of a dict that cannot be sorted
+            except (TypeError, ValueError) as error:  # a dict may have keys that cannot be sorted
                 raise SignatureError(
                     f"{option} of {label} cannot be read, or compared with another: {error}"
                 ) from None
@@ -59,7 +59,7 @@ class Options:
     def with_updated(
         self, arguments: Arguments, inplace: Sequence[int], result: Any, updated: Sequence[Any]
     ) -> Any:
-        """``(result, updated arguments)``, in the structure of the arguments."""
+        """Return ``(result, updated arguments)``, the latter in the structure of the arguments."""
         by_leaf = dict(zip(inplace, updated, strict=True))
         args, _ = arguments.unflatten([by_leaf.get(i) for i in range(len(arguments.labels))])
         chosen = tuple(args[i] for i in self.inplace_argnums)
@@ -67,7 +67,7 @@ class Options:
         return values if result is None else (result, values)
 
     def changes_nothing(self) -> bool:
-        """Whether the function means what it means without options: they say how, not what."""
+        """Return whether the options only say how the function runs, and not what it computes."""
         given = (
             *(self.nondiff_argnums, self.inplace_argnums, self.static_argnums),
             *(self.static_argnames, self.stochastic, self.out_arg, self.lock),
@@ -97,4 +97,4 @@ def _leaf_key(x: Any) -> Hashable:
         return type(x), x
     if isinstance(x, jax.ShapeDtypeStruct):
         return x.shape, x.dtype
-    return id(x)  # kept alive by the configuration that holds it
+    return id(x)  # the options keep it alive, so no other object gets its id

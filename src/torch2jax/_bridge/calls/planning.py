@@ -1,9 +1,8 @@
-"""From the avals of a call to what it binds: a callee and the shapes of its results."""
+"""The avals of a call decide what it binds: a callee and the shapes of its results."""
 
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,13 +18,15 @@ from ..._errors import (
     TorchCallError,
     UnsupportedDtypeError,
 )
+from ..._refusals import refuse_symbolic
 from ..torch_side.callee import Callee, CalleeOptions
 from ..torch_side.derivatives import UserProgram
 from ..torch_side.inference import FakeSurvived, Inference, ShapeDependsOnValues, Spec, infer
 from ..torch_side.modules.forward import Forward
 from ..torch_side.seeding import draw_seed, refusing, seeded
 from . import checks, results
-from .arguments import Arguments
+from .arguments import Arguments, Casts
+from .attempts import Notes, attempted
 from .flat_function import flat_function, out_function, with_buffers
 from .names import qualified_name
 from .operands import OperandOptions
@@ -34,12 +35,12 @@ from .results import Result, describe_result
 from .shards import Shards
 
 Avals = Sequence[tuple[tuple[int, ...], Any]]
-"""(shape, dtype) pairs."""
+"""These are (shape, dtype) pairs."""
 
 
 @dataclass(frozen=True)
 class Binding:
-    """What a call with given structure, shapes and dtypes binds."""
+    """A call with given structure, shapes and dtypes binds this."""
 
     callee: Callee
     arguments: Arguments
@@ -50,39 +51,40 @@ class Binding:
 
 
 class Planner:
-    """Makes the plans of one wrapped function: ``fn`` under ``config``.
+    """The planner makes the bindings of one wrapped function: ``fn`` under ``options``.
 
     ``run`` is ``fn`` under its lock and the default device of wrap time.
     """
 
     def __init__(
-        self, fn: Callable[..., Any], run: Callable[..., Any], label: str, config: Options
+        self, fn: Callable[..., Any], run: Callable[..., Any], label: str, options: Options
     ) -> None:
         self._wrapped, self._fn = fn, run
-        self._label, self._config = label, config
-        self._callables: dict[Hashable, Callee] = {}
+        self._label, self._options = label, options
+        self.notes = Notes(label)
+        self._callees: dict[Hashable, Callee] = {}
 
     @functools.cached_property
-    def _options(self) -> CalleeOptions:
-        # Made at the first trace: asking for the default device starts JAX's backend.
-        fn, config = self._wrapped, self._config
+    def _callee_options(self) -> CalleeOptions:
+        # They are made at the first trace, as asking for the default device starts JAX's backend.
+        fn, options = self._wrapped, self._options
         return CalleeOptions(
             label=self._label,
-            name=config.name or qualified_name(fn),
-            named=config.name is not None,
-            default_dtype=config.default_dtype,
+            name=options.name or qualified_name(fn),
+            named=options.name is not None,
+            default_dtype=options.default_dtype,
             device=default_device(),
             roots=(fn,),
-            vmap_method=config.vmap_method,
-            tape=config.tape,
-            side_effects=config.side_effects,
+            vmap_method=options.vmap_method,
+            tape=options.tape,
+            side_effects=options.side_effects,
             borrows=isinstance(fn, Forward),
         )
 
     @functools.cached_property
     def seed(self) -> Callee:
-        """What draws without a key draws a seed, and is then a function of that seed."""
-        options = replace(self._options, draws=True)
+        """This callee draws the seed for functions that draw random numbers without a key."""
+        options = replace(self._callee_options, draws=True)
         return Callee(UserProgram(draw_seed, None, False, ()), options, [], ["the seed"])
 
     def plan(
@@ -92,19 +94,19 @@ class Planner:
         numbers: Sequence[bool],
         shards: Shards | None = None,
     ) -> Binding:
-        """The plan of a call; ``numbers`` are the operands that come from Python numbers.
+        """Return what a call binds; with ``shards``, what it binds on one shard.
 
-        With ``shards``, the plan of the call on one shard.
+        ``numbers`` says which operands come from Python numbers.
         """
         self._check_avals(arguments, avals)
-        facts = OperandOptions(self._wrapped, self._config, arguments, self._label)
-        arguments = replace(arguments, casts=facts.casts([d for _, d in avals]))
-        inplace = facts.of_argnums(self._config.inplace_argnums, "inplace_argnums")
+        by_operand = OperandOptions(self._wrapped, self._options, arguments, self._label)
+        arguments = replace(arguments, casts=by_operand.casts([d for _, d in avals]))
+        inplace = by_operand.of_argnums(self._options.inplace_argnums, "inplace_argnums")
         inference = None
-        if self._config.output_shapes is not None:
+        if self._options.output_shapes is not None:
             dtypes = [d for _, d in avals]
-            result = results.declared_result(self._config.output_shapes, dtypes, self._label)
-            if not (result.leaves or inplace or self._config.side_effects):
+            result = results.declared_result(self._options.output_shapes, dtypes, self._label)
+            if not (result.leaves or inplace or self._options.side_effects):
                 raise SignatureError(
                     f"output_shapes of {self._label} describes no tensor, so there is nothing to "
                     "compute. Describe the result; or wrap it with side_effects=True if it is "
@@ -113,29 +115,25 @@ class Planner:
             if shards is not None:
                 result = shards.result(result, bool(inplace))
         else:
-            arguments, inference = self._infer(arguments, facts, avals, numbers, bool(inplace))
+            arguments, inference = self._infer(arguments, by_operand, avals, numbers, bool(inplace))
             result = inference.result
             copies = tuple(sorted(inference.mutated - set(inplace)))
             if copies:
-                self._note_copies(arguments, copies)
+                self.notes.private_copies([arguments.labels[i] for i in copies])
                 arguments = replace(arguments, copies=copies)
         updated = [avals[i] for i in inplace]
         return Binding(
-            self._callable(arguments, result, inplace, inference),
+            self._callee(arguments, result, inplace, inference),
             arguments,
             result,
             (*((leaf.shape, leaf.dtype) for leaf in result.leaves), *updated),
             inplace,
-            facts.nondiff(arguments.labels),
+            by_operand.nondiff(arguments.labels),
         )
 
     def _check_avals(self, arguments: Arguments, avals: Avals) -> None:
         for label, (shape, dtype) in zip(arguments.labels, avals, strict=True):
-            if not all(isinstance(d, int) for d in shape):
-                raise SignatureError(
-                    f"{label} of {self._label} has the symbolic shape {shape}; PyTorch needs "
-                    "numbers: trace or export it with concrete shapes."
-                )
+            refuse_symbolic(shape, f"{label} of {self._label}")
             try:
                 dtype_j2t(dtype)
             except UnsupportedDtypeError as error:
@@ -144,53 +142,43 @@ class Planner:
     def _infer(
         self,
         arguments: Arguments,
-        facts: OperandOptions,
+        by_operand: OperandOptions,
         avals: Avals,
         numbers: Sequence[bool],
         none_allowed: bool,
     ) -> tuple[Arguments, Inference]:
-        """What ``fn`` returns for these avals, and the arguments with the casts that it needs."""
-        device = self._options.device
+        """Infer what ``fn`` returns, and return the arguments with the casts that it needs."""
+        device = self._callee_options.device
+        dtypes = [dtype_j2t(dtype) for _, dtype in avals]
 
-        def attempt(arguments: Arguments) -> Inference:
+        def attempt(casts: Casts) -> Inference:
+            tried = replace(arguments, casts=casts)
             specs = [
-                Spec(shape, dtype_j2t(dtype), device, facts.example_value(i, shape))
-                for i, (shape, dtype) in enumerate(avals)
+                Spec(shape, dtype, device, by_operand.example_value(i, shape))
+                for i, ((shape, _), dtype) in enumerate(zip(avals, dtypes, strict=True))
             ]
-            call = arguments.applied(self._fn)
-            with jax.ensure_compile_time_eval():  # fn may call JAX: its values are no tracers here
+            call = tried.applied(self._fn)
+            with jax.ensure_compile_time_eval():  # fn may call JAX, on values
                 return infer(
-                    lambda *operands: call(*arguments.prepare(operands)),
+                    lambda *operands: call(*tried.prepare(operands)),
                     specs,
                     lambda out: describe_result(
-                        out, self._label, none_allowed or self._config.side_effects
+                        out, self._label, none_allowed or self._options.side_effects
                     ),
-                    self._config.default_dtype,
-                    self._options.roots,
+                    self._options.default_dtype,
+                    self._callee_options.roots,
                 )
 
-        def attempt_wide() -> tuple[Arguments, Inference] | None:
-            cast = {i for i, _ in arguments.casts}
-            widened = tuple(
-                (i, torch.int64)
-                for i, (_, dtype) in enumerate(avals)
-                if dtype_j2t(dtype) is torch.int32 and i not in cast
-            )
-            if not widened or x64_enabled():
-                return None
-            wide = replace(arguments, casts=tuple(sorted(arguments.casts + widened)))
-            try:
-                inference = attempt(wide)
-            except Exception:
-                return None
-            self._note_wide([arguments.labels[i] for i, _ in widened])
-            return wide, inference
-
         try:
-            inference = attempt(arguments)
-            if inference.refuses_int32 is not None:
-                return attempt_wide() or (arguments, inference)
-            return arguments, inference
+            casts, inference = attempted(
+                attempt,
+                arguments.casts,
+                dtypes,
+                arguments.labels,
+                self.notes,
+                lambda inference: inference.refuses_int32 is not None,
+            )
+            return replace(arguments, casts=casts), inference
         except FakeSurvived:
             raise Torch2JaxError(
                 f"{self._label} keeps a tensor of the run that infers its result somewhere outside "
@@ -205,13 +193,10 @@ class Planner:
                 "padded), or pass output_shapes= if the size is known."
                 + self._hint_of_numbers(arguments, numbers)
             ) from None
-        except Torch2JaxError:
+        except (Torch2JaxError, Torch2JaxWarning):  # the latter is a note where warnings are errors
             raise
         except Exception as error:
-            wide = attempt_wide()
-            if wide is None:
-                raise self._trace_error(error, arguments, avals, numbers) from error
-            return wide
+            raise self._trace_error(error, arguments, avals, numbers) from error
 
     def _trace_error(
         self, error: Exception, arguments: Arguments, avals: Avals, numbers: Sequence[bool]
@@ -235,47 +220,26 @@ class Planner:
             "static_argnums or static_argnames if it needs Python numbers)"
         )
 
-    def _note_copies(self, arguments: Arguments, copies: Sequence[int]) -> None:
-        names = ", ".join(arguments.labels[i] for i in copies)
-        self._note(
-            ("copies", names),
-            f"{self._label} changes {names} in place; JAX arrays are immutable, so it gets a "
-            "private copy at each call. Name the argument in inplace_argnums to receive its "
-            "updated value without a copy, or clone it yourself.",
-        )
-
-    def _note_wide(self, labels: Sequence[str]) -> None:
-        names = ", ".join(labels)
-        self._note(
-            ("wide", names),
-            f"{self._label} refuses int32, so {names} reach it as int64 (JAX's x64 mode is off). "
-            "arg_dtypes= or int64 examples say so without this note.",
-        )
-
-    def _note(self, key: Hashable, text: str) -> None:
-        if key not in self._options.notes:
-            self._options.notes.add(key)
-            warnings.warn(text, Torch2JaxWarning, stacklevel=4)
-
-    def _callable(
+    def _callee(
         self,
         arguments: Arguments,
         result: Result,
         inplace: tuple[int, ...],
         inference: Inference | None,
     ) -> Callee:
-        """One callee for each way in which flat operands become a flat result."""
+        """Return the one callee for this way from flat operands to a flat result."""
         forms = tuple((leaf.torch_dtype, leaf.dtype) for leaf in result.leaves)
         key = (arguments, result.treedef, forms, x64_enabled())
-        known = self._callables.get(key)
+        known = self._callees.get(key)
         if known is not None:
             return known
         fn = self._fn
-        out_arg = self._config.out_arg
+        out_arg = self._options.out_arg
         if out_arg is not None and checks.requires(self._wrapped, out_arg):
             fn = with_buffers(fn, out_arg, result)
         pure, run, bare = flat_function(fn, arguments, result, self._label, inplace)
-        options = replace(self._options, mutated=tuple(sorted({*inplace, *arguments.copies})))
+        mutated = tuple(sorted({*inplace, *arguments.copies}))
+        options = replace(self._callee_options, mutated=mutated)
         inputs = list(arguments.labels)
         outputs = [leaf.label for leaf in result.leaves]
         if inplace:
@@ -292,7 +256,7 @@ class Planner:
             raise SignatureError(
                 f"{self._label} draws random numbers ({draws}): pass a JAX key as rng=."
             )
-        if self._config.stochastic or draws:
+        if self._options.stochastic or draws:
             rng = len(inputs)
             inputs.append("rng")
             options = replace(options, rng=rng)
@@ -302,15 +266,15 @@ class Planner:
             run, pure = run or pure, refusing(pure, self._label)
         forward_ad = inference is not None and inference.forward_ad
         program = UserProgram(pure, run, forward_ad, options.roots, bare)
-        return self._callables.setdefault(key, Callee(program, options, inputs, outputs))
+        return self._callees.setdefault(key, Callee(program, options, inputs, outputs))
 
 
-# Made here, where no mode of a caller sees it.
+# They are made here, where no mode of a caller sees it.
 _CPU, _CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 def default_device() -> torch.device:
-    """Where torch computes for JAX's default backend."""
+    """Return the device on which torch computes for JAX's default backend."""
     if jax.default_backend() in ("gpu", "cuda", "rocm") and torch.cuda.is_available():
         return _CUDA
     return _CPU

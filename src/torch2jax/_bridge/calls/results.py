@@ -1,4 +1,4 @@
-"""The result of a function: its leaves, their types and the tree of them."""
+"""The result of a function is a tree of tensors with shapes and dtypes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .checks import leaf_aval
 
 @dataclass(frozen=True)
 class ResultLeaf:
-    """One tensor of a result: its path, shape, and dtype in torch and in JAX."""
+    """One tensor of a result has a path, a shape, and a dtype in torch and in JAX."""
 
     label: str
     shape: tuple[int, ...]
@@ -35,11 +35,11 @@ class Result:
     treedef: Any
     leaves: tuple[ResultLeaf, ...]
     declared: bool = False
-    """By ``output_shapes=``, rather than inferred."""
+    """Whether ``output_shapes=`` gives it; otherwise it is inferred."""
 
 
 def flatten_result(out: Any, label: str) -> tuple[list[tuple[str, Tensor]], Any]:
-    """Paths and tensors of a result, and its treedef.
+    """Return paths and tensors of a result, and its treedef.
 
     Mappings that JAX does not know become dicts, Python numbers 0-d tensors. Anything else that is
     not a tensor is an error with its path.
@@ -49,7 +49,7 @@ def flatten_result(out: Any, label: str) -> tuple[list[tuple[str, Tensor]], Any]
 
 
 def _plain(out: Any, where: str, label: str) -> Any:
-    """``out`` with dicts for unknown mappings and tensors for numbers."""
+    """Return ``out`` with dicts for unknown mappings and tensors for numbers."""
 
     def leaf(path: Any, x: Any) -> Any:
         if isinstance(x, Tensor):
@@ -57,7 +57,7 @@ def _plain(out: Any, where: str, label: str) -> Any:
         here = where + keystr(path)
         if isinstance(x, Mapping):
             return {k: _plain(v, f"{here}[{k!r}]", label) for k, v in x.items()}
-        if isinstance(x, tuple):  # torch.return_types, which pytrees do not know
+        if isinstance(x, tuple):  # pytrees do not know torch.return_types
             return tuple(_plain(v, f"{here}[{k}]", label) for k, v in enumerate(x))
         if isinstance(x, bool | int | float | complex | np.generic):
             return torch.as_tensor(x)
@@ -82,7 +82,7 @@ def _plain(out: Any, where: str, label: str) -> Any:
 
 
 def describe_result(out: Any, label: str, none_allowed: bool) -> Result:
-    """The structure of what ``fn`` returned at trace time."""
+    """Return the structure of what ``fn`` returned at trace time."""
     if out is None and not none_allowed:
         raise SignatureError(
             f"{label} returned None, so there is nothing to compute. Return its tensors; name "
@@ -116,7 +116,7 @@ SINGLE = jax.tree.structure(0)
 
 
 def collector(result: Result, label: str) -> Callable[[Any], Tensors]:
-    """A function from what ``fn`` returns to a flat tuple of tensors."""
+    """Return a function from what ``fn`` returns to a flat tuple of tensors."""
     met = result.treedef  # the structure that fn returned last
     single = met == SINGLE
 
@@ -147,7 +147,7 @@ def _check_structure(got: Any, result: Result, label: str) -> None:
 
 
 def _with_tuples(treedef: Any) -> Any:
-    """The structure with tuples for its lists, which ``output_shapes=`` does not tell apart."""
+    """Return the structure with tuples for lists; ``output_shapes=`` does not tell them apart."""
 
     def convert(tree: Any) -> Any:
         return jax.tree.map(
@@ -160,9 +160,9 @@ def _with_tuples(treedef: Any) -> Any:
 
 
 def declared_result(shapes: Any, operands: Iterable[np.dtype[Any]], label: str) -> Result:
-    """The result that ``output_shapes=`` describes, for operands of these dtypes.
+    """Return the result that ``output_shapes=`` describes, for operands of these dtypes.
 
-    Leaves: ``jax.ShapeDtypeStruct``, arrays, tensors, tracers (their avals), or ``torch.Size``,
+    Leaves are ``jax.ShapeDtypeStruct``, arrays, tensors, tracers (their avals), or ``torch.Size``,
     whose dtype is the result type of the floating operands, else the default float dtype.
     """
     inexact = [d for d in operands if jax.numpy.issubdtype(d, jax.numpy.inexact)]
@@ -173,7 +173,9 @@ def declared_result(shapes: Any, operands: Iterable[np.dtype[Any]], label: str) 
         if isinstance(x, torch.Size):
             try:
                 default = jax.numpy.result_type(*(inexact or [float]))
-            except ValueError as error:  # TypePromotionError: float8 with anything else
+            except (
+                ValueError
+            ) as error:  # jax raises TypePromotionError for float8 with anything else
                 raise SignatureError(
                     f"output_shapes of {label} has a bare shape at {where}, and the dtypes of the "
                     f"operands have no result type; give a jax.ShapeDtypeStruct: {error}"

@@ -1,4 +1,4 @@
-"""``out_specs=``: a call on every shard of its operands, by ``jax.shard_map``."""
+"""With ``out_specs=`` a call runs on every shard of its operands, by ``jax.shard_map``."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from .results import Result
 
 
 class Shards:
-    """How one call is split: its mesh, and the spec of each operand."""
+    """A mesh and the spec of each operand say how one call is split."""
 
     def __init__(
         self,
-        config: Options,
+        options: Options,
         given: Mapping[int, Any] | None,
         operands: Sequence[Any],
         labels: Sequence[str],
         label: str,
     ) -> None:
-        self.config, self.label = config, label
-        mesh = config.mesh
+        self.options, self.label = options, label
+        mesh = options.mesh
         if mesh is None:
             mesh = _mesh_of(operands) or jax.sharding.get_abstract_mesh()
         if mesh.empty:
@@ -39,7 +39,7 @@ class Shards:
         self.mesh = mesh
         manual = axes_of_type(mesh, MANUAL) | axes_of_type(jax.sharding.get_abstract_mesh(), MANUAL)
         self.axes = frozenset(mesh.axis_names) - manual
-        """Axes over which the call is split; none where it is on a shard already."""
+        """The call is split over these axes; there are none where it is on a shard already."""
         explicit = axes_of_type(mesh, EXPLICIT)
         if given is None and self.axes and not self.axes & explicit:
             raise SignatureError(
@@ -47,7 +47,7 @@ class Shards:
                 f"{sorted(self.axes)} of the mesh are automatic, so that types do not say how the "
                 "arguments are sharded: give in_specs=, or make the axes explicit (jax.make_mesh)."
             )
-        for spec in jax.tree.leaves(config.out_specs):
+        for spec in jax.tree.leaves(options.out_specs):
             if not isinstance(spec, PartitionSpec):
                 raise SignatureError(
                     f"out_specs of {label} has {spec!r}; give a jax.P for every result."
@@ -63,10 +63,10 @@ class Shards:
                 )
 
     def result(self, whole: Result, inplace: bool) -> Result:
-        """The result on one shard, from that of the whole call, which ``output_shapes`` gives."""
-        specs = self.config.out_specs
+        """Return the result on one shard; ``output_shapes`` gives that of the whole call."""
+        specs = self.options.out_specs
         if inplace and isinstance(specs, tuple | list) and not isinstance(specs, PartitionSpec):
-            specs = specs[0]  # the others are of the updated arguments
+            specs = specs[0]  # the others are for the updated arguments
         tree = whole.treedef.unflatten(list(range(len(whole.leaves))))
         leaves = tuple(
             replace(leaf, shape=self._on_shard(leaf.label, leaf.shape, spec))
@@ -92,20 +92,20 @@ class Shards:
         return tuple(local)
 
     def own_key(self, rng: Any) -> Any:
-        """The key of a shard: shards of different operands draw different numbers."""
+        """Return the key of a shard: shards of different operands draw different numbers."""
         for axis in sorted({axis for spec in self.specs for axis in axes_of(spec)} & self.axes):
             rng = jax.random.fold_in(rng, jax.lax.axis_index(axis))
         return rng
 
     def map(self, local: Callable[..., Any], operands: Sequence[Any]) -> Any:
-        """``local`` on every shard."""
+        """Run ``local`` on every shard."""
         if not self.axes:
             return local(*operands)
         mapped = jax.shard_map(
             local,
             mesh=self.mesh,
             in_specs=tuple(self.specs),
-            out_specs=self.config.out_specs,
+            out_specs=self.options.out_specs,
             axis_names=set(self.axes),
         )
         return mapped(*operands)

@@ -23,7 +23,8 @@ import jax.numpy as jnp
 from jax.interpreters import batching
 
 from ..._conversions.dtypes import dtype_j2t
-from ..._errors import SignatureError, Torch2JaxError, Torch2JaxWarning
+from ..._errors import Torch2JaxError, Torch2JaxWarning
+from ..._refusals import refuse_symbolic
 from ..torch_side.callee import Callee
 from ..torch_side.inference import Spec, runs_on_fakes
 from ..torch_side.normalizations import in_parts
@@ -187,11 +188,8 @@ def _choose(callee: Callee, operands: Sequence[Any], dims: Sequence[int | None])
     if method not in ("auto", "torch"):
         return method
     avals = tuple((x.shape, x.dtype) for x in map(jax.typeof, operands))
-    if not all(isinstance(n, int) for shape, _ in avals for n in shape):
-        raise SignatureError(
-            f"{callee.options.label}: a batch of symbolic size reaches torch code, which needs "
-            "numbers; export with concrete shapes."
-        )
+    for shape, _ in avals:
+        refuse_symbolic(shape, f"an operand in a batch of {callee.options.label}")
     batched = callee.vmap(tuple(dims))
     # The root remembers them: between eager calls nobody holds a derived callee.
     refusals = callee.root.refusals

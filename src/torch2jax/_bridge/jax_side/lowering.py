@@ -12,7 +12,7 @@ import jax
 from jax.interpreters import mlir
 
 from ..._compat.jax import device_count
-from ..._errors import SignatureError
+from ..._refusals import refuse_symbolic
 from ..handler import entries, extension
 from ..handler.host_callback import call_on_host
 from ..torch_side.callee import Callee
@@ -28,11 +28,8 @@ def _lower(
     orders: int | None,
 ) -> Sequence[Any]:
     avals: list[Any] = [*ctx.avals_in, *ctx.avals_out]
-    if any(not isinstance(d, int) for a in avals for d in a.shape):
-        raise SignatureError(
-            f"{callee.options.label}: symbolic shapes reach torch code, which needs numbers; "
-            "export with concrete shapes."
-        )
+    for a in avals:
+        refuse_symbolic(a.shape, f"an operand or a result of {callee.options.label}")
     several = device_count(ctx) > 1
     if ctx.module_context.lowering_parameters.for_export:
         name = exported_name(callee, ctx.avals_in, several)

@@ -19,6 +19,7 @@ import torch
 from torch.utils import _pytree as torch_tree
 
 from ..._compat.torch import compiling
+from ..._conversions.cotangents import cotangents_of, gradient_of
 from ..._conversions.dtypes import dtype_j2t
 from ..._errors import Torch2JaxError
 from .. import random_streams
@@ -263,20 +264,12 @@ class Differentiable(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:  # type: ignore[override]
-        cotangents = []
-        for g, (shape, dtype) in zip(grads, ctx.avals, strict=True):
-            if not jax.numpy.issubdtype(dtype, jax.numpy.inexact):
-                cotangents.append(jax.numpy.zeros(shape, jax.dtypes.float0))
-            elif g is None:
-                cotangents.append(jax.numpy.zeros(shape, dtype))
-            else:
-                cotangents.append(jax.numpy.conj(g.jax()).astype(dtype))
+        cotangents = cotangents_of([None if g is None else g.jax() for g in grads], ctx.avals)
         by_argument, by_state = _pull(ctx.pull, cotangents)
         found = list(by_argument) + [by_state[ctx.order.index(i)] for i in ctx.needs]
         return (None, None, None, None, *[_gradient(g) for g in found])
 
 
-def _gradient(g: Any) -> Any:
-    if g is None or g.dtype == jax.dtypes.float0:
-        return None
-    return wrap(jax.numpy.conj(g), dtype_j2t(g.dtype))
+def _gradient(cotangent: Any) -> Any:
+    gradient = gradient_of(cotangent)
+    return None if gradient is None else wrap(gradient, dtype_j2t(gradient.dtype))

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
+from ...._conversions.narrowed import NARROWED
+
 Tensor = torch.Tensor
 Module = torch.nn.Module
 Place = tuple[str, str, str]
@@ -102,7 +104,7 @@ class Replica:
         """Put in a call's tensors, each in the dtype of the module's own."""
         for name, t in tensors.items():
             own = self.dtypes[name]
-            if t.dtype is not own and _NARROW.get(own) is t.dtype:
+            if t.dtype is not own and NARROWED.get(own) is t.dtype:
                 t = t.to(own)
             for table, key in self.slots[name]:
                 table[key] = t
@@ -132,14 +134,6 @@ class Replica:
         for pristine in self._pristine:
             pristine.restore()
         return all(x._version == version for x, version in self._owned)
-
-
-_NARROW = {
-    torch.int64: torch.int32,
-    torch.uint64: torch.uint32,
-    torch.float64: torch.float32,
-    torch.complex128: torch.complex64,
-}
 
 
 class _Pristine:

@@ -1,4 +1,4 @@
-"""The doctor's findings as data."""
+"""What the doctor finds, as data: one check for each thing that it looked at."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .._bridge.handler.extension import TARGET
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the report."""
+    """What one look found, and what to do about it."""
 
     section: str
     name: str
@@ -19,25 +19,34 @@ class Check:
     detail: str
     remedy: str = ""
 
+    @classmethod
+    def of_error(cls, section: str, name: str, error: Exception) -> Check:
+        """A failed check, with the first line of the exception that it ended with."""
+        lines = str(error).strip().splitlines() or [""]
+        return cls(section, name, "failed", f"{type(error).__name__}: {lines[0]}")
+
 
 @dataclass
 class Diagnosis:
-    """All that was found."""
+    """All checks of one run, and what a call costs."""
 
     checks: list[Check] = field(default_factory=list)
     microseconds: dict[str, float] = field(default_factory=dict)
-    """Median cost of a call, by the way it is called."""
+    """The median cost of a call, for each way of calling."""
 
     @property
     def failed(self) -> list[Check]:
+        """The checks that show that the package does not work here."""
         return [check for check in self.checks if check.status == "failed"]
 
     @property
     def ok(self) -> bool:
+        """Whether nothing failed."""
         return not self.failed
 
     @property
     def verdict(self) -> str:
+        """One sentence that sums it up."""
         proofs = [check for check in self.checks if check.section == "Proofs"]
         passed = sum(check.status == "ok" for check in proofs)
         warnings = sum(check.status == "warning" for check in self.checks)
@@ -49,6 +58,7 @@ class Diagnosis:
         return text + (f", {warnings} warning{'s' * (warnings > 1)}." if warnings else ".")
 
     def as_json(self) -> str:
+        """Everything, for programs that read it."""
         return json.dumps(
             {
                 "ok": self.ok,
