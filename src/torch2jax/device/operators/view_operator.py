@@ -13,7 +13,7 @@ from ...lowerings.views import OTHER_ELEMENTS, OTHER_VALUES
 from ..tensors.tensor import Tensor, captures, wrap_view
 from ..tensors.view_chains import ROOT
 from ..thread_state import state
-from .operands import foreign
+from .operands import from_other_device
 
 __all__ = ["ViewOperator"]
 
@@ -40,7 +40,7 @@ class ViewOperator:
             with torch.inference_mode(False):  # a view of an ordinary tensor is one
                 return self(args, kwargs)
         if type(x) is not Tensor:
-            return self.func(foreign(x), *args[1:], **kwargs)
+            return self.func(from_other_device(x), *args[1:], **kwargs)
         if captures:
             for capture in captures:
                 capture.seen(x)
