@@ -18,11 +18,11 @@ import jax
 import torch
 from torch.utils import _pytree as torch_tree
 
-from ..._compat.torch import compiling
 from ..._conversions.dtypes import dtype_j2t
 from ..._errors import Torch2JaxError
 from .. import random_streams
 from ..operators.constants import value_of
+from ..setup.changes_of_pytorch import compiling
 from ..tensors.tensor import Cell, Tensor, wrap, write
 from ..thread_state import lowering_scope
 from .captured import Watch, capturing

@@ -8,6 +8,7 @@ caller's thread without a guard. Kernels are registered for both keys.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import warnings
 from collections.abc import Sequence
@@ -87,7 +88,7 @@ class Tensor(torch.Tensor):
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
-        return device_of(self)
+        return _device()
 
     def jax(self) -> jax.Array:
         """The JAX array of this tensor's values; a copy only where the tensor is a view.
@@ -107,13 +108,9 @@ def only_one(device: Any) -> None:
         )
 
 
-_JAX: list[torch.device] = []
-
-
-def device_of(x: Tensor) -> torch.device:
-    if not _JAX:
-        _JAX.append(torch.device("jax", 0))
-    return _JAX[0]
+@functools.cache
+def _device() -> torch.device:
+    return torch.device("jax", 0)
 
 
 def wrap(array: Any, dtype: torch.dtype, recipe: Any = None) -> Tensor:
