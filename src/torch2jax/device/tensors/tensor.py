@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ..._compat.jax import ArrayImpl, get_opaque_trace_state, trace_state_clean
 from ..._conversions.convert import j2t, t2j
 from ..._errors import Torch2JaxError
-from ...lowerings.promotion import carried
+from ...lowerings.promotion import array_dtype
 from .view_chains import Chain
 
 __all__ = [
@@ -196,7 +196,7 @@ def refuse_overlap(t: Tensor, fills: bool) -> None:
 
 def from_torch(x: torch.Tensor) -> Any:
     """The array of a tensor that is not on device "jax": a copy, 64-bit integers checked."""
-    carried(x.dtype)
+    array_dtype(x.dtype)
     x = x.detach()
     if x.layout is not torch.strided:
         x = x.to_dense()

@@ -12,7 +12,7 @@ from ...._errors import Torch2JaxError
 from ....lowerings.promotion import cast
 from ...tensors.tensor import (
     Tensor,
-    carried,
+    array_dtype,
     from_torch,
     only_one,
     to_torch,
@@ -42,7 +42,7 @@ def _to_copy(args: Any, kwargs: Any) -> Any:
     if _is_ours(device):
         only_one(device)
     if type(x) is not Tensor:
-        return wrap(cast(from_torch(x), carried(dtype)), dtype)
+        return wrap(cast(from_torch(x), array_dtype(dtype)), dtype)
     if _is_ours(device):
         return _cast(x, dtype)
     if torch.device(device).type == "meta":
@@ -58,7 +58,7 @@ def _convert_element_type() -> Any:
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Any:
-    carried(dtype)
+    array_dtype(dtype)
     return _convert_element_type()(x, dtype)
 
 
