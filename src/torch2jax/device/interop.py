@@ -14,6 +14,7 @@ from .._errors import SignatureError
 from .setup.enable import enable
 from .tensors.tensor import Tensor, read, wrap
 from .thread_state import state
+from .tracing.cotangents import cotangents_of, gradient_of
 from .tracing.scope import running
 
 __all__ = [
@@ -99,18 +100,10 @@ class _CallJax(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:  # type: ignore[override]
-        cotangents = []
-        for g, aval in zip(grads, ctx.out, strict=True):
-            if not jax.numpy.issubdtype(aval.dtype, jax.numpy.inexact):
-                cotangents.append(jax.numpy.zeros(aval.shape, jax.dtypes.float0))
-            elif g is None:
-                cotangents.append(jax.numpy.zeros(aval.shape, aval.dtype))
-            else:
-                cotangents.append(jax.numpy.conj(read(g)))
-        found = ctx.pull(jax.tree.unflatten(ctx.structure, cotangents))
+        found = ctx.pull(jax.tree.unflatten(ctx.structure, cotangents_of(grads, ctx.out)))
         out: list[Any] = [None] * (len(ctx.needs_input_grad) - 3)
         for i, g in zip(ctx.places, found, strict=True):
-            out[i] = tensor(jax.numpy.conj(g))
+            out[i] = gradient_of(g)
         return (None, None, None, *out)
 
 

@@ -99,8 +99,8 @@ def _describe(func: Any) -> Any:
     return op, (False, tuple(route.scalars), named, route.writes_several)
 
 
-def _plan(op: Operator | ViewOperator, args: Any, kwargs: Any) -> Any:
-    return op.plan(args, kwargs)
+def _replay(op: Operator | ViewOperator, args: Any, kwargs: Any) -> Any:
+    return op.replay(args, kwargs)
 
 
 def _may_write(x: Tensor, op: Operator) -> None:
@@ -117,7 +117,7 @@ dispatch = eager_dispatch(
     constants=(torch.dtype, torch.layout, torch.memory_format),
     situation=_situation,
     describe=_describe,
-    replay=_plan,
+    replay=_replay,
     array=jax.numpy.asarray,
     may_write=_may_write,
     inference=torch.is_inference_mode_enabled,

@@ -75,10 +75,10 @@ class Operator:
         route = self.route
         if state.events is not None and not state.composite:
             state.events.add(self.func, route.kind)
-        key, operands, *templates = self.read(args, kwargs)
+        key, operands, template, named = self.read(args, kwargs)
         runner = self._runners.get(key)
         if runner is None:
-            program = OperatorProgram(route, *templates, operands)
+            program = OperatorProgram(route, template, named, operands)
             runner = self._runners[key] = self._runner_type(self, program)
         program = runner.program
         for slot in program.views_written:
@@ -111,7 +111,7 @@ class Operator:
         route = self.route
         operands: list[Any] = []
         key: list[Any] = [x64_enabled(), torch.get_default_dtype()]
-        templates = [
+        template = [
             read_argument(a, operands, key, takes_numbers)
             for a, takes_numbers in zip(args, route.scalars, strict=False)
         ]
@@ -122,7 +122,7 @@ class Operator:
                 named[name] = read_argument(a, operands, key, route.scalar(name))
         if route.writes_several:  # which may be views of one cell
             key += cells_of(operands)
-        return tuple(key), operands, templates, named
+        return tuple(key), operands, template, named
 
     def run_by(self, runner_type: type[Runner]) -> None:
         """Carry out further calls in another way."""
@@ -135,10 +135,10 @@ class Operator:
         """Whether the extension may carry out calls like one that has been made."""
         return self._runner_type is Compiled and not self.route.random
 
-    def plan(self, args: Any, kwargs: Any) -> Any:
-        """How calls like this one, which has been made, are repeated; None: they are not.
+    def replay(self, args: Any, kwargs: Any) -> Any:
+        """How the extension repeats calls like this one, which has been made; None: it does not.
 
-        Such a plan stands for ``carry_out`` where nothing is traced: see ``dispatch``.
+        A replay stands for ``carry_out`` where nothing is traced: see ``dispatch``.
         """
         key, operands, *_ = self.read(args, kwargs)
         runner = self._runners.get(key)
@@ -146,7 +146,7 @@ class Operator:
             return None
         program = runner.program
         if self._in_lists and len(set(program.cells)) < len(operands):
-            return None  # whether items meet, is to be asked each time
+            return None  # each call has to ask whether items meet
         returned = -1  # the results of the program
         if program.mutated and (self.route.returns_mutated or not self.route.returns):
             returned = self.route.returns

@@ -69,8 +69,8 @@ class ViewOperator:
         stride: Any = x.stride()
         return x._chain, x.dtype, x.shape, stride, x.storage_offset(), rest
 
-    def plan(self, args: Any, kwargs: Any) -> Any:
-        """How calls like this one, which has been made, are repeated: see ``dispatch``."""
+    def replay(self, args: Any, kwargs: Any) -> Any:
+        """How the extension repeats calls like this one, which has been made: see ``dispatch``."""
         x = args[0]
         if self.plain:
             found: Any = (x._chain, x.dtype, x.shape, x.stride(), x.storage_offset())
