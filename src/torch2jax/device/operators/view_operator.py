@@ -52,7 +52,7 @@ class ViewOperator:
                 chain = (chain or ROOT).then(x.shape, self.func, ())
             start: Any = x.storage_offset()
             return wrap_view(x, chain, x.dtype, x.shape, x.stride(), start)
-        key = self._key(x, args, kwargs)
+        key = self.key(x, args, kwargs)
         found = self.known.get(key)
         if found is None:
             if len(self.known) > 16384:
@@ -62,7 +62,7 @@ class ViewOperator:
             return [wrap_view(x, *where) for where in found]
         return wrap_view(x, *found)
 
-    def _key(self, x: Tensor, args: Any, kwargs: Any) -> tuple[Any, ...]:
+    def key(self, x: Tensor, args: Any, kwargs: Any) -> tuple[Any, ...]:
         rest = tuple(map(_frozen, args[1:])) if self.takes_lists else args[1:]
         if kwargs:
             rest = self._positional(rest, kwargs)
@@ -75,7 +75,7 @@ class ViewOperator:
         if self.plain:
             found: Any = (x._chain, x.dtype, x.shape, x.stride(), x.storage_offset())
         else:
-            found = self.known.get(self._key(x, args, kwargs))
+            found = self.known.get(self.key(x, args, kwargs))
         several = type(found) is list
         return None if found is None else (x._chain, tuple(found), several)
 
