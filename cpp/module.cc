@@ -197,6 +197,10 @@ nb::object EagerDispatch(nb::handle tensor_type, nb::handle array_type, nb::hand
   return Returned(eager::MakeDispatch(std::move(hooks)));
 }
 
+nb::object EagerKey(nb::handle op, nb::tuple args, nb::dict kwargs) {
+  return Returned(eager::KeyOf(op.ptr(), args.ptr(), kwargs.ptr()));
+}
+
 void Shutdown() {
   eager::ForgetReplays();
   ForgetLeaves();
@@ -289,6 +293,10 @@ NB_MODULE(_ext, m) {
       "Calls like one that has been made before go to their compiled program; `describe`, `replay` "
       "and `situation`\nsay which are alike, and what the first of them did. See "
       "cpp/device/eager.h.");
+  m.def(
+      "eager_key", &EagerKey, nb::arg("operator"), nb::arg("args"), nb::arg("kwargs"),
+      "What tells eager calls of an operator apart, as bytes, and the operands of this call. None "
+      "where Python has the call each time.");
   m.def("forget_replays", &eager::ForgetReplays, "The next call of each operator is a first one.");
   m.def("begin_shutdown", &Shutdown,
         "From now on calls are refused with an error and touch no Python. Waits for calls under "

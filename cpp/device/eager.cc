@@ -175,6 +175,28 @@ Owned MakeDispatch(Hooks hooks) {
   return Owned::Steal(PyCFunction_NewEx(&dispatch_method, nullptr, nullptr));
 }
 
+Owned KeyOf(PyObject* self, PyObject* args, PyObject* kwargs) {
+  Owned none = Owned::Borrow(Py_None);
+  if (state == nullptr) return none;
+  std::shared_ptr<Operator> op = Find(self);
+  if (!op) return Owned();
+  if (!op->repeats) return none;
+  Key key;
+  std::vector<Owned> operands;
+  const Read read = ReadCall(*op, args, kwargs, key, operands);
+  if (read == Read::kError) return Owned();
+  if (read == Read::kNo) return none;
+  Owned words = Owned::Steal(
+      PyBytes_FromStringAndSize(reinterpret_cast<const char*>(key.data()),
+                                static_cast<Py_ssize_t>(key.size() * sizeof(uint64_t))));
+  Owned list = Owned::Steal(PyList_New(0));
+  if (!words || !list) return Owned();
+  for (const Owned& operand : operands) {
+    if (PyList_Append(list.get(), operand.get()) < 0) return Owned();
+  }
+  return Owned::Steal(PyTuple_Pack(2, words.get(), list.get()));
+}
+
 void ForgetReplays() {
   if (state == nullptr) return;
   Operators operators;  // outlive the lock, for dropping them may run any code

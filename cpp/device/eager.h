@@ -22,6 +22,10 @@ namespace bridge::eager {
 // is set.
 Owned MakeDispatch(Hooks hooks);
 
+// Reads one call and makes nothing of it: (the words of its key, its operands), or None where
+// Python has such calls. For the test that holds this reader to Python's `read_argument`.
+Owned KeyOf(PyObject* self, PyObject* args, PyObject* kwargs);
+
 // Drops all replays, because operators have new meanings or the interpreter ends.
 void ForgetReplays();
 

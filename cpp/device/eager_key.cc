@@ -21,7 +21,8 @@ enum Item : uint64_t {
   kList
 };
 
-// Reads a call's arguments: their words, and the operands in their order.
+// Reads a call's arguments: their words, and the operands in their order. Python's `read_argument`
+// (device/operators/operands.py) does the same for the first call, and a test compares the two.
 class Reader {
  public:
   Reader(const State& state, Key& key, std::vector<Owned>& operands)

@@ -13,7 +13,7 @@ import torch
 from torch.autograd import forward_ad
 
 from torch2jax import device, from_module
-from torch2jax.device import dispatch
+from torch2jax.device.operators import dispatch
 from torch2jax.device.tensors.tensor import Tensor
 from torch2jax.device.tracing.events import recorded
 

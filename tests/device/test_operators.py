@@ -17,7 +17,7 @@ from harness import precision
 from torch.utils._pytree import tree_leaves as leaves
 
 from torch2jax import _ext, device, lowering_report, torch2jax
-from torch2jax.device import dispatch
+from torch2jax.device.operators import dispatch
 from torch2jax.device.operators.operator import Operator
 from torch2jax.device.operators.view_operator import ViewOperator
 from torch2jax.device.tensors.tensor import Tensor

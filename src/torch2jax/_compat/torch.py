@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -222,32 +220,6 @@ def set_up_device(name: str, module: Any) -> None:
             f"needs PyTorch 2.10 or later; this is {torch.__version__}."
         ) from None
     set_up(name, backend_module=module)
-
-
-def allow_foreach(device: str) -> None:
-    """Let PyTorch's clipping of gradients take tensors of a device several at a time."""
-    from torch.utils import _foreach_utils
-
-    known = _foreach_utils._get_foreach_kernels_supported_devices
-    _foreach_utils._get_foreach_kernels_supported_devices = lambda: [*known(), device]
-
-
-_compiling_lock = threading.Lock()
-_compiling: list[bool] = []
-"""PyTorch's flag as it was, once for each trace under way: it is one for all threads."""
-
-
-@contextlib.contextmanager
-def compiling() -> Iterator[None]:
-    """While ``torch.compiler.is_compiling()``, so that PyTorch's own code asks for no values."""
-    with _compiling_lock:
-        _compiling.append(torch.compiler._is_compiling_flag)
-        torch.compiler._is_compiling_flag = True
-    try:
-        yield
-    finally:
-        with _compiling_lock:
-            torch.compiler._is_compiling_flag = _compiling.pop()
 
 
 def foreach_types() -> list[list[Any]]:

@@ -19,7 +19,7 @@ from torch.utils import _pytree as torch_tree
 
 from .. import lowerings  # noqa: F401  fills the table
 from .._errors import SignatureError, Torch2JaxError
-from ..lowerings.promotion import carried, cast
+from ..lowerings.promotion import array_dtype, cast
 from ..lowerings.registry import lowering_of
 from ..lowerings.views import GETTERS
 from . import random_streams
@@ -131,7 +131,7 @@ def input_avals(program: ExportedProgram) -> tuple[tuple[Any, ...], dict[str, An
             return value
         dims = ", ".join(str(d) for d in value.shape)
         shape = jax.export.symbolic_shape(dims, scope=scope) if dims else ()
-        return jax.ShapeDtypeStruct(shape, carried(value.dtype))
+        return jax.ShapeDtypeStruct(shape, array_dtype(value.dtype))
 
     user = [aval(nodes[name]) for name in program.graph_signature.user_inputs]
     calls: Any = program.call_spec
@@ -152,7 +152,7 @@ class _Interpreter(torch.fx.Interpreter):
             return GETTERS[target](*args, **kwargs)
         if target is aten._to_copy.default:
             dtype = kwargs.get("dtype")
-            return args[0] if dtype is None else cast(args[0], carried(dtype))
+            return args[0] if dtype is None else cast(args[0], array_dtype(dtype))
         lowered = lowering_of(target)
         if lowered is not None and not lowered.eager:
             kwargs = {k: v for k, v in kwargs.items() if k not in _OF_MEMORY}

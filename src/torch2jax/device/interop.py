@@ -9,12 +9,12 @@ import jax
 import torch
 from jax.core import Tracer
 
-from .._conversions.cotangents import cotangents_of, gradient_of
 from .._conversions.dtypes import dtype_j2t
 from .._errors import SignatureError
 from .setup.enable import enable
 from .tensors.tensor import Tensor, read, wrap
 from .thread_state import state
+from .tracing.cotangents import cotangents_of, gradient_of
 from .tracing.scope import running
 
 __all__ = [
@@ -90,10 +90,7 @@ class _CallJax(torch.autograd.Function):
         else:
             out = of()
         leaves, box[:] = jax.tree.leaves(out), [jax.tree.structure(out)]
-        ctx.places, ctx.avals = (
-            differentiable,
-            [(x.shape, x.dtype) for x in map(jax.typeof, leaves)],
-        )
+        ctx.places, ctx.out = differentiable, [jax.typeof(x) for x in leaves]
         ctx.structure = box[0]
         outs = tuple(tensor(jax.numpy.asarray(x)) for x in leaves)
         ctx.mark_non_differentiable(
@@ -103,11 +100,10 @@ class _CallJax(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:  # type: ignore[override]
-        cotangents = cotangents_of([None if g is None else read(g) for g in grads], ctx.avals)
-        found = ctx.pull(jax.tree.unflatten(ctx.structure, cotangents))
+        found = ctx.pull(jax.tree.unflatten(ctx.structure, cotangents_of(grads, ctx.out)))
         out: list[Any] = [None] * (len(ctx.needs_input_grad) - 3)
         for i, g in zip(ctx.places, found, strict=True):
-            out[i] = tensor(gradient_of(g))
+            out[i] = gradient_of(g)
         return (None, None, None, *out)
 
 

@@ -14,7 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from .._compat.jax import current_mesh, get_opaque_trace_state
 from .._errors import SignatureError
-from ..lowerings.promotion import carried
+from ..lowerings.promotion import array_dtype
 from . import random_streams
 from .interop import call_jax, jax_view
 from .operators.constants import value_of
@@ -205,7 +205,7 @@ def shard_module(
     enable()
     mesh = _automatic(mesh)
     found = _state_of(module.to("jax"))
-    avals = {name: jax.ShapeDtypeStruct(x.shape, carried(x.dtype)) for name, x in found.items()}
+    avals = {name: jax.ShapeDtypeStruct(x.shape, array_dtype(x.dtype)) for name, x in found.items()}
     for name, sharding in _shardings(avals, mesh, layout, fsdp).items():
         mark_sharding(found[name], sharding)
     return module

@@ -7,13 +7,13 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["foreign_allowed", "lowering_scope", "state"]
+__all__ = ["lowering_scope", "other_devices_allowed", "state"]
 
 
 class _State(threading.local):
     lowering = 0  # inside torch2jax(..., lower=True), whose derivatives are JAX's
     constants: Any = None  # tensors of other devices that the trace under way has met
-    foreign = 0  # where tensors of other devices may stand beside ours
+    other_devices = 0  # where tensors of other devices may stand beside ours
     events: Any = None  # what a report notes
     composite = 0  # inside a decomposition
     active: tuple[Any, ...] = ()  # the operators whose decompositions are under way
@@ -39,10 +39,10 @@ def lowering_scope() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def foreign_allowed() -> Iterator[None]:
+def other_devices_allowed() -> Iterator[None]:
     """While tensors of other devices may be operands."""
-    state.foreign += 1
+    state.other_devices += 1
     try:
         yield
     finally:
-        state.foreign -= 1
+        state.other_devices -= 1

@@ -6,6 +6,7 @@ from . import binary as binary
 from . import choices as choices
 from . import comparisons as comparisons
 from . import convolution as convolution
+from . import extremes as extremes
 from . import factories as factories
 from . import foreach as foreach
 from . import indexing as indexing
@@ -15,6 +16,7 @@ from . import normalization as normalization
 from . import pooling as pooling
 from . import random as random
 from . import reductions as reductions
+from . import scans as scans
 from . import shapes as shapes
 from . import special as special
 from . import unary as unary

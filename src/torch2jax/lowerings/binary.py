@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from .promotion import cast, floating, is_inexact, kind, promote, result_dtype, wide
+from .promotion import cast, category, floating, is_inexact, promote, result_dtype, wide
 from .registry import lowering
 from .unary import unary
 
@@ -70,7 +70,7 @@ def div_mode(self: Any, other: Any, *, rounding_mode: str | None) -> Any:
     if rounding_mode is None:
         return div(self, other)
     if rounding_mode == "trunc":
-        if kind(result_dtype(self, other)) == 2:
+        if category(result_dtype(self, other)) == 2:
             return jnp.trunc(div(self, other))  # of half precision the quotient is rounded first
         return arithmetic(_trunc_divide, self, other)
     return arithmetic(_floor_divide, self, other)
@@ -139,7 +139,7 @@ def minimum(self: Any, other: Any) -> Any:
 
 def _choose(a: Any, b: Any, first: Any) -> Any:
     """One of two values, and all of the derivative; a number before NaN."""
-    return jnp.where(first | jnp.isnan(b) if kind(b.dtype) == 2 else first, a, b)
+    return jnp.where(first | jnp.isnan(b) if category(b.dtype) == 2 else first, a, b)
 
 
 @lowering("fmax", "prims.fmax")
@@ -225,7 +225,7 @@ def pow_scalar(self: Any, exponent: Any) -> Any:
     x = cast(self, wide(dtype))
     if not is_inexact(x) and exponent < 0:
         raise RuntimeError("Integers to negative integer powers are not allowed.")
-    if kind(dtype) == 2 and exponent == 0.5:
+    if category(dtype) == 2 and exponent == 0.5:
         return cast(jnp.sqrt(x), dtype)
     if isinstance(exponent, float) and exponent.is_integer() and abs(exponent) < 64:
         exponent = int(exponent)
@@ -245,7 +245,7 @@ def _power(x: Any, y: Any) -> Any:
         up = jnp.power(x, jnp.maximum(y, 0))
         unit = jnp.where(x == 1, 1, jnp.where(x == -1, 1 - 2 * (y & 1), 0))
         return jnp.where(y < 0, unit.astype(up.dtype), up)
-    if kind(x.dtype) == 3:
+    if category(x.dtype) == 3:
         return jnp.power(x, y)
     return _real_power(*jnp.broadcast_arrays(x, y))
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from .promotion import cast, is_inexact, kind, promote, result_dtype, wide
+from .promotion import cast, category, is_inexact, promote, result_dtype, wide
 from .registry import lowering
 
 Fn = Callable[..., Any]
@@ -84,7 +84,7 @@ def addcmul(self: Any, tensor1: Any, tensor2: Any, *, value: Any = 1) -> Any:
 @lowering("addcdiv", scalars=True)
 def addcdiv(self: Any, tensor1: Any, tensor2: Any, *, value: Any = 1) -> Any:
     dtype = result_dtype(self, tensor1, tensor2)
-    if kind(dtype) < 2:
+    if category(dtype) < 2:
         raise RuntimeError("Integer division with addcdiv is no longer supported.")
     a, b, c, v = (cast(x, wide(dtype)) for x in (self, tensor1, tensor2, value))
     return cast(a + v * (b / c), dtype)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from .promotion import spread
+from .promotion import per_dimension
 from .registry import lowering
 
 _LETTERS = "HWD"
@@ -40,7 +40,7 @@ def _convolve(
     output_padding: Any, groups: int,
 ) -> Any:  # fmt: skip
     n = w.ndim - 2
-    stride, padding, dilation = (spread(v, n) for v in (stride, padding, dilation))
+    stride, padding, dilation = (per_dimension(v, n) for v in (stride, padding, dilation))
     space = _LETTERS[:n]
     layout = (f"NC{space}", f"OI{space}", f"NC{space}")
     if not transposed:
@@ -49,7 +49,7 @@ def _convolve(
         )
     # The transpose of a convolution: a convolution of x, its elements `stride` apart, with the
     # flipped kernel, whose channels change places within each group.
-    extra = spread(output_padding, n)
+    extra = per_dimension(output_padding, n)
     w = jnp.flip(w, tuple(range(2, w.ndim)))
     w = w.reshape(groups, w.shape[0] // groups, w.shape[1], *w.shape[2:])
     w = jnp.swapaxes(w, 1, 2).reshape(-1, w.shape[1], *w.shape[3:])

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from .._compat.jax import trace_state_clean
-from .promotion import carried, cast, kind, of_dtype, result_dtype, wide
+from .promotion import array_dtype, cast, category, of_dtype, result_dtype, wide
 from .registry import lowering
 
 FEW = 1 << 16
@@ -61,9 +61,9 @@ def _natural(value: Any) -> torch.dtype:
 @lowering("full", "prims.full", scalars=("fill_value",))
 def full(size: Any, fill_value: Any, *, dtype: Any = None, **_: Any) -> Any:
     if hasattr(fill_value, "dtype"):
-        wanted = result_dtype(fill_value) if dtype is None else carried(dtype)
+        wanted = result_dtype(fill_value) if dtype is None else array_dtype(dtype)
         return jnp.broadcast_to(cast(fill_value, wanted), tuple(size))
-    return _filled(size, fill_value, carried(dtype or _natural(fill_value)))
+    return _filled(size, fill_value, array_dtype(dtype or _natural(fill_value)))
 
 
 @lowering("scalar_tensor", "prims.scalar_tensor")
@@ -73,22 +73,22 @@ def scalar_tensor(s: Any, *, dtype: Any = None, **_: Any) -> Any:
 
 @lowering("full_like", "prims.full_like", scalars=("fill_value",))
 def full_like(self: Any, fill_value: Any, *, dtype: Any = None, **_: Any) -> Any:
-    return jnp.full(self.shape, fill_value, self.dtype if dtype is None else carried(dtype))
+    return jnp.full(self.shape, fill_value, self.dtype if dtype is None else array_dtype(dtype))
 
 
 @lowering("zeros_like", "empty_like", "prims.empty_like")
 def zeros_like(self: Any, *, dtype: Any = None, **_: Any) -> Any:
-    return jnp.zeros(self.shape, self.dtype if dtype is None else carried(dtype))
+    return jnp.zeros(self.shape, self.dtype if dtype is None else array_dtype(dtype))
 
 
 @lowering("ones_like")
 def ones_like(self: Any, *, dtype: Any = None, **_: Any) -> Any:
-    return jnp.ones(self.shape, self.dtype if dtype is None else carried(dtype))
+    return jnp.ones(self.shape, self.dtype if dtype is None else array_dtype(dtype))
 
 
 @lowering("new_zeros", "new_empty")
 def new_zeros(self: Any, size: Any, *, dtype: Any = None, **_: Any) -> Any:
-    return jnp.zeros(tuple(size), self.dtype if dtype is None else carried(dtype))
+    return jnp.zeros(tuple(size), self.dtype if dtype is None else array_dtype(dtype))
 
 
 @lowering("new_empty_strided")
@@ -98,12 +98,12 @@ def new_empty_strided(self: Any, size: Any, stride: Any, *, dtype: Any = None, *
 
 @lowering("new_ones")
 def new_ones(self: Any, size: Any, *, dtype: Any = None, **_: Any) -> Any:
-    return jnp.ones(tuple(size), self.dtype if dtype is None else carried(dtype))
+    return jnp.ones(tuple(size), self.dtype if dtype is None else array_dtype(dtype))
 
 
 @lowering("new_full", scalars=("fill_value",))
 def new_full(self: Any, size: Any, fill_value: Any, *, dtype: Any = None, **_: Any) -> Any:
-    return jnp.full(tuple(size), fill_value, self.dtype if dtype is None else carried(dtype))
+    return jnp.full(tuple(size), fill_value, self.dtype if dtype is None else array_dtype(dtype))
 
 
 @lowering("fill.Scalar", "fill.Tensor", "prims.fill", scalars=True)
@@ -122,13 +122,13 @@ def arange(*bounds: Any, dtype: Any = None, **_: Any) -> Any:
     if dtype is None:
         whole = all(isinstance(x, int) for x in (start, end, step))
         dtype = torch.int64 if whole else torch.get_default_dtype()
-    out = carried(dtype)
-    if kind(out) == 1:
+    out = array_dtype(dtype)
+    if category(out) == 1:
         start, end, step = int(start), int(end), int(step)
     if _length(start, end, step) > FEW:  # not as a constant of the program
         places = jnp.arange(_length(start, end, step), dtype=out)
         return places * jnp.asarray(step, out) + jnp.asarray(start, out)
-    exact = torch.int64 if kind(out) == 1 else torch.float64
+    exact = torch.int64 if category(out) == 1 else torch.float64
     values = torch.arange(start, end, step, dtype=exact, device="cpu")
     return jnp.asarray(values.numpy().astype(out))
 
@@ -146,7 +146,7 @@ def _length(start: Any, end: Any, step: Any) -> int:
 
 @lowering("prims.iota")
 def iota(length: int, *, start: int, step: int, dtype: Any, **_: Any) -> Any:
-    return jnp.asarray((np.arange(length) * step + start).astype(carried(dtype)))
+    return jnp.asarray((np.arange(length) * step + start).astype(array_dtype(dtype)))
 
 
 @lowering("linspace")
@@ -157,8 +157,8 @@ def linspace(start: Any, end: Any, steps: int, *, dtype: Any = None, **_: Any) -
 
 def _between(start: Any, end: Any, steps: int, dtype: Any) -> Any:
     """From both ends to the middle; for integers the ends are integers, the steps are not."""
-    compute = jnp.result_type(float) if kind(dtype) < 2 else wide(dtype)
-    rounded = kind(dtype) < 2 or steps > 1  # as PyTorch has it
+    compute = jnp.result_type(float) if category(dtype) < 2 else wide(dtype)
+    rounded = category(dtype) < 2 or steps > 1  # as PyTorch has it
     ends = [cast(x, dtype) if rounded else x for x in (start, end)]
     first, last = (cast(x, compute) for x in ends)
     # XLA would multiply by the rounded inverse of a constant.
@@ -180,7 +180,7 @@ def logspace_of_values(
 ) -> Any:
     found = of_dtype(dtype)
     values = jnp.power(base, _between(start, end, steps, found))
-    if kind(found) < 2:  # a power that is an integer, but for rounding
+    if category(found) < 2:  # a power that is an integer, but for rounding
         near = jnp.round(values)
         off = 4 * jnp.finfo(values.dtype).eps * jnp.abs(values)
         values = jnp.where(jnp.abs(values - near) <= off, near, values)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from jax import lax
 
-from .promotion import carried, cast, floating, wide
+from .promotion import array_dtype, cast, floating, wide
 from .registry import lowering
 
 
@@ -31,17 +31,19 @@ def log_softmax(self: Any, dim: int, half_to_float: bool) -> Any:
 
 @lowering("softmax.int", "special_softmax")
 def softmax_int(self: Any, dim: int, dtype: Any = None) -> Any:
-    return softmax(cast(self, carried(dtype) if dtype else floating(self.dtype)), dim, False)
+    return softmax(cast(self, array_dtype(dtype) if dtype else floating(self.dtype)), dim, False)
 
 
 @lowering("log_softmax.int", "special_log_softmax")
 def log_softmax_int(self: Any, dim: int, dtype: Any = None) -> Any:
-    return log_softmax(cast(self, carried(dtype) if dtype else floating(self.dtype)), dim, False)
+    return log_softmax(
+        cast(self, array_dtype(dtype) if dtype else floating(self.dtype)), dim, False
+    )
 
 
 @lowering("_safe_softmax")
 def safe_softmax(self: Any, dim: int, dtype: Any = None) -> Any:
-    x = cast(self, carried(dtype) if dtype else floating(self.dtype))
+    x = cast(self, array_dtype(dtype) if dtype else floating(self.dtype))
     return cast(_safe_softmax(cast(x, wide(x.dtype)), dim), x.dtype)
 
 
@@ -66,7 +68,7 @@ def _safe_softmax_jvp(dim: int, primals: Any, tangents: Any) -> Any:
 def softmax_backward_data(grad_output: Any, output: Any, dim: int, input_dtype: torch.dtype) -> Any:
     g = cast(grad_output, wide(grad_output.dtype)) * cast(output, wide(output.dtype))
     total = jnp.sum(g, dim, keepdims=True) if g.ndim else g
-    return cast(g - output * total, carried(input_dtype))
+    return cast(g - output * total, array_dtype(input_dtype))
 
 
 @lowering("_log_softmax_backward_data")
@@ -75,7 +77,7 @@ def log_softmax_backward_data(
 ) -> Any:
     g = cast(grad_output, wide(grad_output.dtype))
     total = jnp.sum(g, dim, keepdims=True) if g.ndim else g
-    return cast(g - jnp.exp(cast(output, g.dtype)) * total, carried(input_dtype))
+    return cast(g - jnp.exp(cast(output, g.dtype)) * total, array_dtype(input_dtype))
 
 
 # --- layer, group and batch norm -----------------------------------------------------------------

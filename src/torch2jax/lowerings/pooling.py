@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from .promotion import cast, default_int, is_inexact, spread, wide
+from .promotion import cast, default_int, is_inexact, per_dimension, wide
 from .registry import lowering
 
 
@@ -28,9 +28,9 @@ def _extra(size: int, kernel: int, stride: int, pad: int, dilation: int, ceil_mo
 
 
 def _windows(x: Any, n: int, kernel: Any, stride: Any, padding: Any, dilation: Any, ceil: bool):  # type: ignore[no-untyped-def]
-    kernel = spread(kernel, n)
-    stride = spread(stride, n) if stride else kernel
-    padding, dilation = spread(padding, n), spread(dilation, n)
+    kernel = per_dimension(kernel, n)
+    stride = per_dimension(stride, n) if stride else kernel
+    padding, dilation = per_dimension(padding, n), per_dimension(dilation, n)
     sizes = x.shape[-n:]
     pads = [
         (p, p + _extra(s, k, st, p, d, ceil))
@@ -137,7 +137,7 @@ def _avg_pool(
         # Padding counts where include_pad says so, what ceil_mode adds never does.
         ones = jnp.ones((1, *sizes), x.dtype)
         if include_pad:
-            given = spread(padding, n)
+            given = per_dimension(padding, n)
             ones = jnp.pad(ones, [(0, 0), *((p, p) for p in given)], constant_values=1)
             pads = [(0, end - p) for (_, end), p in zip(pads, given, strict=True)]
         count = add_up(ones, pads)
@@ -194,7 +194,7 @@ def avg_pool3d_backward(
 def _adaptive(self: Any, output_size: Any, n: int) -> Any:
     """Each output is the mean of the inputs from floor(i s / o) to ceil((i + 1) s / o)."""
     x = cast(self, wide(self.dtype))
-    for k, out in enumerate(spread(output_size, n)):
+    for k, out in enumerate(per_dimension(output_size, n)):
         axis = x.ndim - n + k
         size = x.shape[axis]
         if out is None or out == size:

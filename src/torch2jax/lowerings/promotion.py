@@ -17,7 +17,7 @@ from .._errors import UnsupportedDtypeError
 # --- dtypes --------------------------------------------------------------------------------------
 
 
-def carried(dtype: torch.dtype) -> np.dtype[Any]:
+def array_dtype(dtype: torch.dtype) -> np.dtype[Any]:
     """The dtype of the array of a tensor of this dtype; int32 for int64 while x64 is off.
 
     Raises:
@@ -34,16 +34,16 @@ def carried(dtype: torch.dtype) -> np.dtype[Any]:
 
 def of_dtype(dtype: torch.dtype | None) -> np.dtype[Any]:
     """The dtype that a factory is asked for; None: PyTorch's default."""
-    return carried(dtype or torch.get_default_dtype())
+    return array_dtype(dtype or torch.get_default_dtype())
 
 
-def spread(values: Any, n: int) -> tuple[int, ...]:
+def per_dimension(values: Any, n: int) -> tuple[int, ...]:
     """A size or step for each of ``n`` dimensions, of which one may stand for all."""
     values = (values,) if isinstance(values, int) else tuple(values)
     return values * n if len(values) == 1 else values
 
 
-def kind(dtype: Any) -> int:
+def category(dtype: Any) -> int:
     """0 bool, 1 integer, 2 floating, 3 complex: the category in which PyTorch promotes."""
     if dtype == np.bool_:
         return 0
@@ -53,19 +53,19 @@ def kind(dtype: Any) -> int:
 
 
 def is_float(x: Any) -> bool:
-    return kind(x.dtype) == 2
+    return category(x.dtype) == 2
 
 
 def is_inexact(x: Any) -> bool:
-    return kind(x.dtype) >= 2
+    return category(x.dtype) >= 2
 
 
 def default_float() -> np.dtype[Any]:
-    return carried(torch.get_default_dtype())
+    return array_dtype(torch.get_default_dtype())
 
 
 def default_int() -> np.dtype[Any]:
-    return carried(torch.int64)
+    return array_dtype(torch.int64)
 
 
 _COMPLEX = {np.dtype(np.float64): np.dtype(np.complex128)}
@@ -94,7 +94,7 @@ def is_number(x: Any) -> bool:
 
 
 def _number_dtype(x: Any) -> np.dtype[Any]:
-    rank = kind(x.dtype) if hasattr(x, "dtype") else (bool, int, float, complex).index(type(x))
+    rank = category(x.dtype) if hasattr(x, "dtype") else (bool, int, float, complex).index(type(x))
     if rank == 0:
         return np.dtype(bool)
     if rank == 1:
@@ -120,11 +120,11 @@ def result_dtype(*xs: Any) -> np.dtype[Any]:
 def _combine(high: np.dtype[Any] | None, low: np.dtype[Any] | None) -> np.dtype[Any] | None:
     if high is None or low is None:
         return low if high is None else high
-    if kind(low) <= kind(high):
+    if category(low) <= category(high):
         return high
-    if kind(high) == 2:  # complex beside a tensor of floats: as precise as the tensor
+    if category(high) == 2:  # complex beside a tensor of floats: as precise as the tensor
         return complex_of(high)
-    return low if kind(high) == 0 or kind(low) >= 2 else _promoted(high, low)
+    return low if category(high) == 0 or category(low) >= 2 else _promoted(high, low)
 
 
 def cast(x: Any, dtype: Any) -> Any:
@@ -133,7 +133,7 @@ def cast(x: Any, dtype: Any) -> Any:
         return jnp.asarray(x, dtype)
     if x.dtype == dtype:
         return jax.lax.convert_element_type(x, dtype) if getattr(x, "weak_type", False) else x
-    if kind(x.dtype) == 3 and kind(dtype) in (1, 2):
+    if category(x.dtype) == 3 and category(dtype) in (1, 2):
         x = x.real
     return jax.lax.convert_element_type(x, dtype)
 
@@ -151,7 +151,7 @@ def wide(dtype: Any) -> np.dtype[Any]:
 
 def floating(dtype: Any) -> np.dtype[Any]:
     """The dtype of a result that is floating for integers."""
-    return np.dtype(dtype) if kind(dtype) >= 2 else default_float()
+    return np.dtype(dtype) if category(dtype) >= 2 else default_float()
 
 
 def dims_of(x: Any, dims: Any) -> tuple[int, ...]:

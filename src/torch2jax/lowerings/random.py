@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from .binary import mul
-from .promotion import carried, cast, default_int, is_inexact, kind, of_dtype, wide
+from .promotion import array_dtype, cast, category, default_int, is_inexact, of_dtype, wide
 from .registry import lowering
 
 
@@ -34,21 +34,21 @@ def rand(words: Any, size: Any, *, dtype: Any = None, **_: Any) -> Any:
 @lowering("randn", "randn.generator", random=True)
 def randn(words: Any, size: Any, *, dtype: Any = None, **_: Any) -> Any:
     dtype = of_dtype(dtype)
-    if kind(dtype) == 3:
+    if category(dtype) == 3:
         return jax.random.normal(_key(words), tuple(size), dtype)
     return _normal(words, size, dtype)
 
 
 @lowering("rand_like", random=True)
 def rand_like(words: Any, self: Any, *, dtype: Any = None, **_: Any) -> Any:
-    return _uniform(words, self.shape, self.dtype if dtype is None else carried(dtype))
+    return _uniform(words, self.shape, self.dtype if dtype is None else array_dtype(dtype))
 
 
 @lowering("randn_like", random=True)
 def randn_like(words: Any, self: Any, *, dtype: Any = None, **_: Any) -> Any:
-    if dtype is None and kind(self.dtype) == 3:
+    if dtype is None and category(self.dtype) == 3:
         return jax.random.normal(_key(words), self.shape, self.dtype)
-    return _normal(words, self.shape, self.dtype if dtype is None else carried(dtype))
+    return _normal(words, self.shape, self.dtype if dtype is None else array_dtype(dtype))
 
 
 def _randint(words: Any, shape: Any, low: int, high: int, dtype: Any) -> Any:
@@ -58,31 +58,33 @@ def _randint(words: Any, shape: Any, low: int, high: int, dtype: Any) -> Any:
 
 @lowering("randint", "randint.generator", random=True)
 def randint(words: Any, high: int, size: Any, *, dtype: Any = torch.int64, **_: Any) -> Any:
-    return _randint(words, size, 0, high, carried(dtype or torch.int64))
+    return _randint(words, size, 0, high, array_dtype(dtype or torch.int64))
 
 
 @lowering("randint.low", "randint.low_generator", random=True)
 def randint_low(
     words: Any, low: int, high: int, size: Any, *, dtype: Any = torch.int64, **_: Any
 ) -> Any:
-    return _randint(words, size, low, high, carried(dtype or torch.int64))
+    return _randint(words, size, low, high, array_dtype(dtype or torch.int64))
 
 
 @lowering("randint_like", random=True)
 def randint_like(words: Any, self: Any, high: int, *, dtype: Any = None, **_: Any) -> Any:
-    return _randint(words, self.shape, 0, high, self.dtype if dtype is None else carried(dtype))
+    return _randint(words, self.shape, 0, high, self.dtype if dtype is None else array_dtype(dtype))
 
 
 @lowering("randint_like.low_dtype", random=True)
 def randint_like_low(
     words: Any, self: Any, low: int, high: int, *, dtype: Any = None, **_: Any
 ) -> Any:
-    return _randint(words, self.shape, low, high, self.dtype if dtype is None else carried(dtype))
+    return _randint(
+        words, self.shape, low, high, self.dtype if dtype is None else array_dtype(dtype)
+    )
 
 
 @lowering("randperm", "randperm.generator", random=True)
 def randperm(words: Any, n: int, *, dtype: Any = torch.int64, **_: Any) -> Any:
-    return jax.random.permutation(_key(words), n).astype(carried(dtype or torch.int64))
+    return jax.random.permutation(_key(words), n).astype(array_dtype(dtype or torch.int64))
 
 
 @lowering("uniform", random=True, scalars=("from", "to"))
@@ -93,7 +95,7 @@ def uniform(words: Any, self: Any, from_: Any = 0.0, to: Any = 1.0, **named: Any
 
 @lowering("normal_functional", random=True, scalars=("mean", "std"))
 def normal(words: Any, self: Any, mean: float = 0, std: float = 1) -> Any:
-    if kind(self.dtype) == 3:
+    if category(self.dtype) == 3:
         return jax.random.normal(_key(words), self.shape, self.dtype) * std + mean
     return cast(_normal(words, self.shape, wide(self.dtype)) * std + mean, self.dtype)
 
@@ -141,7 +143,8 @@ def native_dropout_backward(grad_output: Any, mask: Any, scale: float) -> Any:
 @lowering("exponential", random=True)
 def exponential(words: Any, self: Any, lambd: float = 1) -> Any:
     return cast(
-        jax.random.exponential(_key(words), self.shape, wide(self.dtype)) / lambd, self.dtype
+        jax.random.exponential(_key(words), self.shape, wide(self.dtype)) / lambd,
+        self.dtype,
     )
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from jax import lax
 
-from .promotion import carried, cast, dims_of, result_dtype
+from .promotion import array_dtype, cast, dims_of, result_dtype
 from .registry import lowering
 
 
@@ -210,9 +210,13 @@ def as_strided_scatter(
 
 @lowering("tril_indices")
 def tril_indices(row: int, col: int, offset: int = 0, *, dtype: Any = torch.int64) -> Any:
-    return jnp.stack([jnp.asarray(x, carried(dtype)) for x in np.tril_indices(row, offset, col)])
+    return jnp.stack(
+        [jnp.asarray(x, array_dtype(dtype)) for x in np.tril_indices(row, offset, col)]
+    )
 
 
 @lowering("triu_indices")
 def triu_indices(row: int, col: int, offset: int = 0, *, dtype: Any = torch.int64) -> Any:
-    return jnp.stack([jnp.asarray(x, carried(dtype)) for x in np.triu_indices(row, offset, col)])
+    return jnp.stack(
+        [jnp.asarray(x, array_dtype(dtype)) for x in np.triu_indices(row, offset, col)]
+    )

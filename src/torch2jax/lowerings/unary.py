@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from jax import lax
 
-from .promotion import carried, cast, floating, is_float, is_inexact, kind, wide
+from .promotion import array_dtype, cast, category, floating, is_float, is_inexact, wide
 from .registry import lowering
 
 Fn = Callable[..., Any]
@@ -87,9 +87,9 @@ lowering("prims.cbrt")(unary(jnp.cbrt, True))
 
 @lowering("abs", "prims.abs")
 def abs_(self: Any) -> Any:
-    if kind(self.dtype) == 3:
+    if category(self.dtype) == 3:
         return _complex_abs(self)
-    return self if kind(self.dtype) == 0 else _abs(self)
+    return self if category(self.dtype) == 0 else _abs(self)
 
 
 @jax.custom_jvp
@@ -111,7 +111,7 @@ def _complex_abs(x: Any) -> Any:
 
 @lowering("angle")
 def angle(self: Any) -> Any:
-    if kind(self.dtype) == 3:
+    if category(self.dtype) == 3:
         zero = self == 0
         return jnp.where(zero, 0, jnp.angle(jnp.where(zero, 1, self)))
     x = cast(self, floating(self.dtype))
@@ -184,7 +184,7 @@ def nan_to_num(
 ) -> Any:
     if not is_inexact(self):
         return self
-    if kind(self.dtype) == 3:
+    if category(self.dtype) == 3:
         return lax.complex(
             nan_to_num(self.real, nan, posinf, neginf), nan_to_num(self.imag, nan, posinf, neginf)
         )
@@ -199,7 +199,7 @@ def frexp(self: Any) -> Any:
 
 @lowering("prims.convert_element_type")
 def convert_element_type(a: Any, dtype: torch.dtype) -> Any:
-    return cast(a, carried(dtype))
+    return cast(a, array_dtype(dtype))
 
 
 @lowering("clone", "prims.clone", "lift_fresh_copy", "alias_copy", "detach_copy", "resolve_conj")

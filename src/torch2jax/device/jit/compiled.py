@@ -18,14 +18,13 @@ import jax
 import torch
 from torch.utils import _pytree as torch_tree
 
-from ..._compat.torch import compiling
-from ..._conversions.cotangents import cotangents_of, gradient_of
-from ..._conversions.dtypes import dtype_j2t
 from ..._errors import Torch2JaxError
 from .. import random_streams
 from ..operators.constants import value_of
+from ..setup.changes_of_pytorch import compiling
 from ..tensors.tensor import Cell, Tensor, wrap, write
 from ..thread_state import lowering_scope
+from ..tracing.cotangents import cotangents_of, gradient_of
 from .captured import Watch, capturing
 
 __all__ = ["TENSOR", "CompiledCall", "Differentiable", "unflatten_result"]
@@ -71,23 +70,23 @@ class CompiledCall:
         return [x for x in found if x is not None and x.requires_grad and x.is_leaf]
 
     def here(self) -> CompiledCall:
-        """The plan for the leaves that have gradients now."""
+        """The compiled call for the leaves that have gradients now."""
         have = tuple((id(x), x.grad is not None) for x in self.living())
-        plan = self.others.get(have)
-        if plan is None:
-            plan = self
+        compiled = self.others.get(have)
+        if compiled is None:
+            compiled = self
             if self.others:
-                plan = CompiledCall(
+                compiled = CompiledCall(
                     self.fn, self.spec, self.statics, self.metas, dict(self.options)
                 )
-                plan.grad, plan.differentiable = self.grad, self.differentiable
-                plan.leaves = self.leaves
-            self.others[have] = plan
-        for i, ref in plan.of_grads:
+                compiled.grad, compiled.differentiable = self.grad, self.differentiable
+                compiled.leaves = self.leaves
+            self.others[have] = compiled
+        for i, ref in compiled.of_grads:
             leaf = ref()
             if leaf is not None and leaf.grad is not None:
-                plan.inputs[i] = leaf.grad._cell  # type: ignore[attr-defined]
-        return plan
+                compiled.inputs[i] = leaf.grad._cell  # type: ignore[attr-defined]
+        return compiled
 
     # --- the traced function
 
@@ -244,18 +243,16 @@ class Differentiable(torch.autograd.Function):
     """A compiled call whose derivative, compiled too, is JAX's."""
 
     @staticmethod
-    def forward(
-        ctx: Any, plan: CompiledCall, words: Any, inputs: Any, count: int, *tensors: Any
-    ) -> Any:  # type: ignore[override]
+    def forward(ctx: Any, compiled: CompiledCall, words: Any, count: int, *tensors: Any) -> Any:  # type: ignore[override]
         arrays = [x._cell.array if x._chain is None else x.jax() for x in tensors[:count]]
-        state = [c.array for c in plan.inputs]
-        results, new_state, made, ctx.pull = plan.pulled(arrays, state, words)
-        plan.finish(tensors[:count], new_state, made)
+        state = [c.array for c in compiled.inputs]
+        results, new_state, made, ctx.pull = compiled.pulled(arrays, state, words)
+        compiled.finish(tensors[:count], new_state, made)
         ctx.needs = [id(x._cell) for x in tensors[count:]]
-        ctx.order = [id(c) for c in plan.inputs]
-        ctx.avals = [(r.shape, r.dtype) for r in results]
+        ctx.order = [id(c) for c in compiled.inputs]
+        ctx.avals = [jax.ShapeDtypeStruct(r.shape, r.dtype) for r in results]
         ctx.count = count
-        dtypes = [dtype for mark, dtype in plan.out[1] if mark is TENSOR]
+        dtypes = [dtype for mark, dtype in compiled.out[1] if mark is TENSOR]
         outs = tuple(wrap(r, d) for r, d in zip(results, dtypes, strict=True))
         ctx.mark_non_differentiable(
             *[x for x in outs if not (x.is_floating_point() or x.is_complex())]
@@ -264,12 +261,6 @@ class Differentiable(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:  # type: ignore[override]
-        cotangents = cotangents_of([None if g is None else g.jax() for g in grads], ctx.avals)
-        by_argument, by_state = _pull(ctx.pull, cotangents)
+        by_argument, by_state = _pull(ctx.pull, cotangents_of(grads, ctx.avals))
         found = list(by_argument) + [by_state[ctx.order.index(i)] for i in ctx.needs]
-        return (None, None, None, None, *[_gradient(g) for g in found])
-
-
-def _gradient(cotangent: Any) -> Any:
-    gradient = gradient_of(cotangent)
-    return None if gradient is None else wrap(gradient, dtype_j2t(gradient.dtype))
+        return (None, None, None, *[gradient_of(g) for g in found])

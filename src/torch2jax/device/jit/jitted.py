@@ -37,7 +37,7 @@ class JittedFunction:
         self.__wrapped__ = fn
         self.__name__ = getattr(fn, "__name__", type(fn).__name__)
         self._module, self._options = module, options
-        self._plans: dict[Any, CompiledCall] = {}
+        self._compiled: dict[Any, CompiledCall] = {}
         self._cells: list[Cell] = []
         self._specs: dict[Any, Any] = {}
 
@@ -67,13 +67,13 @@ class JittedFunction:
         if self._module is not None:
             modes = tuple(m.training for m in self._module.modules())
             cells = [x._cell for x in self._module.parameters() if isinstance(x, Tensor)]
-            if cells != self._cells:  # other parameters than the plans know
-                self._plans, self._cells = {}, cells
+            if cells != self._cells:  # other parameters than the compiled calls know
+                self._compiled, self._cells = {}, cells
         marks = tuple(None if x is TENSOR else (type(x), x) for x in statics)
         cast = torch.is_autocast_enabled("jax") and torch.get_autocast_dtype("jax")
         key = (spec, marks, metas, modes, cast, torch.is_grad_enabled(), x64_enabled())
         try:
-            plan = self._plans.get(key)
+            compiled = self._compiled.get(key)
         except TypeError:
             kinds = ", ".join(sorted({type(x).__name__ for x in statics if not _is_hashable(x)}))
             raise SignatureError(
@@ -81,33 +81,37 @@ class JittedFunction:
                 f"selects a program by its value, which a {kinds} cannot: make arrays tensors by "
                 "device.tensor(array)."
             ) from None
-        if plan is None:
+        if compiled is None:
             options = dict(self._options)
-            plan = self._plans[key] = CompiledCall(self.__wrapped__, spec, statics, metas, options)
-        if not plan.ran:
+            compiled = self._compiled[key] = CompiledCall(
+                self.__wrapped__, spec, statics, metas, options
+            )
+        if not compiled.ran:
             with noting_leaves() as seen:
                 result = self.__wrapped__(*args, **kwargs)
-            plan.note(seen.living(), tensors)
-            plan.ran = True
+            compiled.note(seen.living(), tensors)
+            compiled.ran = True
             outs = [x for x in torch_tree.tree_leaves(result) if isinstance(x, torch.Tensor)]
-            plan.differentiable = any(x.requires_grad for x in outs)
+            compiled.differentiable = any(x.requires_grad for x in outs)
             return result
         arrays = [x._cell.array if x._chain is None else x.jax() for x in tensors]
-        plan = plan.here()
-        if not plan.ready:
-            plan.prepare(arrays)
-        words = random_streams.next_words() if plan.draws else random_streams.NO_WORDS
-        plan.check(tensors)
-        if plan.differentiable:
-            places = set(map(id, plan.inputs))
-            parameters = [x for x in plan.living() if id(x._cell) in places]
-            outs = Differentiable.apply(plan, words, None, len(tensors), *tensors, *parameters)
-            return unflatten_result(plan.out, outs)
-        results, new_state, made = plan.jitted(arrays, [c.array for c in plan.inputs], words)
-        plan.finish(tensors, new_state, made)
-        dtypes = [dtype for mark, dtype in plan.out[1] if mark is TENSOR]
+        compiled = compiled.here()
+        if not compiled.ready:
+            compiled.prepare(arrays)
+        words = random_streams.next_words() if compiled.draws else random_streams.NO_WORDS
+        compiled.check(tensors)
+        if compiled.differentiable:
+            places = set(map(id, compiled.inputs))
+            parameters = [x for x in compiled.living() if id(x._cell) in places]
+            outs = Differentiable.apply(compiled, words, len(tensors), *tensors, *parameters)
+            return unflatten_result(compiled.out, outs)
+        results, new_state, made = compiled.jitted(
+            arrays, [c.array for c in compiled.inputs], words
+        )
+        compiled.finish(tensors, new_state, made)
+        dtypes = [dtype for mark, dtype in compiled.out[1] if mark is TENSOR]
         outs = [wrap(r, d) for r, d in zip(results, dtypes, strict=True)]
-        return unflatten_result(plan.out, outs)
+        return unflatten_result(compiled.out, outs)
 
 
 def jit(fn: Any, **options: Any) -> Any:

@@ -53,7 +53,11 @@ def _find(func: Any) -> Callable[[Any, Any], Any]:
         return ViewOperator(func)
     if _makes_views(func) and func._can_decompose():
         return lambda args, kwargs: func.decompose(*args, **kwargs)
-    return Operator(func)
+    op = Operator(func)
+    if not op.route.returns_values:
+        return op
+    decomposition = op.route.decomposition
+    return lambda args, kwargs: decomposition(*args, **kwargs)
 
 
 def _makes_views(func: Any) -> bool:
@@ -88,15 +92,15 @@ def _describe(func: Any) -> Any:
     op = operator_of(func)
     if type(op) is ViewOperator:
         return op, (True, (), {}, False)
-    if type(op) is not Operator or not op.compiles or op.route.random:
+    if type(op) is not Operator or not op.repeats:
         return op, None
     route = op.route
     named = dict(zip(route.names, route.scalars, strict=True))
     return op, (False, tuple(route.scalars), named, route.writes_several)
 
 
-def _plan(op: Operator | ViewOperator, args: Any, kwargs: Any) -> Any:
-    return op.plan(args, kwargs)
+def _replay(op: Operator | ViewOperator, args: Any, kwargs: Any) -> Any:
+    return op.replay(args, kwargs)
 
 
 def _may_write(x: Tensor, op: Operator) -> None:
@@ -113,7 +117,7 @@ dispatch = eager_dispatch(
     constants=(torch.dtype, torch.layout, torch.memory_format),
     situation=_situation,
     describe=_describe,
-    replay=_plan,
+    replay=_replay,
     array=jax.numpy.asarray,
     may_write=_may_write,
     inference=torch.is_inference_mode_enabled,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from ..tensors.tensor import Tensor, captures, from_torch, wrap
 from ..thread_state import state
 
 __all__ = [
-    "Slot", "cells_of", "fill", "flatten", "foreign", "items_meet", "note_read", "template"
+    "Slot", "cells_of", "fill", "from_other_device", "items_meet", "note_read", "read_argument"
 ]  # fmt: skip
 
 
@@ -25,29 +26,39 @@ class Slot:
         self.index = index
 
 
-def flatten(x: Any, operands: list[Any], key: list[Any], scalars: bool) -> None:
-    """Append the operands in ``x`` to ``operands``, and to ``key`` all that selects a program."""
+_slot = functools.cache(Slot)
+
+
+def read_argument(x: Any, operands: list[Any], key: list[Any], takes_numbers: bool) -> Any:
+    """The template of one argument: ``x`` with a slot in the place of each operand.
+
+    The operands in ``x`` are appended to ``operands``, and all that selects a program to ``key``.
+    The extension reads eager calls in the same way (cpp/device/eager_key.cc), and a test holds it
+    to this function.
+    """
     t = type(x)
     if t is Tensor:
         operands.append(x)
         chain = x._chain
-        key += (_kind(x), None if chain is None else chain.pattern, x.dtype)
-    elif t is float or t is int:
-        if scalars and (t is float or -(2**31) <= x < 2**31):
+        key += (_rank(x), None if chain is None else chain.pattern, x.dtype)
+        return _slot(len(operands) - 1)
+    if t is float or t is int:
+        if takes_numbers and (t is float or -(2**31) <= x < 2**31):
             operands.append(x)
             key.append(t)
-        else:  # 0.0 == -0.0, and NaN is not equal to itself
-            key += (t, repr(x) if t is float else x)
-    elif t is list or t is tuple or isinstance(x, list | tuple):
+            return _slot(len(operands) - 1)
+        key += (t, repr(x) if t is float else x)  # 0.0 == -0.0, and NaN is not equal to itself
+        return x
+    if isinstance(x, list | tuple):
         key += (list, len(x))
-        for y in x:
-            flatten(y, operands, key, scalars)
-    elif isinstance(x, torch.Tensor):
-        x = foreign(x)
+        return [read_argument(y, operands, key, takes_numbers) for y in x]
+    if isinstance(x, torch.Tensor):
+        x = from_other_device(x)
         operands.append(x)
-        key += (_kind(x), None, x.dtype)
-    else:
-        key += (t, x)
+        key += (_rank(x), None, x.dtype)
+        return _slot(len(operands) - 1)
+    key += (t, x)
+    return x
 
 
 def cells_of(operands: Sequence[Any]) -> list[int]:
@@ -58,7 +69,7 @@ def cells_of(operands: Sequence[Any]) -> list[int]:
     ]
 
 
-def _kind(x: torch.Tensor) -> str:
+def _rank(x: torch.Tensor) -> str:
     """Of tensors without dimensions dtypes are promoted in another way."""
     return "tensor" if x.ndim else "number"
 
@@ -84,21 +95,6 @@ def items_meet(lists: Sequence[Sequence[Any]]) -> bool:
     return False
 
 
-def template(x: Any, count: list[int], scalars: bool) -> Any:
-    """The arguments with a slot for each operand, in the order of ``flatten``."""
-    t = type(x)
-    if (
-        isinstance(x, torch.Tensor)
-        or (t is float and scalars)
-        or (t is int and scalars and -(2**31) <= x < 2**31)
-    ):
-        count[0] += 1
-        return Slot(count[0] - 1)
-    if isinstance(x, list | tuple):
-        return [template(y, count, scalars) for y in x]
-    return x
-
-
 def fill(x: Any, values: Sequence[Any]) -> Any:
     if type(x) is Slot:
         return values[x.index]
@@ -107,7 +103,7 @@ def fill(x: Any, values: Sequence[Any]) -> Any:
     return x
 
 
-def foreign(x: torch.Tensor) -> Tensor:
+def from_other_device(x: torch.Tensor) -> Tensor:
     """A tensor of another device: a number, or with ``lower=True`` a constant."""
     if isinstance(x, Tensor):
         return x
@@ -116,7 +112,7 @@ def foreign(x: torch.Tensor) -> Tensor:
             f"Expected all tensors to be on the same device, got one on {x.device} of type "
             f"{type(x).__name__} beside one on jax:0."
         )
-    if x.ndim and not (state.lowering or state.foreign):
+    if x.ndim and not (state.lowering or state.other_devices):
         raise RuntimeError(
             "Expected all tensors to be on the same device, but found at least two devices, jax:0 "
             f'and {x.device}. Move the other one: tensor.to("jax").'

@@ -22,13 +22,16 @@ from ...lowerings.vision import SHAPES_DEPEND_ON_VALUES
 from ..tensors.tensor import Tensor, from_torch, wrap
 from ..thread_state import state
 from .constants import value_of
-from .operands import cells_of, fill, template
+from .operands import cells_of, fill
 from .route import Route
 
 __all__ = ["NoDecompositionHere", "OperatorProgram"]
 
 _PYTHON = {bool: torch.bool, int: torch.int64, float: torch.float32, complex: torch.complex64}
 _IGNORED = ("layout", "pin_memory", "memory_format", "non_blocking")
+
+
+_WAYS = {"native": "_lowered", "decomposed": "_decomposed", "bridge": "_bridged"}
 
 
 class NoDecompositionHere(Exception):
@@ -38,25 +41,25 @@ class NoDecompositionHere(Exception):
 class OperatorProgram:
     """A function of the arrays of the operands' cells; in-place writes are part of it.
 
+    ``args`` and ``kwargs`` are templates: they have a ``Slot`` in the place of each operand.
     ``patterns`` (of their chains) and ``dtypes`` are those of the operands, None for numbers; what
     is a view comes as ``Chain.operand`` has it. ``mutated`` says which operands are written to;
     ``torch_dtypes`` are those of the results, known once it has run.
     """
 
     def __init__(self, route: Route, args: Any, kwargs: Any, operands: Sequence[Any]) -> None:
-        count = [0]
-        self.route = route
-        self.args = [template(a, count, s) for a, s in zip(args, route.scalars, strict=False)]
-        self.kwargs = {k: template(a, count, route.scalar(k)) for k, a in kwargs.items()}
+        self.route, self.args, self.kwargs = route, args, kwargs
         tensors = [x if type(x) is Tensor else None for x in operands]
         chains = [None if t is None else t._chain for t in tensors]
         self.patterns = [None if c is None else c.pattern for c in chains]
         self.dtypes = [t.dtype if t is not None else None for t in tensors]
+        self.has_tensors = any(t is not None for t in tensors)
         self.mutated = route.written(self.args, self.kwargs)
         self.outs = set(self.mutated if route.to_outs else ())
         self.cells = cells_of(operands)
         self.views_written = [slot for slot in self.mutated if chains[slot] is not None]
         self.torch_dtypes: list[torch.dtype] = []
+        self._way = getattr(self, _WAYS[route.kind])
         self.jitted = jax.jit(self.run)
 
     def values(self, arrays: Sequence[Any]) -> list[Any]:
@@ -101,13 +104,7 @@ class OperatorProgram:
 
     def _results(self, values: list[Any], key: Any) -> tuple[Any, list[Any]]:
         route = self.route
-        new = None
-        if route.kind == "native":
-            out = self._native(values, key)
-        elif route.kind == "decomposed":
-            out, new = self._decomposed(values)
-        else:
-            out, new = self._bridged(values)
+        out, new = self._way(values, key)
         if new is not None:
             return out, new
         if not route.mutable:
@@ -125,7 +122,7 @@ class OperatorProgram:
         kwargs = {k: fill(v, values) for k, v in self.kwargs.items() if k not in self.route.drop}
         return [fill(a, values) for a in self.args], kwargs
 
-    def _native(self, values: list[Any], key: Any) -> Any:
+    def _lowered(self, values: list[Any], key: Any) -> tuple[Any, None]:
         lowered = self.route.lowered
         args, kwargs = self._arguments(values)
         given = {k: v for k, v in kwargs.items() if k not in _IGNORED and k != "device"}
@@ -138,9 +135,9 @@ class OperatorProgram:
             kinds = [str(jax.typeof(v)) for v, d in zip(values, self.dtypes, strict=True) if d]
             raise RuntimeError(f"{self.route.func} of {', '.join(kinds)}: {error}") from error
         self.torch_dtypes = self._dtypes_of(out, args, kwargs, values)
-        return out
+        return out, None
 
-    def _decomposed(self, values: list[Any]) -> tuple[Any, list[Any] | None]:
+    def _decomposed(self, values: list[Any], key: Any) -> tuple[Any, list[Any] | None]:
         """Through a function of tensors, here tensors that hold the values."""
         route = self.route
         tensors = [v if d is None else wrap(v, d) for v, d in zip(values, self.dtypes, strict=True)]
@@ -165,7 +162,7 @@ class OperatorProgram:
             return (None if route.returns_mutated else arrays), new
         return arrays, None
 
-    def _bridged(self, values: list[Any]) -> tuple[Any, list[Any] | None]:
+    def _bridged(self, values: list[Any], key: Any) -> tuple[Any, list[Any] | None]:
         """The operator itself, on PyTorch's own tensors."""
         route, pure = self.route, self.route.pure
         spots = [i for i, d in enumerate(self.dtypes) if d is not None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -70,9 +71,11 @@ class Route:
     def scalar(self, name: str) -> bool:
         return self.scalars[self.names.index(name)]
 
-    def to_bridge(self) -> None:
-        """For this operator from now on; a mixture would need a program for each."""
-        self.kind, self.decomposition = "bridge", None
+    def bridged(self) -> Route:
+        """The same operator by PyTorch's own kernel."""
+        other = copy.copy(self)
+        other.kind, other.decomposition, other.returns_values = "bridge", None, False
+        return other
 
     def written(self, args: Any, kwargs: Any) -> list[int]:
         """The operands that are written to, by the template of the arguments."""

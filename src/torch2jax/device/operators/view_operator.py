@@ -13,7 +13,7 @@ from ...lowerings.views import OTHER_ELEMENTS, OTHER_VALUES
 from ..tensors.tensor import Tensor, captures, wrap_view
 from ..tensors.view_chains import ROOT
 from ..thread_state import state
-from .operands import foreign
+from .operands import from_other_device
 
 __all__ = ["ViewOperator"]
 
@@ -40,7 +40,7 @@ class ViewOperator:
             with torch.inference_mode(False):  # a view of an ordinary tensor is one
                 return self(args, kwargs)
         if type(x) is not Tensor:
-            return self.func(foreign(x), *args[1:], **kwargs)
+            return self.func(from_other_device(x), *args[1:], **kwargs)
         if captures:
             for capture in captures:
                 capture.seen(x)
@@ -52,7 +52,7 @@ class ViewOperator:
                 chain = (chain or ROOT).then(x.shape, self.func, ())
             start: Any = x.storage_offset()
             return wrap_view(x, chain, x.dtype, x.shape, x.stride(), start)
-        key = self._key(x, args, kwargs)
+        key = self.key(x, args, kwargs)
         found = self.known.get(key)
         if found is None:
             if len(self.known) > 16384:
@@ -62,20 +62,20 @@ class ViewOperator:
             return [wrap_view(x, *where) for where in found]
         return wrap_view(x, *found)
 
-    def _key(self, x: Tensor, args: Any, kwargs: Any) -> tuple[Any, ...]:
+    def key(self, x: Tensor, args: Any, kwargs: Any) -> tuple[Any, ...]:
         rest = tuple(map(_frozen, args[1:])) if self.takes_lists else args[1:]
         if kwargs:
             rest = self._positional(rest, kwargs)
         stride: Any = x.stride()
         return x._chain, x.dtype, x.shape, stride, x.storage_offset(), rest
 
-    def plan(self, args: Any, kwargs: Any) -> Any:
-        """How calls like this one, which has been made, are repeated: see ``dispatch``."""
+    def replay(self, args: Any, kwargs: Any) -> Any:
+        """How the extension repeats calls like this one, which has been made: see ``dispatch``."""
         x = args[0]
         if self.plain:
             found: Any = (x._chain, x.dtype, x.shape, x.stride(), x.storage_offset())
         else:
-            found = self.known.get(self._key(x, args, kwargs))
+            found = self.known.get(self.key(x, args, kwargs))
         several = type(found) is list
         return None if found is None else (x._chain, tuple(found), several)
 

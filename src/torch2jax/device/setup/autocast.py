@@ -1,16 +1,14 @@
-"""Mixed precision: casts in front of PyTorch's own lists of operators, and ``GradScaler``."""
+"""Mixed precision: casts in front of PyTorch's own lists of operators."""
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 
 from ..tensors.tensor import AUTOCAST
-from ..thread_state import state
 
-__all__ = ["register_autocast", "scale_gradients"]
+__all__ = ["register_autocast"]
 
 # PyTorch's lists for CUDA: what gains from half precision, and what needs float32.
 _LOWER = (
@@ -57,24 +55,6 @@ def register_autocast() -> list[Any]:
             if op is not None:
                 library.impl(name, make(op), "AutocastPrivateUse1")
     return [rest, library]
-
-
-def scale_gradients() -> None:
-    """Let ``GradScaler`` compute the inverse of its scale in float32 where there is no float64.
-
-    Its scale is a power of two unless the user chose another, whose inverse float32 has exactly.
-    """
-    original = torch.amp.GradScaler.unscale_
-
-    @functools.wraps(original)
-    def unscale_(self: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> None:
-        before, state.float64_is_float32 = state.float64_is_float32, True
-        try:
-            original(self, optimizer)
-        finally:
-            state.float64_is_float32 = before
-
-    torch.amp.GradScaler.unscale_ = unscale_
 
 
 def _is_float(x: Any) -> bool:

@@ -9,7 +9,7 @@ import torch
 from .. import random_streams
 
 
-class _Module:
+class DeviceModule:
     """What PyTorch asks a device for: ``torch.jax``."""
 
     def is_available(self) -> bool:

@@ -1,4 +1,7 @@
-"""Makes "jax" a PyTorch device: once, for the process, with no change for other tensors."""
+"""Makes "jax" a PyTorch device, once, for the process.
+
+Other tensors are computed as before. What changes in PyTorch itself: see ``changes_of_pytorch``.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,13 @@ from typing import Any
 
 import torch
 
-from ..._compat.torch import allow_foreach, foreach_types, set_up_device
+from ..._compat.torch import set_up_device
 from ..._errors import Torch2JaxError
 from ..operators.composites import register_composites
 from ..tensors import methods
-from ..tensors.tensor import Tensor
-from . import generator, modules
-from .autocast import register_autocast, scale_gradients
-from .device_module import _Module
+from .autocast import register_autocast
+from .changes_of_pytorch import change_pytorch
+from .device_module import DeviceModule
 from .factories import register_factories
 from .loading import register_loading
 
@@ -22,6 +24,7 @@ __all__ = ["enable", "is_enabled"]
 
 _lock = threading.Lock()
 _libraries: list[Any] = []
+"""Registrations of kernels, which last as long as these objects; none before ``enable``."""
 
 
 def is_enabled() -> bool:
@@ -39,8 +42,10 @@ def enable() -> None:
     """Make "jax" a PyTorch device, for this process. Calling it again does nothing.
 
     Afterwards ``torch.randn(3, device="jax")``, ``.to("jax")``, ``with torch.device("jax"):`` and
-    whatever else takes a device work, on the device that JAX computes on. Other tensors are as
-    before: there is no mode.
+    whatever else takes a device work, on the device that JAX computes on. Other tensors are
+    computed as before: there is no mode. PyTorch gives all tensors and modules the methods of a
+    named device, ``x.jax()``, ``x.is_jax`` and ``module.jax()``, and its own device "lazy" cannot
+    be used in the same process.
 
     Raises:
         Torch2JaxError: another library has taken PyTorch's one place for a device of a library;
@@ -60,17 +65,9 @@ def enable() -> None:
             raise Torch2JaxError(
                 f"PyTorch has place for one device from outside, and {taken!r} has taken it."
             )
-        set_up_device("jax", _Module())
-        _libraries.append(register_factories())
-        _libraries.append(register_autocast())
-        _libraries.append(register_composites())
+        set_up_device("jax", DeviceModule())
+        libraries = [register_factories(), *register_autocast(), register_composites()]
         methods.install()
-        modules.keep_ties()
-        generator.install()
-        scale_gradients()
+        change_pytorch()
         register_loading()
-        allow_foreach("lazy")  # as which C++ knows the device
-        # Optimizers take their multi-tensor form for these types of parameters only.
-        for types in foreach_types():
-            if Tensor not in types:
-                types.append(Tensor)
+        _libraries.extend(libraries)

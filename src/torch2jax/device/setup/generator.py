@@ -13,7 +13,7 @@ import torch
 
 from ..tensors.tensor import only_one
 
-__all__ = ["install"]
+__all__ = ["Generator"]
 
 _original: Any = torch._C.Generator
 
@@ -37,6 +37,7 @@ class _IsGenerator(type(_original)):
 
 class Generator(_original, metaclass=_IsGenerator):
     __doc__ = _original.__doc__
+    __module__ = "torch"  # where programs find it
 
     @property
     def device(self) -> torch.device:
@@ -48,16 +49,7 @@ class Generator(_original, metaclass=_IsGenerator):
         return new
 
     def __reduce__(self) -> Any:
-        return _restored, (self.get_state(),)
+        return torch.Generator, ("jax",), self.get_state()
 
-
-def _restored(state: torch.Tensor) -> Any:
-    new = Generator("jax")
-    new.set_state(state)
-    return new
-
-
-def install() -> None:
-    """Put it where programs look; generators of other devices are made as before."""
-    Generator.__module__ = "torch"
-    torch.Generator = Generator
+    def __setstate__(self, state: torch.Tensor) -> None:
+        self.set_state(state)

@@ -8,6 +8,7 @@ caller's thread without a guard. Kernels are registered for both keys.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import warnings
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ..._compat.jax import ArrayImpl, get_opaque_trace_state, trace_state_clean
 from ..._conversions.convert import j2t, t2j
 from ..._errors import Torch2JaxError
-from ...lowerings.promotion import carried
+from ...lowerings.promotion import array_dtype
 from .view_chains import Chain
 
 __all__ = [
@@ -87,7 +88,7 @@ class Tensor(torch.Tensor):
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
-        return device_of(self)
+        return _device()
 
     def jax(self) -> jax.Array:
         """The JAX array of this tensor's values; a copy only where the tensor is a view.
@@ -107,13 +108,9 @@ def only_one(device: Any) -> None:
         )
 
 
-_JAX: list[torch.device] = []
-
-
-def device_of(x: Tensor) -> torch.device:
-    if not _JAX:
-        _JAX.append(torch.device("jax", 0))
-    return _JAX[0]
+@functools.cache
+def _device() -> torch.device:
+    return torch.device("jax", 0)
 
 
 def wrap(array: Any, dtype: torch.dtype, recipe: Any = None) -> Tensor:
@@ -199,7 +196,7 @@ def refuse_overlap(t: Tensor, fills: bool) -> None:
 
 def from_torch(x: torch.Tensor) -> Any:
     """The array of a tensor that is not on device "jax": a copy, 64-bit integers checked."""
-    carried(x.dtype)
+    array_dtype(x.dtype)
     x = x.detach()
     if x.layout is not torch.strided:
         x = x.to_dense()

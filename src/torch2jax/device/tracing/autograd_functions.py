@@ -22,6 +22,7 @@ from torch.utils.checkpoint import CheckpointFunction
 from ..._compat.torch import custom_function_base
 from .. import random_streams
 from ..operators.constants import value_of
+from ..setup.changes_of_pytorch import custom_apply
 from ..tensors.tensor import Tensor, wrap
 
 __all__ = ["differentiable_by_jax"]
@@ -32,32 +33,20 @@ class _Active(threading.local):
 
 
 _active = _Active()
-_lock = threading.Lock()
-_traces = [0]
-"""Traces under way, on all threads."""
 
 
 @contextlib.contextmanager
 def differentiable_by_jax() -> Iterator[None]:
     """While ``fn`` is traced on this thread, ``apply`` of autograd functions is ours.
 
-    PyTorch's ``apply`` of Python ends in one of C++, found through a base class; for the time of a
-    trace ours is found before it, also by an ``apply`` that was looked up earlier. Other threads go
-    past it, and after the last trace nothing is left.
+    Other threads go past it.
     """
-    with _lock:
-        _traces[0] += 1
-        if _traces[0] == 1:
-            custom_function_base.apply = classmethod(_apply)
-    _active.depth += 1
-    try:
-        yield
-    finally:
-        _active.depth -= 1
-        with _lock:
-            _traces[0] -= 1
-            if _traces[0] == 0:
-                del custom_function_base.apply
+    with custom_apply(_apply):
+        _active.depth += 1
+        try:
+            yield
+        finally:
+            _active.depth -= 1
 
 
 def _plain(cls: Any, *args: Any, **kwargs: Any) -> Any:

@@ -12,8 +12,8 @@ from jax.core import Tracer
 from ...._compat.jax import trace_state_clean
 from ....lowerings.registry import TABLE, DataDependentShape
 from ...tensors.tensor import Tensor, read, wrap
-from ...thread_state import foreign_allowed
-from ..operands import foreign
+from ...thread_state import other_devices_allowed
+from ..operands import from_other_device
 from .table import aten, ordinary_way, special
 
 # --- masks as indices ----------------------------------------------------------------------------
@@ -26,7 +26,7 @@ def _without_masks(x: Tensor, indices: Any, what: str) -> list[Any]:
         if index is None:
             found.append(None)
             continue
-        index = foreign(index) if type(index) is not Tensor else index
+        index = from_other_device(index) if type(index) is not Tensor else index
         if index.dtype in (torch.bool, torch.uint8):
             if isinstance(read(index), Tracer):
                 raise DataDependentShape(what)
@@ -68,8 +68,8 @@ def _beside(x: Any) -> Any:
     """An index may be on the CPU, as it may beside CUDA tensors."""
     if type(x) is Tensor:
         return x
-    with foreign_allowed():
-        return foreign(x)
+    with other_devices_allowed():
+        return from_other_device(x)
 
 
 def index_put(func: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from ...._errors import Torch2JaxError
 from ....lowerings.promotion import cast
 from ...tensors.tensor import (
     Tensor,
-    carried,
+    array_dtype,
     from_torch,
     only_one,
     to_torch,
@@ -19,10 +20,9 @@ from ...tensors.tensor import (
     write,
 )
 from ...thread_state import state
-from ..operator import Operator
 from .changes import in_place_view
 from .indices import index_put
-from .table import aten, special
+from .table import aten, ordinary_way, special
 
 
 def _is_ours(device: Any) -> bool:
@@ -42,7 +42,7 @@ def _to_copy(args: Any, kwargs: Any) -> Any:
     if _is_ours(device):
         only_one(device)
     if type(x) is not Tensor:
-        return wrap(cast(from_torch(x), carried(dtype)), dtype)
+        return wrap(cast(from_torch(x), array_dtype(dtype)), dtype)
     if _is_ours(device):
         return _cast(x, dtype)
     if torch.device(device).type == "meta":
@@ -50,16 +50,19 @@ def _to_copy(args: Any, kwargs: Any) -> Any:
     return to_torch(x, f"to({device})").to(device=device, dtype=dtype)
 
 
-_astype: list[Any] = []
+@functools.cache
+def _convert_element_type() -> Any:
+    import torch._prims
+
+    return torch.ops.prims.convert_element_type.default
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Any:
-    carried(dtype)
-    if not _astype:
-        import torch._prims
+    array_dtype(dtype)
+    return _convert_element_type()(x, dtype)
 
-        _astype.append(torch.ops.prims.convert_element_type.default)
-    return _astype[0](x, dtype)
+
+_copy_on_jax = ordinary_way(aten.copy_.default)
 
 
 @special(aten.copy_.default)
@@ -82,16 +85,7 @@ def _copy_(args: Any, kwargs: Any) -> Any:
             write(target, value._cell.array)
             return target
         source = value
-    return _copy_op(target, source)
-
-
-_copy_op_cache: list[Any] = []
-
-
-def _copy_op(target: Tensor, source: Tensor) -> Any:
-    if not _copy_op_cache:
-        _copy_op_cache.append(Operator(aten.copy_.default))
-    return _copy_op_cache[0]((target, source), {})
+    return _copy_on_jax((target, source), {})
 
 
 @special(aten.lift_fresh.default, aten.lift.default)

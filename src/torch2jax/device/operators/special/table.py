@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -28,11 +29,5 @@ aten = torch.ops.aten
 
 def ordinary_way(func: Any) -> Any:
     """The ordinary way of an operator that also has a handler."""
-    op: list[Any] = []
-
-    def call(args: Any, kwargs: Any) -> Any:
-        if not op:
-            op.append(Operator(func))
-        return op[0](args, kwargs)
-
-    return call
+    op = functools.cache(lambda: Operator(func))  # when first called: lowerings may come later
+    return lambda args, kwargs: op()(args, kwargs)

@@ -1,0 +1,69 @@
+"""What an operator returns: results as tensors, and new arrays in the cells it has written to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import torch
+
+from ..._compat.jax import ArrayImpl
+from ..tensors.tensor import Tensor, replace, wrap
+from .constants import keep_recipe
+from .program import OperatorProgram
+
+__all__ = ["of_arrays", "of_cells"]
+
+
+def of_cells(
+    program: OperatorProgram, operands: list[Any], out: Any, cells: list[Any], recipes: bool
+) -> Any:
+    """The result after a compiled program, which gives new arrays of the ``cells`` it writes to.
+
+    With ``recipes`` a trace is under way: what is large is noted with how it was made.
+    """
+    for slot, array in zip(program.mutated, cells, strict=True):
+        x = operands[slot]
+        if x._chain is None and slot in program.outs:
+            replace(x, array)
+        else:
+            x._cell.renew(array)
+    made: list[Tensor] = []
+    result = _returned(program, operands, out, made)
+    if recipes and not cells:
+        keep_recipe(made, program, operands)
+    return result
+
+
+def of_arrays(program: OperatorProgram, operands: list[Any], out: Any, new: list[Any]) -> Any:
+    """The result after ``compute``, which gives ``new`` values of what is written to."""
+    for slot, value in zip(program.mutated, new, strict=True):
+        replace(operands[slot], value)
+    return _returned(program, operands, out, [])
+
+
+def _returned(program: OperatorProgram, operands: list[Any], out: Any, made: list[Tensor]) -> Any:
+    """What the operator returns; new tensors are appended to ``made``."""
+    route = program.route
+    if program.mutated:
+        n = route.returns
+        if not n:
+            return None
+        if route.returns_mutated:  # of what is written to, the first
+            found = [operands[slot] for slot in program.mutated]
+            return found[0] if n == 1 else tuple(found[:n])
+    return _tensors(out, program.torch_dtypes, made)
+
+
+def _tensors(out: Any, dtypes: Sequence[torch.dtype], made: list[Tensor]) -> Any:
+    """Results as tensors, in the structure in which they come."""
+    if out is None:
+        return None
+    if isinstance(out, list | tuple):
+        found = [_tensors(x, dtypes, made) for x in out]
+        return found if type(out) is list else tuple(found)
+    if type(out) is not ArrayImpl and not isinstance(out, jax.Array):
+        out = jax.numpy.asarray(out)
+    made.append(wrap(out, dtypes[min(len(made), len(dtypes) - 1)]))
+    return made[-1]

@@ -1,0 +1,168 @@
+"""How a program is carried out: each program gets its runner when it is made.
+
+``run`` carries out a call where nothing is traced. ``trace`` carries out one that becomes part of
+the trace under way, which all programs do in one way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import torch
+
+from ..._compat.jax import trace_state_clean
+from ...lowerings.registry import DataDependentShape
+from ..tensors.tensor import Tensor, ValueNeeded, read_cell
+from ..thread_state import state
+from . import results
+from .constants import value_of
+from .program import NoDecompositionHere, OperatorProgram
+
+__all__ = ["Call", "Compiled", "Decomposed", "Runner", "StepByStep", "Uncompiled"]
+
+
+@dataclass(slots=True)
+class Call:
+    """One call of an operator; ``arrays`` are what its program takes for the operands."""
+
+    args: Any
+    kwargs: Any
+    operands: list[Any]
+    arrays: list[Any]
+    words: Any = None
+    """The words of the key of an operator that draws random numbers."""
+
+
+class Runner(ABC):
+    """Carries out calls of ``op`` that have the program ``program``."""
+
+    __slots__ = ("op", "program")
+
+    def __init__(self, op: Any, program: OperatorProgram) -> None:
+        self.op, self.program = op, program
+
+    @abstractmethod
+    def run(self, call: Call) -> Any:
+        """The result of a call where nothing is traced."""
+
+    def trace(self, call: Call) -> Any:
+        """The result of a call that becomes part of the trace under way."""
+        program, operands = self.program, call.operands
+        values = [value_of(x) if type(x) is Tensor else x for x in operands]
+        out, new = program.compute(values, call.words)
+        if state.lowering and not torch.is_grad_enabled():
+            out = jax.tree.map(jax.lax.stop_gradient, out)
+            new = [_unseen(values[s], x) for s, x in zip(program.mutated, new, strict=True)]
+        return results.of_arrays(program, operands, out, new)
+
+
+class Compiled(Runner):
+    """One cached ``jax.jit`` function, of an operator that has a lowering."""
+
+    __slots__ = ("constant",)
+
+    def __init__(self, op: Any, program: OperatorProgram) -> None:
+        super().__init__(op, program)
+        self.constant = not (program.route.random or program.has_tensors)
+        """Whether the result depends on Python values alone."""
+
+    def run(self, call: Call) -> Any:
+        program = self.program
+        if trace_state_clean():
+            out, cells = program.jitted(*call.arrays)
+            return results.of_cells(program, call.operands, out, cells, False)
+        with jax.ensure_compile_time_eval():
+            if self.constant:  # it is soon made, and a compilation takes some 20 ms
+                out, cells = program.run(*call.operands)
+            else:
+                out, cells = program.jitted(*call.arrays)
+        return results.of_cells(program, call.operands, out, cells, True)
+
+
+class Uncompiled(Runner):
+    """No program: the shapes of the results depend on values, or PyTorch's own kernel runs."""
+
+    __slots__ = ()
+
+    def run(self, call: Call) -> Any:
+        operands = call.operands
+        with jax.ensure_compile_time_eval():
+            values = [read_cell(x, x._cell.array) if type(x) is Tensor else x for x in operands]
+            out, new = self.program.compute(values, None)
+        return results.of_arrays(self.program, operands, out, new)
+
+
+class Decomposed(Runner):
+    """A compiled program of a decomposition. What it cannot do changes the way of the operator."""
+
+    __slots__ = ()
+
+    def run(self, call: Call) -> Any:
+        try:
+            return self._compiled(call)
+        except (ValueNeeded, DataDependentShape):
+            if self.program.route.mutable:
+                raise
+            further = self._step_by_step
+        except NoDecompositionHere:
+            further = self._by_bridge
+        return further(call)
+
+    def trace(self, call: Call) -> Any:
+        try:
+            return super().trace(call)
+        except NoDecompositionHere:
+            pass
+        return self._by_bridge(call)
+
+    def _compiled(self, call: Call) -> Any:
+        before, state.compiling = state.compiling, True
+        clean = trace_state_clean()
+        try:
+            with _NOTHING if clean else jax.ensure_compile_time_eval():
+                out, cells = self.program.jitted(*call.arrays)
+        finally:
+            state.compiling = before
+        return results.of_cells(self.program, call.operands, out, cells, not clean)
+
+    def _step_by_step(self, call: Call) -> Any:
+        """From now on without compiling, in eager mode."""
+        self.op.run_by(StepByStep)
+        return StepByStep(self.op, self.program).run(call)
+
+    def _by_bridge(self, call: Call) -> Any:
+        """From now on by PyTorch's own kernel; a mixture would need a program for each."""
+        self.op.route = self.program.route.bridged()
+        self.op.run_by(Uncompiled)
+        return self.op.carry_out(call.args, call.kwargs)
+
+
+class StepByStep(Decomposed):
+    """A decomposition that looks at values: in eager mode its operators are called one by one."""
+
+    __slots__ = ()
+
+    def run(self, call: Call) -> Any:
+        try:
+            return self.program.route.decomposition(*call.args, **call.kwargs)
+        except NoDecompositionHere:
+            pass
+        return self._by_bridge(call)
+
+
+_NOTHING = contextlib.nullcontext()
+
+
+@jax.custom_jvp
+def _unseen(old: Any, new: Any) -> Any:
+    """The values of a write under ``no_grad``: the derivative is still that of the old ones."""
+    return new
+
+
+@_unseen.defjvp
+def _unseen_jvp(primals: Any, tangents: Any) -> Any:
+    return primals[1], tangents[0]

@@ -1,0 +1,177 @@
+"""Everything that this package changes in PyTorch itself, and why.
+
+PyTorch cannot let go of a device, and tensors of one may live as long as the process, so these
+changes stay. ``change_pytorch`` makes them. Other tensors are computed as before.
+
+- ``torch.Generator``: PyTorch makes generators of a device in C++ alone, so a subclass makes those
+  of device jax. For all other devices it makes PyTorch's own.
+- ``nn.Module._apply``: a parameter that two modules share would become two on its way to device
+  jax. Modules that do not touch device jax are converted as before.
+- ``GradScaler.unscale_``: it computes in float64, which JAX may have switched off. For tensors on
+  device jax float32 takes its place.
+- The devices and types of ``foreach``: without ours in PyTorch's lists, optimizers and the clipping
+  of gradients would take one parameter at a time.
+- The name of the device (``set_up_device`` in the compat file): with it PyTorch gives all tensors
+  ``x.jax()`` and ``x.is_jax``, and all modules ``module.jax()``.
+- The device "lazy": C++ knows our tensors by that name (NOTE [The wrapper's C++ device is lazy]),
+  so PyTorch's own lazy tensors cannot be used in the same process.
+
+These changes last while a function is traced, and are undone after it.
+
+- ``autograd.Function.apply``: a derivative of the user's own must become one of JAX's. Other
+  threads go past ours to PyTorch's.
+- ``torch.compiler.is_compiling()``: PyTorch's own checks would ask for values. PyTorch has one flag
+  for all threads, so other threads see it too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.utils import _foreach_utils
+
+from ..._compat.torch import custom_function_base, foreach_types
+from ..tensors.tensor import LAZY, Tensor
+from ..thread_state import state
+from .generator import Generator
+
+__all__ = ["change_pytorch", "compiling", "custom_apply"]
+
+
+def change_pytorch() -> None:
+    """Make the changes that stay."""
+    torch.Generator = Generator
+    _keep_ties()
+    _scale_without_float64()
+    _allow_foreach()
+
+
+# --- Module._apply -------------------------------------------------------------------------------
+
+
+class _Moves(threading.local):
+    """While a module is converted on this thread: the new parameter of each old one."""
+
+    def __init__(self) -> None:
+        self.depth = 0
+        self.made: dict[torch.Tensor, torch.nn.Parameter] = {}
+
+
+_moves = _Moves()
+
+
+def _keep_ties() -> None:
+    """Let ``Module._apply`` make one parameter of one, where it goes to device jax or comes back.
+
+    PyTorch moves a parameter by ``param.data = moved`` where both are of one kind, as for CUDA. To
+    device jax each module makes a new parameter of its own, and what was tied would be two. What
+    does not touch device jax is converted as before.
+    """
+    convert: Callable[..., Any] = torch.nn.Module._apply
+
+    @functools.wraps(convert)
+    def apply(self: torch.nn.Module, fn: Any, recurse: bool = True) -> Any:
+        before = dict(self._parameters)
+        _moves.depth += 1  # a module converts its parts by this method
+        try:
+            result = convert(self, fn, recurse)
+            for name, old in before.items():
+                new = self._parameters[name]
+                if old is None or new is None or new is old:
+                    continue
+                if type(old) is Tensor or type(new) is Tensor:
+                    self._parameters[name] = _moves.made.setdefault(old, new)
+            return result
+        finally:
+            _moves.depth -= 1
+            if not _moves.depth:
+                _moves.made.clear()
+
+    torch.nn.Module._apply = apply
+
+
+# --- GradScaler ----------------------------------------------------------------------------------
+
+
+def _scale_without_float64() -> None:
+    """Let ``GradScaler`` compute the inverse of its scale in float32 where there is no float64.
+
+    Its scale is a power of two unless the user chose another, whose inverse float32 has exactly.
+    """
+    original = torch.amp.GradScaler.unscale_
+
+    @functools.wraps(original)
+    def unscale_(self: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> None:
+        before, state.float64_is_float32 = state.float64_is_float32, True
+        try:
+            original(self, optimizer)
+        finally:
+            state.float64_is_float32 = before
+
+    torch.amp.GradScaler.unscale_ = unscale_
+
+
+# --- several tensors at a time -------------------------------------------------------------------
+
+
+def _allow_foreach() -> None:
+    """Let optimizers and the clipping of gradients take our tensors several at a time.
+
+    PyTorch keeps a function that lists devices, and lists of the types of tensors.
+    """
+    devices = _foreach_utils._get_foreach_kernels_supported_devices
+    _foreach_utils._get_foreach_kernels_supported_devices = lambda: [*devices(), LAZY.type]
+    for types in foreach_types():
+        if Tensor not in types:
+            types.append(Tensor)
+
+
+# --- while a function is traced ------------------------------------------------------------------
+
+_lock = threading.Lock()
+_applying: list[Any] = []
+"""One entry for each trace under way, on all threads."""
+_compiling: list[bool] = []
+"""PyTorch's flag as it was, once for each trace under way."""
+
+
+@contextlib.contextmanager
+def custom_apply(apply: Callable[..., Any]) -> Iterator[None]:
+    """While ``autograd.Function.apply`` is ``apply(cls, *args, **kwargs)``, on all threads.
+
+    PyTorch's ``apply`` of Python ends in one of C++, found through a base class; for the time of a
+    trace ours is found before it, also by an ``apply`` that was looked up earlier. After the last
+    trace nothing is left.
+    """
+    with _lock:
+        if not _applying:
+            custom_function_base.apply = classmethod(apply)
+        _applying.append(apply)
+    try:
+        yield
+    finally:
+        with _lock:
+            _applying.pop()
+            if not _applying:
+                del custom_function_base.apply
+
+
+@contextlib.contextmanager
+def compiling() -> Iterator[None]:
+    """While ``torch.compiler.is_compiling()``, so that PyTorch's own code asks for no values.
+
+    PyTorch has one flag for all threads.
+    """
+    with _lock:
+        _compiling.append(torch.compiler._is_compiling_flag)
+        torch.compiler._is_compiling_flag = True
+    try:
+        yield
+    finally:
+        with _lock:
+            torch.compiler._is_compiling_flag = _compiling.pop()
