@@ -25,7 +25,7 @@ from torch2jax import (
     device,
     torch2jax,
 )
-from torch2jax.device import registration
+from torch2jax.device.setup import enable
 
 X = np.arange(1, 5, dtype=np.float32)
 
@@ -665,7 +665,7 @@ def test_a_torch_that_is_too_old_for_the_device(monkeypatch: pytest.MonkeyPatch)
     """PyTorch before 2.10 lacks what the device is made with; from a newer one it is taken away here."""
     maker = "torch.utils.backend_registration._setup_privateuseone_for_python_backend"
     monkeypatch.delattr(maker, raising=False)
-    monkeypatch.setattr(registration, "_libraries", [])
+    monkeypatch.setattr(enable, "_libraries", [])
     for use in (device.enable, lambda: torch2jax(torch.sin, lower=True)(X)):
         with pytest.raises(Torch2JaxError, match=r"needs PyTorch 2\.10 or later"):
             use()

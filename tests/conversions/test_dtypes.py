@@ -13,7 +13,8 @@ import torch
 from conversion_values import NAMES, numpy_dtype
 from harness import precision
 
-from torch2jax import SignatureError, UnsupportedDtypeError, _dtypes, dtype_j2t, dtype_t2j
+from torch2jax import SignatureError, UnsupportedDtypeError, dtype_j2t, dtype_t2j
+from torch2jax._conversions import dtypes
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -50,10 +51,10 @@ def test_spellings_of_numpy(spelling: Any, expected: torch.dtype) -> None:
 def test_canonical_is_what_jax_makes_of_it(name: str, x64: bool) -> None:
     with precision(x64):
         assert (
-            _dtypes.canonical(getattr(torch, name))
+            dtypes.canonical(getattr(torch, name))
             == jnp.asarray(np.zeros(3, numpy_dtype(name))).dtype
         )
-        assert _dtypes.x64_enabled() is x64
+        assert dtypes.x64_enabled() is x64
 
 
 UNKNOWN_TO_JAX = [

@@ -25,7 +25,8 @@ from conversion_values import (
 )
 from harness import precision
 
-from torch2jax import _dtypes, j2t, t2j
+from torch2jax import j2t, t2j
+from torch2jax._conversions import dtypes
 
 
 class Annotated(torch.Tensor):
@@ -122,7 +123,7 @@ def test_t2j_shares_every_dtype(name: str, x64: bool) -> None:
     with precision(x64):
         if not x64 and name in NEEDS_X64:
             return  # refused: test_values_both_ways
-        by_uint8 = name in FLOAT8 and _dtypes._float8_carrier(tensor.dtype) is not None
+        by_uint8 = name in FLOAT8 and dtypes._float8_carrier(tensor.dtype) is not None
         assert shares(t2j(tensor), tensor) is not (by_uint8 or (name == "int64" and not x64))
 
 
@@ -141,12 +142,12 @@ def test_float8_is_shared_where_dlpack_has_it_and_copied_where_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     tensor = torch_values("float8_e5m2")
-    monkeypatch.setattr(_dtypes, "_float8_carrier", lambda dtype: None)
+    monkeypatch.setattr(dtypes, "_float8_carrier", lambda dtype: None)
     with contextlib.suppress(
         RuntimeError
     ):  # an older torch: float8 types are not supported by dlpack
         assert shares(t2j(tensor), tensor)
-    monkeypatch.setattr(_dtypes, "_float8_carrier", lambda dtype: torch.uint8)
+    monkeypatch.setattr(dtypes, "_float8_carrier", lambda dtype: torch.uint8)
     array = t2j(tensor)
     assert not shares(array, tensor)
     assert not shares(array, j2t(array))
@@ -157,7 +158,7 @@ def test_j2t_shares_every_dtype(name: str) -> None:
     with precision(True):
         array = jnp.asarray(numpy_values(name))
         tensor = j2t(array)
-    by_uint8 = name in FLOAT8 and _dtypes._float8_carrier(tensor.dtype) is not None
+    by_uint8 = name in FLOAT8 and dtypes._float8_carrier(tensor.dtype) is not None
     assert shares(array, tensor) is not by_uint8
 
 

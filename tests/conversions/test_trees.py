@@ -19,13 +19,12 @@ from torch2jax import (
     SignatureError,
     Torch2JaxError,
     UnsupportedDtypeError,
-    _convert,
-    _dtypes,
     j2t,
     t2j,
     tree_j2t,
     tree_t2j,
 )
+from torch2jax._conversions import convert, dtypes
 
 # --- trees ---------------------------------------------------------------------------------------
 
@@ -103,7 +102,7 @@ def test_errors_in_a_tree_name_the_leaf() -> None:
 def test_examples_in_docstrings_run() -> None:
     with precision(False):
         examples = {"jnp": jnp}
-        results = [doctest.testmod(m, extraglobs=examples) for m in (_convert, _dtypes)]
+        results = [doctest.testmod(m, extraglobs=examples) for m in (convert, dtypes)]
     assert sum(result.attempted for result in results) >= 14
     assert not any(result.failed for result in results)
 

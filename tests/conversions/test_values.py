@@ -12,7 +12,8 @@ import torch
 from conversion_values import NAMES, NEEDS_X64, check_tensor, numpy_values, torch_values
 from harness import precision
 
-from torch2jax import UnsupportedDtypeError, _dtypes, j2t, t2j
+from torch2jax import UnsupportedDtypeError, j2t, t2j
+from torch2jax._conversions import dtypes
 
 NARROW = {"int64": "int32", "uint64": "uint32", "float64": "float32", "complex128": "complex64"}
 
@@ -31,7 +32,7 @@ SHAPES = [(4, 6), (), (0,), (3, 0, 2), (1, 1, 5)]
 def float8_route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As the installed torch and jax do it, and as if their DLPack did not know float8."""
     if request.param:
-        monkeypatch.setattr(_dtypes, "_float8_carrier", lambda dtype: torch.uint8)
+        monkeypatch.setattr(dtypes, "_float8_carrier", lambda dtype: torch.uint8)
     return
 
 

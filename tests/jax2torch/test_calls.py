@@ -22,11 +22,11 @@ from torch2jax import (
     SignatureError,
     Torch2JaxError,
     UnsupportedDtypeError,
-    _transfer,
     jax2torch,
     t2j,
     torch2jax,
 )
+from torch2jax._jax2torch import transfer
 
 Pair = namedtuple("Pair", ["a", "b"])
 
@@ -149,7 +149,7 @@ def test_what_is_not_plain_goes_through_t2j(monkeypatch: pytest.MonkeyPatch) -> 
     class Mine(torch.Tensor):
         pass
 
-    monkeypatch.setattr(_transfer, "_array", other)
+    monkeypatch.setattr(transfer, "_array", other)
     dense = torch.randn(4, 4)
     plain = [
         *(dense, dense.requires_grad_(), torch.nn.Parameter(dense.detach()), torch.tensor(2.0)),
@@ -166,7 +166,7 @@ def test_what_is_not_plain_goes_through_t2j(monkeypatch: pytest.MonkeyPatch) -> 
         ),
         *(torch.ones(3, dtype=torch.complex64).conj(), torch.ones(3, dtype=torch.int64)),
     ]
-    arrays, n_tensors, on_cpu = _transfer.to_arrays([*plain, 2.0, None, *others], False)
+    arrays, n_tensors, on_cpu = transfer.to_arrays([*plain, 2.0, None, *others], False)
     first = len(plain) + 2
     assert asked == list(range(first, first + len(others)))
     assert n_tensors == len(plain) + len(others)
@@ -182,9 +182,9 @@ def test_what_is_not_plain_goes_through_t2j(monkeypatch: pytest.MonkeyPatch) -> 
             assert shared == (any(x is p for p in plain) or type(x) is Mine)
     asked.clear()
     with precision(True):
-        _, _, on_cpu = _transfer.to_arrays([torch.ones(3, dtype=torch.int64)], True)
+        _, _, on_cpu = transfer.to_arrays([torch.ones(3, dtype=torch.int64)], True)
     assert not asked
-    assert _transfer.to_arrays([1.0], False) == ([1.0], 0, False)
+    assert transfer.to_arrays([1.0], False) == ([1.0], 0, False)
 
 
 def test_static_arguments() -> None:
@@ -308,15 +308,15 @@ def test_shape_errors_are_jax_own() -> None:
 
 def test_arguments_are_not_copied() -> None:
     x = torch.ones(1 << 20)
-    (array,), _, on_cpu = _transfer.to_arrays([x], False)
+    (array,), _, on_cpu = transfer.to_arrays([x], False)
     assert array.unsafe_buffer_pointer() == x.data_ptr()
     assert on_cpu
-    (tensor,) = _transfer.to_tensors([array], frozenset({array.dtype}), on_cpu)
+    (tensor,) = transfer.to_tensors([array], frozenset({array.dtype}), on_cpu)
     assert tensor.data_ptr() == x.data_ptr()
 
 
 def imported(x: torch.Tensor) -> jax.Array:
-    return _transfer.to_arrays([x], False)[0][0]
+    return transfer.to_arrays([x], False)[0][0]
 
 
 def test_a_leaf_is_imported_once() -> None:
