@@ -34,7 +34,7 @@ __all__ = [
 
 
 NO_WORDS = np.zeros(2, np.uint32)
-"""In the place of the words of a key, for what draws nothing."""
+"""A program that draws nothing takes these in the place of the words of a key."""
 
 
 class Stream:
@@ -83,7 +83,7 @@ def initial_seed() -> int:
 
 
 def _ensure_seeded() -> None:
-    if not _state["seeded"]:  # as torch's own generators: from its seed
+    if not _state["seeded"]:  # torch's own generators start from its seed too
         seed(torch.initial_seed())
 
 
@@ -122,7 +122,7 @@ def next_words(generator: torch.Generator | None = None) -> Any:
 
 
 def next_words_if_any() -> Any:
-    """The same; None in a traced function without a key."""
+    """``next_words``, or None in a traced function without a key."""
     missing = _streams.stack[-1] is None if _streams.stack else not trace_state_clean()
     return None if missing else next_words()
 

@@ -212,7 +212,7 @@ def shard_module(
 
 
 class _large_are_traced:
-    """While what factories make is computed in the program that is being traced, where large."""
+    """In this scope the traced program computes the large results of factories itself."""
 
     def __enter__(self) -> None:
         self.before, state.factories_traced = state.factories_traced, True

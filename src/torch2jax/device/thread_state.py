@@ -1,4 +1,4 @@
-"""What is under way on this thread: a trace whose derivatives JAX takes, a decomposition."""
+"""The state of a thread: whether a trace, a decomposition or a report is under way."""
 
 from __future__ import annotations
 
@@ -11,16 +11,26 @@ __all__ = ["lowering_scope", "other_devices_allowed", "state"]
 
 
 class _State(threading.local):
-    lowering = 0  # inside torch2jax(..., lower=True), whose derivatives are JAX's
-    constants: Any = None  # tensors of other devices that the trace under way has met
-    other_devices = 0  # where tensors of other devices may stand beside ours
-    events: Any = None  # what a report notes
-    composite = 0  # inside a decomposition
-    active: tuple[Any, ...] = ()  # the operators whose decompositions are under way
-    factories_traced = False  # large results of operators without operands are tracers
-    watches = 0  # modes of our own around what is compiled
-    compiling = False  # a decomposition for eager mode
-    float64_is_float32 = False  # without x64: a cast to float64 gives float32
+    lowering = 0
+    """How many scopes of ``lower=True``, where JAX takes the derivatives, are entered."""
+    constants: Any = None
+    """Tensors of other devices that the trace under way has met."""
+    other_devices = 0
+    """How many scopes are entered where tensors of other devices may stand beside ours."""
+    events: Any = None
+    """The ``Events`` that a report collects."""
+    composite = 0
+    """How many decompositions are under way."""
+    active: tuple[Any, ...] = ()
+    """The operators whose decompositions are under way."""
+    factories_traced = False
+    """Whether large results of operators without operands are tracers."""
+    watches = 0
+    """How many dispatch modes of our own are entered."""
+    compiling = False
+    """Whether a decomposition is compiled for eager mode."""
+    float64_is_float32 = False
+    """Whether a cast to float64 gives float32 while x64 is off."""
 
 
 state = _State()
@@ -28,7 +38,7 @@ state = _State()
 
 @contextlib.contextmanager
 def lowering_scope() -> Iterator[None]:
-    """While PyTorch code runs on tracers whose derivatives JAX takes."""
+    """In this scope PyTorch code runs on tracers, and JAX takes the derivatives."""
     before, state.constants = state.constants, {}
     state.lowering += 1
     try:
@@ -40,7 +50,7 @@ def lowering_scope() -> Iterator[None]:
 
 @contextlib.contextmanager
 def other_devices_allowed() -> Iterator[None]:
-    """While tensors of other devices may be operands."""
+    """In this scope tensors of other devices may be operands."""
     state.other_devices += 1
     try:
         yield

@@ -156,7 +156,7 @@ def linspace(start: Any, end: Any, steps: int, *, dtype: Any = None, **_: Any) -
 
 
 def _between(start: Any, end: Any, steps: int, dtype: Any) -> Any:
-    """From both ends to the middle; for integers the ends are integers, the steps are not."""
+    """Computed from both ends to the middle. For integers the ends are integers, steps are not."""
     compute = jnp.result_type(float) if category(dtype) < 2 else wide(dtype)
     rounded = category(dtype) < 2 or steps > 1  # as PyTorch has it
     ends = [cast(x, dtype) if rounded else x for x in (start, end)]

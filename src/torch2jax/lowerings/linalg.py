@@ -80,7 +80,10 @@ def linear(input: Any, weight: Any, bias: Any = None) -> Any:
 
 @lowering("linear_backward")
 def linear_backward(self: Any, grad_output: Any, weight: Any, output_mask: Any) -> Any:
-    """Of x, W and b in y = x W^T + b: None for what is not asked for, whose factor may be None."""
+    """The gradients of x, W and b in y = x W^T + b, None for those that are not asked for.
+
+    An operand that none of the wanted gradients needs may be None.
+    """
     needs_input, needs_weight, needs_bias = output_mask
     d_input = d_weight = d_bias = None
     if needs_input:
@@ -99,7 +102,7 @@ def _rows(x: Any) -> Any:
 
 @lowering("matmul_backward")
 def matmul_backward(grad: Any, self: Any, other: Any, mask: Any) -> Any:
-    """Of both operands, added up where one was broadcast; None where it is not asked for."""
+    """The gradients of both operands, summed where one was broadcast; None if not asked for."""
     _, pull = jax.vjp(_product, self, other)
     # PyTorch's gradients of complex values are the conjugates of JAX's.
     found = [jnp.conj(g) for g in pull(jnp.conj(grad))]

@@ -173,7 +173,7 @@ def vector_norm(
 
 
 def norm(x: Any, ord: float, axes: tuple[int, ...], keepdim: bool = False) -> Any:
-    """Of the sizes of ``x`` along axes. Where a derivative is infinite or undefined it is 0."""
+    """The norm of ``|x|`` along axes. Where its derivative is infinite or undefined it is 0."""
     size = abs_(x)
     if ord == float("inf"):
         return jnp.max(size, axes, keepdims=keepdim)

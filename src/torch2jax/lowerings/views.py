@@ -101,7 +101,7 @@ def slice_of(
     end: int | None = None,
     step: int = 1,
 ) -> tuple[int, int, int, int]:
-    """Of a slice of a tensor of this size: dimension, start, number of elements, step."""
+    """A slice of a tensor of this size as (dimension, start, number of elements, step)."""
     part = _bounds(size[dim], start, end, step)
     return dim, part.start, len(range(part.start, part.stop, step)), step
 
@@ -140,7 +140,7 @@ def _select_at_back(x: Any, value: Any, start: Any, dim: int) -> Any:
 
 
 def _span(x: Any, start: Any, dim: int, count: int, step: int) -> Any:
-    """From the first element of a slice to its last one."""
+    """All elements from a slice's first one to its last one."""
     return jax.lax.dynamic_slice_in_dim(x, start, (count - 1) * step + 1, dim)
 
 
@@ -210,7 +210,7 @@ def _unfold(x: Any, dim: int, size: int, step: int) -> Any:
 def _as_strided(
     x: Any, size: Sequence[int], stride: Sequence[int], offset: int | None = None
 ) -> Any:
-    """Of a whole cell, whose array is in row-major order."""
+    """A view by strides of a whole cell, whose array is in row-major order."""
     places = np.full(size, offset or 0, dtype=np.int32)
     for k, (n, s) in enumerate(zip(size, stride, strict=True)):
         places += (np.arange(n, dtype=np.int32) * s).reshape(-1, *[1] * (len(size) - k - 1))

@@ -1,4 +1,4 @@
-"""What a function uses that is not among its arguments, found while it runs or is traced.
+"""Finds the tensors that a function uses without getting them as arguments.
 
 NOTE [What a compiled function closes over]. A PyTorch function reads and writes tensors that are
 not among its arguments: a module's parameters, an optimizer's state. While it is traced, memory
@@ -53,7 +53,7 @@ class Leaves:
 
 
 class Capture(Leaves):
-    """What one trace reads, writes and makes. Belongs to the thread that traces."""
+    """The memory that one trace reads, writes and makes, on the thread that traces."""
 
     def __init__(self, inputs: Sequence[Cell]) -> None:
         super().__init__()

@@ -30,7 +30,7 @@ from .captured import Watch, capturing
 __all__ = ["TENSOR", "CompiledCall", "Differentiable", "unflatten_result"]
 
 TENSOR = object()
-"""In the place of a tensor in a tree."""
+"""It stands in the place of a tensor in a tree."""
 
 
 class CompiledCall:

@@ -1,4 +1,4 @@
-"""What a trace embeds as a constant, and what it makes again inside the program.
+"""A trace embeds small constants, and makes large ones again inside the program.
 
 NOTE [Constants of a trace].
 

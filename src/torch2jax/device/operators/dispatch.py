@@ -1,4 +1,4 @@
-"""``Tensor.__torch_dispatch__``: which of our objects carries out an operator.
+"""``Tensor.__torch_dispatch__`` finds the object that carries out an operator.
 
 The extension has the call first, and repeats by itself what has been done before in eager mode: see
 NOTE [Repeated calls] in ``cpp/device/eager.h``. It asks the functions here.
@@ -31,8 +31,8 @@ _ops: dict[Any, Callable[[Any, Any], Any]] = {}
 
 
 def operator_of(func: Any) -> Callable[[Any, Any], Any]:
-    """What carries out an operator: ``(args, kwargs) -> result``."""
-    ops = _ops  # which may be forgotten meanwhile
+    """The object that carries out an operator, called as ``(args, kwargs) -> result``."""
+    ops = _ops  # another thread may forget them meanwhile
     op = ops.get(func)
     if op is None:
         op = ops[func] = _find(func)
@@ -71,7 +71,7 @@ def _makes_views(func: Any) -> bool:
 
 
 _UNSAID = {"atleast_1d", "atleast_2d", "atleast_3d", "broadcast_tensors", "meshgrid"}
-"""Those whose schema does not say so."""
+"""The results of these may be views, although their schemas do not say so."""
 
 
 # --- what the extension asks ---------------------------------------------------------------------
@@ -80,7 +80,10 @@ _situations: dict[Any, Any] = {}
 
 
 def _situation() -> Any:
-    """What programs depend on beside arguments; None while calls are looked at one by one."""
+    """An object for all that programs depend on beside their arguments.
+
+    None says that Python has to look at each call.
+    """
     if captures or not trace_state_clean() or state.lowering or state.events is not None:
         return None
     now = x64_enabled(), torch.get_default_dtype()
@@ -88,7 +91,7 @@ def _situation() -> Any:
 
 
 def _describe(func: Any) -> Any:
-    """Python's way of an operator; of one whose calls are repeated what tells them apart."""
+    """The object that carries out an operator, and how to tell its calls apart, or None."""
     op = operator_of(func)
     if type(op) is ViewOperator:
         return op, (True, (), {}, False)

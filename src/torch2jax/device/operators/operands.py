@@ -1,4 +1,4 @@
-"""The operands of a call: tensors and numbers, apart from the template of its other arguments."""
+"""Reads a call: its operands (tensors and numbers), and a template of its other arguments."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def read_argument(x: Any, operands: list[Any], key: list[Any], takes_numbers: bo
 
 
 def cells_of(operands: Sequence[Any]) -> list[int]:
-    """For each operand the first one with the same memory."""
+    """For each operand the place of the first one with the same memory."""
     first: dict[int, int] = {}
     return [
         first.setdefault(id(x._cell if type(x) is Tensor else x), i) for i, x in enumerate(operands)
@@ -70,7 +70,7 @@ def cells_of(operands: Sequence[Any]) -> list[int]:
 
 
 def _rank(x: torch.Tensor) -> str:
-    """Of tensors without dimensions dtypes are promoted in another way."""
+    """PyTorch promotes dtypes in another way for tensors without dimensions."""
     return "tensor" if x.ndim else "number"
 
 
@@ -134,7 +134,7 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def note_read(operands: Sequence[Any]) -> None:
-    """What ``device.jit`` traces sees memory from before as an input, not as a constant."""
+    """Tell ``device.jit``, for which memory from before a trace is an input, not a constant."""
     for x in operands:
         if type(x) is Tensor:
             for capture in captures:

@@ -34,7 +34,7 @@ class Operator:
         self.route = Route(func)
         self._runners: dict[Any, Runner] = {}
         self._runner_type = _runner_type(self.route)
-        # Of what takes a device, these alone read the values of tensors.
+        # Among the operators with a device argument, only these read values of tensors.
         self._reads_ends = func._opname in ("linspace", "logspace")
         self._in_lists = self.route.writes_several and "::_foreach" in func.name()
 
@@ -107,7 +107,7 @@ class Operator:
         return runner.trace(call) if traced else runner.run(call)
 
     def read(self, args: Any, kwargs: Any) -> tuple[Any, list[Any], list[Any], dict[str, Any]]:
-        """What selects the program of a call, its operands, and the templates of its arguments."""
+        """The key of a call's program, its operands, and the templates of its arguments."""
         route = self.route
         operands: list[Any] = []
         key: list[Any] = [x64_enabled(), torch.get_default_dtype()]
@@ -120,7 +120,7 @@ class Operator:
             if name != "generator":
                 key.append(name)
                 named[name] = read_argument(a, operands, key, route.scalar(name))
-        if route.writes_several:  # which may be views of one cell
+        if route.writes_several:  # operands may be views of one cell
             key += cells_of(operands)
         return tuple(key), operands, template, named
 

@@ -1,4 +1,4 @@
-"""What an operator does for arguments of one kind: a function of arrays, by one of three ways."""
+"""A program is what an operator does for arguments of one kind, as a function of arrays."""
 
 from __future__ import annotations
 
@@ -222,7 +222,7 @@ class OperatorProgram:
         return [narrow if d is torch.int32 else d for d in found]
 
     def _asked(self, values: Any) -> list[torch.dtype] | None:
-        """What PyTorch says of the dtypes of the results, asked with meta tensors."""
+        """The dtypes of the results, which PyTorch is asked for with meta tensors."""
         metas = [
             v if d is None else torch.empty(v.shape, dtype=d, device="meta")
             for v, d in zip(values, self.dtypes, strict=True)

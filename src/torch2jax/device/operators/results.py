@@ -1,4 +1,4 @@
-"""What an operator returns: results as tensors, and new arrays in the cells it has written to."""
+"""An operator's results become tensors, and the cells it has written to get their new arrays."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ def of_arrays(program: OperatorProgram, operands: list[Any], out: Any, new: list
 
 
 def _returned(program: OperatorProgram, operands: list[Any], out: Any, made: list[Tensor]) -> Any:
-    """What the operator returns; new tensors are appended to ``made``."""
+    """The operator's return value. New tensors are appended to ``made`` as well."""
     route = program.route
     if program.mutated:
         n = route.returns
         if not n:
             return None
-        if route.returns_mutated:  # of what is written to, the first
+        if route.returns_mutated:  # the first of the operands that are written to
             found = [operands[slot] for slot in program.mutated]
             return found[0] if n == 1 else tuple(found[:n])
     return _tensors(out, program.torch_dtypes, made)

@@ -1,4 +1,4 @@
-"""Which way an operator goes, found once: its lowering, a decomposition, or the bridge."""
+"""The way of an operator is found once: its lowering, a decomposition, or the bridge."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ __all__ = ["Route"]
 
 aten = torch.ops.aten
 _FILLS = (aten.fill_.Scalar, aten.fill_.Tensor, aten.zero_.default)
-"""They write the same everywhere: the only ones that may write to an element twice."""
+"""Only these may write to an element twice, because they write the same value everywhere."""
 
 
 class Route:
-    """What is known of an operator, and which way it goes.
+    """The way of an operator, and all that its schema says.
 
     ``target`` is the operator that is computed: where ``func`` writes to its arguments, the one of
     the same meaning that does not, without the arguments ``drop``; ``pure`` says that there is one.
@@ -61,7 +61,7 @@ class Route:
             self.decomposition = found
         which = self.lowered.scalars if self.lowered is not None else False
         self.scalars = [which if type(which) is bool else n in which for n in self.names]
-        """Of each argument whether numbers in it are operands."""
+        """For each argument, whether numbers in it are operands."""
         self.random = self.lowered is not None and self.lowered.random
         # A result that is a Python value is read from tensors: there is nothing to compile.
         self.returns_values = self.kind == "decomposed" and any(

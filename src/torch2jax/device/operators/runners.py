@@ -84,7 +84,7 @@ class Compiled(Runner):
 
 
 class Uncompiled(Runner):
-    """No program: the shapes of the results depend on values, or PyTorch's own kernel runs."""
+    """Nothing is compiled: shapes of results depend on values, or PyTorch's own kernel runs."""
 
     __slots__ = ()
 
@@ -97,7 +97,7 @@ class Uncompiled(Runner):
 
 
 class Decomposed(Runner):
-    """A compiled program of a decomposition. What it cannot do changes the way of the operator."""
+    """A compiled program of a decomposition. Where it fails, the operator goes another way."""
 
     __slots__ = ()
 
@@ -130,12 +130,15 @@ class Decomposed(Runner):
         return results.of_cells(self.program, call.operands, out, cells, not clean)
 
     def _step_by_step(self, call: Call) -> Any:
-        """From now on without compiling, in eager mode."""
+        """Carry out this call and all further ones of the operator without compiling."""
         self.op.run_by(StepByStep)
         return StepByStep(self.op, self.program).run(call)
 
     def _by_bridge(self, call: Call) -> Any:
-        """From now on by PyTorch's own kernel; a mixture would need a program for each."""
+        """Carry out this call and all further ones by PyTorch's own kernel.
+
+        A mixture of both would need a program for each.
+        """
         self.op.route = self.program.route.bridged()
         self.op.run_by(Uncompiled)
         return self.op.carry_out(call.args, call.kwargs)

@@ -89,7 +89,7 @@ class ViewOperator:
         blurs = self.func in OTHER_ELEMENTS and base.overlaps(size, stride)
 
         def further(where: Any, index: int | None = None) -> Any:
-            if where == here and self.func not in OTHER_VALUES:  # what the operand sees: no step
+            if where == here and self.func not in OTHER_VALUES:  # the operand sees the same
                 return (chain, *where)
             step = base.then(size, self.func, rest, index)
             step.blurred = step.blurred or blurs

@@ -1,1 +1,1 @@
-"""What ``device.enable()`` registers with PyTorch."""
+"""``device.enable()`` makes "jax" a PyTorch device by what stands here."""

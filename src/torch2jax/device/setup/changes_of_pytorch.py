@@ -55,7 +55,7 @@ def change_pytorch() -> None:
 
 
 class _Moves(threading.local):
-    """While a module is converted on this thread: the new parameter of each old one."""
+    """The new parameter of each old one while this thread converts a module."""
 
     def __init__(self) -> None:
         self.depth = 0
@@ -142,7 +142,7 @@ _compiling: list[bool] = []
 
 @contextlib.contextmanager
 def custom_apply(apply: Callable[..., Any]) -> Iterator[None]:
-    """While ``autograd.Function.apply`` is ``apply(cls, *args, **kwargs)``, on all threads.
+    """In this scope ``autograd.Function.apply`` is ``apply(cls, *args, **kwargs)``, on all threads.
 
     PyTorch's ``apply`` of Python ends in one of C++, found through a base class; for the time of a
     trace ours is found before it, also by an ``apply`` that was looked up earlier. After the last
@@ -163,9 +163,9 @@ def custom_apply(apply: Callable[..., Any]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def compiling() -> Iterator[None]:
-    """While ``torch.compiler.is_compiling()``, so that PyTorch's own code asks for no values.
+    """In this scope ``torch.compiler.is_compiling()`` is True.
 
-    PyTorch has one flag for all threads.
+    PyTorch's own code then asks for no values. The flag is one for all threads.
     """
     with _lock:
         _compiling.append(torch.compiler._is_compiling_flag)

@@ -1,4 +1,4 @@
-"""``torch.jax``: the module of functions that PyTorch asks of every device."""
+"""``torch.jax`` has the functions that PyTorch expects of every device."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from .. import random_streams
 
 
 class DeviceModule:
-    """What PyTorch asks a device for: ``torch.jax``."""
+    """The functions of ``torch.jax``."""
 
     def is_available(self) -> bool:
-        # What asks whether an accelerator is there wants to pin memory for it (DataLoader).
+        # DataLoader would pin memory for an accelerator that is available.
         return False
 
     def is_initialized(self) -> bool:

@@ -26,7 +26,7 @@ def register_factories() -> Any:
 
 
 def _copy_from(source: Any, target: Any, non_blocking: bool = False) -> Any:
-    """As which ``torch.tensor(data, device="jax")`` moves its data, past ``__torch_dispatch__``."""
+    """``torch.tensor(data, device="jax")`` moves its data by it, past ``__torch_dispatch__``."""
     return dispatch.dispatch(torch.ops.aten.copy_.default, (), (target, source))
 
 

@@ -169,7 +169,7 @@ def _block(self: Tensor) -> Tensor:
 
 
 class _NoInnerTensors:
-    """What PyTorch asks a tensor of tensors for; torch.compile does before it wraps an operand."""
+    """``torch.compile`` asks an operand for its inner tensors before it wraps it."""
 
     def __get__(self, instance: Any, owner: Any) -> Any:
         from torch._guards import TracingContext

@@ -47,7 +47,7 @@ make = torch.Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
 
 _serials = itertools.count()
 captures: list[Any] = []
-"""What ``device.jit`` is tracing, on all threads; see ``jitted``."""
+"""The traces of ``device.jit`` under way, on all threads; see ``captured``."""
 
 
 def note_born(cell: Cell) -> None:
@@ -71,7 +71,7 @@ class Cell:
             note_born(self)
 
     def renew(self, array: Any) -> None:
-        """After a write."""
+        """Put in what a write has made."""
         self.array, self.recipe = array, None
         self.version += 1
 
@@ -162,7 +162,7 @@ def write(t: Tensor, value: Any) -> None:
 
 
 def replace(t: Tensor, value: Any) -> None:
-    """``write``, of what may have another shape where it goes to an ``out=``."""
+    """``write`` a value that may have another shape, as an ``out=`` takes it."""
     if value.shape == t.shape:
         write(t, value)
         return

@@ -111,7 +111,7 @@ class Chain:
         self._used = False
         self._overlaps: bool | None = None
         self.blurred = False
-        """Values of another kind, of elements that are seen several times: a part cannot be set."""
+        """Whether it sees elements several times as other values, so that no part can be set."""
         self._next: dict[Any, Chain] = {}
 
     def get(self, array: Any) -> Any:
@@ -121,7 +121,7 @@ class Chain:
         return _set(self.steps, array, value)
 
     def operand(self, array: Any) -> Any:
-        """What the programs of the pattern take for this view of an array."""
+        """The operand of the pattern's programs for this view of an array."""
         if self.starts is None:
             return array
         if self._starts_on_device is not None:
@@ -207,7 +207,7 @@ def _set(steps: tuple[Step, ...], array: Any, value: Any) -> Any:
 
 def _set_elements(steps: tuple[Step, ...], array: Any, value: Any) -> Any:
     if any(step.op not in SETTERS for step in steps):
-        # What lies between may see an element several times (unfold), and what is written does not.
+        # A step (unfold) may see an element several times, even if the whole view does not.
         return scatter(lambda x: _get(steps, x), array, value)
     if not steps:
         return value

@@ -1,1 +1,1 @@
-"""What a trace of a PyTorch function by JAX needs to know."""
+"""The state of PyTorch and of this package while JAX traces a PyTorch function."""

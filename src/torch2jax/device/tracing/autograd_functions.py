@@ -37,9 +37,9 @@ _active = _Active()
 
 @contextlib.contextmanager
 def differentiable_by_jax() -> Iterator[None]:
-    """While ``fn`` is traced on this thread, ``apply`` of autograd functions is ours.
+    """In this scope ``apply`` of autograd functions is ours, for this thread.
 
-    Other threads go past it.
+    Other threads go past ours to PyTorch's.
     """
     with custom_apply(_apply):
         _active.depth += 1
@@ -56,7 +56,7 @@ def _plain(cls: Any, *args: Any, **kwargs: Any) -> Any:
 def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
     if not _active.depth:
         return _plain(cls, *args, **kwargs)
-    if cls is CheckpointFunction:  # what to keep for JAX's derivative is not PyTorch's to say
+    if cls is CheckpointFunction:  # JAX decides what to keep for its derivative
         run_function, _, *rest = args
         return run_function(*rest)
     leaves, spec = torch_tree.tree_flatten((args, kwargs))

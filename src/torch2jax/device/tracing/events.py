@@ -1,4 +1,4 @@
-"""What a report notes: which way each operator went, and on which line of the user's code."""
+"""A report notes the route of each operator, and the line of the user's code that called it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Events", "recorded"]
 
 
 class Events:
-    """What happened to the operators of a call: ``(operator, route, line)`` with counts."""
+    """How often each ``(operator, route, line)`` occurred in a call."""
 
     def __init__(self) -> None:
         self.counts: dict[tuple[str, str, str], int] = {}

@@ -32,7 +32,7 @@ def running(default_dtype: torch.dtype, key: Any) -> Any:
     """The state in which ``fn`` is traced: device jax, JAX's derivatives, draws from the key."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(ambient.clean_surroundings(default_dtype))
-        # So that what fn differentiates itself (forces, torch.func) has its graph.
+        # fn may differentiate by itself (forces, torch.func), which needs PyTorch's graph.
         stack.enter_context(torch.enable_grad())
         stack.enter_context(_OnJax(torch.device("jax")))
         stack.enter_context(random_streams.drawing_from(key, words=True))

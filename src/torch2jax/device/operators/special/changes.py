@@ -11,8 +11,6 @@ from ...._errors import Torch2JaxError
 from ...tensors.tensor import Tensor, become, read, wrap
 from .table import aten, special
 
-# --- changes of the tensor itself ----------------------------------------------------------------
-
 
 @special(aten.set_.source_Tensor)
 def _set_(args: Any, kwargs: Any) -> Any:

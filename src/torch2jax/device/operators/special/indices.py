@@ -16,11 +16,9 @@ from ...thread_state import other_devices_allowed
 from ..operands import from_other_device
 from .table import aten, ordinary_way, special
 
-# --- masks as indices ----------------------------------------------------------------------------
-
 
 def _without_masks(x: Tensor, indices: Any, what: str) -> list[Any]:
-    """Indices with the places of a mask for the mask, whose values are read."""
+    """The indices, where each mask is replaced by the places at which it is true."""
     found: list[Any] = []
     for index in indices:
         if index is None:
@@ -46,7 +44,7 @@ _scalar_tensor = ordinary_way(aten.scalar_tensor.default)
 
 @special(aten.scalar_tensor.default)
 def _number(args: Any, kwargs: Any) -> Any:
-    """As which ``x[i] = 1.5`` brings its value; another value is not another program."""
+    """``x[i] = 1.5`` makes a tensor of its value by it. Another value needs no other program."""
     dtype = kwargs.get("dtype")
     if dtype is None or not trace_state_clean():
         return _scalar_tensor(args, kwargs)

@@ -13,8 +13,6 @@ from ...tensors.tensor import ValueNeeded, concrete, read, wrap
 from ...thread_state import state
 from .table import aten, ordinary_way, special
 
-# --- values --------------------------------------------------------------------------------------
-
 
 @special(aten._local_scalar_dense.default, aten.item.default)
 def _item(args: Any, kwargs: Any) -> Any:
@@ -51,7 +49,7 @@ _is_all_true = ordinary_way(aten._is_all_true.default)
 
 @special(aten._is_all_true.default)
 def _holds(args: Any, kwargs: Any) -> Any:
-    """As which ``torch.distributions`` check their arguments: in a traced function they hold."""
+    """``torch.distributions`` check their arguments by it. A traced function trusts them."""
     if not isinstance(read(args[0]), Tracer):
         return _is_all_true(args, kwargs)
     with jax.ensure_compile_time_eval():
