@@ -55,6 +55,10 @@ def _flat(out: Any) -> list[Any]:
     return jax.tree.leaves(out, is_leaf=torch.is_tensor)
 
 
+def _loss(out: Any) -> torch.Tensor:
+    return torch.stack([(y**2).sum() for y in _flat(out)]).sum()
+
+
 def _gradients(module: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:
     found = torch.autograd.grad(loss, list(module.parameters()))
     return {k: g for (k, _), g in zip(module.named_parameters(), found, strict=True)}
@@ -77,7 +81,7 @@ def test_values_and_gradients(kind: str, options: dict[str, Any]) -> None:
     for got, expected in zip(out, want, strict=True):
         _close(got, expected.detach())
     x.requires_grad_()
-    loss = sum((y**2).sum() for y in _flat(module(*inputs)))
+    loss = _loss(module(*inputs))
     (of_x,) = torch.autograd.grad(loss, x, retain_graph=True)
     _close(by_input, of_x)
     for name, g in _gradients(module, loss).items():
@@ -114,7 +118,7 @@ def test_packed(kind: str, options: dict[str, Any]) -> None:
     for got, expected in zip(out, want, strict=True):
         _close(got, expected.detach())
     x.requires_grad_()
-    loss = sum((y**2).sum() for y in _flat(net(x, state)))
+    loss = _loss(net(x, state))
     (of_x,) = torch.autograd.grad(loss, x, retain_graph=True)
     _close(by_input, of_x)
     for name, g in _gradients(net, loss).items():

@@ -1,0 +1,459 @@
+"""Python state that a compiled function reads, looked at before each call.
+
+NOTE [What selects a program]. A function reads more than its arguments: flags, numbers, hooks and
+tensors of the modules and objects that it can reach. From the function we follow closures, globals
+that its code names, bound objects, partials, modules with all that they hold, optimizers, objects
+of classes that are neither Python's nor PyTorch's, dicts, lists and tuples. What is found is a key:
+numbers and strings by value, functions by their code, tensors by dtype, shape and whether they need
+a gradient, and by which of them are the same or share memory; leaves that need a gradient by
+identity. Tensors are not in it otherwise: those that were put in the place of others are
+operands of the same program.
+
+Most calls find all as it was: one pass over the values of all containers, by identity.
+
+While the function is traced it may put tensors into these places. They are outputs of the program,
+which each call puts there, and what is there is put back after the trace: no tracer stays.
+"""
+
+from __future__ import annotations
+
+import argparse
+import enum
+import functools
+import itertools
+import operator
+import sys
+import types
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils import _pytree as torch_tree
+
+from ..tensors.tensor import OPTIONS, Tensor, become, make
+
+__all__ = ["Change", "State", "Surroundings"]
+
+_MANY = 1000
+"""Plain containers with more items are looked at by their number of items alone."""
+_ITEMS = 100_000
+
+_END = object()
+_EMPTY = object()
+_OURS = __name__.partition(".")[0]
+_CLOSED = {*sys.stdlib_module_names, "torch", "jax", "jaxlib", "numpy", "flax", "optax", _OURS}
+_PLAIN = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
+_OPEN = (torch.nn.Module, torch.optim.Optimizer, types.SimpleNamespace, argparse.Namespace)
+_Generator: Any = torch._C.Generator
+_cell = operator.attrgetter("_cell")
+_needs = operator.attrgetter("requires_grad")
+_version = operator.attrgetter("_version")
+
+
+class State:
+    """What the surroundings are like, and the programs for it."""
+
+    def __init__(self, pins: list[Any]) -> None:
+        self.pins = pins
+        """What the key names by its address."""
+        self.calls: dict[Any, Any] = {}
+
+
+class Change(NamedTuple):
+    """Items of a container, by number, that were set and deleted; of a list all are set."""
+
+    container: int
+    new: dict[Any, Any]
+    gone: list[Any]
+
+
+class Surroundings:
+    """What one function reads; see NOTE [What selects a program]."""
+
+    def __init__(self, fn: Any) -> None:
+        self.fn = fn
+        self.states: dict[Any, State] = {}
+        self.current: State | None = None
+        self.generation = 0
+        """Counts how often tensors were found in other places, or others in the same ones."""
+        self.tensors: list[Tensor] = []
+        self.generators: list[Any] = []
+        self.containers: list[Any] = []
+        self.volatile: set[tuple[int, Any]] = set()
+        """Items that every call changes by itself: they select nothing."""
+        self.names: set[str] = {"forward", "__call__"}
+
+    def look(self) -> State:
+        """The state now."""
+        if self.current is not None and self._unchanged():
+            return self.current
+        known = -1
+        while known < len(self.names):  # names of attributes are found in code, on the way
+            known = len(self.names)
+            walk = _Walk(self.volatile, self.names)
+            walk.value(self.fn, 0)
+        key = tuple(walk.key)
+        state = self.states.get(key)
+        if state is None:
+            state = self.states[key] = State(walk.pins)
+        if self.current is not None and state is not self.current:
+            for call in self.current.calls.values():
+                call.release()
+        self.tensors, self.generators = walk.tensors, walk.generators
+        self.metas, self.containers, self._read_of = walk.metas, walk.containers, walk.read_of
+        self._reads = [*walk.reads, lambda: (_END,)]
+        self._values = [*itertools.chain.from_iterable(read() for read in self._reads)]
+        self._empty = walk.empty
+        self._cells = list(map(_cell, self.tensors))
+        self._grads = list(map(_needs, self.tensors))
+        self._foreign = walk.foreign
+        self._versions = list(map(_version, self._foreign))
+        self._places: dict[Any, int] | None = None
+        self.current = state
+        self.generation += 1
+        return state
+
+    def _unchanged(self) -> bool:
+        now = itertools.chain.from_iterable(map(operator.call, self._reads))
+        return (
+            all(map(operator.is_, now, self._values))
+            and not any(self._empty)
+            and list(map(_cell, self.tensors)) == self._cells
+            and list(map(_needs, self.tensors)) == self._grads
+            and (not self._foreign or list(map(_version, self._foreign)) == self._versions)
+        )
+
+    # --- what happens to it while a function is traced, or runs
+
+    def save(self) -> list[Any]:
+        """All items and tensors as they are."""
+        items = [(c, _items(c)) for c in self.containers]
+        tensors = [
+            (t, t._cell, t._chain, (t.shape, t.stride(), t.storage_offset()), t.dtype)
+            for t in self.tensors
+        ]
+        return [items, tensors]
+
+    def changes(self, saved: list[Any]) -> list[Change]:
+        """Items that are others now."""
+        found = []
+        for number, (container, before) in enumerate(saved[0]):
+            after = _items(container)
+            new = {k: v for k, v in after.items() if k not in before or before[k] is not v}
+            gone = [k for k in before if k not in after]
+            if new or gone:
+                everything = isinstance(container, list)
+                found.append(Change(number, after if everything else new, gone))
+        return found
+
+    def is_volatile(self, change: Change) -> bool:
+        container = self.containers[change.container]
+        items = self._items_of(container, change)
+        return bool(items) and self.volatile.issuperset(items)
+
+    def _items_of(self, container: Any, change: Change) -> set[tuple[int, Any]]:
+        keys = (None,) if isinstance(container, list) else (*change.new, *change.gone)
+        return {(id(container), k) for k in keys}
+
+    def numbers_set(self, changes: list[Change]) -> set[tuple[int, Any]]:
+        """Items that were set to what holds no tensor."""
+        found: set[tuple[int, Any]] = set()
+        for c in changes:
+            if not any(isinstance(x, torch.Tensor) for x in torch_tree.tree_leaves(c.new)):
+                found |= self._items_of(self.containers[c.container], c)
+        return found
+
+    def moved(self, saved: list[Any]) -> list[tuple[int, Tensor]]:
+        """Tensors that have other memory now, by ``x.data = y``: by number."""
+        return [(n, t) for n, (t, cell, *_) in enumerate(saved[1]) if t._cell is not cell]
+
+    def restore(self, saved: list[Any]) -> None:
+        """All items and tensors as they were."""
+        for container, before in saved[0]:
+            after = _items(container)
+            if len(after) == len(before) and all(
+                map(operator.is_, after.values(), before.values())
+            ):
+                continue
+            if isinstance(container, list):
+                container[:] = before.values()
+            elif isinstance(container, types.CellType):
+                _fill(container, before)
+            else:
+                for key in after.keys() - before.keys():
+                    del container[key]
+                container.update(before)
+        for t, cell, chain, place, dtype in saved[1]:
+            if t._cell is not cell:
+                old = make(Tensor, *place, dtype=dtype, **OPTIONS)
+                old._cell, old._chain = cell, chain
+                become(t, old)
+
+    def put(self, change: Change, values: dict[Any, Any]) -> None:
+        """Set items as a trace did."""
+        container = self.containers[change.container]
+        if isinstance(container, list):
+            container[:] = values.values()
+        elif isinstance(container, types.CellType):
+            container.cell_contents = values[0]
+        else:
+            for key in change.gone:
+                container.pop(key, None)
+            container.update(values)
+            if not change.gone:
+                self._replaced(container, values)
+
+    def _replaced(self, changed: dict[Any, Any], values: dict[Any, Any]) -> None:
+        """No new look is needed where tensors were put in the place of others of their kind."""
+        if self._places is None:
+            self._places, self._uses, at = {}, {}, 0
+            for i, read in enumerate(self._reads):
+                container = self._read_of.get(i)
+                count = len(list(read()))
+                for n, k in enumerate(container if isinstance(container, dict) else ()):
+                    self._places[id(container), k] = at + n
+                at += count
+            if at != len(self._values):  # other items as well
+                self._places = None
+                return
+            for v in self._values:
+                self._uses[id(v)] = self._uses.get(id(v), 0) + 1
+            self._numbers = {id(t): n for n, t in enumerate(self.tensors)}
+        for key, new in values.items():
+            place = self._places.get((id(changed), key))
+            if place is None:
+                return
+            old = self._values[place]
+            number = self._numbers.get(id(old))
+            if number is None or self._uses[id(old)] != 1 or type(new) is not Tensor:
+                return
+            if _meta(new) != self.metas[number] or self._cells.count(old._cell) != 1:
+                return
+            if id(new) in self._numbers:
+                return
+            del self._numbers[id(old)], self._uses[id(old)]
+            self._numbers[id(new)], self._uses[id(new)] = number, 1
+            self._values[place] = self.tensors[number] = new
+            self._cells[number], self._grads[number] = new._cell, new.requires_grad
+        self.generation += 1
+
+
+def _items(container: Any) -> dict[Any, Any]:
+    if isinstance(container, dict):
+        return dict(container)
+    if isinstance(container, types.CellType):
+        return {0: _contents(container)}
+    return dict(enumerate(container))
+
+
+def _contents(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return _EMPTY
+
+
+def _fill(cell: Any, before: dict[Any, Any]) -> None:
+    if before[0] is _EMPTY:
+        del cell.cell_contents
+    else:
+        cell.cell_contents = before[0]
+
+
+def _meta(t: Tensor) -> Any:
+    """What of a tensor selects a program, but for its memory."""
+    leaf = id(t) if t.requires_grad and t.is_leaf else t.requires_grad
+    return (t.dtype, t.shape, leaf, None if t._chain is None else t._chain.pattern)
+
+
+class _Walk:
+    """One look at everything."""
+
+    def __init__(self, volatile: set[tuple[int, Any]], names: set[str]) -> None:
+        self.volatile, self.names = volatile, names
+        self.key: list[Any] = []
+        self.pins: list[Any] = []
+        self.reads: list[Callable[[], Any]] = []
+        self.containers: list[Any] = []
+        self.empty: list[Any] = []
+        self.read_of: dict[int, Any] = {}
+        self.tensors: list[Tensor] = []
+        self.metas: list[Any] = []
+        self.foreign: list[torch.Tensor] = []
+        self.generators: list[Any] = []
+        self.cells: dict[int, int] = {}
+        self.alive: list[Any] = []
+        self.seen: dict[Any, int] = {}
+
+    def value(self, x: Any, depth: int) -> None:
+        t = type(x)
+        if t in _PLAIN_TYPES or isinstance(x, _PLAIN):
+            self.key += (t, repr(x) if t is float else x)
+        elif isinstance(x, enum.Enum):
+            self.key += (t, x.name)
+        elif isinstance(x, tuple):
+            self.key += (t, len(x))
+            for y in x:
+                self.value(y, depth + 1)
+        elif t is Tensor:
+            if self.first(id(x)):
+                self.tensors.append(x)
+                self.metas.append(_meta(x))
+                memory = self.cells.setdefault(id(x._cell), len(self.cells))
+                self.key += (self.metas[-1], memory)
+        elif isinstance(x, _Generator):
+            if self.first(("generator", x._cdata)):
+                self.generators.append(x)
+        elif self.first(id(x)) and len(self.seen) < _ITEMS and depth < 60:
+            self.thing(x, t, depth)
+
+    def first(self, name: Any) -> bool:
+        """Whether it was not met before; which one it is, is part of the key."""
+        number = self.seen.get(name)
+        if number is None:
+            self.seen[name] = len(self.seen)
+        self.key.append(number)
+        return number is None
+
+    def thing(self, x: Any, t: Any, depth: int) -> None:
+        self.alive.append(x)
+        if isinstance(x, torch.Tensor):
+            self.pin(x)
+            if not x.is_inference():
+                self.foreign.append(x)
+                self.key.append(x._version)
+        elif isinstance(x, dict):
+            self.key += (t, len(x))
+            if len(x) <= _MANY:
+                self.items(x, depth)
+        elif isinstance(x, list):
+            self.key += (t, len(x))
+            if len(x) <= _MANY:
+                self.contain(x, x.__iter__)
+                for y in x:
+                    self.item(x, None, y, depth)
+        elif isinstance(x, set | frozenset | deque):
+            self.key += (t, len(x))
+            if len(x) <= _MANY:
+                self.reads.append(x.__iter__)
+                for y in x:
+                    self.value(y, depth + 1)
+        elif isinstance(x, types.FunctionType):
+            self.function(x, depth)
+        elif isinstance(x, types.MethodType):
+            self.value(x.__func__, depth + 1)
+            self.value(x.__self__, depth + 1)
+        elif isinstance(x, functools.partial):
+            for y in (x.func, x.args, x.keywords):
+                self.value(y, depth + 1)
+        elif isinstance(x, _OPEN):
+            self.key.append(t)
+            self.items(vars(x), depth)
+            self.methods(t, depth)
+        elif isinstance(x, type | types.ModuleType) or _root(t) in _CLOSED:
+            self.pin(x)
+        elif hasattr(x, "__dict__"):
+            self.key.append(t)
+            self.methods(t, depth)
+            self.attributes(vars(x), depth)
+        else:
+            self.pin(x)
+
+    def contain(self, container: Any, read: Callable[[], Any]) -> None:
+        self.containers.append(container)
+        if container:
+            self.read_of[len(self.reads)] = container
+            self.reads.append(read)
+        else:
+            self.empty.append(container)
+
+    def attributes(self, d: dict[str, Any], depth: int) -> None:
+        """Of an object that does much more than this function: those that code here names."""
+        self.containers.append(d)
+        named = [k for k in d if k in self.names]
+        self.reads.append(functools.partial(map, d.get, named))
+        self.reads.append(lambda: (len(d),))
+        for k in named:
+            self.key.append(k)
+            self.item(d, k, d[k], depth)
+
+    def methods(self, t: Any, depth: int) -> None:
+        """The methods that code here names, and so on."""
+        if self.first(("methods", id(t))):
+            found = True
+            done: set[str] = set()
+            bodies = [vars(c) for c in t.__mro__ if _root(c) not in _CLOSED]
+            while found:
+                found = False
+                for body in bodies:
+                    for k in body.keys() & self.names - done:
+                        f = body[k]
+                        f = f.fget if isinstance(f, property) else getattr(f, "__func__", f)
+                        if isinstance(f, types.FunctionType):
+                            found = True
+                            done.add(k)
+                            self.value(f, depth + 1)
+
+    def pin(self, x: Any) -> None:
+        self.key.append(id(x))
+        self.pins.append(x)
+
+    def items(self, d: dict[Any, Any], depth: int) -> None:
+        self.contain(d, d.values)
+        for k, y in list(d.items()):
+            if type(k) is str:
+                self.key.append(k)
+            else:
+                self.value(k, depth + 1)
+            self.item(d, k, y, depth)
+
+    def item(self, container: Any, k: Any, y: Any, depth: int) -> None:
+        if (id(container), k) not in self.volatile:
+            self.value(y, depth + 1)
+
+    def function(self, f: Any, depth: int) -> None:
+        self.pin(f.__code__)
+        if _root(f) in _CLOSED:
+            return
+        self.names.update(_names(f.__code__))
+        cells: Sequence[Any] = f.__closure__ or ()
+        if cells:
+            self.containers += cells
+            self.reads.append(functools.partial(map, _contents, cells))
+            for cell in cells:
+                self.item(cell, 0, _contents(cell), depth)
+        for y in (f.__defaults__, f.__kwdefaults__):
+            if y:
+                self.value(y, depth + 1)
+        names = [k for k in _names(f.__code__) if _is_state(f.__globals__.get(k))]
+        if names:
+            self.reads.append(functools.partial(map, f.__globals__.get, names))
+            for k in names:
+                self.value(f.__globals__[k], depth + 1)
+
+
+_PLAIN_TYPES = frozenset({int, float, bool, str, type(None)})
+
+
+def _root(x: Any) -> str:
+    return (getattr(x, "__module__", None) or "").partition(".")[0]
+
+
+def _is_state(x: Any) -> bool:
+    """Of a global name: neither a module nor a class nor a function of a library."""
+    if x is None or isinstance(x, types.ModuleType | type | types.BuiltinFunctionType):
+        return False
+    return not (isinstance(x, types.FunctionType) and _root(x) in _CLOSED)
+
+
+@functools.cache
+def _names(code: types.CodeType) -> tuple[str, ...]:
+    """Names in a function's code, and strings, which may be names for ``getattr``."""
+    found = dict.fromkeys(code.co_names)
+    for const in code.co_consts:
+        if isinstance(const, types.CodeType):
+            found.update(dict.fromkeys(_names(const)))
+        elif isinstance(const, str):
+            found[const] = None
+    return tuple(found)
