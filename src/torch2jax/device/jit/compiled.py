@@ -27,14 +27,11 @@ from ..operators.constants import value_of
 from ..setup.changes_of_pytorch import compiling
 from ..tensors.tensor import Cell, Tensor, become, wrap, write
 from ..thread_state import lowering_scope
-from ..tracing.cotangents import cotangents_of, gradient_of
 from .captured import Watch, capturing
+from .results import TENSOR, flatten_result
 from .surroundings import Change, Surroundings
 
-__all__ = ["TENSOR", "CompiledCall", "Differentiable", "unflatten_result"]
-
-TENSOR = object()
-"""In the place of a tensor in a tree."""
+__all__ = ["CompiledCall"]
 
 
 class CompiledCall:
@@ -203,7 +200,7 @@ class CompiledCall:
                     result = self.fn(*args, **kwargs)
                 self.draws = stream is not None and stream.count > 0
                 self._check_seeds(sources, seeds)
-                outs, self.out = _flatten_result(result)
+                outs, self.out = flatten_result(result)
                 self._describe_changes(outs, tensors, saved)
                 self.dtypes = [x.dtype for x in outs]
                 results = [value_of(x) for x in outs]
@@ -391,46 +388,3 @@ class _MoreInputs(Exception):
 def _is_same(x: Any, y: Any) -> bool:
     """PyTorch may wrap one generator in several objects."""
     return isinstance(y, torch.Generator) and x._cdata == y._cdata  # type: ignore[attr-defined]
-
-
-def _flatten_result(result: Any) -> tuple[list[Tensor], Any]:
-    leaves, spec = torch_tree.tree_flatten(result)
-    outs = [x for x in leaves if isinstance(x, Tensor)]
-    rest = [(TENSOR, x.dtype) if isinstance(x, Tensor) else (None, x) for x in leaves]
-    return outs, (spec, rest)
-
-
-def unflatten_result(out: Any, tensors: Sequence[Any]) -> Any:
-    spec, rest = out
-    made = iter(tensors)
-    leaves = [next(made) if mark is TENSOR else x for mark, x in rest]
-    return torch_tree.tree_unflatten(leaves, spec)
-
-
-_pull = jax.jit(lambda pull, cotangents: pull(cotangents))
-
-
-class Differentiable(torch.autograd.Function):
-    """A compiled call whose derivative, compiled too, is JAX's."""
-
-    @staticmethod
-    def forward(ctx: Any, compiled: CompiledCall, words: Any, count: int, *tensors: Any) -> Any:  # type: ignore[override]
-        arrays = [x._cell.array if x._chain is None else x.jax() for x in tensors[:count]]
-        state = [c.array for c in compiled.inputs]
-        results, new_state, made, ctx.pull = compiled.pulled(arrays, state, *words)
-        compiled.finish(tensors[:count], new_state, made)
-        ctx.needs = [id(x._cell) for x in tensors[count:]]
-        ctx.order = [id(c) for c in compiled.inputs]
-        ctx.avals = [jax.ShapeDtypeStruct(r.shape, r.dtype) for r in results]
-        ctx.count = count
-        outs = tuple(wrap(r, d) for r, d in zip(results, compiled.dtypes, strict=True))
-        ctx.mark_non_differentiable(
-            *[x for x in outs if not (x.is_floating_point() or x.is_complex())]
-        )
-        return outs
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:  # type: ignore[override]
-        by_argument, by_state = _pull(ctx.pull, cotangents_of(grads, ctx.avals))
-        found = list(by_argument) + [by_state[ctx.order.index(i)] for i in ctx.needs]
-        return (None, None, None, *[gradient_of(g) for g in found])

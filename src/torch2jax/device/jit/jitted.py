@@ -16,7 +16,9 @@ from .. import random_streams
 from ..setup.enable import enable
 from ..tensors.tensor import Tensor, captures, wrap
 from .captured import noting_leaves
-from .compiled import TENSOR, CompiledCall, Differentiable, unflatten_result
+from .compiled import CompiledCall
+from .differentiable import Differentiable
+from .results import TENSOR, unflatten_result
 from .surroundings import Surroundings
 
 __all__ = ["JittedFunction", "JittedModule", "jit"]
@@ -165,9 +167,10 @@ def jit(fn: Any, **options: Any) -> Any:
     Args:
       fn: a function, a whole training step (forward, backward and update) or an ``nn.Module``.
         Its arguments are pytrees; tensors are operands, everything else selects a program. Tensors
-        that it closes over, such as parameters, are inputs too, and may be written to; other
-        Python state is read when it is traced. Optimizers need ``capturable=True`` where they have
-        it.
+        that it closes over, such as parameters, are inputs too, and may be written to and
+        replaced. Flags, numbers, hooks and other Python state that it can reach select a program:
+        they are looked at before each call. Generators go on as in eager mode. Optimizers need
+        ``capturable=True`` where they have it.
       **options: of ``jax.jit``. ``donate_state=True`` donates what it closes over: parameters that
         a step updates are then updated in their memory.
 
@@ -176,8 +179,8 @@ def jit(fn: Any, **options: Any) -> Any:
       ``state_dict``. Results have gradients where the original's have.
 
     Raises:
-      Torch2JaxError: the function asks for a value (``.item()``), or writes to a tensor that is on
-        another device.
+      Torch2JaxError: the function asks for a value (``.item()``), writes to a tensor that is on
+        another device, or draws random numbers there.
 
     The first call runs step by step, the second one compiles.
 
