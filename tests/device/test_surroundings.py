@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrizations, parametrize
 
 from torch2jax import Torch2JaxWarning, device
 
@@ -89,6 +89,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "constant": _set(constant=torch.full((3,), 5.0)),
     "written constant": lambda net: net.constant.fill_(7.0),
     "frozen": lambda net: net.layer.weight.requires_grad_(False),
+    "weight norm": lambda net: parametrizations.weight_norm(net.layer),
     "parametrization": lambda net: parametrize.register_parametrization(
         net.layer, "weight", nn.Tanh()
     ),

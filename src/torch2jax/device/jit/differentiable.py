@@ -25,7 +25,7 @@ class Differentiable(torch.autograd.Function):
         state = [c.array for c in compiled.inputs]
         results, new_state, made, ctx.pull = compiled.pulled(arrays, state, *words)
         compiled.finish(tensors[:count], new_state, made)
-        ctx.needs = [id(x._cell) for x in tensors[count:]]
+        ctx.needs = [(id(x._cell), x._chain) for x in tensors[count:]]
         ctx.order = [id(c) for c in compiled.inputs]
         ctx.avals = [jax.ShapeDtypeStruct(r.shape, r.dtype) for r in results]
         ctx.count = count
@@ -38,5 +38,8 @@ class Differentiable(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:  # type: ignore[override]
         by_argument, by_state = _pull(ctx.pull, cotangents_of(grads, ctx.avals))
-        found = list(by_argument) + [by_state[ctx.order.index(i)] for i in ctx.needs]
+        found = list(by_argument)
+        for cell, chain in ctx.needs:  # a parameter may be a view, as those of weight_norm are
+            g = by_state[ctx.order.index(cell)]
+            found.append(g if chain is None else chain.get(g))
         return (None, None, None, *[gradient_of(g) for g in found])

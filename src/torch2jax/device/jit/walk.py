@@ -35,7 +35,7 @@ _Generator: Any = torch._C.Generator
 
 def contents(cell: Any) -> Any:
     try:
-        return cell.cellcontents
+        return cell.cell_contents
     except ValueError:
         return EMPTY
 
