@@ -11,10 +11,9 @@ from jax.core import Tracer
 
 from .._conversions.dtypes import dtype_j2t
 from .._errors import SignatureError
+from .operators.jax_function import apply_jax
 from .setup.enable import enable
 from .tensors.tensor import Tensor, read, wrap
-from .thread_state import state
-from .tracing.cotangents import cotangents_of, gradient_of
 from .tracing.scope import running
 
 __all__ = [
@@ -73,40 +72,6 @@ def torch_view(tree: Any) -> Any:
     return jax.tree.map(lambda x: tensor(x) if isinstance(x, jax.Array) else x, tree)
 
 
-class _CallJax(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, fn: Any, structure: Any, box: list[Any], *tensors: Any) -> Any:  # type: ignore[override]
-        differentiable = [i for i, x in enumerate(tensors) if ctx.needs_input_grad[3 + i]]
-        arrays = [read(x) for x in tensors]
-
-        def of(*chosen: Any) -> Any:
-            full = list(arrays)
-            for i, x in zip(differentiable, chosen, strict=True):
-                full[i] = x
-            return fn(full)
-
-        if differentiable:
-            out, ctx.pull = jax.vjp(of, *[arrays[i] for i in differentiable])
-        else:
-            out = of()
-        leaves, box[:] = jax.tree.leaves(out), [jax.tree.structure(out)]
-        ctx.places, ctx.out = differentiable, [jax.typeof(x) for x in leaves]
-        ctx.structure = box[0]
-        outs = tuple(tensor(jax.numpy.asarray(x)) for x in leaves)
-        ctx.mark_non_differentiable(
-            *[x for x in outs if not (x.is_floating_point() or x.is_complex())]
-        )
-        return outs
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:  # type: ignore[override]
-        found = ctx.pull(jax.tree.unflatten(ctx.structure, cotangents_of(grads, ctx.out)))
-        out: list[Any] = [None] * (len(ctx.needs_input_grad) - 3)
-        for i, g in zip(ctx.places, found, strict=True):
-            out[i] = gradient_of(g)
-        return (None, None, None, *out)
-
-
 def call_jax(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call a JAX function with tensors on device "jax".
 
@@ -142,12 +107,7 @@ def call_jax(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         inner, named = structure.unflatten(full)
         return fn(*inner, **named)
 
-    traced = [leaves[i] for i in places if isinstance(leaves[i]._cell.array, Tracer)]
-    if state.lowering and not any(x.requires_grad for x in traced):
-        return torch_view(flat([read(leaves[i]) for i in places]))  # JAX differentiates it
-    box: list[Any] = []
-    outs = _CallJax.apply(flat, structure, box, *[leaves[i] for i in places])
-    return box[0].unflatten(outs)
+    return apply_jax(flat, [leaves[i] for i in places])
 
 
 def call_torch(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -3,6 +3,11 @@
 In eager mode each draw takes the next words of a generator, PyTorch's for the device (seeded by
 ``torch.manual_seed``) or the caller's own. In a traced function draws take keys that are split from
 its key, so none is a constant of the program.
+
+NOTE [Generators in a compiled function]. A call of ``device.jit`` draws the words of all draws from
+a caller's generator in front of the program, which takes them as operands: the generator goes on as
+in eager mode, and seeding it has its effect. How many there are is found when the function is
+traced. Other traced functions are pure, and a draw from a generator is an error in them.
 """
 
 from __future__ import annotations
@@ -23,13 +28,16 @@ from .._errors import SignatureError
 
 __all__ = [
     "NO_WORDS",
+    "Draws",
     "Stream",
     "current",
     "drawing_from",
     "get_state",
     "next_words",
+    "refuse_generators",
     "seed",
     "set_state",
+    "words_of",
 ]
 
 
@@ -37,11 +45,39 @@ NO_WORDS = np.zeros(2, np.uint32)
 """A program that draws nothing takes these in the place of the words of a key."""
 
 
+def words_of(generator: torch.Generator, count: int) -> np.ndarray[Any, Any]:
+    """The next words of a generator, for ``count`` draws: uint32[count, 2]."""
+    with _disable_current_modes():
+        drawn = torch.randint(0, 2**32, (count, 2), generator=generator, device="cpu")
+    return drawn.numpy().astype(np.uint32)
+
+
+class Draws:
+    """Draws from generators of the caller's in one trace; ``given`` are words by generator.
+
+    PyTorch wraps a generator anew for each operator: ``_cdata`` tells which one it is.
+    """
+
+    def __init__(self, given: dict[int, Any]) -> None:
+        self.given = given
+        self.counts: dict[int, int] = {}
+        self.generators: dict[int, torch.Generator] = {}
+
+    def next(self, generator: torch.Generator) -> Any:
+        which = generator._cdata  # type: ignore[attr-defined]
+        count = self.counts.get(which, 0)
+        self.counts[which], self.generators[which] = count + 1, generator
+        words = self.given.get(which)
+        if words is None or count >= len(words):  # a trace that finds out how many there are
+            return jax.lax.optimization_barrier(NO_WORDS)
+        return words[count]
+
+
 class Stream:
     """Keys for the draws of one traced call, in the order of the draws."""
 
-    def __init__(self, key: Any) -> None:
-        self.key, self.count = key, 0
+    def __init__(self, key: Any, draws: Draws | None) -> None:
+        self.key, self.count, self.draws = key, 0, draws
 
     def next(self) -> Any:
         self.count += 1
@@ -59,11 +95,16 @@ _state = {"seed": 0, "count": 0, "seeded": False}
 
 
 @contextlib.contextmanager
-def drawing_from(key: Any, words: bool = False) -> Iterator[Stream | None]:
-    """Draws of this thread come from ``key``; with None they are an error."""
+def drawing_from(
+    key: Any, words: bool = False, draws: Draws | None = None
+) -> Iterator[Stream | None]:
+    """Draws of this thread come from ``key``; with None they are an error.
+
+    Those from generators of the caller's come from ``draws``.
+    """
     if key is not None and (words or not jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key)):
         key = jax.random.wrap_key_data(key)
-    stream = None if key is None else Stream(key)
+    stream = None if key is None else Stream(key, draws)
     _streams.stack.append(stream)
     try:
         yield stream
@@ -103,9 +144,14 @@ def set_state(state: torch.Tensor) -> None:
 def next_words(generator: torch.Generator | None = None) -> Any:
     """The words of a key that has not been used: uint32[2]."""
     if generator is not None:
-        with _disable_current_modes():
-            drawn = torch.randint(0, 2**32, (2,), generator=generator, device="cpu")
-        return drawn.numpy().astype(np.uint32)
+        if _streams.stack:
+            stream = _streams.stack[-1]
+            if stream is None or stream.draws is None:
+                raise SignatureError(_NO_GENERATOR)
+            return stream.draws.next(generator)
+        if not trace_state_clean():
+            raise SignatureError(_NO_GENERATOR)
+        return words_of(generator, 1)[0]
     if _streams.stack:
         stream = _streams.stack[-1]
         if stream is None:
@@ -132,6 +178,21 @@ _NO_KEY = (
     "of the program. Pass rng=, a JAX key: torch2jax(fn, lower=True, stochastic=True) and "
     "from_module(module, lower=True) take it."
 )
+
+
+_Generator: Any = torch._C.Generator
+_NO_GENERATOR = (
+    "random numbers are drawn from a torch.Generator in a traced function, which would make them "
+    "constants of the program. Leave generator= out and pass rng=, a JAX key: torch2jax(fn, "
+    "lower=True, stochastic=True) and from_module(module, lower=True) take it, and "
+    "torchax.interop.jax_jit gives each call a key of its own. device.jit carries generators."
+)
+
+
+def refuse_generators(arguments: Any) -> None:
+    """Raise where a generator is among the arguments of a function of PyTorch's."""
+    if any(isinstance(x, _Generator) for x in arguments):
+        raise SignatureError(_NO_GENERATOR)
 
 
 def current() -> Stream | None:

@@ -39,12 +39,12 @@ def randn(words: Any, size: Any, *, dtype: Any = None, **_: Any) -> Any:
     return _normal(words, size, dtype)
 
 
-@lowering("rand_like", random=True)
+@lowering("rand_like", "rand_like.generator", random=True)
 def rand_like(words: Any, self: Any, *, dtype: Any = None, **_: Any) -> Any:
     return _uniform(words, self.shape, self.dtype if dtype is None else array_dtype(dtype))
 
 
-@lowering("randn_like", random=True)
+@lowering("randn_like", "randn_like.generator", random=True)
 def randn_like(words: Any, self: Any, *, dtype: Any = None, **_: Any) -> Any:
     if dtype is None and category(self.dtype) == 3:
         return jax.random.normal(_key(words), self.shape, self.dtype)
@@ -68,12 +68,18 @@ def randint_low(
     return _randint(words, size, low, high, array_dtype(dtype or torch.int64))
 
 
-@lowering("randint_like", random=True)
-def randint_like(words: Any, self: Any, high: int, *, dtype: Any = None, **_: Any) -> Any:
+@lowering(
+    "randint_like",
+    "randint_like.generator",
+    "randint_like.Tensor",
+    "randint_like.Tensor_generator",
+    random=True,
+)
+def randint_like(words: Any, self: Any, high: Any, *, dtype: Any = None, **_: Any) -> Any:
     return _randint(words, self.shape, 0, high, self.dtype if dtype is None else array_dtype(dtype))
 
 
-@lowering("randint_like.low_dtype", random=True)
+@lowering("randint_like.low_dtype", "randint_like.low_generator_dtype", random=True)
 def randint_like_low(
     words: Any, self: Any, low: int, high: int, *, dtype: Any = None, **_: Any
 ) -> Any:

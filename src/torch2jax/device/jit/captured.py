@@ -105,7 +105,7 @@ def capturing(inputs: Sequence[Cell]) -> Iterator[Capture]:
 
 
 class Watch(TorchDispatchMode):
-    """Refuses writes to tensors of other devices from before the trace: they would happen once."""
+    """Refuses what would happen once: writes to other devices' tensors, and draws on them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -129,6 +129,12 @@ class Watch(TorchDispatchMode):
         out = func(*args, **kwargs)
         for x in torch_tree.tree_leaves(out):
             if type(x) is torch.Tensor:
+                if torch.Tag.nondeterministic_seeded in func.tags and x.device.type != "meta":
+                    raise Torch2JaxError(
+                        f"{func} draws random numbers on {x.device} while a function is compiled "
+                        "for device jax: that would happen once, not at each call. Use "
+                        'device="jax".'
+                    )
                 self.ours.add(id(x))
                 self.kept.append(x)
         return out

@@ -5,6 +5,8 @@ to one that is there. Which of the two is part of the program, so there is one f
 gradients that are there before the call; the memory of ``grad`` is looked up at each call, and a
 new one is put into the leaf after it. A leaf among the arguments has none in the trace; what it
 gets there is added after the call.
+
+What else the function reads and sets, attributes of modules and objects: see ``surroundings``.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 import torch
 from torch.utils import _pytree as torch_tree
 
@@ -22,23 +25,48 @@ from ..._errors import Torch2JaxError
 from .. import random_streams
 from ..operators.constants import value_of
 from ..setup.changes_of_pytorch import compiling
-from ..tensors.tensor import Cell, Tensor, wrap, write
+from ..tensors.tensor import Cell, Tensor, become, wrap, write
 from ..thread_state import lowering_scope
-from ..tracing.cotangents import cotangents_of, gradient_of
 from .captured import Watch, capturing
+from .results import TENSOR, flatten_result
+from .surroundings import Change, Surroundings
 
-__all__ = ["TENSOR", "CompiledCall", "Differentiable", "unflatten_result"]
-
-TENSOR = object()
-"""It stands in the place of a tensor in a tree."""
+__all__ = ["CompiledCall"]
 
 
 class CompiledCall:
     """A compiled function for arguments of one structure, and leaves with or without gradients."""
 
-    def __init__(self, fn: Callable[..., Any], spec: Any, statics: Any, metas: Any, options: Any):
-        self.fn, self.spec, self.statics, self.metas = fn, spec, statics, metas
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        spec: Any,
+        statics: Any,
+        metas: Any,
+        options: Any,
+        around: Surroundings,
+    ) -> None:
+        self.fn, self.spec, self.metas, self.around = fn, spec, metas, around
+        self.statics = list(statics)
+        self.generators: list[tuple[Any, int]] = []
+        """What it draws from, and how often: a place among arguments or surroundings, or itself."""
+        self.stands_for: dict[int, int] = {}
+        """Generators of the trace in the place of arguments."""
+        for i, x in enumerate(statics):
+            if isinstance(x, torch.Generator):
+                first = next(j for j, y in enumerate(statics) if _is_same(x, y))
+                new = torch.Generator(x.device) if first == i else self.statics[first]
+                self.statics[i] = new
+                self.stands_for[new._cdata] = first  # type: ignore[attr-defined]
         self.inputs: list[Cell] = []
+        self.numbers: list[int | None] = []
+        """Of inputs that are the memory of tensors in the surroundings: which ones."""
+        self.generation = -1
+        self.changes: list[tuple[Change, dict[Any, Any]]] = []
+        """What it sets in its surroundings: see ``_described``."""
+        self.moves: list[tuple[int, int]] = []
+        """Tensors of the surroundings that get other memory, and the results that are it."""
+        self.dtypes: list[torch.dtype] = []
         self.written: list[int] = []
         self.made: list[Cell] = []
         self.leaves: list[weakref.ref[Tensor]] = []
@@ -58,12 +86,59 @@ class CompiledCall:
         donate = (1,) if options.pop("donate_state", False) else ()
         self.options = {**options, "donate_argnums": donate} if donate else options
 
+    def copy(self) -> CompiledCall:
+        """The same call, not yet compiled, for other surroundings or gradients."""
+        options = dict(self.options)
+        compiled = CompiledCall(self.fn, self.spec, self.statics, self.metas, options, self.around)
+        compiled.stands_for, compiled.statics = self.stands_for, self.statics
+        compiled.grad, compiled.differentiable, compiled.ran = (
+            self.grad,
+            self.differentiable,
+            self.ran,
+        )
+        compiled.leaves = self.leaves
+        return compiled
+
+    def release(self) -> None:
+        """Other surroundings are there: keep no memory of these."""
+        for compiled in {id(p): p for p in (self, *self.others.values())}.values():
+            compiled.generation = -1
+            for i, number in enumerate(compiled.numbers):
+                if number is not None:
+                    compiled.inputs[i] = None  # type: ignore[call-overload]
+
+    def find(self) -> None:
+        """Look up the memory of what it closes over."""
+        tensors = self.around.tensors
+        for i, number in enumerate(self.numbers):
+            if number is not None:
+                self.inputs[i] = tensors[number]._cell
+        self.generation = self.around.generation
+
+    def lost(self) -> bool:
+        """Whether a leaf is gone: gradients are those of others now."""
+        return any(ref() is None for ref in self.leaves)
+
+    def words(self, leaves: Sequence[Any]) -> list[Any]:
+        """From each generator those of this call."""
+        return [
+            random_streams.words_of(self._generator(source, leaves), count)
+            for source, count in self.generators
+        ]
+
+    def _generator(self, source: Any, leaves: Sequence[Any]) -> Any:
+        if not isinstance(source, tuple):
+            return source
+        kind, i = source
+        return leaves[i] if kind == "argument" else self.around.generators[i]
+
     # --- leaves and their gradients
 
     def note(self, leaves: Sequence[Tensor], arguments: Sequence[Tensor]) -> None:
         """Leaves that it closes over."""
         known = {id(x) for x in (*arguments, *self.living())}
-        self.leaves += [weakref.ref(x) for x in leaves if id(x) not in known]
+        needed = [x for x in leaves if x.requires_grad and id(x) not in known]
+        self.leaves += map(weakref.ref, needed)
 
     def living(self) -> list[Tensor]:
         found = (ref() for ref in self.leaves)
@@ -76,12 +151,10 @@ class CompiledCall:
         if compiled is None:
             compiled = self
             if self.others:
-                compiled = CompiledCall(
-                    self.fn, self.spec, self.statics, self.metas, dict(self.options)
-                )
-                compiled.grad, compiled.differentiable = self.grad, self.differentiable
-                compiled.leaves = self.leaves
+                compiled = self.copy()
             self.others[have] = compiled
+        if compiled.generation != self.around.generation:
+            compiled.find()
         for i, ref in compiled.of_grads:
             leaf = ref()
             if leaf is not None and leaf.grad is not None:
@@ -90,13 +163,20 @@ class CompiledCall:
 
     # --- the traced function
 
-    def run(self, arrays: Any, state: Any, words: Any) -> Any:
+    def run(self, arrays: Any, state: Any, words: Any, drawn: Any) -> Any:
         """(results), (new state), (memory made in the trace, gradients, arguments written to)."""
+        saved = self.around.save()
+        try:
+            return self._run(arrays, state, words, drawn, saved)
+        finally:
+            self.around.restore(saved)
+
+    def _run(self, arrays: Any, state: Any, words: Any, drawn: Any, saved: Any) -> Any:
         before = [c.array for c in self.inputs]
         versions = [c.version for c in self.inputs]
         tensors: list[Any] = [
             wrap(a, dtype).requires_grad_(needs and not self.differentiable)
-            for a, (dtype, needs) in zip(arrays, self.metas, strict=True)
+            for a, (dtype, needs, _) in zip(arrays, self.metas, strict=True)
         ]
         leaves = list(self.statics)
         slots = iter(tensors)
@@ -104,17 +184,25 @@ class CompiledCall:
         args, kwargs = torch_tree.tree_unflatten(leaves, self.spec)
         scope = lowering_scope() if self.differentiable else contextlib.nullcontext()
         grads = [(x, x.grad) for x in self.living()]
+        sources = [self._generator(source, self.statics) for source, _ in self.generators]
+        draws = random_streams.Draws(
+            {g._cdata: rows for g, rows in zip(sources, drawn, strict=True)}
+        )
+        seeds = [g.get_state() for g in sources]
         try:
             for cell, array in zip(self.inputs, state, strict=True):
                 cell.array = array
             with capturing(self.inputs) as capture:
                 # It may be traced inside a forward pass of autograd, where gradients are off.
                 grad = torch.enable_grad if self.grad else torch.no_grad
-                key = random_streams.drawing_from(words, words=True)
+                key = random_streams.drawing_from(words, True, draws)
                 with key as stream, scope, grad(), compiling(), Watch():
                     result = self.fn(*args, **kwargs)
                 self.draws = stream is not None and stream.count > 0
-                outs, self.out = _flatten_result(result)
+                self._check_seeds(sources, seeds)
+                outs, self.out = flatten_result(result)
+                self._describe_changes(outs, tensors, saved)
+                self.dtypes = [x.dtype for x in outs]
                 results = [value_of(x) for x in outs]
                 given = [(i, x.grad) for i, x in enumerate(tensors) if x.grad is not None]
                 self.argument_grads = [(i, g.dtype) for i, g in given]
@@ -144,20 +232,95 @@ class CompiledCall:
                 x.grad = was
             for cell, array in zip(self.inputs, before, strict=True):
                 cell.array = array
-        if found:
-            raise _MoreInputs(found)
+        if found or set(draws.counts) != {g._cdata for g in sources}:
+            raise _MoreInputs(found, draws)
         self.written, self.made = changed, made
         return results, new_state, (new_made, new_grads, new_arguments)
 
+    def _check_seeds(self, generators: Sequence[Any], before: Sequence[Any]) -> None:
+        for g, was in zip(generators, before, strict=True):
+            if not torch.equal(g.get_state(), was):
+                raise Torch2JaxError(
+                    "a function that is compiled for device jax seeds a torch.Generator, or draws "
+                    "from it on the CPU: that would happen once, not at each call. Do it outside "
+                    'of the function, or draw with device="jax".'
+                )
+
+    def _describe_changes(self, outs: list[Tensor], arguments: Any, saved: Any) -> None:
+        """What the trace has set in the surroundings; tensors that are new are results as well."""
+        known = {id(t): ("known", n) for n, (t, *_) in enumerate(saved[1])}
+        known |= {id(x): ("argument", i) for i, x in enumerate(arguments)}
+        known |= {id(x): ("result", i) for i, x in enumerate(outs)}
+
+        def described(value: Any) -> Any:
+            leaves, spec = torch_tree.tree_flatten(value)
+            marks: list[Any] = []
+            for x in leaves:
+                if not isinstance(x, Tensor):
+                    marks.append((None, x))
+                elif id(x) in known:
+                    marks.append(known[id(x)])
+                else:
+                    marks.append(known.setdefault(id(x), ("result", len(outs))))
+                    outs.append(x)
+                    if x.requires_grad and x.is_leaf:
+                        marks[-1] = ("leaf", (len(outs) - 1, getattr(x, "_is_param", False)))
+            return spec, marks
+
+        self.moves = []
+        for n, t in self.around.moved(saved):
+            self.moves.append((n, len(outs)))
+            outs.append(t.detach())  # type: ignore[arg-type]
+        self.changes = [
+            (Change(c.container, {}, c.gone), {k: described(v) for k, v in c.new.items()})
+            for c in self.around.changes(saved)
+            if not self.around.is_volatile(c)
+        ]
+
+    def set_surroundings(self, tensors: Sequence[Tensor], outs: Sequence[Any]) -> None:
+        """After a call: put into the surroundings what the function puts there."""
+        around = self.around
+        for n, i in self.moves:
+            become(around.tensors[n], outs[i].detach())
+
+        def made(mark: Any) -> Any:
+            kind, x = mark
+            if kind == "known":
+                return around.tensors[x]
+            if kind == "leaf":
+                i, is_param = x
+                new = outs[i].detach().requires_grad_()
+                if is_param:
+                    new._is_param = True
+                return new
+            return x if kind is None else (tensors if kind == "argument" else outs)[x]
+
+        values = [
+            {k: torch_tree.tree_unflatten(list(map(made, m)), s) for k, (s, m) in new.items()}
+            for _, new in self.changes
+        ]
+        for (change, _), new in zip(self.changes, values, strict=True):
+            around.put(change, new)
+
     def prepare(self, arrays: Any) -> None:
         """Find out what it closes over: trace until nothing new is found."""
+        no_words = random_streams.NO_WORDS
         while True:
             state = [c.array for c in self.inputs]
+            drawn = [np.zeros((count, 2), np.uint32) for _, count in self.generators]
             try:
-                jax.eval_shape(self.run, arrays, state, random_streams.NO_WORDS)
+                jax.eval_shape(self.run, arrays, state, no_words, drawn)
                 break
             except _MoreInputs as more:
                 self.inputs += more.cells
+                numbers = {id(t._cell): n for n, t in reversed([*enumerate(self.around.tensors)])}
+                self.numbers += [numbers.get(id(c)) for c in more.cells]
+                known = {g._cdata: ("place", n) for n, g in enumerate(self.around.generators)}
+                known |= {which: ("argument", i) for which, i in self.stands_for.items()}
+                self.generators = [
+                    (known.get(which, g), more.draws.counts[which])
+                    for which, g in more.draws.generators.items()
+                ]
         for cell in self.made:  # made for a trace that is not used
             cell.array = None
         places = {id(c): i for i, c in enumerate(self.inputs)}
@@ -169,9 +332,9 @@ class CompiledCall:
         self.pulled = jax.jit(self._with_pullback)
         self.ready = True
 
-    def _with_pullback(self, arrays: Any, state: Any, words: Any) -> Any:
+    def _with_pullback(self, arrays: Any, state: Any, words: Any, drawn: Any) -> Any:
         def of(arrays: Any, state: Any) -> Any:
-            results, new_state, made = self.run(arrays, state, words)
+            results, new_state, made = self.run(arrays, state, words, drawn)
             return results, (new_state, made)
 
         results, pull, (new_state, made) = jax.vjp(of, arrays, state, has_aux=True)
@@ -218,49 +381,10 @@ def _add_gradient(x: Tensor, gradient: Tensor) -> None:
 
 
 class _MoreInputs(Exception):
-    def __init__(self, cells: list[Cell]) -> None:
-        self.cells = cells
+    def __init__(self, cells: list[Cell], draws: random_streams.Draws) -> None:
+        self.cells, self.draws = cells, draws
 
 
-def _flatten_result(result: Any) -> tuple[list[Tensor], Any]:
-    leaves, spec = torch_tree.tree_flatten(result)
-    outs = [x for x in leaves if isinstance(x, Tensor)]
-    rest = [(TENSOR, x.dtype) if isinstance(x, Tensor) else (None, x) for x in leaves]
-    return outs, (spec, rest)
-
-
-def unflatten_result(out: Any, tensors: Sequence[Any]) -> Any:
-    spec, rest = out
-    made = iter(tensors)
-    leaves = [next(made) if mark is TENSOR else x for mark, x in rest]
-    return torch_tree.tree_unflatten(leaves, spec)
-
-
-_pull = jax.jit(lambda pull, cotangents: pull(cotangents))
-
-
-class Differentiable(torch.autograd.Function):
-    """A compiled call whose derivative, compiled too, is JAX's."""
-
-    @staticmethod
-    def forward(ctx: Any, compiled: CompiledCall, words: Any, count: int, *tensors: Any) -> Any:  # type: ignore[override]
-        arrays = [x._cell.array if x._chain is None else x.jax() for x in tensors[:count]]
-        state = [c.array for c in compiled.inputs]
-        results, new_state, made, ctx.pull = compiled.pulled(arrays, state, words)
-        compiled.finish(tensors[:count], new_state, made)
-        ctx.needs = [id(x._cell) for x in tensors[count:]]
-        ctx.order = [id(c) for c in compiled.inputs]
-        ctx.avals = [jax.ShapeDtypeStruct(r.shape, r.dtype) for r in results]
-        ctx.count = count
-        dtypes = [dtype for mark, dtype in compiled.out[1] if mark is TENSOR]
-        outs = tuple(wrap(r, d) for r, d in zip(results, dtypes, strict=True))
-        ctx.mark_non_differentiable(
-            *[x for x in outs if not (x.is_floating_point() or x.is_complex())]
-        )
-        return outs
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:  # type: ignore[override]
-        by_argument, by_state = _pull(ctx.pull, cotangents_of(grads, ctx.avals))
-        found = list(by_argument) + [by_state[ctx.order.index(i)] for i in ctx.needs]
-        return (None, None, None, *[gradient_of(g) for g in found])
+def _is_same(x: Any, y: Any) -> bool:
+    """PyTorch may wrap one generator in several objects."""
+    return isinstance(y, torch.Generator) and x._cdata == y._cdata  # type: ignore[attr-defined]

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from jax.core import Tracer
 from torch.utils import _pytree as torch_tree
 
 from ..._conversions.dtypes import x64_enabled
-from ..._errors import SignatureError
+from ..._errors import SignatureError, Torch2JaxWarning
 from .. import random_streams
 from ..setup.enable import enable
-from ..tensors.tensor import Cell, Tensor, wrap
+from ..tensors.tensor import Tensor, captures, wrap
 from .captured import noting_leaves
-from .compiled import TENSOR, CompiledCall, Differentiable, unflatten_result
+from .compiled import CompiledCall
+from .differentiable import Differentiable
+from .results import TENSOR, unflatten_result
+from .surroundings import Surroundings
 
 __all__ = ["JittedFunction", "JittedModule", "jit"]
 
@@ -33,12 +38,13 @@ def _is_hashable(x: Any) -> bool:
 class JittedFunction:
     """A function of tensors on device jax as one compiled program; made by ``jit``."""
 
-    def __init__(self, fn: Callable[..., Any], module: Any, options: dict[str, Any]) -> None:
+    def __init__(self, fn: Callable[..., Any], options: dict[str, Any]) -> None:
         self.__wrapped__ = fn
         self.__name__ = getattr(fn, "__name__", type(fn).__name__)
-        self._module, self._options = module, options
-        self._compiled: dict[Any, CompiledCall] = {}
-        self._cells: list[Cell] = []
+        self._options = options
+        self._around = Surroundings(fn)
+        self._first: dict[Any, set[Any]] = {}
+        """What the first call set in its surroundings, by what selects a program."""
         self._specs: dict[Any, Any] = {}
 
     def _flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Any]:
@@ -62,18 +68,15 @@ class JittedFunction:
                     f"{self.__name__} is compiled for device jax and got a tensor on {x.device}: "
                     'move it first, tensor.to("jax").'
                 )
-        metas = tuple((x.dtype, x.requires_grad) for x in tensors)
-        modes: Any = ()
-        if self._module is not None:
-            modes = tuple(m.training for m in self._module.modules())
-            cells = [x._cell for x in self._module.parameters() if isinstance(x, Tensor)]
-            if cells != self._cells:  # other parameters than the compiled calls know
-                self._compiled, self._cells = {}, cells
-        marks = tuple(None if x is TENSOR else (type(x), x) for x in statics)
+        if captures or any(isinstance(x._cell.array, Tracer) for x in tensors):
+            return self.__wrapped__(*args, **kwargs)  # a part of what is being traced
+        metas = tuple((x.dtype, x.requires_grad, x.shape) for x in tensors)
+        marks = tuple(None if x is TENSOR else _mark(x, statics) for x in statics)
         cast = torch.is_autocast_enabled("jax") and torch.get_autocast_dtype("jax")
-        key = (spec, marks, metas, modes, cast, torch.is_grad_enabled(), x64_enabled())
+        key = (spec, marks, metas, cast, torch.is_grad_enabled(), x64_enabled())
+        calls = self._around.look().calls
         try:
-            compiled = self._compiled.get(key)
+            compiled = calls.get(key)
         except TypeError:
             kinds = ", ".join(sorted({type(x).__name__ for x in statics if not _is_hashable(x)}))
             raise SignatureError(
@@ -81,37 +84,81 @@ class JittedFunction:
                 f"selects a program by its value, which a {kinds} cannot: make arrays tensors by "
                 "device.tensor(array)."
             ) from None
-        if compiled is None:
-            options = dict(self._options)
-            compiled = self._compiled[key] = CompiledCall(
-                self.__wrapped__, spec, statics, metas, options
-            )
-        if not compiled.ran:
-            with noting_leaves() as seen:
-                result = self.__wrapped__(*args, **kwargs)
-            compiled.note(seen.living(), tensors)
-            compiled.ran = True
-            outs = [x for x in torch_tree.tree_leaves(result) if isinstance(x, torch.Tensor)]
-            compiled.differentiable = any(x.requires_grad for x in outs)
-            return result
+        if compiled is None or (compiled.generation != self._around.generation and compiled.lost()):
+            return self._run_first(key, calls, spec, statics, metas, tensors, args, kwargs)
         arrays = [x._cell.array if x._chain is None else x.jax() for x in tensors]
         compiled = compiled.here()
         if not compiled.ready:
             compiled.prepare(arrays)
         words = random_streams.next_words() if compiled.draws else random_streams.NO_WORDS
+        drawn = compiled.words(leaves) if compiled.generators else []
         compiled.check(tensors)
         if compiled.differentiable:
             places = set(map(id, compiled.inputs))
             parameters = [x for x in compiled.living() if id(x._cell) in places]
-            outs = Differentiable.apply(compiled, words, len(tensors), *tensors, *parameters)
-            return unflatten_result(compiled.out, outs)
-        results, new_state, made = compiled.jitted(
-            arrays, [c.array for c in compiled.inputs], words
-        )
-        compiled.finish(tensors, new_state, made)
-        dtypes = [dtype for mark, dtype in compiled.out[1] if mark is TENSOR]
-        outs = [wrap(r, d) for r, d in zip(results, dtypes, strict=True)]
+            outs = Differentiable.apply(
+                compiled, (words, drawn), len(tensors), *tensors, *parameters
+            )
+        else:
+            state = [c.array for c in compiled.inputs]
+            results, new_state, made = compiled.jitted(arrays, state, words, drawn)
+            compiled.finish(tensors, new_state, made)
+            outs = [wrap(r, d) for r, d in zip(results, compiled.dtypes, strict=True)]
+        if compiled.changes or compiled.moves:
+            compiled.set_surroundings(tensors, outs)
         return unflatten_result(compiled.out, outs)
+
+    def _run_first(
+        self, key: Any, calls: Any, spec: Any, statics: Any, metas: Any, tensors: Any, args: Any,
+        kwargs: Any,
+    ) -> Any:  # fmt: skip
+        """Step by step, for what is made lazily; notes what it takes to compile the next call."""
+        around = self._around
+        compiled = CompiledCall(self.__wrapped__, spec, statics, metas, dict(self._options), around)
+        saved = around.save()
+        with noting_leaves() as seen:
+            result = self.__wrapped__(*args, **kwargs)
+        leaves = seen.living()
+        compiled.note(leaves, tensors)
+        compiled.ran = True
+        changes = around.changes(saved)
+        outs = torch_tree.tree_leaves(result)
+        if not any(x.grad is not None for x in leaves):  # no backward pass was in it
+            outs += torch_tree.tree_leaves([c.new for c in changes])
+        outs = [x for x in outs if isinstance(x, torch.Tensor)]
+        compiled.differentiable = any(x.grad_fn is not None for x in outs)
+        calls[key] = compiled
+        again = around.numbers_set(changes)
+        kind = (spec, tuple(str(m[0]) for m in metas))
+        self._note_volatile(again & self._first.get(kind, set()))
+        self._first[kind] = again
+        after = around.look().calls
+        if after is not calls and key not in after:
+            after[key] = compiled.copy()
+        return result
+
+    def _note_volatile(self, items: set[Any]) -> None:
+        """Items that two calls have set: a program for each value would be compiled."""
+        new = items - self._around.volatile
+        if new:
+            self._around.volatile |= new
+            names = ", ".join(sorted({"a list" if k is None else str(k) for _, k in new}))
+            warnings.warn(
+                f"{self.__name__}, which is compiled for device jax, changes Python values at each "
+                f"call ({names}). They are no part of the program, which keeps their values from "
+                "the trace: make them tensors on device jax.",
+                Torch2JaxWarning,
+                stacklevel=4,
+            )
+
+
+def _mark(x: Any, statics: Any) -> Any:
+    if isinstance(x, _Generator):
+        return "generator", [getattr(y, "_cdata", None) for y in statics].index(x._cdata)
+    return type(x), x
+
+
+_Generator: Any = torch._C.Generator
 
 
 def jit(fn: Any, **options: Any) -> Any:
@@ -120,9 +167,10 @@ def jit(fn: Any, **options: Any) -> Any:
     Args:
       fn: a function, a whole training step (forward, backward and update) or an ``nn.Module``.
         Its arguments are pytrees; tensors are operands, everything else selects a program. Tensors
-        that it closes over, such as parameters, are inputs too, and may be written to; other
-        Python state is read when it is traced. Optimizers need ``capturable=True`` where they have
-        it.
+        that it closes over, such as parameters, are inputs too, and may be written to and
+        replaced. Flags, numbers, hooks and other Python state that it can reach select a program:
+        they are looked at before each call. Generators go on as in eager mode. Optimizers need
+        ``capturable=True`` where they have it.
       **options: of ``jax.jit``. ``donate_state=True`` donates what it closes over: parameters that
         a step updates are then updated in their memory.
 
@@ -131,8 +179,8 @@ def jit(fn: Any, **options: Any) -> Any:
       ``state_dict``. Results have gradients where the original's have.
 
     Raises:
-      Torch2JaxError: the function asks for a value (``.item()``), or writes to a tensor that is on
-        another device.
+      Torch2JaxError: the function asks for a value (``.item()``), writes to a tensor that is on
+        another device, or draws random numbers there.
 
     The first call runs step by step, the second one compiles.
 
@@ -148,7 +196,7 @@ def jit(fn: Any, **options: Any) -> Any:
         return JittedModule(fn, **options)
     if not callable(fn):
         raise SignatureError(f"device.jit takes a function or a module, got {type(fn).__name__}.")
-    return JittedFunction(fn, None, options)
+    return JittedFunction(fn, options)
 
 
 class JittedModule(torch.nn.Module):
@@ -160,7 +208,7 @@ class JittedModule(torch.nn.Module):
         self._original: Any
         self._jitted: Any
         self.__dict__["_original"] = module
-        self.__dict__["_jitted"] = JittedFunction(module, module, options)
+        self.__dict__["_jitted"] = JittedFunction(module, options)
         self._parameters = module._parameters
         self._buffers = module._buffers
         self._modules = module._modules

@@ -20,6 +20,7 @@ from ..._compat.torch import dispatch_modes, eager, plain_apply
 from ..tensors.tensor import Tensor
 from ..thread_state import state
 from .dispatch import dispatch
+from .recurrent import KERNELS as RECURRENT
 from .unchecked import cov, istft
 
 __all__ = ["register_composites"]
@@ -95,7 +96,8 @@ def register_composites() -> Any:
         kernel = _kernel(composite)
         for key in ("AutogradLazy", "AutogradPrivateUse1"):
             library.impl(composite.op._opname, kernel, key)
-    for name, kernel in {"ctc_loss.Tensor": _ctc_loss, "cov": cov, "istft": istft}.items():
+    others = {"ctc_loss.Tensor": _ctc_loss, "cov": cov, "istft": istft, **RECURRENT}
+    for name, kernel in others.items():
         for key in ("AutogradLazy", "AutogradPrivateUse1", "Lazy", "PrivateUse1"):
             library.impl(name, kernel, key)
     return library

@@ -14,6 +14,7 @@ from jax.core import Tracer
 
 from ..._compat.jax import ArrayImpl
 from ..._conversions.dtypes import x64_enabled
+from ..._errors import Torch2JaxError
 from .. import random_streams
 from ..tensors.tensor import Tensor, captures, refuse_overlap, to_torch
 from ..thread_state import state
@@ -39,6 +40,15 @@ class Operator:
         self._in_lists = self.route.writes_several and "::_foreach" in func.name()
 
     def __call__(self, args: Any, kwargs: Any) -> Any:
+        route = self.route
+        if route.generator is not None:
+            at = route.generator
+            if len(args) > at:  # of some operators it is not for keywords alone
+                args, kwargs = args[:at], {**kwargs, "generator": args[at]}
+            if kwargs.get("generator") is not None and not route.random:
+                raise Torch2JaxError(
+                    f"{self.func} has no lowering that draws from a generator: leave generator= out"
+                )
         if kwargs:
             device = kwargs.get("device")
             if device is not None and device.type not in ("jax", "lazy"):

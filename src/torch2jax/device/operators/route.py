@@ -37,6 +37,7 @@ class Route:
             a for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write
         ]
         self.mutable = [a.name for a in written]
+        self.generator = self.names.index("generator") if "generator" in self.names else None
         outs = [a.name for a in written if a.is_out]
         self.to_outs = bool(outs)
         self.writes_several = len(written) > 1 or any("List" in str(a.type) for a in written)

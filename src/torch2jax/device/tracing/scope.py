@@ -22,6 +22,7 @@ class _OnJax(DeviceContext):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        random_streams.refuse_generators((*args, *kwargs.values()))  # on the CPU too
         if func is torch.normal and (len(args) > 2 or "size" in kwargs):
             kwargs = {"device": self.device, **kwargs}
         return super().__torch_function__(func, types, args, kwargs)
