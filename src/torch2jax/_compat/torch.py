@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -153,6 +154,15 @@ custom_function_base: Any = torch.autograd.function._SingleLevelFunction
 own ``apply``."""
 
 
+module_calls: Any = torch.nn.modules.module
+"""Where a module's call looks for ``BackwardHook``."""
+
+BackwardHook: Any = torch.utils.hooks.BackwardHook
+
+transformers: Any = torch.nn.modules.transformer
+"""Where encoders and decoders look for ``_detect_is_causal_mask``."""
+
+
 def innermost_is_vmap() -> bool:
     """Whether the innermost transform of ``torch.func`` at work is ``vmap``."""
     return peek_interpreter_stack().key() == TransformType.Vmap
@@ -220,6 +230,20 @@ def set_up_device(name: str, module: Any) -> None:
             f"needs PyTorch 2.10 or later; this is {torch.__version__}."
         ) from None
     set_up(name, backend_module=module)
+
+
+AFTER_AUTOGRAD: Any = torch._C._after_autograd_keyset  # type: ignore[attr-defined]
+ANY_AUTOGRAD: Any = torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradOther)  # type: ignore[attr-defined]
+"""Keys of the dispatcher: those below autograd's, and the one of autograd's own kernels for
+devices that have none of theirs."""
+
+
+def uncompiled() -> Callable[[], None]:
+    """Let what ``torch.compile`` has made run uncompiled, until the result is called."""
+    if "torch._dynamo" not in sys.modules:  # then nothing is compiled, and it takes a second
+        return lambda: None
+    stance = torch.compiler.set_stance("force_eager")
+    return lambda: stance.__exit__(None, None, None)
 
 
 def foreach_types() -> list[list[Any]]:

@@ -25,6 +25,7 @@ from .._refusals import refuse_symbolic
 from ..device.operators.constants import value_of
 from ..device.setup.enable import enable
 from ..device.tensors.tensor import Tensor, from_torch, wrap
+from ..device.tracing import hooks
 from ..device.tracing.scope import running
 
 __all__ = ["LoweredFunction"]
@@ -88,6 +89,8 @@ class LoweredFunction(TorchFunction):
         tensors = [_argument(x, d) for x, d in zip(arrays, dtypes, strict=True)]
         args, kwargs = arguments.unflatten(tensors)
         with running(self._options.default_dtype, key):
+            if isinstance(self._run, Forward):
+                _apply_hooks(self._run.layout, args[0])
             out = loans.scoped(lambda: self._run(*args, **kwargs))()
             if inplace and out is None:
                 result = None
@@ -112,6 +115,14 @@ class LoweredFunction(TorchFunction):
                 f"{self._label} returned {_named(treedef, got)}, and output_shapes says "
                 f"{_named(declared.treedef, expected)}."
             )
+
+
+def _apply_hooks(layout: Layout, variables: Any) -> None:
+    """The hooks that the module's own parameters have."""
+    for group, tensors in layout.tensors.items():
+        for name, x in tensors.items():
+            if name in variables.get(group, {}):
+                hooks.apply_hooks(x, variables[group][name])
 
 
 def _named(treedef: Any, leaves: list[Any]) -> str:

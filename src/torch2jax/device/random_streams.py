@@ -112,6 +112,16 @@ def drawing_from(
         _streams.stack.pop()
 
 
+@contextlib.contextmanager
+def continuing(stream: Stream | None) -> Iterator[None]:
+    """Draws of this thread come from a stream that was there before."""
+    _streams.stack.append(stream)
+    try:
+        yield
+    finally:
+        _streams.stack.pop()
+
+
 def seed(value: int) -> None:
     """Seed the device's generator, as ``torch.manual_seed`` does."""
     with _lock:

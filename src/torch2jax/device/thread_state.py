@@ -11,8 +11,12 @@ __all__ = ["lowering_scope", "other_devices_allowed", "state"]
 
 
 class _State(threading.local):
+    resume: Any = contextlib.nullcontext
+    """Makes of this thread again what the innermost trace for JAX's derivative has made of it."""
     lowering = 0
     """How many scopes of ``lower=True``, where JAX takes the derivatives, are entered."""
+    detaching = 0
+    """How many calls of the user's ``detach`` are under way."""
     constants: Any = None
     """Tensors of other devices that the trace under way has met."""
     other_devices = 0

@@ -100,8 +100,9 @@ def native_layer_norm(input: Any, normalized_shape: Any, weight: Any, bias: Any,
         out = out * cast(weight, x.dtype)
     if bias is not None:
         out = out + cast(bias, x.dtype)
-    # PyTorch's derivative is that of the first result alone.
-    return cast(out, input.dtype), lax.stop_gradient(mean), lax.stop_gradient(rstd)
+    # PyTorch's derivative is that of the first result alone. JAX's counts the statistics, of which
+    # PyTorch's backward pass is made: it may be differentiated again.
+    return cast(out, input.dtype), mean, rstd
 
 
 @lowering("native_layer_norm_backward")
@@ -163,7 +164,6 @@ def native_group_norm(
     if bias is not None:
         out = out + cast(_channels(bias, input.ndim), out.dtype)
     dtype = input.dtype
-    # Unlike those of the other norms, PyTorch's derivative counts these statistics.
     return cast(out, dtype), cast(mean.squeeze(2), dtype), cast(rstd.squeeze(2), dtype)
 
 
@@ -209,11 +209,11 @@ def _batch_norm(
     if training:
         count = x.size // x.shape[1] if x.shape[1] else 0
         out, m, rstd = _standardised(x, axes, eps)
-        saved = lax.stop_gradient(m.reshape(-1)), lax.stop_gradient(rstd.reshape(-1))
+        saved = m.reshape(-1), rstd.reshape(-1)
         if mean is not None:
             variance = lax.stop_gradient(jnp.mean((x - m) ** 2, axes))
             unbiased = variance * (count / max(count - 1, 1))
-            mean = cast((1 - momentum) * mean + momentum * saved[0], mean.dtype)
+            mean = cast((1 - momentum) * mean + momentum * lax.stop_gradient(saved[0]), mean.dtype)
             var = cast((1 - momentum) * var + momentum * unbiased, var.dtype)
     else:
         m, v = cast(mean, x.dtype), cast(var, x.dtype)

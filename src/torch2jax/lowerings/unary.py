@@ -72,7 +72,7 @@ _SAME: dict[str, Fn] = {
     "neg": jnp.negative,
     "positive": lambda x: x,
     "round": _same_for_integers(jnp.round),
-    "sgn": jnp.sign,
+    "sgn": lambda x: _sgn(x),
     "sign": jnp.sign,
     "square": jnp.square,
     "trunc": _same_for_integers(jnp.trunc),
@@ -101,6 +101,14 @@ def _abs(x: Any) -> Any:
 def _abs_jvp(primals: Any, tangents: Any) -> Any:
     (x,), (dx,) = primals, tangents
     return _abs(x), dx * jnp.sign(x).astype(dx.dtype)
+
+
+def _sgn(x: Any) -> Any:
+    if category(x.dtype) < 3:
+        return jnp.sign(x)
+    zero = x == 0  # the derivative there is 0
+    safe = jnp.where(zero, 1, x)
+    return jnp.where(zero, 0, safe / jnp.abs(safe))
 
 
 def _complex_abs(x: Any) -> Any:

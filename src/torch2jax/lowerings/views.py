@@ -286,6 +286,17 @@ def _given(x: Any, value: Any, *_: Any) -> Any:
     return value
 
 
+@jax.custom_jvp
+def unseen(old: Any, new: Any) -> Any:
+    """The values of a write that derivatives do not see: they are still those of the old ones."""
+    return new
+
+
+@unseen.defjvp
+def _unseen_jvp(primals: Any, tangents: Any) -> Any:
+    return primals[1], tangents[0]
+
+
 SELECT_AT, SLICE_AT = "select at", "slice at"
 """``select`` and ``slice`` of one that starts where the first argument, an array, says."""
 
@@ -324,7 +335,7 @@ SETTERS: dict[Any, Get] = {
     SELECT_AT: _select_at_back,
     SLICE_AT: _slice_at_back,
     aten.alias.default: _given,
-    aten.detach.default: _given,
+    aten.detach.default: unseen,
     aten.view.default: _reshape_back,
     aten._reshape_alias.default: _reshape_back,
     aten.t.default: lambda x, value: _t(value),

@@ -104,6 +104,10 @@ def capturing(inputs: Sequence[Cell]) -> Iterator[Capture]:
             cell.array = array
 
 
+_DETACH: Any = torch.ops.aten.detach.default
+_OURS: Any = Tensor
+
+
 class Watch(TorchDispatchMode):
     """Refuses what would happen once: writes to other devices' tensors, and draws on them."""
 
@@ -126,6 +130,9 @@ class Watch(TorchDispatchMode):
             for argument, x in zip(func._schema.arguments, args, strict=False):
                 if argument.alias_info is not None and argument.alias_info.is_write:
                     self._refuse(func, x if isinstance(x, list | tuple) else [x])
+        if func is _DETACH and not state.detaching and type(args[0]) is Tensor:
+            # PyTorch's own, which has not come by autograd's kernels, and must not meet them.
+            return _OURS.__torch_dispatch__(func, types, args, kwargs)
         out = func(*args, **kwargs)
         for x in torch_tree.tree_leaves(out):
             if type(x) is torch.Tensor:

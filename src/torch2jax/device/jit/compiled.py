@@ -11,7 +11,6 @@ What else the function reads and sets, attributes of modules and objects: see ``
 
 from __future__ import annotations
 
-import contextlib
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,9 +23,9 @@ from torch.utils import _pytree as torch_tree
 from ..._errors import Torch2JaxError
 from .. import random_streams
 from ..operators.constants import value_of
-from ..setup.changes_of_pytorch import compiling
+from ..setup.changes_of_pytorch import compiling, replacing
 from ..tensors.tensor import Cell, Tensor, become, wrap, write
-from ..thread_state import lowering_scope
+from ..tracing.scope import differentiated
 from .captured import Watch, capturing
 from .results import TENSOR, flatten_result
 from .surroundings import Change, Surroundings
@@ -182,7 +181,7 @@ class CompiledCall:
         slots = iter(tensors)
         leaves = [next(slots) if x is TENSOR else x for x in leaves]
         args, kwargs = torch_tree.tree_unflatten(leaves, self.spec)
-        scope = lowering_scope() if self.differentiable else contextlib.nullcontext()
+        scope = differentiated() if self.differentiable else replacing()
         grads = [(x, x.grad) for x in self.living()]
         sources = [self._generator(source, self.statics) for source, _ in self.generators]
         draws = random_streams.Draws(

@@ -16,6 +16,7 @@ import torch
 
 from ..._compat.jax import trace_state_clean
 from ...lowerings.registry import DataDependentShape
+from ...lowerings.views import unseen
 from ..tensors.tensor import Tensor, ValueNeeded, read_cell
 from ..thread_state import state
 from . import results
@@ -56,7 +57,7 @@ class Runner(ABC):
         out, new = program.compute(values, call.words)
         if state.lowering and not torch.is_grad_enabled():
             out = jax.tree.map(jax.lax.stop_gradient, out)
-            new = [_unseen(values[s], x) for s, x in zip(program.mutated, new, strict=True)]
+            new = [unseen(values[s], x) for s, x in zip(program.mutated, new, strict=True)]
         return results.of_arrays(program, operands, out, new)
 
 
@@ -158,14 +159,3 @@ class StepByStep(Decomposed):
 
 
 _NOTHING = contextlib.nullcontext()
-
-
-@jax.custom_jvp
-def _unseen(old: Any, new: Any) -> Any:
-    """The values of a write under ``no_grad``: the derivative is still that of the old ones."""
-    return new
-
-
-@_unseen.defjvp
-def _unseen_jvp(primals: Any, tangents: Any) -> Any:
-    return primals[1], tangents[0]

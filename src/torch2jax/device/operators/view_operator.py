@@ -15,7 +15,7 @@ from ..tensors.view_chains import ROOT
 from ..thread_state import state
 from .operands import from_other_device
 
-__all__ = ["ViewOperator"]
+__all__ = ["ViewOperator", "stopped"]
 
 
 def _frozen(x: Any) -> Any:
@@ -47,20 +47,28 @@ class ViewOperator:
         if state.events is not None and not state.composite:
             state.events.add(self.func, "native")
         chain = x._chain
+        stops = state.lowering and self._stops() and isinstance(x._cell.array, Tracer)
         if self.plain:
-            if self.detach and state.lowering and isinstance(x._cell.array, Tracer):
-                chain = (chain or ROOT).then(x.shape, self.func, ())
+            if stops:
+                chain = stopped(chain, x.shape)
             start: Any = x.storage_offset()
             return wrap_view(x, chain, x.dtype, x.shape, x.stride(), start)
         key = self.key(x, args, kwargs)
-        found = self.known.get(key)
+        found: Any = self.known.get(key)
         if found is None:
             if len(self.known) > 16384:
                 self.known.clear()
             found = self.known[key] = self._found(x, *key)
+        if stops:
+            ended = [(stopped(where[0], where[2]), *where[1:]) for where in _listed(found)]
+            found = ended if type(found) is list else ended[0]
         if type(found) is list:
             return [wrap_view(x, *where) for where in found]
         return wrap_view(x, *found)
+
+    def _stops(self) -> bool:
+        """Whether JAX's derivative ends here: see NOTE [Detached by the user]."""
+        return (self.detach and state.detaching > 0) or not torch.is_grad_enabled()
 
     def key(self, x: Tensor, args: Any, kwargs: Any) -> tuple[Any, ...]:
         rest = tuple(map(_frozen, args[1:])) if self.takes_lists else args[1:]
@@ -116,6 +124,15 @@ class ViewOperator:
                 "the view first."
             )
         return (ROOT.then((), self.func, (rest[0], rest[1], offset)), *found)
+
+
+def _listed(found: Any) -> list[Any]:
+    return found if type(found) is list else [found]
+
+
+def stopped(chain: Any, size: Any) -> Any:
+    """The chain, and one step further the end of JAX's derivative."""
+    return (chain or ROOT).then(tuple(size), torch.ops.aten.detach.default, ())
 
 
 def geometry(

@@ -18,8 +18,11 @@ changes stay. ``change_pytorch`` makes them. Other tensors are computed as befor
 
 These changes last while a function is traced, and are undone after it.
 
-- ``autograd.Function.apply``: a derivative of the user's own must become one of JAX's. Other
-  threads go past ours to PyTorch's.
+- ``autograd.Function.apply`` and the ``BackwardHook`` of modules: a derivative of the user's own
+  must become one of JAX's. Other threads go past ours to PyTorch's.
+- ``_detect_is_causal_mask`` of transformers and ``_BatchNorm.forward``: they ask a tensor for its
+  value, which a trace does not have. Of other tensors they are PyTorch's.
+- What ``torch.compile`` has made runs as it was written: it does not compile for device jax.
 - ``torch.compiler.is_compiling()``: PyTorch's own checks would ask for values. PyTorch has one flag
   for all threads, so other threads see it too.
 """
@@ -35,12 +38,12 @@ from typing import Any
 import torch
 from torch.utils import _foreach_utils
 
-from ..._compat.torch import custom_function_base, foreach_types
+from ..._compat.torch import foreach_types, uncompiled
 from ..tensors.tensor import LAZY, Tensor
 from ..thread_state import state
 from .generator import Generator
 
-__all__ = ["change_pytorch", "compiling", "custom_apply"]
+__all__ = ["change_pytorch", "compiling", "replace_while_tracing", "replacing"]
 
 
 def change_pytorch() -> None:
@@ -134,31 +137,50 @@ def _allow_foreach() -> None:
 # --- while a function is traced ------------------------------------------------------------------
 
 _lock = threading.Lock()
-_applying: list[Any] = []
-"""One entry for each trace under way, on all threads."""
 _compiling: list[bool] = []
 """PyTorch's flag as it was, once for each trace under way."""
+_traces = [0]
+"""Traces under way, on all threads."""
+
+_ours: list[tuple[Any, str, Any]] = []
+_theirs: list[tuple[Any, str, Any]] = []
+_stance: list[Any] = []
+_ABSENT = object()
+
+
+def replace_while_tracing(owner: Any, name: str, ours: Any) -> None:
+    """Let ``owner.name`` be ours during traces."""
+    _ours.append((owner, name, ours))
 
 
 @contextlib.contextmanager
-def custom_apply(apply: Callable[..., Any]) -> Iterator[None]:
-    """In this scope ``autograd.Function.apply`` is ``apply(cls, *args, **kwargs)``, on all threads.
+def replacing() -> Iterator[None]:
+    """In this scope a function is traced. After the last trace nothing of ours is left.
 
-    PyTorch's ``apply`` of Python ends in one of C++, found through a base class; for the time of a
-    trace ours is found before it, also by an ``apply`` that was looked up earlier. After the last
-    trace nothing is left.
+    PyTorch finds these functions by their names, in a class or a module. Ours look whether the call
+    is of a traced function, since other threads meet them too.
     """
     with _lock:
-        if not _applying:
-            custom_function_base.apply = classmethod(apply)
-        _applying.append(apply)
+        _traces[0] += 1
+        if _traces[0] == 1:
+            _stance.append(uncompiled())
+            for owner, name, ours in _ours:
+                _theirs.append((owner, name, vars(owner).get(name, _ABSENT)))
+                setattr(owner, name, ours)
     try:
         yield
     finally:
         with _lock:
-            _applying.pop()
-            if not _applying:
-                del custom_function_base.apply
+            _traces[0] -= 1
+            if _traces[0] == 0:
+                for owner, name, theirs in _theirs:
+                    if theirs is _ABSENT:
+                        delattr(owner, name)
+                    else:
+                        setattr(owner, name, theirs)
+                _theirs.clear()
+                restore = _stance.pop()
+                restore()
 
 
 @contextlib.contextmanager

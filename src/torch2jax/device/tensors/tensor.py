@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 import torch
+from jax.core import Tracer
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..._compat.jax import ArrayImpl, get_opaque_trace_state, trace_state_clean
@@ -82,6 +83,7 @@ class Tensor(torch.Tensor):
     _cell: Cell
     _chain: Chain | None = None
     _memo: Any = None
+    _hooks: Any = None
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     # ``__torch_dispatch__`` and the everyday methods are put in by ``dispatch`` and ``methods``.
@@ -159,6 +161,9 @@ def write(t: Tensor, value: Any) -> None:
     """Replace the values of a tensor; other tensors on the same memory see it."""
     cell, chain = t._cell, t._chain
     cell.renew(value if chain is None else chain.set(cell.array, value))
+    if chain is not None and chain.stops and isinstance(cell.array, Tracer):
+        # The memory has the derivative of what it held, the tensor that of what was written.
+        t._memo = (cell.array, get_opaque_trace_state(), value)
 
 
 def replace(t: Tensor, value: Any) -> None:

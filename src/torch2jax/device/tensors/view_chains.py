@@ -101,11 +101,14 @@ class Chain:
     """The steps of one view, with numbers; programs that its pattern allows are shared."""
 
     __slots__ = (
-        "_next", "_overlaps", "_starts_on_device", "_used", "blurred", "pattern", "starts", "steps"
+        "_next", "_overlaps", "_starts_on_device", "_used", "blurred", "pattern", "starts", "steps",
+        "stops",
     )  # fmt: skip
 
     def __init__(self, steps: tuple[Step, ...], pattern: Pattern, starts: tuple[int, ...]) -> None:
         self.steps, self.pattern = steps, pattern
+        self.stops = any(step.op is aten.detach.default for step in steps)
+        """Whether JAX's derivative ends here."""
         self.starts = np.array(starts, np.int32) if starts else None
         self._starts_on_device: Any = None
         self._used = False
@@ -198,7 +201,7 @@ def _get(steps: tuple[Step, ...], array: Any) -> Any:
 def _set(steps: tuple[Step, ...], array: Any, value: Any) -> Any:
     """The new array: by runs of steps that select elements, and what sees other values between."""
     for k, step in enumerate(steps):
-        if step.op in OTHER_ELEMENTS:
+        if step.op in OTHER_ELEMENTS or step.op is aten.detach.default:
             before = _get(steps[:k], array)
             after = _set(steps[k + 1 :], step.get(before), value)
             return _set_elements(steps[:k], array, step.set(before, after))

@@ -22,8 +22,9 @@ from torch.utils.checkpoint import CheckpointFunction
 from ..._compat.torch import custom_function_base
 from .. import random_streams
 from ..operators.constants import value_of
-from ..setup.changes_of_pytorch import custom_apply
-from ..tensors.tensor import Tensor, wrap
+from ..setup.changes_of_pytorch import replace_while_tracing, replacing
+from ..tensors.tensor import Tensor, become, wrap, write
+from ..thread_state import state
 
 __all__ = ["differentiable_by_jax"]
 
@@ -39,14 +40,15 @@ _active = _Active()
 def differentiable_by_jax() -> Iterator[None]:
     """In this scope ``apply`` of autograd functions is ours, for this thread.
 
-    Other threads go past ours to PyTorch's.
+    PyTorch's ``apply`` of Python ends in one of C++, found through a base class; for the time of a
+    trace ours is found before it, also by an ``apply`` that was looked up earlier.
     """
-    with custom_apply(_apply):
-        _active.depth += 1
-        try:
+    _active.depth += 1
+    try:
+        with replacing():
             yield
-        finally:
-            _active.depth -= 1
+    finally:
+        _active.depth -= 1
 
 
 def _plain(cls: Any, *args: Any, **kwargs: Any) -> Any:
@@ -65,44 +67,84 @@ def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
     ]
     if not any(leaves[i].is_floating_point() or leaves[i].is_complex() for i in places):
         return _plain(cls, *args, **kwargs)
-    if any(leaves[i].requires_grad for i in places):
-        return _plain(cls, *args, **kwargs)  # PyTorch's own autograd is at work here
-    dtypes = [leaves[i].dtype for i in places]
-    structure: list[Any] = []
-    stream = random_streams.current()
-    start = stream.count if stream is not None else 0
+    function = _Differentiated(cls, leaves, spec, places)
+    arrays = [value_of(leaves[i]) for i in places]
+    if not any(leaves[i].requires_grad for i in places):
+        return function.outputs(function.call(*arrays), [leaves[i] for i in places])
+    # PyTorch's own autograd is at work here: its graph, with values that have JAX's derivative.
+    out = _plain(cls, *args, **kwargs)
+    made = [x for x in torch_tree.tree_leaves(out) if isinstance(x, Tensor)]
+    after = function.stream.count if function.stream is not None else 0
+    given = {id(leaves[i]._cell) for i in places}
+    for x, result in zip(made, function.call(*arrays), strict=True):
+        if any(x is leaves[i] for i in places) or id(x._cell) not in given:
+            write(x, result)
+        else:
+            become(x, wrap(result, x.dtype))
+    if function.stream is not None:
+        function.stream.count = after
+    return out
 
-    def run(arrays: Any, requires_grad: bool) -> tuple[list[Tensor], list[Tensor]]:
+
+class _Differentiated:
+    """One call of a function of the user's, ``call(*arrays)`` with its own derivative for JAX."""
+
+    def __init__(self, cls: Any, leaves: list[Any], spec: Any, places: list[int]) -> None:
+        self.cls, self.spec, self.places = cls, spec, places
+        # No tensor of the trace is kept: JAX keeps this object as long as the program.
+        self.leaves = [None if i in places else x for i, x in enumerate(leaves)]
+        self.dtypes = [leaves[i].dtype for i in places]
+        self.stream = random_streams.current()
+        self.start = self.stream.count if self.stream is not None else 0
+        self.resume = state.resume
+        self.outs: list[Any] = []
+        """Of each output that is a tensor its dtype, marked; the other outputs."""
+        self.out_spec: Any = None
+        self.written: dict[int, int] = {}
+        """Outputs that are inputs (``mark_dirty``), by their places among the tensors."""
+        self.call = jax.custom_vjp(self._call)
+        self.call.defvjp(lambda *arrays: (self.call(*arrays), arrays), self._backward)
+
+    def _call(self, *arrays: Any) -> list[Any]:
+        return [value_of(x) for x in self._run(arrays, False)[1]]
+
+    def _run(self, arrays: Any, requires_grad: bool) -> tuple[list[Tensor], list[Tensor]]:
         """Inputs and outputs of the function on these arrays."""
-        tensors = [wrap(a, d) for a, d in zip(arrays, dtypes, strict=True)]
-        if requires_grad:
-            for t in tensors:
-                t.requires_grad_(t.is_floating_point() or t.is_complex())
-        full = list(leaves)
-        for i, t in zip(places, tensors, strict=True):
-            full[i] = t
-        a, k = torch_tree.tree_unflatten(full, spec)
-        if stream is not None:
-            stream.count = start  # the same draws in every run
-        depth, _active.depth = _active.depth, 0
-        try:
-            with torch.enable_grad():
-                out = _plain(cls, *a, **k)
-        finally:
-            _active.depth = depth
-        outs, out_spec = torch_tree.tree_flatten(out)
-        structure[:] = [out_spec, outs]
-        return tensors, [x for x in outs if isinstance(x, Tensor)]
+        with self.resume():
+            tensors = [wrap(a, d) for a, d in zip(arrays, self.dtypes, strict=True)]
+            given = tensors
+            if requires_grad:
+                for t in tensors:
+                    t.requires_grad_(t.is_floating_point() or t.is_complex())
+                if self.written:  # a leaf may not be written to
+                    given = [t.clone() for t in tensors]
+            full = list(self.leaves)
+            for i, t in zip(self.places, given, strict=True):
+                full[i] = t
+            a, k = torch_tree.tree_unflatten(full, self.spec)
+            if self.stream is not None:
+                self.stream.count = self.start  # the same draws in every run
+            depth, _active.depth = _active.depth, 0
+            try:
+                out = _plain(self.cls, *a, **k)
+            finally:
+                _active.depth = depth
+            outs, out_spec = torch_tree.tree_flatten(out)
+            made = [x for x in outs if isinstance(x, Tensor)]
+            if not requires_grad:
+                self.outs = [(_TENSOR, x.dtype) if isinstance(x, Tensor) else x for x in outs]
+                self.out_spec = out_spec
+                self.written = {
+                    j: i for j, x in enumerate(made) for i, t in enumerate(given) if x is t
+                }
+        return tensors, made
 
-    @jax.custom_vjp
-    def call(*arrays: Any) -> list[Any]:
-        return [value_of(x) for x in run(arrays, False)[1]]
+    def _backward(self, arrays: Any, cotangents: Any) -> Any:
+        with self.resume():
+            return self._gradients(arrays, cotangents)
 
-    def forward(*arrays: Any) -> Any:
-        return call(*arrays), arrays
-
-    def backward(arrays: Any, cotangents: Any) -> Any:
-        inputs, outs = run(arrays, True)
+    def _gradients(self, arrays: Any, cotangents: Any) -> Any:
+        inputs, outs = self._run(arrays, True)
         pairs = [
             (x, wrap(ct, x.dtype))
             for x, ct in zip(outs, cotangents, strict=True)
@@ -134,10 +176,24 @@ def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
             )
         return tuple(gradients)
 
-    call.defvjp(forward, backward)
-    results = call(*[value_of(leaves[i]) for i in places])
-    out_spec, outs = structure
-    made = iter(results)
-    return torch_tree.tree_unflatten(
-        [wrap(next(made), x.dtype) if isinstance(x, Tensor) else x for x in outs], out_spec
-    )
+    def outputs(self, results: list[Any], given: list[Tensor]) -> Any:
+        """What the call returns; an input that was written to is returned itself."""
+        found: list[Any] = []
+        numbered = enumerate(results)
+        for x in self.outs:
+            if type(x) is not tuple or x[0] is not _TENSOR:
+                found.append(x)
+                continue
+            j, result = next(numbered)
+            if j in self.written:
+                found.append(given[self.written[j]])
+                write(found[-1], result)
+            else:
+                found.append(wrap(result, x[1]))
+        return torch_tree.tree_unflatten(found, self.out_spec)
+
+
+_TENSOR = object()
+
+
+replace_while_tracing(custom_function_base, "apply", classmethod(_apply))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,8 +11,13 @@ import torch
 from ..._bridge.torch_side import ambient
 from ..._compat.torch import DeviceContext
 from .. import random_streams
-from ..thread_state import lowering_scope
+from ..thread_state import lowering_scope, state
+from . import hooks as _hooks  # noqa: F401  it is ours while functions are traced
+from . import layers as _layers  # noqa: F401
 from .autograd_functions import differentiable_by_jax
+from .detaching import watch_detach
+
+__all__ = ["differentiated", "running"]
 
 
 class _OnJax(DeviceContext):
@@ -29,14 +35,45 @@ class _OnJax(DeviceContext):
 
 
 @contextlib.contextmanager
-def running(default_dtype: torch.dtype, key: Any) -> Any:
+def running(default_dtype: torch.dtype, key: Any) -> Iterator[None]:
     """The state in which ``fn`` is traced: device jax, JAX's derivatives, draws from the key."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(ambient.clean_surroundings(default_dtype))
-        # fn may differentiate by itself (forces, torch.func), which needs PyTorch's graph.
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(_OnJax(torch.device("jax")))
-        stack.enter_context(random_streams.drawing_from(key, words=True))
-        stack.enter_context(lowering_scope())
-        stack.enter_context(differentiable_by_jax())
+
+    @contextlib.contextmanager
+    def surroundings() -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(ambient.clean_surroundings(default_dtype))
+            stack.enter_context(_OnJax(torch.device("jax")))
+            yield
+
+    with random_streams.drawing_from(key, words=True), differentiated(surroundings):
         yield
+
+
+@contextlib.contextmanager
+def differentiated(surroundings: Any = contextlib.nullcontext) -> Iterator[None]:
+    """The state in which what a function does has JAX's derivatives, in these surroundings.
+
+    JAX runs a derivative that is the user's own (of an ``autograd.Function``, a hook) later, when
+    the function has ended; ``state.resume`` makes the same state again.
+    """
+    watch_detach()
+    stream = random_streams.current()
+
+    @contextlib.contextmanager
+    def resume() -> Iterator[None]:
+        with random_streams.continuing(stream), _entered(surroundings, resume):
+            yield
+
+    with _entered(surroundings, resume):
+        yield
+
+
+@contextlib.contextmanager
+def _entered(surroundings: Any, resume: Any) -> Iterator[None]:
+    # Gradients are on so that what fn differentiates itself (forces, torch.func) has its graph.
+    with surroundings(), torch.enable_grad(), lowering_scope(), differentiable_by_jax():
+        before, state.resume = state.resume, resume
+        try:
+            yield
+        finally:
+            state.resume = before
