@@ -231,9 +231,49 @@ def embedding(
     sparse: bool = False,
 ) -> Any:
     out = jnp.take(weight, indices, axis=0)
+    if scale_grad_by_freq:
+        out = _by_frequency(out, _frequencies(indices, weight))
     if padding_idx >= 0:  # its row has no gradient
         out = jnp.where((indices == padding_idx)[..., None], lax.stop_gradient(out), out)
     return out
+
+
+@lowering("embedding_renorm")
+def embedding_renorm(self: Any, indices: Any, max_norm: float, norm_type: float) -> Any:
+    """The rows that the indices name are made no longer than ``max_norm``."""
+    x = jnp.abs(cast(self, wide(self.dtype)))
+    if norm_type == float("inf"):
+        norm = jnp.max(x, 1, keepdims=True, initial=0)
+    elif norm_type == 0:
+        norm = jnp.sum(x != 0, 1, keepdims=True).astype(x.dtype)
+    else:
+        norm = jnp.sum(x**norm_type, 1, keepdims=True) ** (1 / norm_type)
+    named = jnp.zeros((self.shape[0], 1), bool).at[indices.reshape(-1)].set(True)
+    shorter = self * cast(max_norm / (norm + 1e-7), self.dtype)
+    return jnp.where(named & (norm > max_norm), shorter, self)
+
+
+def _frequencies(indices: Any, weight: Any) -> Any:
+    """How often each index is among the indices, beside rows."""
+    count = jnp.zeros((weight.shape[0],), wide(weight.dtype)).at[indices.reshape(-1)].add(1)
+    return count[indices][..., None]
+
+
+@jax.custom_vjp
+def _by_frequency(rows: Any, frequencies: Any) -> Any:
+    """Rows whose gradient is divided; there is no such function, so forward mode has none."""
+    return rows
+
+
+def _by_frequency_forward(rows: Any, frequencies: Any) -> Any:
+    return rows, frequencies
+
+
+def _by_frequency_backward(frequencies: Any, g: Any) -> Any:
+    return (g / frequencies).astype(g.dtype), None
+
+
+_by_frequency.defvjp(_by_frequency_forward, _by_frequency_backward)
 
 
 @lowering("embedding_dense_backward")
@@ -274,6 +314,8 @@ def embedding_bag(
     counted = indices != padding_idx
     size = jnp.zeros((bags,), indices.dtype).at[bag].add(counted.astype(indices.dtype))
     rows = weight[indices]
+    if scale_grad_by_freq:
+        rows = _by_frequency(rows, _frequencies(indices, weight))
     if per_sample_weights is not None:
         rows = rows * per_sample_weights[:, None]
     shape = (bags, weight.shape[1])

@@ -161,7 +161,8 @@ def eigh(A: Any, UPLO: str = "L", compute_v: bool = True) -> Any:
 @lowering("linalg_inv_ex")
 def inv_ex(A: Any, *, check_errors: bool = False) -> Any:
     inverse = jnp.linalg.inv(A)
-    return inverse, jnp.zeros(A.shape[:-2], np.int32)
+    singular = ~jnp.isfinite(inverse).all((-2, -1)) & jnp.isfinite(A).all((-2, -1))
+    return inverse, singular.astype(np.int32)
 
 
 @lowering("linalg_solve_triangular")

@@ -1,4 +1,4 @@
-"""A linear layer with its cross entropy, some rows at a time."""
+"""A linear layer with its cross entropy, some rows at a time; losses of sequences."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from .promotion import cast, wide
 from .registry import lowering
@@ -22,6 +23,9 @@ def linear_cross_entropy(
 
     PyTorch asks by ``requires_grad``. Traced tensors do not have it: JAX differentiates the loss.
     """
+
+    if label_smoothing:
+        raise RuntimeError("linear_cross_entropy in chunks has no label smoothing")
 
     def loss(x: Any, w: Any, b: Any) -> Any:
         losses, weights = _rows(x, w, b, target, weight, ignore_index, batch_chunk_size)
@@ -73,3 +77,62 @@ def _rows(
 
     chunk = max(1, min(chunk, len(x)))
     return jax.lax.map(row, (x, label), batch_size=chunk) * weights, weights
+
+
+def ctc_loss(
+    log_probs: Any, targets: Any, input_lengths: Any, target_lengths: Any, blank: int = 0,
+    zero_infinity: bool = False,
+) -> Any:  # fmt: skip
+    """Losses (batch,) of sequences, and the scores of all beginnings (batch, steps, 2 S + 1).
+
+    With l' the labels with blanks between and around, and y_t(k) = log_probs[t, k]:
+        a_t(s) = y_t(l'_s) + log(exp a_{t-1}(s) + exp a_{t-1}(s-1) + [may skip] exp a_{t-1}(s-2)).
+    Labels are (batch, S), or all in a row; lengths that are NumPy's are known when it is traced.
+    """
+    steps, batch, _ = log_probs.shape
+    y = jnp.moveaxis(cast(log_probs, wide(log_probs.dtype)), 1, 0)  # batch, steps, classes
+    if targets.ndim == 1:
+        known = isinstance(target_lengths, np.ndarray)
+        longest = int(target_lengths.max(initial=0)) if known else targets.shape[0]
+        places = jnp.cumsum(target_lengths)[:, None] - target_lengths[:, None] + np.arange(longest)
+        targets = jnp.pad(targets, (0, longest + 1))[places]
+    longest = targets.shape[1]
+    labels = jnp.full((batch, 2 * longest + 1), blank, jnp.int32).at[:, 1::2].set(targets)
+    two_before = jnp.pad(labels, ((0, 0), (2, 0)), constant_values=blank)[:, :-2]
+    skips = (labels != blank) & (labels != two_before)
+    at = jnp.arange(2 * longest + 1)
+    inside = at < 2 * jnp.asarray(target_lengths)[:, None] + 1
+    never = jnp.asarray(-jnp.inf, y.dtype)
+    scores = jnp.take_along_axis(y, jnp.broadcast_to(labels[:, None], (batch, steps, len(at))), 2)
+    scores = jnp.where(inside[:, None], scores, never)
+
+    def step(a: Any, score: Any) -> tuple[Any, Any]:
+        one = jnp.pad(a, ((0, 0), (1, 0)), constant_values=-jnp.inf)[:, :-1]
+        two = jnp.pad(a, ((0, 0), (2, 0)), constant_values=-jnp.inf)[:, :-2]
+        new = score + _log_sum_exp(jnp.stack([a, one, jnp.where(skips, two, never)]))
+        return new, new
+
+    first = jnp.where(at < 2, scores[:, 0], never)
+    _, later = jax.lax.scan(step, first, jnp.moveaxis(scores[:, 1:], 1, 0))
+    alphas = jnp.concatenate([first[:, None], jnp.moveaxis(later, 0, 1)], 1)
+    ends = jnp.take_along_axis(alphas, jnp.asarray(input_lengths)[:, None, None] - 1, 1)[:, 0]
+    last = 2 * jnp.asarray(target_lengths)[:, None]
+    end = jnp.take_along_axis(ends, last, 1)
+    before = jnp.take_along_axis(ends, jnp.maximum(last - 1, 0), 1)
+    both = jnp.concatenate([end, jnp.where(last > 0, before, never)], 1)
+    losses = -_log_sum_exp(both.T)
+    # PyTorch's gradient supposes that a softmax made the scores, and adds its part of that.
+    p = jnp.where(np.arange(steps)[:, None] < jnp.asarray(input_lengths)[:, None, None], y, never)
+    p = jnp.exp(p)
+    losses = losses + jnp.sum(p - jax.lax.stop_gradient(p), (1, 2))
+    if zero_infinity:
+        losses = jnp.where(losses == jnp.inf, 0, losses)
+    return cast(losses, log_probs.dtype), cast(jax.lax.stop_gradient(alphas), log_probs.dtype)
+
+
+def _log_sum_exp(x: Any) -> Any:
+    """Over the first axis; of -inf alone it is -inf, with derivative 0."""
+    top = jax.lax.stop_gradient(jnp.max(x, 0))
+    none = top == -jnp.inf
+    total = jnp.sum(jnp.exp(x - jnp.where(none, 0, top)), 0)
+    return jnp.where(none, -jnp.inf, jnp.log(jnp.where(none, 1, total)) + top)

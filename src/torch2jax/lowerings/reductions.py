@@ -52,17 +52,21 @@ def prims_prod(inp: Any, dims: Any, *, output_dtype: Any = None) -> Any:
 
 @lowering("prims.amax")
 def prims_amax(inp: Any, dims: Any, *, output_dtype: Any = None) -> Any:
-    return jnp.max(inp, tuple(dims or ()))
+    return _as_asked(jnp.max(inp, tuple(dims or ())), output_dtype)
 
 
 @lowering("prims.amin")
 def prims_amin(inp: Any, dims: Any, *, output_dtype: Any = None) -> Any:
-    return jnp.min(inp, tuple(dims or ()))
+    return _as_asked(jnp.min(inp, tuple(dims or ())), output_dtype)
 
 
 @lowering("prims.var")
 def prims_var(inp: Any, dims: Any, correction: Any = 1, *, output_dtype: Any = None) -> Any:
-    return var(inp, dims, correction=correction)
+    return _as_asked(var(inp, dims, correction=correction), output_dtype)
+
+
+def _as_asked(x: Any, dtype: Any) -> Any:
+    return x if dtype is None else cast(x, array_dtype(dtype))
 
 
 @lowering("nansum")

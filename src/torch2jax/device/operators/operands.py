@@ -9,11 +9,13 @@ from typing import Any
 import torch
 
 from ..._conversions.dtypes import x64_enabled
+from ..._errors import Torch2JaxError
 from ..tensors.tensor import Tensor, captures, from_torch, wrap
 from ..thread_state import state
 
 __all__ = [
-    "Slot", "cells_of", "fill", "from_other_device", "items_meet", "note_read", "read_argument"
+    "NO_NESTED", "Slot", "cells_of", "fill", "from_other_device", "items_meet", "note_read",
+    "read_argument",
 ]  # fmt: skip
 
 
@@ -107,6 +109,8 @@ def from_other_device(x: torch.Tensor) -> Tensor:
     """A tensor of another device: a number, or with ``lower=True`` a constant."""
     if isinstance(x, Tensor):
         return x
+    if x.is_nested:
+        raise Torch2JaxError(NO_NESTED)
     if x.device.type == "meta" or type(x) not in _PLAIN:
         raise RuntimeError(
             f"Expected all tensors to be on the same device, got one on {x.device} of type "
@@ -129,6 +133,11 @@ def from_other_device(x: torch.Tensor) -> Tensor:
         cached = state.constants[id(x)] = (x, version, from_torch(x))
     return wrap(cached[2], x.dtype)
 
+
+NO_NESTED = (
+    "nested tensors do not exist on device jax, whose arrays are dense: pad them "
+    "(torch.nn.utils.rnn.pad_sequence), and give the model a padding mask."
+)
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 

@@ -7,9 +7,14 @@ from typing import Any
 import jax
 import numpy as np
 import torch
+from jax.core import Tracer
 
-from ...tensors.tensor import Tensor, to_torch, wrap
-from .table import aten, special
+from ...._errors import Torch2JaxError
+from ....lowerings.losses import ctc_loss
+from ...tensors.tensor import Tensor, read, to_torch, wrap
+from ...thread_state import state
+from ..operands import NO_NESTED
+from .table import aten, ordinary_way, special
 
 # --- batch norm, whose statistics are written to without the schema saying so -------------------
 
@@ -45,6 +50,17 @@ def _no_nested_tensor(args: Any, kwargs: Any) -> bool:
     return False
 
 
+@special(
+    aten._nested_tensor_from_tensor_list.default,
+    aten._nested_tensor_from_mask.default,
+    aten._nested_view_from_buffer.default,
+    aten._nested_from_padded.default,
+    getattr(aten._nested_view_from_jagged, "default", None),
+)
+def _refuse_nested(args: Any, kwargs: Any) -> Any:
+    raise Torch2JaxError(NO_NESTED)
+
+
 # --- lengths, which are on the CPU beside tensors of any device ----------------------------------
 
 
@@ -62,3 +78,33 @@ def _pack_padded_sequence(args: Any, kwargs: Any) -> Any:
     rows = aten.reshape.default(x, [steps * batch, *x.shape[2:]])
     kept = wrap(jax.numpy.asarray(places.flatten().numpy(), np.int32), torch.int64)
     return aten.index_select.default(rows, 0, kept), sizes
+
+
+# --- losses of sequences, of which the lengths decide a shape ------------------------------------
+
+
+def _ctc_loss(func: Any) -> None:
+    plain = ordinary_way(func)
+
+    @special(func)
+    def handler(args: Any, kwargs: Any) -> Any:
+        scores, targets, steps, sizes, *rest = args
+        given = [x for x in (scores, targets, steps, sizes) if type(x) is Tensor]
+        if not any(isinstance(read(x), Tracer) for x in given):
+            return plain(args, kwargs)
+        operands = [_integers(x) for x in (targets, steps, sizes)]
+        losses, alphas = ctc_loss(read(scores), *operands, *rest, **kwargs)
+        if state.lowering and not torch.is_grad_enabled():
+            losses, alphas = jax.lax.stop_gradient((losses, alphas))
+        return wrap(losses, scores.dtype), wrap(alphas, scores.dtype)
+
+
+def _integers(x: Any) -> Any:
+    """An array; of what is known one of NumPy."""
+    if isinstance(x, torch.Tensor):
+        x = read(x) if type(x) is Tensor else x.numpy()
+    return x if isinstance(x, Tracer) else np.asarray(x, np.int32)
+
+
+_ctc_loss(aten._ctc_loss.default)
+_ctc_loss(aten._ctc_loss.Tensor)
