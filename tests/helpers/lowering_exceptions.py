@@ -42,6 +42,11 @@ _add(
     *("nn_functional_max_unpool3d-float32-lowered", "as_strided_scatter-float32-lowered"),
 )
 _add(_STATISTICS, "native_layer_norm-bfloat16", "_native_batch_norm_legit-bfloat16")
+_add(
+    "PyTorch's derivative takes the statistics for constants, of which its backward pass is made",
+    *("native_layer_norm-float32-lowered", "native_batch_norm-float32-lowered"),
+    *("_native_batch_norm_legit-float32-lowered", "_batch_norm_with_update-float32-lowered"),
+)
 _add(_EQUALS, "sort-bfloat16", "topk-bfloat16")
 _add(_ONCE, "native_group_norm-bfloat16-lowered", "nextafter-bfloat16-lowered")
 _add(_NOISE, "cov-float32-lowered")
