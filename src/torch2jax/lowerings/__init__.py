@@ -9,6 +9,8 @@ from . import convolution as convolution
 from . import extremes as extremes
 from . import factories as factories
 from . import foreach as foreach
+from . import grouped as grouped
+from . import histograms as histograms
 from . import indexing as indexing
 from . import linalg as linalg
 from . import losses as losses

@@ -7,10 +7,13 @@ from typing import Any
 import torch
 
 from .. import random_streams
+from ..tensors.tensor import Tensor as _Tensor
 
 
 class DeviceModule:
-    """The functions of ``torch.jax``."""
+    """The functions of ``torch.jax``, and the class of its tensors."""
+
+    Tensor = _Tensor
 
     def is_available(self) -> bool:
         # DataLoader would pin memory for an accelerator that is available.

@@ -1,4 +1,4 @@
-"""Factories without tensor arguments, which the dispatcher finds by their device."""
+"""Kernels that the dispatcher finds by the device: factories, and two that copy and read values."""
 
 from __future__ import annotations
 
@@ -22,7 +22,13 @@ def register_factories() -> Any:
             library.impl(name, _factory(op), key)
     for key in ("PrivateUse1", "Lazy"):
         library.impl("_copy_from", _copy_from, key)
+        library.impl("_local_scalar_dense", _number, key)
     return library
+
+
+def _number(x: Any) -> Any:
+    """``torch.tensor([x, y])`` of tensors reads their numbers past ``__torch_dispatch__``."""
+    return dispatch.dispatch(torch.ops.aten._local_scalar_dense.default, (), (x,))
 
 
 def _copy_from(source: Any, target: Any, non_blocking: bool = False) -> Any:

@@ -10,7 +10,7 @@ import torch
 from jax.core import Tracer
 
 from ..._errors import Torch2JaxError
-from .tensor import Tensor, become, concrete, only_one, read, to_torch
+from .tensor import Tensor, become, concrete, only_one, read, to_torch, wrap_view
 
 __all__ = ["install"]
 
@@ -126,6 +126,18 @@ def _detached(self: Tensor) -> Any:
     return self.detach()
 
 
+def _data(self: Tensor) -> Tensor:
+    """``x.data``: the same memory without autograd's knowledge.
+
+    It is no view to autograd, whose view it would be after ``detach``: it has a version counter of
+    its own, so that writing to it does not forbid what was saved of ``x``.
+    """
+    seen: Any = self.detach()
+    return wrap_view(
+        seen, seen._chain, seen.dtype, seen.shape, seen.stride(), seen.storage_offset()
+    )
+
+
 def _set_data(self: Tensor, other: Any) -> None:
     new: Any = other if type(other) is Tensor else torch.Tensor.to(other, "jax")
     become(self, new)
@@ -201,7 +213,7 @@ def install() -> None:
         ("__index__", _index),
         ("__format__", _format),
         ("block_until_ready", _block),
-        ("data", property(_detached, _set_data)),
+        ("data", property(_data, _set_data)),
         ("__tensor_flatten__", _NoInnerTensors()),
         ("is_jax", property(lambda self: True)),
         ("is_cpu", property(lambda self: False)),

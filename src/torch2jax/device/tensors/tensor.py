@@ -80,6 +80,10 @@ class Cell:
 class Tensor(torch.Tensor):
     """A PyTorch tensor on device "jax". Made by PyTorch's own functions, and by ``tensor``."""
 
+    # Libraries (opt_einsum) choose what computes by the root of this name; it is found there once
+    # the device is enabled, so that the class can be pickled.
+    __module__ = "torch.jax"
+
     _cell: Cell
     _chain: Chain | None = None
     _memo: Any = None
