@@ -29,8 +29,8 @@ def histc(self: Any, bins: int = 100, min: Any = 0, max: Any = 0) -> Any:
         return jnp.zeros(bins, self.dtype)
     x = lax.stop_gradient(self.ravel())
     whole = category(x.dtype) == 1
-    if whole:
-        x = cast(x, np.promote_types(x.dtype, np.int32))
+    if whole and x.dtype.itemsize < 4:  # the ends of the bins need not be of its dtype
+        x = cast(x, np.int32)
     low, high = (jnp.asarray(int(end) if whole else end, x.dtype) for end in (min, max))
     if min == max:
         low, high = x.min(), x.max()
