@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import pytest
 import torch
 from harness import close
 from torch import nn
 
-from torch2jax import Torch2JaxError, device, torch2jax
+from torch2jax import Torch2JaxError, device, t2j, torch2jax
 
 device.enable()
 
@@ -78,6 +79,20 @@ def test_writes_are_hidden_from_autograd(fn: Callable[[torch.Tensor], torch.Tens
     close(out, expected)
     close(mine, x)
     close(mine.grad, x.grad)
+
+
+def test_writes_are_hidden_from_jax() -> None:
+    def fn(x: torch.Tensor) -> torch.Tensor:
+        y = x * 2
+        y.data[0] = x[1] * 3
+        return (y * y).sum()
+
+    x = numbers().requires_grad_()
+    expected = fn(x)
+    expected.backward()
+    value, gradient = jax.value_and_grad(torch2jax(fn, lower=True))(t2j(x.detach()))
+    close(value, expected)
+    close(gradient, x.grad)
 
 
 def test_it_is_the_memory_with_a_version_of_its_own() -> None:
