@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # importing the table builds sparse tensors, which are in beta
+    from torch.testing._internal.common_methods_invocations import SampleInput as SampleInput
     from torch.testing._internal.common_methods_invocations import op_db
 
 ALL_SAMPLES = os.environ.get("T2J_ALL_OP_SAMPLES") == "1"
@@ -245,7 +246,11 @@ def compare(
         )
 
 
-def samples(op: Any, dtype: torch.dtype) -> Iterator[Any]:
+def all_samples(op: Any, dtype: torch.dtype) -> Iterator[Any]:
     differentiable = op.supports_autograd and (dtype.is_floating_point or dtype.is_complex)
-    drawn = op.sample_inputs("cpu", dtype, requires_grad=differentiable)
-    return drawn if ALL_SAMPLES else itertools.islice(drawn, 2)
+    return iter(op.sample_inputs("cpu", dtype, requires_grad=differentiable))
+
+
+def samples(op: Any, dtype: torch.dtype) -> Iterator[Any]:
+    """All of them where the environment asks for it, else two."""
+    return itertools.islice(all_samples(op, dtype), None if ALL_SAMPLES else 2)

@@ -10,7 +10,7 @@ import torch
 
 from .._bridge.calls import results
 from .._bridge.calls.arguments import Arguments, Casts
-from .._bridge.calls.attempts import attempted
+from .._bridge.calls.attempts import widened
 from .._bridge.calls.function import TorchFunction
 from .._bridge.calls.operands import OperandOptions
 from .._bridge.calls.options import Options
@@ -20,7 +20,7 @@ from .._bridge.torch_side.modules import loans
 from .._bridge.torch_side.modules.forward import Forward
 from .._bridge.torch_side.modules.replica import Layout
 from .._conversions.dtypes import canonical, dtype_j2t
-from .._errors import SignatureError
+from .._errors import SignatureError, Torch2JaxError
 from .._refusals import refuse_symbolic
 from ..device.operators.constants import value_of
 from ..device.setup.enable import enable
@@ -75,8 +75,19 @@ class LoweredFunction(TorchFunction):
             return self._run_on(call.arguments, arrays, list(dtypes.values()), key, inplace)
 
         casts = by_operand.casts([a.dtype for a in avals])
-        _, result = attempted(attempt, casts, carried, labels, self._planner.notes)
-        return result
+        narrow = by_operand.narrow([a.dtype for a in avals])
+        if not narrow:
+            return attempt(casts)
+        # Without x64 PyTorch's int64 comes as int32: the arrays are the same, and say int64.
+        try:
+            return attempt(widened(casts, narrow))
+        except Torch2JaxError:
+            raise
+        except Exception as error:
+            try:  # fn may mean int32: an update of a tensor that is int32, say
+                return attempt(casts)
+            except Exception:
+                raise error from None
 
     def _run_on(
         self,

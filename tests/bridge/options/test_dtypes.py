@@ -69,6 +69,8 @@ def test_int32_is_what_fn_sees_otherwise() -> None:
 
 def test_refused_int32_is_tried_again_as_int64_with_one_note() -> None:
     def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        if labels.dtype is not torch.int64:  # in Python, where no operator says it
+            raise TypeError("labels must be int64")
         return torch.nn.functional.cross_entropy(logits, labels)
 
     f = torch2jax(loss)

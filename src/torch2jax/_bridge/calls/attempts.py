@@ -1,20 +1,21 @@
-"""Functions that refuse the int32 in which JAX carries int64 get a second attempt.
+"""Functions that misread or refuse the int32 in which JAX carries int64 get a second attempt.
 
-While x64 is off JAX carries PyTorch's int64 as int32, and some operators refuse int32. A function
-that fails with int32 operands is run once more with int64 in their place, and a note says so.
+While x64 is off JAX carries PyTorch's int64 as int32. See NOTE [Integers of 64 bits]: operands that
+reach an operator that is not proven for int32 become int64. A function that fails otherwise with
+int32 operands is run once more with int64 in their place, and a note says so.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from typing import TypeVar
 
 import torch
 
-from ..._conversions.dtypes import x64_enabled
 from ..._errors import Torch2JaxError, Torch2JaxWarning
 from ..torch_side.inference import FakeSurvived, ShapeDependsOnValues
+from ..torch_side.integers import IntegerUse
 from .arguments import Casts
 
 Found = TypeVar("Found")
@@ -48,43 +49,48 @@ class Notes:
             warnings.warn(text, Torch2JaxWarning, stacklevel=4)
 
 
+def widened(casts: Casts, operands: Iterable[int]) -> Casts:
+    """Return ``casts`` with these operands as int64."""
+    return tuple(sorted([*casts, *((i, torch.int64) for i in operands)], key=lambda cast: cast[0]))
+
+
 def attempted(
-    attempt: Callable[[Casts], Found],
+    attempt: Callable[[Casts, IntegerUse], Found],
     casts: Casts,
-    dtypes: Sequence[torch.dtype],
+    narrow: Set[int],
     labels: Sequence[str],
     notes: Notes,
-    refuses_int32: Callable[[Found], bool] = lambda found: False,
 ) -> tuple[Casts, Found]:
-    """Return ``casts`` and what ``attempt(casts)`` returns, or those of an attempt with int64.
+    """Return casts, and what ``attempt`` returns with them.
 
-    ``dtypes`` are those of the operands as they come. The second attempt is made where the first
-    one fails, or returned something of which ``refuses_int32`` is true. Where the second one fails
-    too, the first one counts.
+    ``narrow`` are the operands that may be int64 instead of int32. Those that ``attempt`` found to
+    need it become int64. Where it fails and has found none, all of them do, with a note. Where
+    int64 fails, too, the attempt without it counts.
     """
 
-    def with_int64() -> tuple[Casts, Found] | None:
-        if x64_enabled():
-            return None
-        cast = {i for i, _ in casts}
-        narrow = [i for i, d in enumerate(dtypes) if d is torch.int32 and i not in cast]
-        if not narrow:
-            return None
-        widened = tuple(sorted((*casts, *((i, torch.int64) for i in narrow))))
-        try:
-            found = attempt(widened)
-        except Exception:
-            return None
-        notes.int64([labels[i] for i in narrow])
-        return widened, found
+    def wide(operands: Set[int]) -> tuple[Casts, Found] | None:
+        """Attempt it with these as int64, and with others that then turn out to need it."""
+        while operands:
+            wanted, integers = widened(casts, operands), IntegerUse()
+            try:
+                found = attempt(wanted, integers)
+            except Exception:
+                return None
+            if integers.needing_int64() & narrow <= operands:
+                return wanted, found
+            operands = operands | (integers.needing_int64() & narrow)
+        return None
 
+    integers = IntegerUse()
     try:
-        found = attempt(casts)
+        found = attempt(casts, integers)
     except (FakeSurvived, ShapeDependsOnValues, Torch2JaxError):
         raise
     except Exception:
-        second = with_int64()
+        second = wide(integers.needing_int64() & narrow)
+        if second is None and (second := wide(narrow)) is not None:
+            notes.int64([labels[i] for i in sorted(narrow)])
         if second is None:
             raise
         return second
-    return (with_int64() if refuses_int32(found) else None) or (casts, found)
+    return wide(integers.needing_int64() & narrow) or (casts, found)

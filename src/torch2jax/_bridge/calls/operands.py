@@ -15,7 +15,7 @@ from jax.core import Tracer
 from jax.tree_util import tree_flatten
 
 from ..._conversions.convert import j2t
-from ..._conversions.dtypes import dtype_j2t
+from ..._conversions.dtypes import dtype_j2t, x64_enabled
 from ..._errors import SignatureError
 from . import checks
 from .arguments import Arguments, Casts, Static, mark_static
@@ -70,23 +70,47 @@ class OperandOptions:
 
     def casts(self, dtypes: Sequence[Any]) -> Casts:
         """Return the casts of operands that ``arg_dtypes`` or 64-bit examples ask for."""
+        return tuple(
+            (k, dtype)
+            for k, dtype in sorted(self._wanted(dtypes).items())
+            if dtype is not dtype_j2t(dtypes[k])
+        )
+
+    def narrow(self, dtypes: Sequence[Any]) -> frozenset[int]:
+        """Return the int32 operands that may stand for int64: x64 is off and no option decides."""
+        if x64_enabled():
+            return frozenset()
+        said = self._wanted(dtypes)
+        for k in list(said):
+            x = self.examples.get(k)
+            by_array = x is not None and not isinstance(x, torch.Tensor)
+            # A JAX example of int32 stands for int64 as the operand itself does.
+            if by_array and said[k] is torch.int32 and k not in self._arg_dtypes():
+                del said[k]
+        return frozenset(
+            i for i, d in enumerate(dtypes) if dtype_j2t(d) is torch.int32 and i not in said
+        )
+
+    def _arg_dtypes(self) -> dict[int, Any]:
+        given = self._by_operand(self.options.arg_dtypes, "arg_dtypes")
+        return {k: dtype for k, dtype in given.items() if dtype is not None}
+
+    def _wanted(self, dtypes: Sequence[Any]) -> dict[int, torch.dtype]:
+        """Return the torch dtypes that ``arg_dtypes`` and examples ask for."""
         wanted: dict[int, Any] = {}
         for k, x in self.examples.items():
             dtype = checks.example_dtype(x)
             # It may be wider than JAX carries it: it counts where JAX narrows it to this dtype.
             if dtype is not None and checks.leaf_aval(x)[1] == dtypes[k]:
                 wanted[k] = dtype
-        given = self._by_operand(self.options.arg_dtypes, "arg_dtypes")
-        wanted |= {k: dtype for k, dtype in given.items() if dtype is not None}
+        wanted |= self._arg_dtypes()
         for dtype in wanted.values():
             if not isinstance(dtype, torch.dtype):
                 raise SignatureError(
                     f"arg_dtypes of {self.label} has {dtype!r}; give torch dtypes such as "
                     "torch.int64, or None."
                 )
-        return tuple(
-            (k, dtype) for k, dtype in sorted(wanted.items()) if dtype is not dtype_j2t(dtypes[k])
-        )
+        return wanted
 
     def in_specs(self) -> dict[int, Any] | None:
         """Return the specs of operands, None where types say it; None without ``in_specs``."""

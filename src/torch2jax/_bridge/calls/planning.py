@@ -21,12 +21,14 @@ from ..._errors import (
 from ..._refusals import refuse_symbolic
 from ..torch_side.callee import Callee, CalleeOptions
 from ..torch_side.derivatives import UserProgram
+from ..torch_side.gradients import Differentiating, needs_gradients, with_dense_gradients
 from ..torch_side.inference import FakeSurvived, Inference, ShapeDependsOnValues, Spec, infer
+from ..torch_side.integers import IntegerUse
 from ..torch_side.modules.forward import Forward
 from ..torch_side.seeding import draw_seed, refusing, seeded
 from . import checks, results
 from .arguments import Arguments, Casts
-from .attempts import Notes, attempted
+from .attempts import Notes, attempted, widened
 from .flat_function import flat_function, out_function, with_buffers
 from .names import qualified_name
 from .operands import OperandOptions
@@ -114,6 +116,9 @@ class Planner:
                 )
             if shards is not None:
                 result = shards.result(result, bool(inplace))
+            # Nobody has seen what fn does with them: see NOTE [Integers of 64 bits].
+            casts = widened(arguments.casts, by_operand.narrow(dtypes))
+            arguments = replace(arguments, casts=casts)
         else:
             arguments, inference = self._infer(arguments, by_operand, avals, numbers, bool(inplace))
             result = inference.result
@@ -151,13 +156,23 @@ class Planner:
         device = self._callee_options.device
         dtypes = [dtype_j2t(dtype) for _, dtype in avals]
 
-        def attempt(casts: Casts) -> Inference:
+        def attempt(casts: Casts, integers: IntegerUse) -> Inference:
+            try:
+                return attempt_once(casts, integers, False)
+            except RuntimeError as error:
+                if not needs_gradients(error):
+                    raise
+            return replace(attempt_once(casts, integers, True), differentiates=True)
+
+        def attempt_once(casts: Casts, integers: IntegerUse, differentiates: bool) -> Inference:
             tried = replace(arguments, casts=casts)
             specs = [
                 Spec(shape, dtype, device, by_operand.example_value(i, shape))
                 for i, ((shape, _), dtype) in enumerate(zip(avals, dtypes, strict=True))
             ]
             call = tried.applied(self._fn)
+            if differentiates:
+                call = Differentiating(call, True)
             with jax.ensure_compile_time_eval():  # fn may call JAX, on values
                 return infer(
                     lambda *operands: call(*tried.prepare(operands)),
@@ -167,16 +182,16 @@ class Planner:
                     ),
                     self._options.default_dtype,
                     self._callee_options.roots,
+                    integers,
                 )
 
         try:
             casts, inference = attempted(
                 attempt,
                 arguments.casts,
-                dtypes,
+                by_operand.narrow([dtype for _, dtype in avals]),
                 arguments.labels,
                 self.notes,
-                lambda inference: inference.refuses_int32 is not None,
             )
             return replace(arguments, casts=casts), inference
         except FakeSurvived:
@@ -234,6 +249,8 @@ class Planner:
         if known is not None:
             return known
         fn = self._fn
+        if inference is not None and inference.sparse_gradients:
+            fn = with_dense_gradients(fn)
         out_arg = self._options.out_arg
         if out_arg is not None and checks.requires(self._wrapped, out_arg):
             fn = with_buffers(fn, out_arg, result)
@@ -251,6 +268,10 @@ class Planner:
             run = out_function(self._fn, arguments, result, out_arg, self._label)
             options = replace(options, pass_outputs=True)
             bare = None
+        if inference is None or inference.differentiates:
+            known = inference is not None
+            pure = Differentiating(pure, known)
+            run, bare = Differentiating(run, known) if run else None, None
         draws = inference.draws if inference is not None else None
         if draws and isinstance(self._wrapped, Forward) and self._wrapped.refuses_draws:
             raise SignatureError(
@@ -264,7 +285,7 @@ class Planner:
             bare = None
         elif inference is None:
             run, pure = run or pure, refusing(pure, self._label)
-        forward_ad = inference is not None and inference.forward_ad
+        forward_ad = inference is not None and inference.forward_ad and not inference.differentiates
         program = UserProgram(pure, run, forward_ad, options.roots, bare)
         return self._callees.setdefault(key, Callee(program, options, inputs, outputs))
 

@@ -9,6 +9,13 @@ zero and whose dtype has tangents) and inexact outputs ``D``:
 With the tape (see ``torch_side/tape``) the call of ``f`` keeps its graph and returns a token,
 which both derivatives take after the primals: ``f.vjp`` then runs only the backward pass.
 
+A derivative is linear in its last operands, and its jvp in those alone is itself:
+
+    g = f.jvp(S, D) or f.vjp(S, D):   d g(x, t) = g(x, dt)
+
+So ``t`` is no operand of the tangent's call, on which a solver may then build a Jacobian that is
+transposed in ``t`` (``lax.custom_root``).
+
 A call that is linear but not one of these two (the user's own linear function, under
 ``jax.linear_transpose``) is transposed by its ``vjp`` at zero.
 
@@ -67,6 +74,13 @@ def _jvp(
         return out, [ad.Zero(jax.typeof(y).to_tangent_aval()) for y in out]
     if orders == 0:
         raise past_depth(callee)
+    if wrt[0] in f.linear:
+        at = f.linear.start
+        moved = [
+            seeds[i] if i in seeds else jnp.zeros(*_shape_dtype(operands[i])) for i in f.linear
+        ]
+        out = call(callee, primals, results, orders)
+        return out, call(f, [*operands[:at], *moved], results, one_less(orders))
     derived = f.jvp(wrt, of)
     token: list[Any] = []
     if keepable(callee):

@@ -34,6 +34,7 @@ from .gradients import (
     Tensor,
     Tensors,
     conj,
+    dense,
     gradients_by_backward,
     leaf_gradients,
     refuses_grad,
@@ -94,6 +95,8 @@ class Jvp:
     def __init__(self, base: Program, wrt: Indices, of: Indices) -> None:
         self.base, self.wrt, self.of = base, wrt, of
         self.forward_ad: bool = getattr(base, "forward_ad", True)
+        self.by_graph = False
+        """Whether ``torch.func`` has refused the user's function."""
 
     def functional(self, *args: Tensor) -> Tensors:
         return self._two_pullbacks_functional(*self._split(args))
@@ -102,8 +105,18 @@ class Jvp:
         return self._two_pullbacks_graph(*self._split(args))
 
     def run(self, *args: Tensor) -> Tensors:
-        if self.first_order:
-            return self.outermost(*args)
+        if self.first_order and not self.by_graph:
+            try:
+                return self.outermost(*args)
+            except Exception as error:
+                # torch.func refuses old-style autograd.Functions, and functions that ask autograd
+                # for gradients.
+                try:
+                    out = self._two_pullbacks_graph(*self._split(args))
+                except Exception:
+                    raise error from None
+                self.by_graph = True
+                return out
         try:
             return self.graph(*args)
         except Exception as error:
@@ -177,6 +190,7 @@ class Jvp:
             out = take(self.base.graph(*primals), self.of)
             u = tuple(torch.ones_like(o, requires_grad=True) for o in out)
             pulled = leaf_gradients(out, take(primals, self.wrt), u, create_graph=True)
+            _check_connected(pulled)
             return leaf_gradients(pulled, u, tangents, create_graph=True)
 
 
@@ -200,7 +214,7 @@ class Vjp:
         primals, cotangents = self.split(args)
         f = _restrict(self.base.functional, primals, self.wrt, self.of)
         _, pullback = torch.func.vjp(f, *take(primals, self.wrt))  # type: ignore[misc]
-        return conj(pullback(conj(cotangents)))
+        return conj(tuple(map(dense, pullback(conj(cotangents)))))
 
     def graph(self, *args: Tensor) -> Tensors:
         # The primals are not detached: a second derivative goes through them too.
@@ -208,9 +222,11 @@ class Vjp:
         with torch.enable_grad():
             primals = watched_leaves(primals, self.wrt)
             out = take(self.base.graph(*primals), self.of)
-            grads = leaf_gradients(
-                out, take(primals, self.wrt), conj(cotangents), create_graph=True
-            )
+            inputs = take(primals, self.wrt)
+            grads = leaf_gradients(out, inputs, conj(cotangents), create_graph=True)
+            if any(map(_is_cut, grads)):  # or f is linear: ask with cotangents that show it
+                watched = watched_leaves(cotangents, tuple(range(len(cotangents))))
+                _check_connected(leaf_gradients(out, inputs, conj(watched), create_graph=True))
             return conj(grads)
 
     def run(self, *args: Tensor) -> Tensors:
@@ -318,6 +334,19 @@ class Rows(Vmap):
             for k in range(size)
         ]
         return tuple(torch.stack(column) for column in zip(*out, strict=True))
+
+
+def _is_cut(g: Tensor) -> bool:
+    return not g.requires_grad and bool(g.any())
+
+
+def _check_connected(grads: Tensors) -> None:
+    """Raise where gradients that are linear in something watched seem not to depend on it."""
+    if any(map(_is_cut, grads)):  # sparse matrices do so
+        raise RuntimeError(
+            "PyTorch does not differentiate this function's gradient further: the result of its "
+            "backward pass has no graph"
+        )
 
 
 def _restrict(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
-from ..._compat.torch import pull_back, pull_back_rows
+from ..._compat.torch import pull_back, pull_back_rows, transforms_active
 from .reachable import reachable_leaves
 
 Tensor = torch.Tensor
@@ -51,9 +52,92 @@ def leaf_gradients(
             grads = pull_back(outs, inputs, cots, create_graph, create_graph)
     rows = (cotangents[0].shape[0],) if batched else ()
     return tuple(
-        x.new_zeros(rows + tuple(x.shape)) if g is None else g
+        x.new_zeros(rows + tuple(x.shape)) if g is None else dense(g)
         for x, g in zip(inputs, grads, strict=True)
     )
+
+
+def dense(t: Tensor) -> Tensor:
+    """A gradient as JAX has it: that of an embedding with ``sparse=True`` holds only some rows."""
+    return t if t.layout is torch.strided else t.to_dense()
+
+
+class Differentiating:
+    """A flat function that differentiates inside, such as the forces of an energy.
+
+    It runs as PyTorch's users run it: gradients are on, and its operands require them. ``known``:
+    it is one; else its first call shows it.
+    """
+
+    def __init__(self, f: Callable[..., Any], known: bool) -> None:
+        self.f, self.known = f, known
+
+    def __call__(self, *args: Tensor) -> Any:
+        if not self.known:
+            try:
+                return self.f(*args)
+            except RuntimeError as error:
+                if not needs_gradients(error):
+                    raise
+                self.known = True
+        if transforms_active():  # there a tensor cannot be made to require gradients
+            return self.f(*args)
+        before = torch.is_grad_enabled()
+        with torch.enable_grad():
+            out = self.f(*map(_requiring, args))
+        if before or type(out) is not tuple:
+            return out
+        return tuple(y.detach() for y in out)
+
+
+def needs_gradients(error: Exception) -> bool:
+    """Whether a function asked for gradients where they were off."""
+    return isinstance(error, RuntimeError) and "not require grad" in str(error)
+
+
+def _requiring(x: Tensor) -> Tensor:
+    inexact = x.is_floating_point() or x.is_complex()
+    return x if x.requires_grad or not inexact else x.detach().requires_grad_()
+
+
+class _DenseLookups(TorchFunctionMode):
+    """Embeddings and ``gather`` with dense gradients, whatever their argument ``sparse`` says."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        at = _SPARSE.get(func)
+        if at is not None:
+            args = tuple(False if i == at else x for i, x in enumerate(args))
+            kwargs = {
+                k: False if k in ("sparse", "sparse_grad") else x for k, x in (kwargs or {}).items()
+            }
+        return func(*args, **(kwargs or {}))
+
+
+_SPARSE: dict[Any, int] = {
+    torch.embedding: 4,
+    torch.embedding_bag: 5,
+    torch.nn.functional.embedding: 6,
+    torch.nn.functional.embedding_bag: 7,
+    torch.gather: -1,
+    torch.Tensor.gather: -1,
+}
+"""Where their argument ``sparse`` stands; -1: by keyword."""
+
+
+def with_dense_gradients(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """``fn`` without sparse gradients of embeddings and ``gather``.
+
+    JAX's gradients are dense, and PyTorch loses further derivatives where it reads the values of
+    a sparse tensor.
+    """
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with _DenseLookups():
+            return fn(*args, **kwargs)
+
+    return call
 
 
 def refuses_grad(error: RuntimeError) -> bool:
@@ -74,7 +158,7 @@ def gradients_by_backward(
         p.grad = None
     try:
         torch.autograd.backward(outputs, cotangents)  # type: ignore[arg-type]
-        return tuple(torch.zeros_like(x) if x.grad is None else x.grad for x in leaves)
+        return tuple(torch.zeros_like(x) if x.grad is None else dense(x.grad) for x in leaves)
     finally:
         for p, grad in zip(parameters, before, strict=True):
             p.grad = grad

@@ -20,6 +20,7 @@ import torch
 from torch.autograd.graph import disable_saved_tensors_hooks
 
 from . import ambient
+from .integers import IntegerUse
 from .reachable import preserved
 from .recorder import Recorder
 
@@ -46,8 +47,10 @@ class Inference:
     """False where it calls an operator whose forward-mode formula may be missing, or is wrong."""
     draws: str | None = None
     """An operator that draws random numbers."""
-    refuses_int32: str | None = None
-    """An operator whose kernel wants int64 where it got int32."""
+    sparse_gradients: bool = False
+    """Whether embeddings ask for sparse gradients."""
+    differentiates: bool = False
+    """Whether it asks for gradients itself, as a user of PyTorch has them on."""
 
 
 class FakeSurvived(Exception):
@@ -64,18 +67,21 @@ def infer(
     describe: Callable[[Any], Any],
     default_dtype: torch.dtype,
     roots: Iterable[Any],
+    integers: IntegerUse,
 ) -> Inference:
     """Run ``fn`` on stand-ins for operands of ``specs``; ``describe`` maps its result.
+
+    ``integers`` learns what becomes of int32 operands, also where an exception ends the run.
 
     Raises ``FakeSurvived``, ``ShapeDependsOnValues``, or the exception of ``fn`` itself.
     """
     with ambient.clean_surroundings(default_dtype), preserved(roots):
         try:
-            recorder, found = _infer_fake(fn, specs, describe)
+            recorder, found = _infer_fake(fn, specs, describe, integers)
         except _Refused as refused:
             raise refused.error from None
         except Exception as error:
-            return _infer_otherwise(fn, specs, describe, error)
+            return _infer_otherwise(fn, specs, describe, integers, error)
     if recorder.any_alive():
         raise FakeSurvived
     return found
@@ -85,14 +91,15 @@ def _infer_otherwise(
     fn: Callable[..., Any],
     specs: Sequence[Spec],
     describe: Callable[[Any], Any],
+    integers: IntegerUse,
     fake_error: Exception,
 ) -> Inference:
     """Run on symbols for sizes that depend on values, or on values: fake tensors did not do."""
     try:
         if type(fake_error).__name__ == "DynamicOutputShapeException":
             with contextlib.suppress(_NoSymbols):
-                return _infer_symbolic(fn, specs, describe)
-        return _infer_real(fn, specs, describe)
+                return _infer_symbolic(fn, specs, describe, integers)
+        return _infer_real(fn, specs, describe, integers)
     except _Refused as refused:
         raise refused.error from None
     except Exception as error:
@@ -114,11 +121,14 @@ class _Refused(Exception):
 
 
 def _infer_fake(
-    fn: Callable[..., Any], specs: Sequence[Spec], describe: Callable[[Any], Any]
+    fn: Callable[..., Any],
+    specs: Sequence[Spec],
+    describe: Callable[[Any], Any],
+    integers: IntegerUse,
 ) -> tuple[Recorder, Inference]:
     with _fake_tensors():
         operands = [torch.empty(s.shape, dtype=s.dtype, device=s.device) for s in specs]
-        recorder = Recorder(operands, probe_int32=any(s.dtype is torch.int32 for s in specs))
+        recorder = Recorder(operands, integers)
         return recorder, _record(fn, operands, recorder, describe)
 
 
@@ -147,7 +157,10 @@ class _NoSymbols(Exception):
 
 
 def _infer_symbolic(
-    fn: Callable[..., Any], specs: Sequence[Spec], describe: Callable[[Any], Any]
+    fn: Callable[..., Any],
+    specs: Sequence[Spec],
+    describe: Callable[[Any], Any],
+    integers: IntegerUse,
 ) -> Inference:
     """Run with a symbol for a size that depends on values; it shows in the result."""
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -155,7 +168,7 @@ def _infer_symbolic(
     with _fake_tensors(shape_env=ShapeEnv()):
         operands = [torch.empty(s.shape, dtype=s.dtype, device=s.device) for s in specs]
         try:
-            return _record(fn, operands, Recorder(operands), describe)
+            return _record(fn, operands, Recorder(operands, integers), describe)
         except _Refused:
             raise
         except Exception as error:
@@ -163,11 +176,14 @@ def _infer_symbolic(
 
 
 def _infer_real(
-    fn: Callable[..., Any], specs: Sequence[Spec], describe: Callable[[Any], Any]
+    fn: Callable[..., Any],
+    specs: Sequence[Spec],
+    describe: Callable[[Any], Any],
+    integers: IntegerUse,
 ) -> Inference:
     def run(**others: int) -> Inference:
         operands = [_sample(i, s, **others) for i, s in enumerate(specs)]
-        return _record(fn, operands, Recorder(operands), describe)
+        return _record(fn, operands, Recorder(operands, integers), describe)
 
     found = run()
     if any(s.value is None and not _inexact(s.dtype) for s in specs):
@@ -204,7 +220,7 @@ def _record(
             frozenset(changed | recorder.written),
             not recorder.no_forward,
             recorder.draws,
-            recorder.refuses_int32,
+            recorder.sparse_gradients,
         )
 
 

@@ -4,34 +4,37 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import re
 import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
-_NATIVE_NAMESPACES = ("aten", "prims", "prim", "c10d", "profiler")
+from .integers import NATIVE_NAMESPACES, IntegerUse
 
 
 class Recorder(TorchDispatchMode):
     """Sees every operator of a run: which draw, which are a library's own, and what they write."""
 
-    def __init__(self, operands: Sequence[torch.Tensor], probe_int32: bool = False) -> None:
+    def __init__(
+        self, operands: Sequence[torch.Tensor], integers: IntegerUse | None = None
+    ) -> None:
         super().__init__()
         self.last: str | None = None
         self.draws: str | None = None
         self.no_forward = False
-        self.refuses_int32: str | None = None
+        self.sparse_gradients = False
         self.written: set[int] = set()
         """Operands that were written. Version counters do not tell: ``_foreach`` moves none."""
         self._operands = {x.untyped_storage()._cdata: i for i, x in enumerate(operands)}
         self._created: set[int] = set()
         self._outside: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._generators: list[tuple[torch.Generator, torch.Tensor]] = []
-        self._probed: set[Any] | None = set() if probe_int32 else None
+        self._integers = integers or IntegerUse()
+        if integers is not None:
+            integers.start(operands)
         self._results: list[weakref.ref[torch.Tensor]] = []
 
     def __torch_dispatch__(
@@ -45,13 +48,16 @@ class Recorder(TorchDispatchMode):
             generator = kwargs.get("generator")
             if generator is not None:
                 self._generators.append((generator, generator.get_state()))
-        if func.namespace not in _NATIVE_NAMESPACES or _pushes_wrong(func, args, kwargs):
+        if func.namespace not in NATIVE_NAMESPACES or _pushes_wrong(func, args, kwargs):
             self.no_forward = True
+        at = _LOOKUPS.get(func._schema.name)
+        if at is not None and (args[at:] or (kwargs.get("sparse_grad"),))[0] is True:
+            self.sparse_gradients = True
         if func._schema.is_mutable or func._schema.name in _STATISTICS_WRITERS:
             self._note_writes(func._schema, args, kwargs)
-        if self._probed is not None:
-            self._probe_int32(func, args, kwargs)
+        sources = self._integers.before(func, args, kwargs)
         out = func(*args, **kwargs)
+        self._integers.after(out, sources)
         for t in out if isinstance(out, tuple | list) else (out,):
             if isinstance(t, torch.Tensor):
                 self._results.append(weakref.ref(t))
@@ -88,32 +94,6 @@ class Recorder(TorchDispatchMode):
                 for generator, state in reversed(self._generators):
                     generator.set_state(state)
 
-    def _probe_int32(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Find operators that take int32 on fake tensors and refuse it on real ones.
-
-        The shape formulas of ``gather`` or ``nll_loss`` do not look at the index's dtype; the
-        kernels do. Each such operator runs once on zeros without memory of their own.
-        """
-        assert self._probed is not None
-        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-        key = (func, *(t.dtype for t in tensors))
-        if key in self._probed or not any(t.dtype is torch.int32 for t in tensors):
-            return
-        self._probed.add(key)
-
-        def zeros(t: Any) -> Any:
-            if not isinstance(t, torch.Tensor):
-                return t
-            flat = torch.zeros((), dtype=t.dtype, device=t.device).expand(t.shape)
-            return flat.clone() if func._schema.is_mutable else flat
-
-        with _disable_current_modes():
-            try:
-                func(*tree_map(zeros, args), **tree_map(zeros, kwargs))
-            except Exception as error:
-                if re.search(r"\b(Long|int64|LongTensor)\b", str(error)):
-                    self.refuses_int32 = self.refuses_int32 or f"{func}: {error}"
-
     def any_alive(self) -> bool:
         if any(r() is not None for r in self._results):
             gc.collect()
@@ -149,6 +129,15 @@ _STATISTICS_WRITERS = {
     "aten::batch_norm_gather_stats_with_counts": None,
 }
 """The place of their argument ``training``; None where they always write."""
+
+
+_LOOKUPS = {
+    "aten::embedding": 4,
+    "aten::_embedding_bag": 5,
+    "aten::_embedding_bag_forward_only": 5,
+    "aten::gather": 3,  # by keyword
+}
+"""Where their argument ``sparse`` stands."""
 
 
 def _draws(schema: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

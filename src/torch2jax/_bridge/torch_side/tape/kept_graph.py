@@ -99,14 +99,13 @@ class SavedTensors:
 
     def pack(self, t: Tensor) -> Callable[[], Tensor]:
         if t.layout is not torch.strided:
-            return partial(_torchs_own, t, t._version)
+            return partial(_torchs_own, _without_node(t), t._version)
         storage = t.untyped_storage()
         address = storage.data_ptr()
         index = self.by_address.get(address)
         if index is None:
             self.storages[address] = storage.nbytes()
-            # Detached: an output that its own node saves would be a cycle that nobody collects.
-            return partial(_torchs_own, t.detach() if t.requires_grad else t, t._version)
+            return partial(_torchs_own, _without_node(t), t._version)
         x = self.operands[index]
         version = x._version  # its own, or that of another tensor in the same memory
         conj, neg = t.is_conj(), t.is_neg()
@@ -114,6 +113,11 @@ class SavedTensors:
             return partial(self.unchanged, index, version)
         size, stride, offset = t.size(), t.stride(), t.storage_offset()
         return _View(self, index, t.dtype, size, stride, offset, conj, neg, version)
+
+
+def _without_node(t: Tensor) -> Tensor:
+    """With its node, an output that its own node saves would be a cycle that nobody collects."""
+    return t.detach() if t.requires_grad else t
 
 
 def _torchs_own(t: Tensor, expected: int) -> Tensor:

@@ -21,7 +21,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from ...._compat.torch import pull_back, pull_back_rows, python_node
 from .. import seeding
 from ..derivatives import Program, Vjp, roots_of
-from ..gradients import Tensor, Tensors, conj, gradients_by_backward, refuses_grad
+from ..gradients import Tensor, Tensors, conj, dense, gradients_by_backward, refuses_grad
 from ..modules import loans
 from .kept_graph import (
     GraphPolicy,
@@ -222,7 +222,7 @@ class PullThroughGraph:
             grads = [by_input[i] for i in self.vjp.wrt]
         rows = (cotangents[0].shape[0],) if self.batched else ()
         filled = [
-            primals[i].new_zeros(rows + primals[i].shape) if g is None else g
+            primals[i].new_zeros(rows + primals[i].shape) if g is None else dense(g)
             for i, g in zip(self.vjp.wrt, grads, strict=True)
         ]
         return conj(tuple(filled))
