@@ -272,12 +272,20 @@ def _initialised(module: torch.nn.Module, examples: tuple[Any, ...]) -> torch.nn
 
 
 def _check_keywords(module: torch.nn.Module, given: bool) -> None:
-    parameters = inspect.signature(module.forward).parameters
-    clash = [name for name in ("train", "rng", "kwargs") if name in parameters]
-    clash = [name for name in clash if parameters[name].kind is not parameters[name].VAR_KEYWORD]
+    own = _keywords(module.forward)
+    clash = [name for name in ("train", "rng", "kwargs") if name in own]
     if clash and not given:
         raise SignatureError(
             f"{type(module).__name__}.forward has a keyword of its own named {clash[0]}, which "
             f"apply has too: use from_module(module, kwargs=True) and pass the module's keywords "
             f"as apply(..., kwargs={{{clash[0]!r}: ...}})."
         )
+
+
+def _keywords(forward: Any) -> set[str]:
+    """The names of a forward's parameters, without that of ``**keywords``."""
+    try:
+        parameters = inspect.signature(forward).parameters.values()
+    except ValueError:  # TorchScript's
+        return {argument.name for argument in forward.schema.arguments}
+    return {p.name for p in parameters if p.kind is not p.VAR_KEYWORD}

@@ -138,9 +138,10 @@ def _on_replica(module: torch.nn.Module) -> Callable[..., Any]:
             group: {k: wrap(from_torch(x), x.dtype) for k, x in tensors.items()}
             for group, tensors in layout.tensors.items()
         }
-        forward = Forward(layout, module.training, lambda replica: replica, True)
+        training = getattr(module, "training", False)  # a frozen TorchScript module has none
+        forward = Forward(layout, training, lambda replica: replica, True)
         out = forward(variables, *args, **kwargs)
-        return out[0] if module.training else out
+        return out[0] if training else out
 
     return run
 

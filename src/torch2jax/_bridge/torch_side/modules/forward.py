@@ -5,6 +5,9 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
 from . import loans
 from .replica import Layout, Replica, Tensor
 
@@ -50,7 +53,9 @@ class Forward:
         with self._lock:
             if self._pool:
                 return self._pool.pop()
-        return Replica(self.layout, self.train, self.wrap).seal()
+        # The first one is made under inference, whose modes must see nothing of this.
+        with _disable_current_modes(), torch.no_grad():
+            return Replica(self.layout, self.train, self.wrap).seal()
 
     def _give_back(self, replica: Replica) -> None:
         if replica.clear():
