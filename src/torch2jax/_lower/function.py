@@ -26,6 +26,7 @@ from ..device.operators.constants import value_of
 from ..device.setup.enable import enable
 from ..device.tensors.tensor import Tensor, from_torch, wrap
 from ..device.tracing import hooks
+from ..device.tracing.kept import nothing_kept
 from ..device.tracing.scope import running
 
 __all__ = ["LoweredFunction"]
@@ -72,7 +73,8 @@ class LoweredFunction(TorchFunction):
 
         def attempt(casts: Casts) -> Any:
             dtypes = dict(enumerate(carried)) | dict(casts)
-            return self._run_on(call.arguments, arrays, list(dtypes.values()), key, inplace)
+            with nothing_kept():
+                return self._run_on(call.arguments, arrays, list(dtypes.values()), key, inplace)
 
         casts = by_operand.casts([a.dtype for a in avals])
         _, result = attempted(attempt, casts, carried, labels, self._planner.notes)

@@ -1,7 +1,5 @@
 """Modules of TorchScript: scripted, traced, frozen, loaded, and inside of another module."""
 
-from __future__ import annotations
-
 import io
 from typing import Any
 
@@ -13,6 +11,9 @@ import torch
 from torch import nn
 
 from torch2jax import SignatureError, from_module, to_state_dict, torch2jax
+
+# PyTorch says it while it traces an LSTM.
+pytestmark = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 
 X = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
 
@@ -73,7 +74,7 @@ def gradients(module: Any) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_values_and_gradients(kind: str) -> None:
     module = KINDS[kind](Net().eval())
-    apply, variables = from_module(module)
+    apply, variables = from_module(module, vmap_method="sequential")
     with torch.no_grad():
         np.testing.assert_allclose(apply(variables, jnp.asarray(X)), module(X), rtol=1e-5)
 

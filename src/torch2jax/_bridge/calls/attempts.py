@@ -14,7 +14,7 @@ import torch
 
 from ..._conversions.dtypes import x64_enabled
 from ..._errors import Torch2JaxError, Torch2JaxWarning
-from ..torch_side.inference import FakeSurvived, ShapeDependsOnValues
+from ..torch_side.inference import FakeSurvived, ShapeDependsOnValues, ValuesNeeded
 from .arguments import Casts
 
 Found = TypeVar("Found")
@@ -80,7 +80,7 @@ def attempted(
 
     try:
         found = attempt(casts)
-    except (FakeSurvived, ShapeDependsOnValues, Torch2JaxError):
+    except (FakeSurvived, ShapeDependsOnValues, ValuesNeeded, Torch2JaxError):
         raise
     except Exception:
         second = with_int64()

@@ -6,7 +6,7 @@ import contextlib
 import gc
 import re
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,8 +19,14 @@ _NATIVE_NAMESPACES = ("aten", "prims", "prim", "c10d", "profiler")
 class Recorder(TorchDispatchMode):
     """Sees every operator of a run: which draw, which are a library's own, and what they write."""
 
-    def __init__(self, operands: Sequence[torch.Tensor], probe_int32: bool = False) -> None:
+    def __init__(
+        self,
+        operands: Sequence[torch.Tensor],
+        probe_int32: bool = False,
+        call: Callable[..., Any] | None = None,
+    ) -> None:
         super().__init__()
+        self._call = call or _call
         self.last: str | None = None
         self.draws: str | None = None
         self.no_forward = False
@@ -51,9 +57,11 @@ class Recorder(TorchDispatchMode):
             self._note_writes(func._schema, args, kwargs)
         if self._probed is not None:
             self._probe_int32(func, args, kwargs)
-        out = func(*args, **kwargs)
+        out = self._call(func, args, kwargs)
+        # What an operator writes may be the user's own tensor, which it returns.
+        given = set(map(id, tree_leaves((args, kwargs)))) if func._schema.is_mutable else ()
         for t in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(t, torch.Tensor):
+            if isinstance(t, torch.Tensor) and id(t) not in given:
                 self._results.append(weakref.ref(t))
                 if t.layout is torch.strided and not func._schema.is_mutable:
                     self._created.add(t.untyped_storage()._cdata)
@@ -114,10 +122,15 @@ class Recorder(TorchDispatchMode):
                 if re.search(r"\b(Long|int64|LongTensor)\b", str(error)):
                     self.refuses_int32 = self.refuses_int32 or f"{func}: {error}"
 
-    def any_alive(self) -> bool:
+    def alive(self) -> list[torch.Tensor]:
+        """Return the tensors that the run made and something still keeps."""
         if any(r() is not None for r in self._results):
             gc.collect()
-        return any(r() is not None for r in self._results)
+        return [t for r in self._results if (t := r()) is not None]
+
+
+def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return func(*args, **kwargs)
 
 
 def _pushes_wrong(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

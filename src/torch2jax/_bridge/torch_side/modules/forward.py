@@ -25,6 +25,10 @@ class Forward:
         self.layout, self.train, self.wrap = layout, train, wrap
         self.refuses_draws = not keyed
         """Whether drawing random numbers is an error: then no key was passed."""
+        self.examples: dict[str, Any] = {}
+        """Examples of the arguments, by their labels."""
+        self.values: dict[str, Any] = {}
+        """The module's own tensors, by their labels, as values for inference."""
         self._pool: list[Replica] = []
         self._lock = threading.Lock()
 
