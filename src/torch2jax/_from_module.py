@@ -13,8 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+from jax.tree_util import tree_flatten_with_path
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
+from ._bridge.calls.checks import argument_label
 from ._bridge.calls.function import TorchFunction
 from ._bridge.torch_side.modules.forward import Forward
 from ._bridge.torch_side.modules.replica import Layout
@@ -29,12 +31,18 @@ class Apply:
     """A module's forward pass as a function of its variables; ``from_module`` makes it."""
 
     def __init__(
-        self, layout: Layout, wrap: Callable[[Any], Any], own_keywords: bool, options: Any
+        self,
+        layout: Layout,
+        wrap: Callable[[Any], Any],
+        own_keywords: bool,
+        options: Any,
+        examples: tuple[Any, ...] = (),
     ) -> None:
         self.module = layout.module
         self.layout = layout
         self.__name__ = type(layout.module).__name__
         self._wrap, self._own_keywords, self._options = wrap, own_keywords, options
+        self._examples = examples
         self._functions: dict[tuple[bool, bool], TorchFunction] = {}
 
     def __deepcopy__(self, memo: Any) -> Apply:
@@ -46,7 +54,7 @@ class Apply:
     def untraced(self) -> Apply:
         """Return a copy without cached traces, which runs the module when it is called."""
         options = {**self._options, "name": "report"}
-        return Apply(self.layout, self._wrap, self._own_keywords, options)
+        return Apply(self.layout, self._wrap, self._own_keywords, options, self._examples)
 
     def __call__(
         self,
@@ -97,12 +105,20 @@ class Apply:
         function = self._functions.get((train, keyed))
         if function is None:
             forward = Forward(self.layout, train, self._wrap, keyed)
+            given = (self._examples,) if self._own_keywords else self._examples
+            forward.examples = _by_label((None, *given))
+            forward.values = _by_label((self.layout.tensors,))
             function = torch2jax(forward, stochastic=keyed, **self._options)
             self._functions[train, keyed] = function
         return function
 
 
 _GROUPS = ("params", "frozen", "buffers")
+
+
+def _by_label(args: tuple[Any, ...]) -> dict[str, Any]:
+    paths, _ = tree_flatten_with_path((args, {}))
+    return {argument_label(path): x for path, x in paths}
 
 
 def from_module(
@@ -113,8 +129,10 @@ def from_module(
     Args:
       module: any ``torch.nn.Module``. It is never changed, and it may be used from several threads:
         a call works on a replica of its structure.
-      *example_args: arrays or tensors with which a module with lazy parameters is run once, on a
-        copy; on the module itself where it cannot be copied (lazy buffers).
+      *example_args: arrays or tensors. A module with lazy parameters is run once with them, on a
+        copy; on the module itself where it cannot be copied (lazy buffers). A module that asks for
+        values, with ``.item()`` or ``if x.any()``, runs on theirs where results are inferred for
+        arguments of their shapes. Integer tensors of 64 bits say that it takes int64.
       kwargs: True where the module's forward has keywords named ``train``, ``rng`` or ``kwargs``:
         ``apply`` then takes all of the module's keywords as ``apply(..., kwargs={...})``.
       **options: of ``torch2jax``: ``depth``, ``vmap_method``, ``residuals``, ``name`` and so on.
@@ -163,7 +181,8 @@ def from_module(
     variables: Variables = {
         group: {name: _copy(t) for name, t in layout.tensors[group].items()} for group in _GROUPS
     }
-    return Apply(layout, _verbatim(wrap) if kwargs else wrap, kwargs, options), variables
+    wrap = _verbatim(wrap) if kwargs else wrap
+    return Apply(layout, wrap, kwargs, options, example_args), variables
 
 
 def to_state_dict(
@@ -173,8 +192,10 @@ def to_state_dict(
 
     Args:
       variables: as ``from_module`` returns them, or as training left them.
-      module: the module or its ``apply``: then tied weights come under all of their names and every
-        tensor in the module's dtype. Without it integer buffers come as int64, PyTorch's own.
+      module: the module or its ``apply``, which belongs here whenever it is at hand: then tied
+        weights come under all of their names, as ``load_state_dict`` wants them, and every tensor
+        in the module's dtype. Variables do not know their ties. Without it integer buffers come as
+        int64, PyTorch's own.
 
     Returns:
       Names and CPU tensors, which share no memory with the arrays.
@@ -186,7 +207,7 @@ def to_state_dict(
       >>> import torch
       >>> module = torch.nn.BatchNorm1d(2)
       >>> _, variables = from_module(module)
-      >>> module.load_state_dict(to_state_dict(variables))
+      >>> module.load_state_dict(to_state_dict(variables, module))
       <All keys matched successfully>
     """
     unknown = [group for group in variables if group not in _GROUPS]
@@ -272,12 +293,20 @@ def _initialised(module: torch.nn.Module, examples: tuple[Any, ...]) -> torch.nn
 
 
 def _check_keywords(module: torch.nn.Module, given: bool) -> None:
-    parameters = inspect.signature(module.forward).parameters
-    clash = [name for name in ("train", "rng", "kwargs") if name in parameters]
-    clash = [name for name in clash if parameters[name].kind is not parameters[name].VAR_KEYWORD]
+    own = _keywords(module.forward)
+    clash = [name for name in ("train", "rng", "kwargs") if name in own]
     if clash and not given:
         raise SignatureError(
             f"{type(module).__name__}.forward has a keyword of its own named {clash[0]}, which "
             f"apply has too: use from_module(module, kwargs=True) and pass the module's keywords "
             f"as apply(..., kwargs={{{clash[0]!r}: ...}})."
         )
+
+
+def _keywords(forward: Any) -> set[str]:
+    """The names of a forward's parameters, without that of ``**keywords``."""
+    try:
+        parameters = inspect.signature(forward).parameters.values()
+    except ValueError:  # TorchScript's
+        return {argument.name for argument in forward.schema.arguments}
+    return {p.name for p in parameters if p.kind is not p.VAR_KEYWORD}

@@ -168,10 +168,10 @@ def test_numbers_whose_values_make_a_shape() -> None:
     assert torch2jax(lambda x, n: x.repeat(n), static_argnums=1)(X, 2).shape == (8,)
 
 
-def test_a_wrong_shape_is_not_blamed_on_random_values() -> None:
+def test_a_wrong_shape_is_not_blamed_on_made_up_values() -> None:
     with pytest.raises(TorchCallError) as caught:
         torch2jax(lambda a, b: a @ b)(X[:2], X)
-    assert "random values" not in str(caught.value)
+    assert "made-up values" not in str(caught.value)
 
 
 def test_what_is_wrapped_must_be_callable() -> None:
@@ -399,7 +399,7 @@ def test_an_exception_at_trace_time() -> None:
     f = torch2jax(raiser(error, "always"))
     for call in (f, jax.jit(f)):
         with pytest.raises(
-            TorchCallError, match=r"fn raised Custom.*args\[0\]: float32\[4\].*details"
+            TorchCallError, match=r"fn raised Custom.*details\n.*args\[0\]: float32\[4\]"
         ) as caught:
             call(X)
         assert type(caught.value.__cause__) is Custom

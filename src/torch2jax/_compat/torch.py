@@ -256,3 +256,20 @@ def foreach_types() -> list[list[Any]]:
 
     found = [getattr(m, "_foreach_supported_types", None) for m in (_foreach_utils, optimizers)]
     return [types for types in found if types is not None]
+
+
+def answering_shapes(answer: Callable[[], bool]) -> Any:
+    """A ``ShapeEnv`` in which ``answer`` answers what is asked of sizes that are not known."""
+    import sympy
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
+
+    class Answering(ShapeEnv):
+        def evaluate_expr(self, orig_expr: Any, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return super().evaluate_expr(orig_expr, *args, **kwargs)
+            except GuardOnDataDependentSymNode:
+                if not isinstance(orig_expr, sympy.logic.boolalg.Boolean):
+                    raise  # the size itself, as a number
+                return sympy.true if answer() else sympy.false
+
+    return Answering()

@@ -26,6 +26,7 @@ from ..device.operators.constants import value_of
 from ..device.setup.enable import enable
 from ..device.tensors.tensor import Tensor, from_torch, wrap
 from ..device.tracing import hooks
+from ..device.tracing.kept import nothing_kept
 from ..device.tracing.scope import running
 
 __all__ = ["LoweredFunction"]
@@ -72,7 +73,8 @@ class LoweredFunction(TorchFunction):
 
         def attempt(casts: Casts) -> Any:
             dtypes = dict(enumerate(carried)) | dict(casts)
-            return self._run_on(call.arguments, arrays, list(dtypes.values()), key, inplace)
+            with nothing_kept():
+                return self._run_on(call.arguments, arrays, list(dtypes.values()), key, inplace)
 
         casts = by_operand.casts([a.dtype for a in avals])
         narrow = by_operand.narrow([a.dtype for a in avals])
@@ -149,9 +151,10 @@ def _on_replica(module: torch.nn.Module) -> Callable[..., Any]:
             group: {k: wrap(from_torch(x), x.dtype) for k, x in tensors.items()}
             for group, tensors in layout.tensors.items()
         }
-        forward = Forward(layout, module.training, lambda replica: replica, True)
+        training = getattr(module, "training", False)  # a frozen TorchScript module has none
+        forward = Forward(layout, training, lambda replica: replica, True)
         out = forward(variables, *args, **kwargs)
-        return out[0] if module.training else out
+        return out[0] if training else out
 
     return run
 

@@ -36,6 +36,7 @@ def test_tied_weights():
     assert sorted(variables["params"]) == ["a.bias", "a.weight", "b.bias", "list.1"]
     state = to_state_dict(variables, module)
     assert list(state) == list(module.state_dict())
+    module.load_state_dict(state)
     for name, t in module.state_dict().items():
         assert torch.equal(state[name], t)
 

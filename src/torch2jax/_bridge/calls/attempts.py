@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 
 from ..._errors import Torch2JaxError, Torch2JaxWarning
-from ..torch_side.inference import FakeSurvived, ShapeDependsOnValues
+from ..torch_side.inference import FakeSurvived, ShapeDependsOnValues, ValuesNeeded
 from ..torch_side.integers import IntegerUse
 from .arguments import Casts
 
@@ -84,7 +84,7 @@ def attempted(
     integers = IntegerUse()
     try:
         found = attempt(casts, integers)
-    except (FakeSurvived, ShapeDependsOnValues, Torch2JaxError):
+    except (FakeSurvived, ShapeDependsOnValues, ValuesNeeded, Torch2JaxError):
         raise
     except Exception:
         second = wide(integers.needing_int64() & narrow)

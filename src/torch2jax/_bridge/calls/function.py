@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -18,11 +19,12 @@ from ..._errors import SignatureError, TorchCallError
 from ..jax_side.primitive import call as call_primitive
 from ..torch_side import exceptions
 from ..torch_side.callee import Callee
+from ..torch_side.inference import ValuesNeeded
 from . import checks
 from .arguments import Static, arguments_of, mark_static
-from .operands import OperandOptions
+from .operands import OperandOptions, values_of
 from .options import Options
-from .planning import Avals, Binding, Planner
+from .planning import Avals, Binding, Known, Planner
 from .shards import Shards
 
 
@@ -46,6 +48,12 @@ class _Call:
         self.jitted = jax.jit(traced, inline=True)
 
 
+class _Knowing(threading.local):
+    """What this thread knows of the call whose trace needs values."""
+
+    now: Known | None = None
+
+
 class TorchFunction:
     """A PyTorch function as a JAX function; ``torch2jax`` makes it."""
 
@@ -62,6 +70,7 @@ class TorchFunction:
         self._planner = Planner(fn, run, label, options)
         self._bindings: dict[Hashable, Binding] = {}
         self._calls: dict[Hashable, _Call] = {}
+        self._known = _Knowing()
         self._positional: dict[int, Callable[..., Any]] = {}
         self._static = functools.partial(Static, label=label)
         self._plain = not (options.static_argnums or options.static_argnames)
@@ -86,6 +95,8 @@ class TorchFunction:
             return self._call_any(args, kwargs)
         try:
             return jitted(*args)
+        except ValuesNeeded:
+            return self._call_any(args, kwargs)
         except _RUNTIME_ERRORS as error:
             _raise_original(error, self._label)
             raise
@@ -93,7 +104,7 @@ class TorchFunction:
     def _call_any(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call, operands = self._flatten(args, kwargs)
         try:
-            return call.jitted(*operands)
+            return self._knowing(operands, call.jitted)
         except _RUNTIME_ERRORS as error:
             _raise_original(error, self._label)
             self._check_operands(call, operands)
@@ -105,18 +116,31 @@ class TorchFunction:
     def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
         """Return ``jax.stages.Lowered`` for these arguments; ``jax.ShapeDtypeStruct``s do."""
         call, operands = self._flatten(args, kwargs)
-        return call.jitted.lower(*operands)
+        return self._knowing(operands, call.jitted.lower)
 
     def trace(self, *args: Any, **kwargs: Any) -> jax.stages.Traced:
         """Return ``jax.stages.Traced`` for these arguments; ``jax.ShapeDtypeStruct``s do."""
         call, operands = self._flatten(args, kwargs)
-        return call.jitted.trace(*operands)
+        return self._knowing(operands, call.jitted.trace)
+
+    def _knowing(self, operands: Sequence[Any], run: Callable[..., Any]) -> Any:
+        """Return ``run(*operands)``; where a trace needs values, trace with what is known."""
+        try:
+            return run(*operands)
+        except ValuesNeeded:
+            pass
+        outer = self._known.now
+        self._known.now = Known(values_of(operands[:-1] if self._options.stochastic else operands))
+        try:
+            return run(*operands)
+        finally:
+            self._known.now = outer
 
     def callee_for(self, args: Any, kwargs: Any) -> tuple[Callee, Avals]:
         """Return the callee of calls with such arguments, and the avals of its operands."""
         call, operands = self._flatten_arguments(args, kwargs)
         avals = tuple(checks.leaf_aval(x) for x in operands)
-        binding = self._planner.plan(call.arguments, avals, [False] * len(avals))
+        binding = self._planner.plan(call.arguments, avals, [False] * len(avals), known=Known(None))
         return binding.callee, avals
 
     # --- arguments -------------------------------------------------------------------------------
@@ -245,8 +269,11 @@ class TorchFunction:
         binding = self._bindings.get(key)
         if binding is None:
             numbers = [x.weak_type and not x.shape for x in map(jax.typeof, operands)]
+            known = self._known.now
+            if known is not None and shards is not None:
+                known = Known(None)  # the values are those of the whole operands
             binding = self._bindings[key] = self._planner.plan(
-                call.arguments, avals, numbers, shards
+                call.arguments, avals, numbers, shards, known
             )
         if words is None and binding.callee.options.rng is not None:
             [words] = call_primitive(self._planner.seed, [], [((2,), "uint32")], orders=None)

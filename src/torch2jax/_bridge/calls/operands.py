@@ -17,6 +17,7 @@ from jax.tree_util import tree_flatten
 from ..._conversions.convert import j2t
 from ..._conversions.dtypes import dtype_j2t, x64_enabled
 from ..._errors import SignatureError
+from ..torch_side.modules.forward import Forward
 from . import checks
 from .arguments import Arguments, Casts, Static, mark_static
 from .options import Options
@@ -49,6 +50,13 @@ class OperandOptions:
             self.examples = {
                 s.index: x for s, x in zip(spots, examples, strict=True) if s.index is not None
             }
+        self._values: dict[int, Any] = {}
+        if isinstance(fn, Forward):
+            for i, operand in enumerate(arguments.labels):
+                if operand in fn.examples:
+                    self.examples.setdefault(i, fn.examples[operand])
+                elif operand in fn.values:
+                    self._values[i] = fn.values[operand]
 
     def of_argnums(self, argnums: Sequence[int], option: str) -> tuple[int, ...]:
         """Return the operands in the positional arguments that an option names."""
@@ -131,15 +139,9 @@ class OperandOptions:
 
     def example_value(self, index: int, shape: tuple[int, ...]) -> torch.Tensor | None:
         """Return the value of an operand's example, if it has one of this shape."""
-        x = self.examples.get(index)
-        if isinstance(x, jax.Array) and not isinstance(x, Tracer):
-            # A donated array has no value left, and a tensor cannot view one over several devices.
-            x = None if x.is_deleted() or len(x.devices()) > 1 else j2t(x)
-        elif isinstance(x, np.ndarray):
-            x = torch.from_numpy(x)
-        if isinstance(x, torch.Tensor) and tuple(x.shape) == shape and x.device.type != "meta":
-            return x.detach()
-        return None
+        x = _value(self.examples.get(index, self._values.get(index)))
+        fits = x is not None and tuple(x.shape) == shape
+        return x if fits else None
 
     def _spread(self, tree: Any, option: str) -> dict[int, Any]:
         """Return the items of a prefix tree over the positional arguments, by operand."""
@@ -163,3 +165,21 @@ class OperandOptions:
 
 def _indices_in(tree: Any) -> list[int]:
     return [s.index for s in jax.tree.leaves(tree) if s.index is not None]
+
+
+def values_of(operands: Sequence[Any]) -> list[torch.Tensor] | None:
+    """Return the values of a call's operands; None under a trace, where they are not all known."""
+    if any(isinstance(x, Tracer | jax.ShapeDtypeStruct) for x in operands):
+        return None
+    values = [_value(jax.numpy.asarray(x)) for x in operands]
+    return [x for x in values if x is not None] if all(x is not None for x in values) else None
+
+
+def _value(x: Any) -> torch.Tensor | None:
+    """Return the value of an operand or an example, if it has one."""
+    if isinstance(x, jax.Array) and not isinstance(x, Tracer):
+        # A donated array has no value left, and one over several devices none for one tensor.
+        x = None if x.is_deleted() or len(x.devices()) > 1 else j2t(x)
+    elif isinstance(x, np.ndarray):
+        x = torch.from_numpy(x)
+    return x.detach() if isinstance(x, torch.Tensor) and x.device.type != "meta" else None

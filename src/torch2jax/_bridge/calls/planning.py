@@ -22,7 +22,15 @@ from ..._refusals import refuse_symbolic
 from ..torch_side.callee import Callee, CalleeOptions
 from ..torch_side.derivatives import UserProgram
 from ..torch_side.gradients import Differentiating, needs_gradients, with_dense_gradients
-from ..torch_side.inference import FakeSurvived, Inference, ShapeDependsOnValues, Spec, infer
+from ..torch_side.inference import (
+    FakeSurvived,
+    Inference,
+    NotInferred,
+    ShapeDependsOnValues,
+    Spec,
+    ValuesNeeded,
+    infer,
+)
 from ..torch_side.integers import IntegerUse
 from ..torch_side.modules.forward import Forward
 from ..torch_side.seeding import draw_seed, refusing, seeded
@@ -50,6 +58,13 @@ class Binding:
     results: tuple[tuple[tuple[int, ...], Any], ...]
     inplace: tuple[int, ...]
     nondiff: frozenset[int]
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of the operands of a call that needs their values."""
+
+    values: Sequence[torch.Tensor] | None
 
 
 class Planner:
@@ -95,6 +110,7 @@ class Planner:
         avals: Avals,
         numbers: Sequence[bool],
         shards: Shards | None = None,
+        known: Known | None = None,
     ) -> Binding:
         """Return what a call binds; with ``shards``, what it binds on one shard.
 
@@ -120,7 +136,9 @@ class Planner:
             casts = widened(arguments.casts, by_operand.narrow(dtypes))
             arguments = replace(arguments, casts=casts)
         else:
-            arguments, inference = self._infer(arguments, by_operand, avals, numbers, bool(inplace))
+            arguments, inference = self._infer(
+                arguments, by_operand, avals, numbers, bool(inplace), known
+            )
             result = inference.result
             copies = tuple(sorted(inference.mutated - set(inplace)))
             if copies:
@@ -151,6 +169,7 @@ class Planner:
         avals: Avals,
         numbers: Sequence[bool],
         none_allowed: bool,
+        known: Known | None,
     ) -> tuple[Arguments, Inference]:
         """Infer what ``fn`` returns, and return the arguments with the casts that it needs."""
         device = self._callee_options.device
@@ -164,12 +183,15 @@ class Planner:
                     raise
             return replace(attempt_once(casts, integers, True), differentiates=True)
 
+        def spec(i: int, shape: tuple[int, ...]) -> Spec:
+            value = by_operand.example_value(i, shape)
+            if value is None and known and known.values:
+                return Spec(shape, dtypes[i], device, known.values[i], example=False)
+            return Spec(shape, dtypes[i], device, value)
+
         def attempt_once(casts: Casts, integers: IntegerUse, differentiates: bool) -> Inference:
             tried = replace(arguments, casts=casts)
-            specs = [
-                Spec(shape, dtype, device, by_operand.example_value(i, shape))
-                for i, ((shape, _), dtype) in enumerate(zip(avals, dtypes, strict=True))
-            ]
+            specs = [spec(i, shape) for i, (shape, _) in enumerate(avals)]
             call = tried.applied(self._fn)
             if differentiates:
                 call = Differentiating(call, True)
@@ -183,6 +205,7 @@ class Planner:
                     self._options.default_dtype,
                     self._callee_options.roots,
                     integers,
+                    guess=known is not None,
                 )
 
         try:
@@ -196,10 +219,10 @@ class Planner:
             return replace(arguments, casts=casts), inference
         except FakeSurvived:
             raise Torch2JaxError(
-                f"{self._label} keeps a tensor of the run that infers its result somewhere outside "
-                "its modules (a cache, a global, an attribute of another object), so its next call "
-                "would compute garbage. To go on, empty that cache and pass output_shapes=, which "
-                "needs no such run, or remove the cache."
+                f"{self._label} keeps a tensor of the run that infers its result, where it cannot "
+                "be taken out again (that is no module, dict, list, attribute, global or "
+                "lru_cache), so its next call would compute garbage. To go on, empty that cache "
+                "and pass output_shapes=, which needs no such run, or remove the cache."
             ) from None
         except ShapeDependsOnValues:
             raise SignatureError(
@@ -208,22 +231,34 @@ class Planner:
                 "padded), or pass output_shapes= if the size is known."
                 + self._hint_of_numbers(arguments, numbers)
             ) from None
+        except ValuesNeeded:
+            raise
+        except NotInferred as found:
+            raise self._not_inferred(found, arguments, avals, numbers) from found.error
         except (Torch2JaxError, Torch2JaxWarning):  # the latter is a note where warnings are errors
             raise
         except Exception as error:
             raise self._trace_error(error, arguments, avals, numbers) from error
 
+    def _not_inferred(
+        self, found: NotInferred, arguments: Arguments, avals: Avals, numbers: Sequence[bool]
+    ) -> TorchCallError:
+        hint = self._hint_of_numbers(arguments, numbers)
+        return TorchCallError(
+            f"{self._label} asks for values, which are not known when it is traced: "
+            f"{found.question}. On made-up values it raised {type(found.error).__name__}: "
+            f"{found.error}\nCall it once outside of jax.jit, or give examples: "
+            "torch2jax(fn, *examples) or from_module(module, *example_args); or pass "
+            f"output_shapes=.{hint}\n{_traced_for(arguments, avals)}"
+        )
+
     def _trace_error(
         self, error: Exception, arguments: Arguments, avals: Avals, numbers: Sequence[bool]
     ) -> TorchCallError:
-        hint = self._hint_of_numbers(arguments, numbers)
-        operands = ", ".join(
-            f"{label}: {dtype}[{','.join(map(str, shape))}]"
-            for label, (shape, dtype) in zip(arguments.labels, avals, strict=True)
-        )
+        text = f"{error}{self._hint_of_numbers(arguments, numbers)}"
         return TorchCallError(
-            f"{self._label} raised {type(error).__name__} when it was traced for ({operands}): "
-            + "\n".join([f"{error}{hint}", *getattr(error, "__notes__", ())])
+            f"{self._label} raised {type(error).__name__} when it was traced: "
+            + "\n".join([text, *getattr(error, "__notes__", ()), _traced_for(arguments, avals)])
         )
 
     def _hint_of_numbers(self, arguments: Arguments, numbers: Sequence[bool]) -> str:
@@ -289,6 +324,19 @@ class Planner:
         program = UserProgram(pure, run, forward_ad, options.roots, bare)
         return self._callees.setdefault(key, Callee(program, options, inputs, outputs))
 
+
+def _traced_for(arguments: Arguments, avals: Avals) -> str:
+    operands = [
+        f"{label}: {dtype}[{','.join(map(str, shape))}]"
+        for label, (shape, dtype) in zip(arguments.labels, avals, strict=True)
+    ]
+    # The arguments of a module's call come last, behind its parameters.
+    left_out = len(operands) - _SHOWN
+    first = [f"{left_out} more, ..."] if left_out > 0 else []
+    return f"(traced for {', '.join([*first, *operands[-_SHOWN:]])})"
+
+
+_SHOWN = 8
 
 # They are made here, where no mode of a caller sees it.
 _CPU, _CUDA = torch.device("cpu"), torch.device("cuda")

@@ -178,12 +178,13 @@ class Callee:
     @property
     def linear(self) -> range:
         """The operands in which it is known to be linear: the last ones of a derivative."""
-        program, callee = self.program, self
-        while isinstance(program, Vmap) and callee.parent is not None:
+        callee = self
+        while isinstance(callee.program, Vmap) and callee.parent is not None:
             callee = callee.parent
-            program = callee.program
-        derived = isinstance(program, Jvp | Vjp) and callee.parent is not None
-        return range(len(callee.parent.inputs) if derived else len(self.inputs), len(self.inputs))
+        end = len(self.inputs)
+        if callee.parent is None or not isinstance(callee.program, Jvp | Vjp):
+            return range(end, end)
+        return range(len(callee.parent.inputs), end)
 
     def transpose(self, linear: Indices, of: Indices) -> Callee | None:
         """The callee ``(other operands, cotangents of ``of``) -> cotangents of ``linear``.

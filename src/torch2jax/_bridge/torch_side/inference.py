@@ -1,16 +1,23 @@
-"""What a function returns, found on stand-ins for its arguments. Imports torch, never JAX.
+"""What a function returns, found on stand-ins for its arguments: torch only, never JAX.
 
-``fn`` runs on fake tensors (shapes and dtypes, no values). Where fake tensors cannot run it
-(``.item()``, ``.numpy()``), it runs on the example values, or on seeded random normals: zeros break
-``cholesky``, ``inv`` and norms. Either way the user's objects are as before: see ``preserved`` and
-``Recorder.restoring``.
+``fn`` runs on fake tensors, which have shapes and dtypes and no values. Where it needs values
+(``.item()``, ``.numpy()``, ``if x.any()``), these runs are tried in turn:
+
+1. on the values of the operands, where all are known: an eager call has them, and examples do;
+2. on fake tensors again, with every question about values answered both ways: see ``answers``;
+3. on made-up values: zeros for integers, and for floats seeded normals, since zeros break
+   ``cholesky``, ``inv`` and norms.
+
+No run leaves anything behind in the user's objects: see ``preserving`` and ``Recorder.restoring``.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import threading
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,9 +26,19 @@ from typing import Any
 import torch
 from torch.autograd.graph import disable_saved_tensors_hooks
 
+from ..._compat.torch import answering_shapes
 from . import ambient
+from .answers import (
+    Branch,
+    NoAnswerEnds,
+    ReadIntegers,
+    Refused,
+    ShapeDependsOnAnswers,
+    asked_in,
+    explored,
+)
 from .integers import IntegerUse
-from .reachable import preserved
+from .preserving import preserved, take_out
 from .recorder import Recorder
 
 
@@ -33,6 +50,8 @@ class Spec:
     dtype: torch.dtype
     device: torch.device
     value: torch.Tensor | None = None
+    example: bool = True
+    """Whether the value is an example's, rather than that of the call which is traced."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +73,15 @@ class Inference:
 
 
 class FakeSurvived(Exception):
-    """A fake tensor outlived inference: something outside the function's modules keeps it."""
+    """Something keeps a tensor of the run that inferred, and does not let it go."""
 
 
 class ShapeDependsOnValues(Exception):
     """The shape of a result depends on values, which are not known when a call is traced."""
+
+
+class ValuesNeeded(Exception):
+    """Fake tensors cannot run the function, and whoever calls may know the operands' values."""
 
 
 def infer(
@@ -68,68 +91,166 @@ def infer(
     default_dtype: torch.dtype,
     roots: Iterable[Any],
     integers: IntegerUse,
+    guess: bool = True,
 ) -> Inference:
     """Run ``fn`` on stand-ins for operands of ``specs``; ``describe`` maps its result.
 
     ``integers`` learns what becomes of int32 operands, also where an exception ends the run.
 
-    Raises ``FakeSurvived``, ``ShapeDependsOnValues``, or the exception of ``fn`` itself.
+    Raises ``FakeSurvived``, ``ShapeDependsOnValues``, or the exception of ``fn`` itself; without
+    ``guess`` ``ValuesNeeded`` where a guess would be next.
     """
-    with ambient.clean_surroundings(default_dtype), preserved(roots):
-        try:
-            recorder, found = _infer_fake(fn, specs, describe, integers)
-        except _Refused as refused:
-            raise refused.error from None
-        except Exception as error:
-            return _infer_otherwise(fn, specs, describe, integers, error)
-    if recorder.any_alive():
-        raise FakeSurvived
-    return found
-
-
-def _infer_otherwise(
-    fn: Callable[..., Any],
-    specs: Sequence[Spec],
-    describe: Callable[[Any], Any],
-    integers: IntegerUse,
-    fake_error: Exception,
-) -> Inference:
-    """Run on symbols for sizes that depend on values, or on values: fake tensors did not do."""
+    trial = _Trial(fn, specs, describe, default_dtype, tuple(roots), integers)
     try:
-        if type(fake_error).__name__ == "DynamicOutputShapeException":
-            with contextlib.suppress(_NoSymbols):
-                return _infer_symbolic(fn, specs, describe, integers)
-        return _infer_real(fn, specs, describe, integers)
-    except _Refused as refused:
+        try:
+            return trial.on_fakes()
+        except (Refused, FakeSurvived):
+            raise
+        except Exception as error:
+            if type(error).__name__ == "DynamicOutputShapeException":
+                with contextlib.suppress(_NoSymbols):
+                    return trial.on_symbols()
+            if any(s.value is None for s in specs):
+                if not guess:
+                    raise ValuesNeeded from None
+                return _guessed(trial, error)
+            return trial.on_values()
+    except Refused as refused:
         raise refused.error from None
+
+
+def _guessed(trial: _Trial, fake_error: Exception) -> Inference:
+    question = asked_in(fake_error)
+    try:
+        try:
+            return explored(trial.on_answers)
+        except NoAnswerEnds as ended:
+            if ended.needs_symbols:
+                with contextlib.suppress(NoAnswerEnds):
+                    return explored(functools.partial(trial.on_answers, symbols=True))
+    except ShapeDependsOnAnswers:
+        raise ShapeDependsOnValues from None
+    try:
+        return trial.on_values()
+    except (Refused, FakeSurvived, ShapeDependsOnValues):
+        raise
     except Exception as error:
-        if type(error) is not type(fake_error) and any(s.value is None for s in specs):
-            reason = str(fake_error).strip().partition("\n")[0]
-            error.add_note(
-                "It ran on random values, because fake tensors could not tell its result "
-                f"({type(fake_error).__name__}: {reason}). Example values for "
-                "torch2jax(fn, *examples) or output_shapes= take their place."
-            )
-        raise error from None
+        if question is None:
+            if type(error) is not type(fake_error):
+                reason = str(fake_error).strip().partition("\n")[0]
+                error.add_note(
+                    "It ran on made-up values, because fake tensors could not tell its result "
+                    f"({type(fake_error).__name__}: {reason}). Example values for "
+                    "torch2jax(fn, *examples) or output_shapes= take their place."
+                )
+            raise error from None
+        raise NotInferred(question, error) from error
 
 
-class _Refused(Exception):
-    """``describe`` refused the result: running again with values would not help."""
+class NotInferred(Exception):
+    """``fn`` asks for values that are not known, and on made-up values it raised ``error``."""
 
-    def __init__(self, error: Exception) -> None:
-        self.error = error
+    def __init__(self, question: str, error: Exception) -> None:
+        self.question, self.error = question, error
 
 
-def _infer_fake(
-    fn: Callable[..., Any],
-    specs: Sequence[Spec],
-    describe: Callable[[Any], Any],
-    integers: IntegerUse,
-) -> tuple[Recorder, Inference]:
-    with _fake_tensors():
-        operands = [torch.empty(s.shape, dtype=s.dtype, device=s.device) for s in specs]
-        recorder = Recorder(operands, integers)
-        return recorder, _record(fn, operands, recorder, describe)
+class _NoSymbols(Exception):
+    """Symbolic sizes did not carry through the function."""
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """A function, and the ways to run it."""
+
+    fn: Callable[..., Any]
+    specs: Sequence[Spec]
+    describe: Callable[[Any], Any]
+    default_dtype: torch.dtype
+    roots: tuple[Any, ...]
+    integers: IntegerUse
+
+    def on_fakes(self) -> Inference:
+        return self._run(_fake_tensors(), self._recorder)
+
+    def on_symbols(self) -> Inference:
+        """Run with a symbol for each size that depends on values; it shows in the result."""
+        from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+        try:
+            return self._run(_fake_tensors(shape_env=ShapeEnv()), self._recorder)
+        except (Refused, FakeSurvived):
+            raise
+        except Exception as error:
+            raise _NoSymbols from error
+
+    def on_answers(self, branch: Branch, symbols: bool = False) -> Inference:
+        """Run on fake tensors, with the answers of one branch to questions about values.
+
+        With ``symbols`` sizes that depend on values may come up; questions about them, too.
+        """
+        sizes = {"shape_env": answering_shapes(branch.answer)} if symbols else {}
+        return self._run(_fake_tensors(**sizes), lambda xs: self._recorder(xs, branch.call))
+
+    def on_values(self) -> Inference:
+        """Run on the values of the operands, and on made-up ones where they are not known."""
+
+        def run(integer: int = 0, read: ReadIntegers | None = None) -> Inference:
+            def record(operands: list[torch.Tensor]) -> Recorder:
+                if read is None:
+                    return self._recorder(operands)
+                read.of(operands)
+                return self._recorder(operands, read.call)
+
+            sample = functools.partial(_sample, integer=integer)
+            return self._run(contextlib.nullcontext(), record, sample)
+
+        # With other integers, too: a shape that follows them is not known. Examples say it.
+        made_up = any(s.value is None and not _inexact(s.dtype) for s in self.specs)
+        read = None if made_up or all(s.example for s in self.specs) else ReadIntegers()
+        found = run(read=read)
+        again = None
+        with contextlib.suppress(Exception):  # an index beyond its end, say
+            if made_up:
+                again = run(integer=1)
+            elif read is not None and read.any:
+                again = run(read=ReadIntegers(more=1))
+        if again is not None and again.result != found.result:
+            raise ShapeDependsOnValues
+        return found
+
+    def _recorder(
+        self, operands: list[torch.Tensor], call: Callable[..., Any] | None = None
+    ) -> Recorder:
+        return Recorder(operands, self.integers, call)
+
+    def _run(
+        self,
+        mode: Any,
+        recording: Callable[[list[torch.Tensor]], Recorder],
+        sample: Callable[[int, Spec], torch.Tensor] | None = None,
+    ) -> Inference:
+        """Run once. What the run leaves in caches is taken out of them, on errors too."""
+        recorder = None
+        try:
+            with ambient.clean_surroundings(self.default_dtype), preserved(self.roots), mode:
+                operands = [
+                    sample(i, s) if sample else torch.empty(s.shape, dtype=s.dtype, device=s.device)
+                    for i, s in enumerate(self.specs)
+                ]
+                recorder = recording(operands)
+                found = _record(self.fn, operands, recorder, self.describe)
+            del operands
+        except Exception as error:
+            traceback.clear_frames(error.__traceback__)
+            if recorder is not None and (alive := recorder.alive()):
+                take_out(alive)
+            raise
+        if alive := recorder.alive():
+            take_out(alive)
+            del alive
+            if recorder.alive():
+                raise FakeSurvived
+        return found
 
 
 @contextlib.contextmanager
@@ -152,50 +273,6 @@ def _fake_tensors(**options: Any) -> Iterator[None]:
         logger.removeFilter(of_others)
 
 
-class _NoSymbols(Exception):
-    """Symbolic sizes did not carry through the function."""
-
-
-def _infer_symbolic(
-    fn: Callable[..., Any],
-    specs: Sequence[Spec],
-    describe: Callable[[Any], Any],
-    integers: IntegerUse,
-) -> Inference:
-    """Run with a symbol for a size that depends on values; it shows in the result."""
-    from torch.fx.experimental.symbolic_shapes import ShapeEnv
-
-    with _fake_tensors(shape_env=ShapeEnv()):
-        operands = [torch.empty(s.shape, dtype=s.dtype, device=s.device) for s in specs]
-        try:
-            return _record(fn, operands, Recorder(operands, integers), describe)
-        except _Refused:
-            raise
-        except Exception as error:
-            raise _NoSymbols from error
-
-
-def _infer_real(
-    fn: Callable[..., Any],
-    specs: Sequence[Spec],
-    describe: Callable[[Any], Any],
-    integers: IntegerUse,
-) -> Inference:
-    def run(**others: int) -> Inference:
-        operands = [_sample(i, s, **others) for i, s in enumerate(specs)]
-        return _record(fn, operands, Recorder(operands, integers), describe)
-
-    found = run()
-    if any(s.value is None and not _inexact(s.dtype) for s in specs):
-        # It runs on other integers too: a shape that follows them is not known.
-        again = None
-        with contextlib.suppress(Exception):  # an index beyond its end, say
-            again = run(integer=1)
-        if again is not None and again.result != found.result:
-            raise ShapeDependsOnValues
-    return found
-
-
 def _inexact(dtype: torch.dtype) -> bool:
     return dtype.is_floating_point or dtype.is_complex
 
@@ -213,7 +290,7 @@ def _record(
         try:
             result = describe(out)
         except Exception as error:
-            raise _Refused(error) from None
+            raise Refused(error) from None
         changed = {i for i, x in enumerate(operands) if x._version != before[i]}
         return Inference(
             result,

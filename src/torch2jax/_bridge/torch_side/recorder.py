@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,9 +19,13 @@ class Recorder(TorchDispatchMode):
     """Sees every operator of a run: which draw, which are a library's own, and what they write."""
 
     def __init__(
-        self, operands: Sequence[torch.Tensor], integers: IntegerUse | None = None
+        self,
+        operands: Sequence[torch.Tensor],
+        integers: IntegerUse | None = None,
+        call: Callable[..., Any] | None = None,
     ) -> None:
         super().__init__()
+        self._call = call or _call
         self.last: str | None = None
         self.draws: str | None = None
         self.no_forward = False
@@ -56,10 +60,12 @@ class Recorder(TorchDispatchMode):
         if func._schema.is_mutable or func._schema.name in _STATISTICS_WRITERS:
             self._note_writes(func._schema, args, kwargs)
         sources = self._integers.before(func, args, kwargs)
-        out = func(*args, **kwargs)
+        out = self._call(func, args, kwargs)
         self._integers.after(out, sources)
+        # What an operator writes may be the user's own tensor, which it returns.
+        given = set(map(id, tree_leaves((args, kwargs)))) if func._schema.is_mutable else ()
         for t in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(t, torch.Tensor):
+            if isinstance(t, torch.Tensor) and id(t) not in given:
                 self._results.append(weakref.ref(t))
                 if t.layout is torch.strided and not func._schema.is_mutable:
                     self._created.add(t.untyped_storage()._cdata)
@@ -94,10 +100,15 @@ class Recorder(TorchDispatchMode):
                 for generator, state in reversed(self._generators):
                     generator.set_state(state)
 
-    def any_alive(self) -> bool:
+    def alive(self) -> list[torch.Tensor]:
+        """Return the tensors that the run made and something still keeps."""
         if any(r() is not None for r in self._results):
             gc.collect()
-        return any(r() is not None for r in self._results)
+        return [t for r in self._results if (t := r()) is not None]
+
+
+def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return func(*args, **kwargs)
 
 
 def _pushes_wrong(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

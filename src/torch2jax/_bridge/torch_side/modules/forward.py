@@ -5,6 +5,9 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
 from . import loans
 from .replica import Layout, Replica, Tensor
 
@@ -22,6 +25,10 @@ class Forward:
         self.layout, self.train, self.wrap = layout, train, wrap
         self.refuses_draws = not keyed
         """Whether drawing random numbers is an error: then no key was passed."""
+        self.examples: dict[str, Any] = {}
+        """Examples of the arguments, by their labels."""
+        self.values: dict[str, Any] = {}
+        """The module's own tensors, by their labels, as values for inference."""
         self._pool: list[Replica] = []
         self._lock = threading.Lock()
 
@@ -50,7 +57,9 @@ class Forward:
         with self._lock:
             if self._pool:
                 return self._pool.pop()
-        return Replica(self.layout, self.train, self.wrap).seal()
+        # The first one is made under inference, whose modes must see nothing of this.
+        with _disable_current_modes(), torch.no_grad():
+            return Replica(self.layout, self.train, self.wrap).seal()
 
     def _give_back(self, replica: Replica) -> None:
         if replica.clear():

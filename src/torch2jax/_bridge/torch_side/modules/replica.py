@@ -16,9 +16,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.overrides import TorchFunctionMode
 
 from ...._conversions.narrowed import NARROWED
+from .places import Stand, scripted_attributes, slot, stands_in
 
 Tensor = torch.Tensor
 Module = torch.nn.Module
@@ -35,20 +36,21 @@ class Layout:
         self.tensors: dict[str, dict[str, Tensor]] = {"params": {}, "frozen": {}, "buffers": {}}
         self.aliases: dict[str, str] = {}
         """Other names of tied tensors, and the name that stands for them."""
-        first: dict[int, str] = {}
+        self.names: dict[int, str] = {}
+        """Canonical names by the tensors' ids."""
         for path, sub in module.named_modules(remove_duplicate=False):
             prefix = f"{path}." if path else ""
             for key, p in sub._parameters.items():
                 if p is not None:
                     kind = "params" if p.requires_grad else "frozen"
-                    self._add(first, prefix + key, p, kind, (path, "_parameters", key))
+                    self._add(prefix + key, p, kind, (path, "_parameters", key))
             for key, b in sub._buffers.items():
                 if b is not None and key not in sub._non_persistent_buffers_set:
-                    self._add(first, prefix + key, b, "buffers", (path, "_buffers", key))
+                    self._add(prefix + key, b, "buffers", (path, "_buffers", key))
         self.dtypes = {k: t.dtype for group in self.tensors.values() for k, t in group.items()}
 
-    def _add(self, first: dict[int, str], name: str, t: Tensor, kind: str, place: Place) -> None:
-        canonical = first.setdefault(id(t), name)
+    def _add(self, name: str, t: Tensor, kind: str, place: Place) -> None:
+        canonical = self.names.setdefault(id(t), name)
         if canonical == name:
             self.tensors[kind][name] = t
         else:
@@ -61,34 +63,37 @@ class Replica:
 
     def __init__(self, layout: Layout, train: bool, wrap: Any) -> None:
         # Parameters and buffers come with each call; the replica owns all other tensors.
-        memo: dict[int, Any] = {id(t): None for g in layout.tensors.values() for t in g.values()}
-        for sub in layout.module.modules():
-            for value in vars(sub).values():
-                if isinstance(value, Tensor) and not value.is_leaf:  # deepcopy refuses it
-                    memo[id(value)] = value.detach().clone()
-        with _disable_current_modes(), torch.no_grad():  # the first one is made under inference
+        memo: dict[int, Any] = {
+            id(t): Stand(name) for g in layout.tensors.values() for name, t in g.items()
+        }
+        with _CopiesAnyTensor():
             self.module: Module = copy.deepcopy(layout.module, memo).train(train)
         memo.pop(id(memo), None)  # deepcopy's list of originals
         copies = list(memo.values())
         subs = dict(self.module.named_modules(remove_duplicate=False))
-        self.slots = {
-            name: [(vars(subs[path])[table], key) for path, table, key in places]
-            for name, places in layout.places.items()
-        }
-        self.dtypes = layout.dtypes
-        self.rnns = [m for m in subs.values() if isinstance(m, torch.nn.RNNBase)]
+        self.modules = list({id(m): m for m in subs.values()}.values())
+        self.rnns = [m for m in self.modules if isinstance(m, torch.nn.RNNBase)]
         for rnn in self.rnns:
             rnn._flat_weights = []
+        self._slots: dict[str, list[tuple[Any, str, Any]]] = {
+            name: [slot(getattr(subs[path], table), key) for path, table, key in places]
+            for name, places in layout.places.items()
+        }
+        self._scripted = scripted_attributes(layout, subs)
+        self._empty()
+        containers: dict[int, Any] = {}
+        for x in (*copies, *self.modules):
+            for c in (x, getattr(x, "__dict__", None), getattr(x, "keywords", None)):
+                if isinstance(c, dict | list | set):
+                    containers[id(c)] = c
+        self._elsewhere = [found for c in containers.values() for found in stands_in(c)]
+        for container, key, _ in self._elsewhere:
+            container[key] = None
+        self.dtypes = layout.dtypes
         self.call = wrap(self.module)
-        self.modules = list({id(m): m for m in subs.values()}.values())
         owned = [x for x in copies if isinstance(x, Tensor)]
         owned += [b for m in self.modules for b in m._buffers.values() if b is not None]
         self._owned = [(x, x._version) for x in owned]
-        containers: dict[int, Any] = {}
-        for x in (*copies, *self.modules):
-            for c in (x, getattr(x, "__dict__", None)):
-                if isinstance(c, dict | list | set):
-                    containers[id(c)] = c
         self._pristine = [_Pristine(c) for c in containers.values()]
         self._references: list[int] = []
 
@@ -102,12 +107,18 @@ class Replica:
 
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
         """Put in a call's tensors, each in the dtype of the module's own."""
+        given: dict[str, Tensor] = {}
         for name, t in tensors.items():
             own = self.dtypes[name]
             if t.dtype is not own and NARROWED.get(own) is t.dtype:
                 t = t.to(own)
-            for table, key in self.slots[name]:
+            given[name] = t
+            for table, key, _ in self._slots[name]:
                 table[key] = t
+        for container, key, build in self._elsewhere:
+            container[key] = build(given)
+        for script, key, build, _ in self._scripted:
+            script.setattr(key, build(given))
         for rnn in self.rnns:
             rnn._flat_weights = [getattr(rnn, name) for name in rnn._flat_weights_names]
 
@@ -115,7 +126,7 @@ class Replica:
         """The buffers as the call left them."""
         found = {}
         for name in names:
-            table, key = self.slots[name][0]
+            table, key, _ = self._slots[name][0]
             found[name] = table[key]
         return found
 
@@ -128,12 +139,32 @@ class Replica:
 
         False where it wrote to tensors of the replica's own: those cannot be put back.
         """
-        for slots in self.slots.values():
-            for table, key in slots:
-                table[key] = None
+        self._empty()
         for pristine in self._pristine:
             pristine.restore()
         return all(x._version == version for x, version in self._owned)
+
+    def _empty(self) -> None:
+        for slots in self._slots.values():
+            for table, key, nothing in slots:
+                table[key] = nothing
+        for script, key, _, nothing in self._scripted:
+            script.setattr(key, nothing)
+
+
+class _CopiesAnyTensor(TorchFunctionMode):
+    """Tensors with a graph can be copied, too: as the values that they have.
+
+    A module may hold them anywhere: old ``weight_norm`` does, and whatever keeps an activation.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__deepcopy__ and not args[0].is_leaf:
+            x, memo = args
+            if id(x) not in memo:
+                memo[id(x)] = x.detach().clone()
+            return memo[id(x)]
+        return func(*args, **(kwargs or {}))
 
 
 class _Pristine:
