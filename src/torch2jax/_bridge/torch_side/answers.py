@@ -218,7 +218,8 @@ def _agreed(a: Any, b: Any) -> Any:
         mutated=a.mutated | b.mutated,
         forward_ad=a.forward_ad and b.forward_ad,
         draws=a.draws or b.draws,
-        refuses_int32=a.refuses_int32 or b.refuses_int32,
+        sparse_gradients=a.sparse_gradients or b.sparse_gradients,
+        differentiates=a.differentiates or b.differentiates,
     )
 
 
