@@ -189,7 +189,9 @@ class _Trial:
         With ``symbols`` sizes that depend on values may come up; questions about them, too.
         """
         sizes = {"shape_env": answering_shapes(branch.answer)} if symbols else {}
-        return self._run(_fake_tensors(**sizes), lambda xs: self._recorder(xs, branch.call))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what was answered, not of what is
+            return self._run(_fake_tensors(**sizes), lambda xs: self._recorder(xs, branch.call))
 
     def on_values(self) -> Inference:
         """Run on the values of the operands, and on made-up ones where they are not known."""

@@ -12,6 +12,7 @@ import contextlib
 import functools
 import gc
 import types
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -48,7 +49,9 @@ def tensors_taken_out(reached: Reached) -> Iterator[None]:
     inside = [x for m in reached.modules for x in vars(m).values() if _is_plain(x)]
     objects = {id(x): x for x in (*reached.objects, *inside)}.values()
     groups = [_Group([vars(x), *_containers(vars(x).values())]) for x in objects]
-    groups += [_Group([c, *_containers(_values(c))]) for c in reached.containers]
+    groups += [
+        _Group([c, *_containers(_values(c))]) for c in reached.containers if type(c) in _CONTAINERS
+    ]
     variables = [(g, {n: g[n] for n in names if n in g}) for g, names in reached.globals]
     cells = [(cell, cell.cell_contents) for cell in reached.cells]
     try:
@@ -94,7 +97,10 @@ def _values(container: Any) -> Iterable[Any]:
 
 
 def _containers(values: Iterable[Any]) -> list[Any]:
-    return [x for x in values if isinstance(x, dict | list | set)]
+    return [x for x in values if type(x) in _CONTAINERS]
+
+
+_CONTAINERS = (dict, OrderedDict, defaultdict, list, set)
 
 
 def _is_plain(x: Any) -> bool:
@@ -188,8 +194,9 @@ def _take_out_of_dict(holder: dict[Any, Any], held: set[int]) -> None:
         for name in names if _is_users(objects[0]) else ():
             _reset(objects[0], name)
     elif any(isinstance(x, functools._lru_cache_wrapper) for x in referrers) or _owners(holder):
-        for name in names:
-            holder.pop(name, None)
+        with contextlib.suppress(Exception):  # a kind of dict that gives nothing away
+            for name in names:
+                holder.pop(name, None)
 
 
 def _owners(container: Any) -> list[Any]:

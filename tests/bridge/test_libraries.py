@@ -1,0 +1,74 @@
+"""Libraries that ask for values: solvers of differential equations, Gaussian processes, liquid networks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gpytorch
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import torchdiffeq
+from ncps.torch import LTC, CfC
+from ncps.wirings import AutoNCP
+
+from torch2jax import from_module, torch2jax
+
+# They deprecate what PyTorch deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+
+def agrees(fn: Any, *args: Any) -> None:
+    """Value and gradient of the first argument are PyTorch's, eager and compiled."""
+    leaves = [torch.from_numpy(np.array(x)) for x in args]
+    leaves[0].requires_grad_()
+    want = fn(*leaves)
+    want.square().sum().backward()
+    for compiled in (lambda f: f, jax.jit):
+        out = compiled(torch2jax(lambda *a: fn(*a)))(*args)
+        np.testing.assert_allclose(out, want.detach(), rtol=1e-4, atol=1e-5)
+        f = torch2jax(lambda *a: fn(*a))
+        grad = compiled(jax.grad(lambda *a: (f(*a) ** 2).sum()))(*args)  # noqa: B023
+        np.testing.assert_allclose(grad, leaves[0].grad, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["dopri5", "rk4"])
+def test_torchdiffeq(method: str) -> None:
+    """Times must increase, steps are accepted or not, and their size is a number."""
+    rates = torch.tensor([[-0.1, 2.0], [-2.0, -0.1]])
+    agrees(
+        lambda y, t: torchdiffeq.odeint(lambda _, y: y @ rates, y, t, method=method),
+        jnp.ones(2),
+        jnp.linspace(0.0, 1.0, 4),
+    )
+
+
+def test_gpytorch() -> None:
+    """A covariance must be positive definite, and points in training are told by their values."""
+    points = torch.linspace(0, 1, 5)
+
+    def log_probability(y: torch.Tensor) -> torch.Tensor:
+        covariance = gpytorch.kernels.RBFKernel()(points).to_dense() + 0.1 * torch.eye(5)
+        prior = gpytorch.distributions.MultivariateNormal(torch.zeros(5), covariance)
+        return prior.log_prob(y)
+
+    agrees(log_probability, jnp.linspace(0.0, 1.0, 5))
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: LTC(3, AutoNCP(8, 2)), lambda: CfC(3, 8)], ids=["LTC", "CfC"]
+)
+def test_liquid_networks(make: Any) -> None:
+    torch.manual_seed(0)
+    module, x = make(), torch.randn(2, 4, 3)
+    apply, variables = from_module(module)
+    want = module(x)[0]
+    want.square().sum().backward()
+    loss = lambda p: (apply({**variables, "params": p}, jnp.asarray(x))[0] ** 2).sum()  # noqa: E731
+    value, grads = jax.jit(jax.value_and_grad(loss))(variables["params"])
+    np.testing.assert_allclose(value, want.detach().square().sum(), rtol=1e-5)
+    for name, p in module.named_parameters():
+        if p.grad is not None:
+            np.testing.assert_allclose(grads[name], p.grad, rtol=1e-3, atol=1e-4, err_msg=name)
