@@ -182,8 +182,10 @@ class Callee:
         while isinstance(program, Vmap) and callee.parent is not None:
             callee = callee.parent
             program = callee.program
-        derived = isinstance(program, Jvp | Vjp) and callee.parent is not None
-        return range(len(callee.parent.inputs) if derived else len(self.inputs), len(self.inputs))
+        end = len(self.inputs)
+        if not isinstance(program, Jvp | Vjp) or callee.parent is None:
+            return range(end, end)
+        return range(len(callee.parent.inputs), end)
 
     def transpose(self, linear: Indices, of: Indices) -> Callee | None:
         """The callee ``(other operands, cotangents of ``of``) -> cotangents of ``linear``.
