@@ -117,7 +117,7 @@ class Penalty(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         found = grad(self.linear(x).pow(3).sum(), list(self.parameters()), create_graph=True)
-        return sum((g**2).sum() for g in found)
+        return torch.stack([(g**2).sum() for g in found]).sum()
 
 
 def test_gradients_in_the_parameters() -> None:

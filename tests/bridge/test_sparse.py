@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +39,7 @@ def twin(name: str, w: jax.Array) -> jax.Array:
 
 @pytest.mark.parametrize("name", list(LOOKUPS))
 @pytest.mark.parametrize("residuals", ["tape", "recompute"])
-def test_sparse_gradients_are_dense(name: str, residuals: str) -> None:
+def test_sparse_gradients_are_dense(name: str, residuals: Literal["tape", "recompute"]) -> None:
     f = torch2jax(LOOKUPS[name], residuals=residuals)
     loss = lambda w: (f(PLACES, w) ** 3).sum()  # noqa: E731
     expected = lambda w: (twin(name, w) ** 3).sum()  # noqa: E731

@@ -170,7 +170,13 @@ def packing(saved: SavedTensors) -> saved_tensors_hooks:
 @functools.cache
 def _exempt_from_compilation(dynamo: Any) -> None:
     """Have torch.compile not compile the hooks where a compiled function calls them."""
-    for f in (SavedTensors.pack, SavedTensors.unchanged, _torchs_own, _View.__call__):
+    for f in (
+        SavedTensors.pack,
+        SavedTensors.unchanged,
+        _without_node,
+        _torchs_own,
+        _View.__call__,
+    ):
         dynamo.skip_code(f.__code__)
 
 
