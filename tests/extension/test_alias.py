@@ -105,7 +105,7 @@ def test_the_compiler_backend_has_the_new_name(alias_folder: Path) -> None:
     lines = (info / "entry_points.txt").read_text(encoding="utf-8").split("\n")
     assert "[torch_dynamo_backends]" in lines
     assert any(
-        re.fullmatch(rf"{ALIAS} ?= ?{ALIAS}\.device\.compile:backend", line) for line in lines
+        re.fullmatch(rf"{ALIAS} ?= ?{ALIAS}\._lower\.torch_compile:backend", line) for line in lines
     )
     assert not any(re.match(r"torch2jax\b", line) for line in lines)
 
