@@ -1,1 +1,1 @@
-"""``python -m torch2jax``: what is installed, whether it works, and what a call costs."""
+"""``python -m torch2jax`` shows what is installed, whether it works, and what a call costs."""

@@ -17,7 +17,7 @@ _LOOP = 1000
 
 
 def costs() -> tuple[list[Check], dict[str, float]]:
-    """The cost of adding two small arrays, for each way of calling: as checks, and as figures."""
+    """Measure what adding two small arrays costs in each way of calling: (checks, figures)."""
     a = b = jnp.ones(16)
     add = torch2jax(torch.add)
     compiled, gradient = jax.jit(add), jax.jit(jax.grad(lambda a, b: add(a, b).sum()))
@@ -42,7 +42,7 @@ def costs() -> tuple[list[Check], dict[str, float]]:
 
 
 def _microseconds(call: Callable[[], jax.Array], calls: int = 100) -> float:
-    """The median of some rounds in which each call is awaited."""
+    """Return the median cost of some rounds. Each call is awaited."""
     call().block_until_ready()
     rounds = []
     for _ in range(15):

@@ -1,4 +1,4 @@
-"""What the doctor finds, as data: one check for each thing that it looked at."""
+"""The doctor keeps what it finds as data: one check for each thing that it looked at."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .._bridge.handler.extension import TARGET
 
 @dataclass(frozen=True)
 class Check:
-    """What one look found, and what to do about it."""
+    """A check says what one look found, and what to do about it."""
 
     section: str
     name: str
@@ -21,14 +21,14 @@ class Check:
 
     @classmethod
     def of_error(cls, section: str, name: str, error: Exception) -> Check:
-        """A failed check, with the first line of the exception that it ended with."""
+        """Return a failed check, with the first line of the exception that it ended with."""
         lines = str(error).strip().splitlines() or [""]
         return cls(section, name, "failed", f"{type(error).__name__}: {lines[0]}")
 
 
 @dataclass
 class Diagnosis:
-    """All checks of one run, and what a call costs."""
+    """A diagnosis holds all checks of one run, and what a call costs."""
 
     checks: list[Check] = field(default_factory=list)
     microseconds: dict[str, float] = field(default_factory=dict)
@@ -36,17 +36,17 @@ class Diagnosis:
 
     @property
     def failed(self) -> list[Check]:
-        """The checks that show that the package does not work here."""
+        """Return the checks that show that the package does not work here."""
         return [check for check in self.checks if check.status == "failed"]
 
     @property
     def ok(self) -> bool:
-        """Whether nothing failed."""
+        """Say whether nothing failed."""
         return not self.failed
 
     @property
     def verdict(self) -> str:
-        """One sentence that sums it up."""
+        """Sum everything up in one sentence."""
         proofs = [check for check in self.checks if check.section == "Proofs"]
         passed = sum(check.status == "ok" for check in proofs)
         warnings = sum(check.status == "warning" for check in self.checks)
@@ -58,7 +58,7 @@ class Diagnosis:
         return text + (f", {warnings} warning{'s' * (warnings > 1)}." if warnings else ".")
 
     def as_json(self) -> str:
-        """Everything, for programs that read it."""
+        """Return everything as JSON, for programs that read it."""
         return json.dumps(
             {
                 "ok": self.ok,

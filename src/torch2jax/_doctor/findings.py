@@ -1,4 +1,4 @@
-"""What the doctor finds without running anything: versions, devices, the bridge and settings.
+"""The doctor finds versions, devices, the bridge and settings without running anything.
 
 Each function here is one section of the report and yields its checks.
 """
@@ -27,7 +27,7 @@ LIBRARIES = ("flax", "equinox", "optax", "orbax-checkpoint", "numpyro", "transfo
 
 
 def versions() -> Iterator[Check]:
-    """The versions of this package and of the libraries that it works with."""
+    """Yield the versions of this package and of the libraries that it works with."""
 
     def found(name: str, detail: str) -> Check:
         return Check("Versions", name, "info", detail)
@@ -45,16 +45,16 @@ def versions() -> Iterator[Check]:
 
 
 def visible_devices() -> list[Any]:
-    """This process's devices of the default backend, and the CPU's."""
+    """Return this process's devices of the default backend, and the CPU's."""
     devices = list(jax.local_devices())
     if devices[0].platform != "cpu":
-        with contextlib.suppress(RuntimeError):  # JAX_PLATFORMS leaves the CPU out
+        with contextlib.suppress(RuntimeError):  # JAX_PLATFORMS may leave the CPU out
             devices += jax.local_devices(backend="cpu")
     return devices
 
 
 def devices() -> Iterator[Check]:
-    """The devices that JAX sees, and whether PyTorch reaches them."""
+    """Yield the devices that JAX sees, and whether PyTorch reaches them."""
     devices = visible_devices()
     for d in devices:
         known = d.platform in ("cpu", "gpu")
@@ -86,7 +86,7 @@ def devices() -> Iterator[Check]:
 
 
 def bridge() -> Iterator[Check]:
-    """How the extension passes tensors on, and whether 64-bit types are on."""
+    """Yield how the extension passes tensors on, and whether 64-bit types are on."""
 
     def found(name: str, detail: str) -> Check:
         return Check("Bridge", name, "ok", detail)
@@ -111,7 +111,7 @@ def bridge() -> Iterator[Check]:
 
 
 def memory() -> Iterator[Check]:
-    """Settings that cost memory or time: allocators, the tape's budget, debugging switches."""
+    """Yield settings that cost memory or time: allocators, the tape's budget, and switches."""
     gpus = [d for d in visible_devices() if d.platform == "gpu"]
     if gpus:
         yield from _memory_of_gpus()
@@ -162,7 +162,7 @@ def _memory_of_host() -> Iterator[Check]:
 
 
 def memory_limit(root: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """The bytes to which a container limits this process, if it does."""
+    """Return the bytes to which a container limits this process, or None."""
     for name in ("memory.max", "memory/memory.limit_in_bytes"):
         with contextlib.suppress(OSError, ValueError):
             limit = int((root / name).read_text(encoding="ascii"))
@@ -171,7 +171,7 @@ def memory_limit(root: Path = Path("/sys/fs/cgroup")) -> int | None:
 
 
 def _switches(gpu: bool) -> Iterator[Check]:
-    """Debugging switches that somebody left on, and too many threads."""
+    """Yield debugging switches that somebody left on, and too many threads."""
     if jax.config.jax_disable_jit:  # type: ignore[attr-defined]
         yield Check(
             "Memory",
@@ -197,6 +197,6 @@ def _switches(gpu: bool) -> Iterator[Check]:
 
 
 def _processors() -> int:
-    if hasattr(os, "sched_getaffinity"):  # not on macOS
+    if hasattr(os, "sched_getaffinity"):  # macOS has none
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

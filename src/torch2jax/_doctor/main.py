@@ -1,4 +1,4 @@
-"""The doctor's command line: ``python -m torch2jax``.
+"""``python -m torch2jax`` is the doctor's command line.
 
 It prints what it finds on this machine and proves that the bridge works on it. When all is well, it
 also measures what a call costs.
@@ -19,7 +19,7 @@ from .printing import as_text, print_rich
 from .proofs import proofs
 
 TIMEOUT = 300
-"""After so many seconds the doctor prints where every thread hangs, and gives up."""
+"""After this many seconds the doctor prints where every thread hangs, and gives up."""
 
 
 def examine() -> Diagnosis:
@@ -28,7 +28,7 @@ def examine() -> Diagnosis:
     for section in (versions, devices, bridge, memory, proofs):
         try:
             diagnosis.checks += section()
-        except Exception as error:  # the doctor tells of it, and goes on
+        except Exception as error:  # the doctor reports it and goes on
             diagnosis.checks.append(Check.of_error(section.__name__.capitalize(), "look", error))
     if diagnosis.ok:
         found, diagnosis.microseconds = costs()
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     arguments = parser.parse_args(argv)
-    with contextlib.suppress(AttributeError, OSError, ValueError):  # no stderr of its own
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # stderr may be no real file
         faulthandler.dump_traceback_later(TIMEOUT, exit=True)
     try:
         diagnosis = examine()

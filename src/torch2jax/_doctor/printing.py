@@ -1,4 +1,4 @@
-"""The doctor's report on a terminal: in colours where rich is installed, else as plain text."""
+"""The doctor prints its report: in colours where rich is installed, else as plain text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ COLOURS = {"ok": "green", "info": "dim", "warning": "yellow", "failed": "bold re
 
 
 def as_text(diagnosis: Diagnosis) -> str:
-    """The report without colours."""
+    """Return the report without colours."""
     lines = []
     for section, checks in _sections(diagnosis.checks):
         lines += ["", section]
@@ -23,7 +23,7 @@ def as_text(diagnosis: Diagnosis) -> str:
 
 
 def print_rich(diagnosis: Diagnosis) -> None:
-    """The report in colours; ImportError where rich is not installed."""
+    """Print the report in colours; raise ImportError where rich is not installed."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table

@@ -1,4 +1,4 @@
-"""Small programs that prove that the package works here.
+"""Small programs prove that the package works here.
 
 Most run a PyTorch function through a transform of JAX and compare with the same function in
 ``jax.numpy`` under the same transform.
@@ -52,7 +52,7 @@ def _operands() -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
 
 
 def proofs() -> Iterator[Check]:
-    """A check for each proof, for each device, and for all devices at once."""
+    """Yield a check for each proof, for each device, and for all devices at once."""
     for name, transform in TRANSFORMS.items():
         yield _proof(name, lambda transform=transform: _agrees(transform, jnp.asarray))
     for name, run in {
@@ -72,7 +72,7 @@ def proofs() -> Iterator[Check]:
 def _proof(name: str, run: Callable[[], str]) -> Check:
     try:
         return Check("Proofs", name, "ok", run())
-    except Exception as error:  # whatever goes wrong belongs into the report
+    except Exception as error:  # whatever goes wrong belongs in the report
         return Check.of_error("Proofs", name, error)
 
 
@@ -85,7 +85,7 @@ def _agrees(transform: Callable[[Fn], Fn], put: Callable[[Any], jax.Array]) -> s
 
 def _assert_equal(got: Any, expected: Any) -> None:
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-        # A GPU multiplies matrices in short floats: this is how exact they are.
+        # A GPU multiplies matrices in short floats, whose precision sets these tolerances.
         np.testing.assert_allclose(x, y, rtol=1e-2, atol=2e-3)
 
 
