@@ -1,8 +1,9 @@
 """Programs written for torchax and torch_xla2 find their names here.
 
-``import torch2jax.torchax as torchax``, or ``torch2jax.torchax.install()`` before an unchanged
-``import torchax``. Importing it enables the device "jax". Only this module changes PyTorch's
-default device, from ``enable_globally`` or ``with default_env():`` until it is left.
+A program says ``import torch2jax.torchax as torchax``, or it calls ``torch2jax.torchax.install()``
+before an unchanged ``import torchax``. Importing this module enables the device "jax". Only this
+module changes PyTorch's default device: ``enable_globally`` does until ``disable_globally``, and
+``with default_env():`` does until the context is left.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ def extract_jax(
 ) -> tuple[Any, Any]:
     """Return ``(arrays by name, fn(arrays, args, kwargs=None))``; see ``device.extract``.
 
-    Tied parameters are one array, under their first name.
+    Tied parameters are one array, which has their first name.
     """
     return _device.extract(mod)
 
@@ -105,7 +106,7 @@ class CompileOptions:
 
 
 def compile(fn: Any, options: CompileOptions | None = None) -> Any:
-    """Compile a module to an ``interop.JittableModule``, a function by ``interop.jax_jit``."""
+    """Compile a module to an ``interop.JittableModule``, or a function by ``interop.jax_jit``."""
     options = options or CompileOptions()
     if options.mode != "jax":
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Mixed precision under torchax's names."""
+"""This module offers mixed precision under torchax's names."""
 
 from __future__ import annotations
 

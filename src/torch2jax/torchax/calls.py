@@ -23,7 +23,8 @@ Function = Callable[..., Any]
 def jax_view(tree: Any) -> Any:
     """Turn what PyTorch has in a pytree into what JAX has, without a copy.
 
-    Tensors on device jax become arrays, dtypes dtypes, functions of tensors functions of arrays.
+    Tensors on device jax become arrays, PyTorch's dtypes become JAX's, and functions of tensors
+    become functions of arrays.
     """
 
     def view(x: Any) -> Any:
@@ -39,9 +40,9 @@ def jax_view(tree: Any) -> Any:
 
 
 def torch_view(tree: Any) -> Any:
-    """Turn what JAX has in a pytree into what PyTorch has: the other way of ``jax_view``.
+    """Turn what JAX has in a pytree into what PyTorch has.
 
-    JAX's keys stay as they are.
+    It is the inverse of ``jax_view``, except that JAX's keys stay as they are.
     """
 
     def view(x: Any) -> Any:
@@ -60,8 +61,8 @@ def torch_view(tree: Any) -> Any:
 def call_jax(jax_func: Function, *args: Any, **kwargs: Any) -> Any:
     """Call a JAX function with tensors on device jax, and with functions of tensors.
 
-    ``backward()`` goes through it, with JAX's derivative, where a tensor among the arguments
-    requires a gradient.
+    Where a tensor among the arguments requires a gradient, ``backward()`` goes through the call
+    with JAX's derivative.
     """
     leaves = jax.tree.leaves((args, kwargs), is_leaf=torch.is_tensor)
     if torch.is_grad_enabled() and any(torch.is_tensor(x) and x.requires_grad for x in leaves):
@@ -110,7 +111,7 @@ def jax_jit(
     options = dict(kwargs_for_jax_jit or {})
     shardings = options.get("in_shardings")
     if shardings is not None:
-        if not isinstance(shardings, list | tuple):  # it is one for all arguments, however many
+        if not isinstance(shardings, list | tuple):  # one for all arguments
             return wrap_jax_jit(torch_function, jax.jit, options)
         options["in_shardings"] = (None, *shardings)
     for name in ("donate_argnums", "static_argnums"):

@@ -1,4 +1,4 @@
-"""Checkpoints under torchax's names: a folder with one checkpoint for each step."""
+"""Checkpoints under torchax's names are a folder with one checkpoint for each step."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def save_checkpoint(state: Any, path: str | os.PathLike[str], step: int | None =
     Args:
       state: tensors of any device, arrays and numbers, in dicts, lists, tuples and optax's states.
       path: a folder, where a checkpoint of the same step is replaced.
-      step: of training.
+      step: the training step, 0 by default.
 
     Raises:
       TypeError: for something else in the tree, such as the generator ``model.parameters()``.
@@ -47,11 +47,11 @@ def load_checkpoint(path: str | os.PathLike[str], like: Any = None) -> Any:
         one again), dtypes and shardings. Without it dicts and lists come back.
 
     Returns:
-      The tree, with tensors on device jax; with ``like`` arrays where that has arrays.
+      The tree, with tensors on device jax. With ``like`` it has arrays where ``like`` has arrays.
 
     Raises:
       FileNotFoundError: there is no checkpoint.
-      ValueError: a file, such as ``torch.save`` makes.
+      ValueError: ``path`` is a file, such as ``torch.save`` makes.
     """
     folder = Path(path)
     if folder.is_file():

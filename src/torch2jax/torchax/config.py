@@ -1,4 +1,4 @@
-"""Settings of an environment under torchax's names."""
+"""This module holds an environment's settings under torchax's names."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ __all__ = ["Configuration"]
 
 @dataclasses.dataclass
 class Configuration:
-    """What a program may set in ``default_env().config``.
+    """A program may set these fields in ``default_env().config``.
 
-    ``debug_print_each_op`` prints each operator, with ``debug_print_each_op_operands`` its operands
-    too, to stderr. The others choose among ways to compute in torchax and have no effect here:
+    ``debug_print_each_op`` prints each operator to stderr; ``debug_print_each_op_operands`` adds
+    its operands. The other fields choose among ways to compute in torchax and have no effect here:
     views share memory, and results have PyTorch's dtypes.
     """
 

@@ -1,4 +1,4 @@
-"""The environment under torchax's names: default device, random numbers, overridden operators."""
+"""An environment holds a default device, random numbers and overridden operators."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = ["Environment", "Properties", "default_env", "words_of"]
 
 
 class Properties(NamedTuple):
-    """``Environment.param`` shows these of this thread."""
+    """``Environment.param`` returns these properties of the calling thread."""
 
     mesh: Any
     prng: Any
@@ -41,7 +41,7 @@ class _Thread(threading.local):
 
 
 class _Overrides(TorchFunctionMode):
-    """This mode calls a user's own definition in place of a function of PyTorch."""
+    """This mode calls a user's definition in place of a function of PyTorch."""
 
     def __init__(self, definitions: dict[Any, Callable[..., Any]]) -> None:
         super().__init__()
@@ -72,10 +72,10 @@ def _described(x: Any) -> str:
 
 
 class Environment(contextlib.ContextDecorator):
-    """In it jax is PyTorch's default device. ``default_env`` makes the process's.
+    """An environment makes jax PyTorch's default device; ``default_env`` is the process's.
 
     Args:
-      configuration: by default a fresh ``Configuration``.
+      configuration: the settings, by default a fresh ``Configuration``.
 
     >>> import torch, torch2jax.torchax as torchax
     >>> with torchax.default_env():
@@ -123,12 +123,13 @@ class Environment(contextlib.ContextDecorator):
         """Use a function of tensors for an operator or a function of PyTorch.
 
         Args:
-          op_to_override: an operator of ``torch.ops``, from now on for all tensors on device jax;
-            or a function such as ``torch.nn.functional.scaled_dot_product_attention``, within
-            ``with env`` that is entered later, and in what ``interop`` compiles.
-          op_impl: takes and returns what that does. For an operator, whose derivative stays
-            PyTorch's; a function has the derivative of ``op_impl``.
-          is_view_op: results share memory where ``op_impl`` makes them share it.
+          op_to_override: an operator of ``torch.ops``, or a function such as
+            ``torch.nn.functional.scaled_dot_product_attention``. An operator is overridden from
+            now on for all tensors on device jax. A function is overridden within ``with env`` that
+            is entered later, and in what ``interop`` compiles.
+          op_impl: a function that takes and returns what the overridden one does. The derivative of
+            an operator stays PyTorch's. That of a function is the derivative of ``op_impl``.
+          is_view_op: has no effect: results share memory where ``op_impl`` makes them share it.
         """
         if isinstance(op_to_override, torch._ops.OpOverloadPacket):
             for which in op_to_override.overloads():
@@ -147,7 +148,7 @@ class Environment(contextlib.ContextDecorator):
 
     @property
     def prng_key(self) -> jax.Array:
-        """The key that the next draw of this thread follows from."""
+        """Return the key from which the next draw of this thread follows."""
         stream = random_streams.current()
         if stream is not None:
             return jax.random.fold_in(stream.key, stream.count)
@@ -161,10 +162,12 @@ class Environment(contextlib.ContextDecorator):
         return jax.random.wrap_key_data(random_streams.next_words(generator))
 
     def manual_seed(self, key: Any) -> None:
-        """Seed what is drawn on device jax; in a compiled function, the rest of that function.
+        """Seed what is drawn on device jax.
+
+        In a compiled function it seeds the rest of that function.
 
         Args:
-          key: an integer, a 0-d integer tensor or array.
+          key: an integer, or a 0-d integer tensor or array.
         """
         stream = random_streams.current()
         if stream is None:
@@ -175,7 +178,7 @@ class Environment(contextlib.ContextDecorator):
 
     @property
     def param(self) -> Properties:
-        """Mesh, key and autocast's dtype of this thread."""
+        """Return the mesh, key and autocast's dtype of this thread."""
         autocast = torch.is_autocast_enabled("jax")
         dtype = torch.get_autocast_dtype("jax") if autocast else None
         return Properties(self._thread.mesh, self.prng_key, dtype)
@@ -240,7 +243,7 @@ class Environment(contextlib.ContextDecorator):
 
 
 def words_of(key: Any) -> Any:
-    """Return the words of a key, which may be JAX's, old style or new, or seen as a tensor."""
+    """Return the words of a key: JAX's old or new kind, or a tensor of words."""
     key = read(key) if isinstance(key, Tensor) else key
     if isinstance(key, jax.Array) and jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key):
         return jax.random.key_data(key)

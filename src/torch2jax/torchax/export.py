@@ -1,4 +1,4 @@
-"""Programs of ``torch.export`` under torchax's names: states are a list, in the order of names."""
+"""Programs of ``torch.export`` have torchax's names here; states are a list in order of names."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ def exported_program_to_jax(exported_program: ExportedProgram, export_raw: bool 
     """Turn a program into a JAX function.
 
     Args:
-      exported_program: of ``torch.export.export``.
+      exported_program: what ``torch.export.export`` returned.
       export_raw: whether the names of the states come in front.
 
     Returns:
-      ``(states, fn)``: a list of arrays, copies of the program's parameters, buffers and constants,
-      and ``fn(states, args, kwargs=None)``. With ``export_raw``: ``(names, states, fn)``.
+      ``(states, fn)``: a list of arrays, which are copies of the program's parameters, buffers and
+      constants, and ``fn(states, args, kwargs=None)``. With ``export_raw`` it is
+      ``(names, states, fn)``.
     """
     names, states, fn = _listed(exported_program)
     return (names, states, fn) if export_raw else (states, fn)
@@ -41,8 +42,8 @@ def exported_program_to_stablehlo(
     """Turn a program into StableHLO.
 
     Returns:
-      ``(states, exported)``; ``exported.call(states, args)`` runs it, with ``args`` a tuple, and
-      ``(states, args, kwargs)`` for a program of keyword arguments.
+      ``(states, exported)``. ``exported.call(states, args)`` runs it, where ``args`` is a tuple. A
+      program with keyword arguments takes ``(states, args, kwargs)``.
     """
     _, states, fn = _listed(exported_program)
     args, kwargs = input_avals(exported_program)

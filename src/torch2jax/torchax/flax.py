@@ -1,4 +1,4 @@
-"""A flax.linen module as a PyTorch module on device jax."""
+"""``FlaxNNModule`` makes a flax.linen module a PyTorch module on device jax."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class FlaxNNModule(torch.nn.Module):
     """A flax.linen module whose variables are parameters of a PyTorch module.
 
     Args:
-      env: gives the key of ``flax_module.init``.
+      env: the environment whose key ``flax_module.init`` gets.
       flax_module: a ``flax.linen.Module``.
       sample_args: positional arguments of ``init``: tensors on device jax or arrays.
-      sample_kwargs: keyword arguments.
+      sample_kwargs: keyword arguments of ``init``.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Calls between PyTorch and JAX under torchax's names."""
+"""PyTorch and JAX call each other under torchax's names."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = [
 
 
 def j2t_autograd(fn: Function, call_jax: Function = call_jax) -> Function:
-    """Turn a JAX function into one of tensors, with JAX's derivative, as ``torch_view`` does."""
+    """Turn a JAX function into one of tensors with JAX's derivative, as ``torch_view`` does."""
 
     @functools.wraps(fn)
     def inner(*args: Any, **kwargs: Any) -> Any:
@@ -60,12 +60,12 @@ def jax_value_and_grad(
     inner = jax.value_and_grad(jax_view(torch_function), **(kwargs_for_value_and_grad or {}))
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        with torch.no_grad():  # it is differentiated here, not by backward()
+        with torch.no_grad():  # JAX differentiates it, not backward()
             return call_jax(inner, *args, **kwargs)
 
     return call
 
 
 def gradient_checkpoint(torch_function: Function, kwargs: dict[str, Any] | None = None) -> Function:
-    """Apply ``jax.checkpoint`` to a function of tensors: backward runs it again."""
+    """Apply ``jax.checkpoint`` to a function of tensors; the backward pass runs it again."""
     return wrap_jax_jit(torch_function, jax.checkpoint, kwargs)

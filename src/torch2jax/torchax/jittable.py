@@ -1,4 +1,4 @@
-"""A module whose methods run compiled, under torchax's name."""
+"""``JittableModule`` runs a module's methods compiled, under torchax's name."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ __all__ = ["JittableModule", "extract_all_buffers", "set_all_buffers"]
 def extract_all_buffers(
     m: torch.nn.Module, all_names: bool = True
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return (trainable parameters, all other tensors) of a module by name.
+    """Return (trainable parameters, all other tensors) of a module, each by name.
 
     The others are frozen parameters, buffers, and tensors that are plain attributes. With
-    ``all_names`` a part that has several names comes under each.
+    ``all_names`` a submodule that has several names is listed under each.
     """
     params: dict[str, Any] = {}
     others: dict[str, Any] = {}
@@ -45,17 +45,17 @@ def set_all_buffers(m: torch.nn.Module, params: dict[str, Any], buffers: dict[st
 
 
 class JittableModule(torch.nn.Module):
-    """A module whose methods run compiled, with its parameters and buffers as inputs.
+    """A jittable module runs its methods compiled, with its parameters and buffers as inputs.
 
     Args:
       m: a module on device jax. Tensors that are plain attributes and on another device are
         constants.
-      env: whose properties a call has; its random numbers.
-      extra_jit_args: options of ``jax.jit``, for ``(params, buffers, *args)``.
-      dedup_parameters: keep tied parameters under one name in ``params``.
+      env: the environment whose properties and random numbers a call uses.
+      extra_jit_args: options of ``jax.jit`` for a function of ``(params, buffers, *args)``.
+      dedup_parameters: whether tied parameters have one name in ``params``.
 
-    ``params`` and ``buffers`` may be replaced, by those of a training step. ``isinstance`` and
-    other attributes are the module's own. What a method writes to buffers is not kept.
+    A training step may replace ``params`` and ``buffers``. ``isinstance`` and all other attributes
+    answer as the module itself does. What a method writes to buffers is not kept.
 
     >>> import torch, torch2jax.torchax as torchax
     >>> model = torchax.interop.JittableModule(torch.nn.Linear(3, 2).to("jax"))
@@ -77,7 +77,7 @@ class JittableModule(torch.nn.Module):
         self._env = env or default_env()
         self._options = extra_jit_args or {}
         self._jitted: dict[str, Callable[..., Any]] = {}
-        # torchax's programs read and replace these dicts, also the one that hides a method.
+        # torchax's programs read and replace these dicts. ``buffers`` hides a method of Module.
         self.params: dict[str, Any]
         self.buffers: Any
         self.params, self.buffers = extract_all_buffers(m)
@@ -105,8 +105,8 @@ class JittableModule(torch.nn.Module):
           method_or_name: a method's name, or a function ``(module, *args, **kwargs)``.
           params: tensors by name.
           buffers: tensors by name.
-          *args: the method's; in front of them may be a JAX key, for random numbers.
-          **kwargs: the method's.
+          *args: the method's arguments. A JAX key for random numbers may stand in front of them.
+          **kwargs: the method's keyword arguments.
         """
         key: Any = contextlib.nullcontext()
         if args and _is_key(args[0]):
@@ -125,7 +125,7 @@ class JittableModule(torch.nn.Module):
             return method(*args, **kwargs)
 
     def _everywhere(self, given: dict[str, Any]) -> dict[str, Any]:
-        """Return the tensors with tied ones at all their places, once in each module."""
+        """Return the tensors by name, with tied ones at all their places, once in each module."""
         new = {}
         for name, x in given.items():
             prefix, _, last = name.rpartition(".")
@@ -141,7 +141,7 @@ class JittableModule(torch.nn.Module):
             yield self
 
     def make_jitted(self, key: str) -> None:
-        """Compile the method of this name from now on."""
+        """Let the method of this name run compiled from now on."""
         from .calls import jax_jit
 
         compiled = jax_jit(functools.partial(self.functional_call, key), self._options)
@@ -153,13 +153,13 @@ class JittableModule(torch.nn.Module):
         self._jitted[key] = call
 
     def _is_input(self, name: str, x: Any) -> bool:
-        """Say no for a plain attribute on another device, which is a constant of the program."""
+        """Say whether it is an input: a plain attribute on another device is a constant."""
         prefix, _, last = name.rpartition(".")
         part = self._model.get_submodule(prefix)
         return isinstance(x, Tensor) or last in part._buffers or last in part._parameters
 
     def jittable_call(self, method_name: str, *args: Any, **kwargs: Any) -> Any:
-        """Call a method compiled."""
+        """Call a method in its compiled form."""
         if method_name not in self._jitted:
             self.make_jitted(method_name)
         return self._jitted[method_name](*args, **kwargs)

@@ -1,4 +1,4 @@
-"""A mesh that shards models, under torchax's names."""
+"""``Mesh`` shards models, under torchax's names."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ Sharder = Callable[[str, jax.ShapeDtypeStruct], PartitionSpec]
 
 
 class SingleAxisSharder:
-    """Splits the first dimension of a tensor that an axis of the mesh divides.
+    """A sharder splits the first dimension of a tensor that an axis of the mesh divides.
 
     Args:
-      axis_name: the axis.
+      axis_name: the name of the axis.
       axis_size: its number of devices.
-      replicate_unshardable: a tensor without such a dimension is on every device; else it is an
-        ``AssertionError``.
+      replicate_unshardable: whether a tensor without such a dimension is put on every device.
+        Otherwise such a tensor raises an ``AssertionError``.
     """
 
     def __init__(self, axis_name: str, axis_size: int, replicate_unshardable: bool = False) -> None:
@@ -43,11 +43,11 @@ class SingleAxisSharder:
 
 
 class Mesh:
-    """A JAX mesh with a rule how the tensors of a model are split over it.
+    """A mesh joins a JAX mesh and a rule that splits the tensors of a model over it.
 
     Args:
       jax_mesh: a ``jax.sharding.Mesh``.
-      sharder: ``(name, shape and dtype) -> PartitionSpec``. Without it, for a mesh of one axis:
+      sharder: ``(name, shape and dtype) -> PartitionSpec``. A mesh of one axis has by default a
         ``SingleAxisSharder``, which replicates what it cannot split.
     """
 
@@ -68,7 +68,7 @@ class Mesh:
         init_kwargs: Mapping[str, Any] | None = None,
         override_sharder: Sharder | None = None,
     ) -> torch.nn.Module:
-        """Make ``model_class(*init_args, **init_kwargs)``, never whole on one device."""
+        """Make ``model_class(*init_args, **init_kwargs)``, which is never whole on one device."""
         return sharded_init(
             lambda: model_class(*init_args, **(init_kwargs or {})),
             self.jax_mesh,

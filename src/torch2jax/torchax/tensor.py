@@ -1,4 +1,4 @@
-"""The tensor under torchax's name, with the methods that only torchax's programs call."""
+"""The tensor gets torchax's name and the methods that only torchax's programs call."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def apply_jax(self: Tensor, fn: Callable[..., Any], *args: Any, **kwargs: Any) -
 
 
 def apply_jax_(self: Tensor, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Replace the tensor's values by ``fn(array, ...)``: its shape, dtype and devices too."""
+    """Replace the tensor's values, shape, dtype and devices by those of ``fn(array, ...)``."""
     with torch.no_grad():
         new = fn(read(self), *args, **kwargs)
         if new.shape == self.shape and new.dtype == read(self).dtype:
@@ -39,12 +39,12 @@ def apply_jax_(self: Tensor, fn: Callable[..., Any], *args: Any, **kwargs: Any) 
 
 
 def shard_(self: Tensor, sharding: Any) -> Tensor:
-    """Put the tensor's values on the devices of a ``jax.sharding.Sharding``: ``mark_sharding``."""
+    """Put the tensor's values on the devices of a ``jax.sharding.Sharding``."""
     return mark_sharding(self, sharding)
 
 
 def _new(cls: Any, elem: Any, env: Any = None, requires_grad: bool = False) -> Tensor:
-    """Make a tensor of the array without a copy: ``Tensor(array, env)``."""
+    """Make ``Tensor(array, env)`` a tensor of the array, without a copy."""
     return _tensor(elem, requires_grad)
 
 

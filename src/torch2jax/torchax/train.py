@@ -1,4 +1,4 @@
-"""A training step, and equal layers as one scan, under torchax's names."""
+"""A training step, and equal layers as one scan, have torchax's names here."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def make_train_step(
     optax_optimizer: Any,
     remat_policy: Any = None,
 ) -> Callable[..., Any]:
-    """Make a step of training: a function of tensors on device jax, for ``interop.jax_jit``.
+    """Make a training step, which is a function of tensors on device jax for ``jax_jit``.
 
     Args:
       model_fn: ``(weights, buffers, args) -> result``.
       loss_fn: ``(result, label) -> loss``.
-      optax_optimizer: of optax.
-      remat_policy: of ``jax.checkpoint``; None keeps all values.
+      optax_optimizer: an optimizer of optax.
+      remat_policy: a policy of ``jax.checkpoint``; None keeps all values.
 
     Returns:
       ``step(weights, buffers, opt_state, args, label) -> (loss, weights, opt_state)``.
@@ -55,23 +55,23 @@ def make_train_step(
 
 
 class _Hidden:
-    """This holds a module so that it is no submodule: its own parameters are not used."""
+    """A hidden module is no submodule of its owner, because its own parameters are not used."""
 
     def __init__(self, module: torch.nn.Module) -> None:
         self.module = module
 
 
 class ScannedModule(torch.nn.Module):
-    """Equal layers, one after the other, as one ``jax.lax.scan`` over stacked parameters.
+    """A scanned module runs equal layers as one ``jax.lax.scan`` over stacked parameters.
 
     Args:
       module_list: modules of one structure. The first argument of each is what the one before
         returns; further arguments are the same for all.
-      checkpoint_policy: of ``jax.checkpoint``: what a layer keeps for backward; None keeps only
-        its input.
+      checkpoint_policy: a policy of ``jax.checkpoint``, which says what a layer keeps for the
+        backward pass. None keeps only its input.
 
-    ``params`` holds each tensor of a layer with a dimension for the layers in front, under its name
-    with ``___`` for dots. ``torch2jax.device.scan`` leaves parameters where they are.
+    ``params`` holds each tensor of a layer under its name, with ``___`` for dots. Its first
+    dimension counts the layers. ``torch2jax.device.scan`` leaves parameters where they are.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Two helpers for lists of arguments of which some are static."""
+"""Two helpers split and merge lists of arguments of which some are static."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Views under torchax's name: here a tensor that shares memory is a tensor like any other."""
+"""A view has torchax's name here: a tensor that shares memory is a tensor like any other."""
 
 from ..device.tensors.tensor import Tensor as View
 

@@ -1,4 +1,4 @@
-"""Conversions and operators of one's own under torchax's names."""
+"""This package has conversions and user-defined operators under torchax's names."""
 
 from __future__ import annotations
 

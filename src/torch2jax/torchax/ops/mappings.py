@@ -1,4 +1,4 @@
-"""Tensors and dtypes as JAX's and back, under torchax's names."""
+"""These functions convert tensors and dtypes to JAX's and back, under torchax's names."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ __all__ = ["j2t", "j2t_dtype", "t2j", "t2j_dtype"]
 
 
 def t2j(t: torch.Tensor, use_dlpack: bool = True) -> jax.Array:
-    """A tensor as an array: of device jax the array that it holds, of others a copy."""
+    """Return a tensor as an array: the one that it holds on device jax, elsewhere a copy."""
     return default_env().t2j_copy(t)
 
 
 def j2t(x: jax.Array, use_dlpack: bool = True) -> torch.Tensor:
-    """An array as a tensor in PyTorch's own CPU memory: a copy."""
+    """Copy an array into a tensor in PyTorch's own CPU memory."""
     return default_env().j2t_copy(x)
 
 
 def t2j_dtype(dtype: torch.dtype) -> Any:
-    """The dtype of the array of such a tensor; 32 bits for 64 while x64 is off."""
+    """Return the dtype of the array of such a tensor; it has 32 bits for 64 while x64 is off."""
     return canonical(dtype)
 
 
 def j2t_dtype(dtype: Any) -> torch.dtype:
-    """The dtype of the tensor of such an array."""
+    """Return the dtype of the tensor of such an array."""
     return dtype_j2t(dtype)

@@ -1,4 +1,4 @@
-"""Operators of one's own under torchax's names."""
+"""Users register operators of their own under torchax's names."""
 
 from __future__ import annotations
 
@@ -21,15 +21,16 @@ def register_torch_dispatch_op(
     needs_env: bool = False,
     is_view_op: bool = False,
 ) -> Any:
-    """Use a function for an operator of ``torch.ops``: of arrays, or of tensors.
+    """Use a function of arrays, or of tensors, for an operator of ``torch.ops``.
 
     Args:
-      aten_op: an overload, or a packet, all of whose overloads are meant.
-      impl_callable: takes what the operator takes. Of arrays it is ``device.register_lowering``.
-      is_jax_function: whether it takes arrays.
-      is_user_defined: no effect: what is registered last is used.
-      needs_env: it takes the environment as ``env=``.
-      is_view_op: no effect: results share memory where ``impl_callable`` makes them share it.
+      aten_op: an overload, or a packet, which stands for all of its overloads.
+      impl_callable: a function that takes what the operator takes. One of arrays is registered by
+        ``device.register_lowering``.
+      is_jax_function: whether the function takes arrays.
+      is_user_defined: has no effect: what is registered last is used.
+      needs_env: whether the function takes the environment as ``env=``.
+      is_view_op: has no effect: results share memory where ``impl_callable`` makes them share it.
 
     Returns:
       ``aten_op``.
@@ -50,10 +51,10 @@ def register_torch_function_op(
     needs_env: bool = False,
     is_view_op: bool = False,
 ) -> Any:
-    """Use a function, of arrays or of tensors, for one of PyTorch such as ``F.gelu``.
+    """Use a function of arrays, or of tensors, for one of PyTorch's such as ``F.gelu``.
 
-    It holds in the default environment: within ``with env`` and in what ``interop`` compiles. The
-    arguments are those of ``register_torch_dispatch_op``.
+    The function is used in the default environment, which means within ``with env`` and in what
+    ``interop`` compiles. The arguments are those of ``register_torch_dispatch_op``.
 
     Returns:
       ``torch_func``.
