@@ -1,18 +1,19 @@
-"""The PyTorch device "jax": tensors that hold JAX arrays.
+"""The PyTorch device "jax" has tensors that hold JAX arrays.
 
-Each of these imports only what stands above it:
+Each of these parts imports only what stands above it:
 
-- ``thread_state``, ``random_streams``: what is under way on a thread, and whence it draws.
-- ``tensors``: a tensor is a cell with an array, and the view steps from there to what is seen.
+- ``thread_state`` and ``random_streams`` know what is under way on a thread, and from what it
+  draws random numbers.
+- ``tensors``: a tensor is a cell with an array, and the view steps from there to what it shows.
 - ``operators``: ``dispatch`` finds what carries out an operator. In ``operator`` a call is read by
   ``operands``, its ``program`` is found or made by the ``route``, ``runners`` carry it out, and
   ``results`` wraps what comes back.
 - ``setup``: ``enable`` makes "jax" a PyTorch device.
-- ``tracing``: what a trace of a PyTorch function by JAX needs to know.
-- ``jit``: a function of tensors as one compiled program.
-- ``interop``: JAX functions called from PyTorch programs and back.
-- ``sharding``, ``scan``, ``checkpoints``, ``exported``: four uses of it.
-- ``extract``: a module or an exported program as arrays and a JAX function of them.
+- ``tracing`` has what JAX needs to know to trace a PyTorch function.
+- ``jit`` makes a function of tensors one compiled program.
+- ``interop`` calls JAX functions from PyTorch programs and back.
+- ``sharding``, ``scan``, ``checkpoints`` and ``exported`` are four uses of the device.
+- ``extract`` turns a module or an exported program into arrays and a JAX function of them.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,4 @@
-"""Checkpoints: pytrees of tensors and arrays by orbax, or weights alone by safetensors."""
+"""Orbax stores pytrees of tensors and arrays as checkpoints, and safetensors stores weights."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def save_checkpoint(state: Any, path: str | os.PathLike[str]) -> None:
 
     Args:
       state: tensors on device "jax", arrays and numbers, in dicts, lists, tuples and optax's
-        states. For a path that ends in ``.safetensors``: ``{name: tensor or array}``, such as a
+        states. A path that ends in ``.safetensors`` takes ``{name: tensor or array}``, such as a
         ``state_dict``.
-      path: a folder that does not exist, written by orbax, sharded arrays by shards; or a file
-        ``*.safetensors``, which other libraries read as well.
+      path: a folder that does not exist, or a file ``*.safetensors``. Orbax writes the folder,
+        where sharded arrays are stored by shards. Other libraries read the file as well.
 
     Raises:
       SignatureError: for something else in the tree, such as the generator ``model.parameters()``:
@@ -66,7 +66,7 @@ def load_checkpoint(path: str | os.PathLike[str], like: Any = None) -> Any:
         lists come back.
 
     Returns:
-      The tree, with tensors on device "jax"; with ``like`` arrays where that has arrays.
+      The tree, with tensors on device "jax". With ``like`` it has arrays where ``like`` has arrays.
 
     Raises:
       SignatureError: ``like`` has other names or shapes than a file of safetensors.
@@ -110,7 +110,7 @@ def _weights(state: Any) -> dict[str, torch.Tensor]:
         if not isinstance(x, torch.Tensor):
             raise SignatureError(f"{WEIGHTS} holds tensors, {name!r} is a {type(x).__name__}.")
         x = x.detach()
-        # Tied weights are stored once for each name: the format has no sharing.
+        # Tied weights are stored once for each name, because the format has no sharing.
         found[name] = to_torch(x) if isinstance(x, Tensor) else x.clone().contiguous()
     return found
 

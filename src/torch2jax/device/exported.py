@@ -1,7 +1,7 @@
-"""``torch.export.ExportedProgram`` as a JAX function, and as StableHLO, dynamic shapes included.
+"""An exported program becomes a JAX function, or StableHLO, with its dynamic shapes.
 
-Its graph, of PyTorch's core operators, is interpreted on arrays: sizes are what the arrays have,
-symbolic dimensions of ``jax.export`` too, which tensors could not have.
+The graph of a ``torch.export.ExportedProgram`` has PyTorch's core operators. It is interpreted on
+arrays, which may have the symbolic dimensions of ``jax.export``. Tensors could not have them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as torch_tree
 
-from .. import lowerings  # noqa: F401  fills the table
+from .. import lowerings  # noqa: F401  the import fills the table
 from .._errors import SignatureError, Torch2JaxError
 from ..lowerings.promotion import array_dtype, cast
 from ..lowerings.registry import lowering_of
@@ -33,7 +33,7 @@ aten = torch.ops.aten
 
 
 def extract_exported(program: ExportedProgram) -> tuple[dict[str, Any], Callable[..., Any]]:
-    """A program as ``(state, fn)``; see ``extract``."""
+    """Return a program as ``(state, fn)``; see ``extract``."""
     enable()
     with warnings.catch_warnings():  # PyTorch copies trees in a way that it has deprecated
         warnings.simplefilter("ignore", FutureWarning)
@@ -76,16 +76,16 @@ def extract_exported(program: ExportedProgram) -> tuple[dict[str, Any], Callable
 
 
 def export(program: ExportedProgram, **options: Any) -> jax.export.Exported:
-    """A program of ``torch.export`` as one of ``jax.export``: StableHLO, which runs without torch.
+    """Turn a program of ``torch.export`` into StableHLO, which runs without torch.
 
     Args:
       program: what ``torch.export.export`` returned. Its dynamic dimensions are symbolic dimensions
         of the result, with the same bounds.
-      **options: of ``jax.export.export``, such as ``platforms``.
+      **options: options of ``jax.export.export``, such as ``platforms``.
 
     Returns:
-      A ``jax.export.Exported``, to be called as ``exported.call(state, *args, **kwargs)`` with the
-      state of ``extract(program)``; ``mlir_module()`` is its StableHLO, ``serialize()`` its bytes.
+      A ``jax.export.Exported``. It is called as ``exported.call(state, *args, **kwargs)`` with the
+      state of ``extract(program)``. ``mlir_module()`` is its StableHLO, ``serialize()`` its bytes.
 
     Raises:
       SignatureError: ``program`` is not one; a module becomes one by ``torch.export.export``.
@@ -117,7 +117,7 @@ def export(program: ExportedProgram, **options: Any) -> jax.export.Exported:
 
 
 def input_avals(program: ExportedProgram) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Shapes and dtypes of a program's arguments; its dynamic dimensions are symbolic ones."""
+    """Return shapes and dtypes of a program's arguments, with symbolic dynamic dimensions."""
     nodes = {n.name: n.meta.get("val") for n in program.graph.nodes if n.op == "placeholder"}
     bounds = []
     for symbol, bound in program.range_constraints.items():
@@ -139,13 +139,13 @@ def input_avals(program: ExportedProgram) -> tuple[tuple[Any, ...], dict[str, An
 
 
 class _Interpreter(torch.fx.Interpreter):
-    """Runs a graph of core operators on arrays."""
+    """An interpreter runs a graph of core operators on arrays."""
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if not isinstance(target, torch._ops.OpOverload):
             if isinstance(target, torch._ops.HigherOrderOperator):
                 raise Torch2JaxError(f"{target} in an exported program, which is not supported.")
-            return target(*args, **kwargs)  # of the operator module: arithmetic of sizes
+            return target(*args, **kwargs)  # the operator module computes sizes
         if target in _OF_SIZES:
             return _OF_SIZES[target](*args, **kwargs)
         if target in GETTERS:
@@ -168,7 +168,7 @@ class _Interpreter(torch.fx.Interpreter):
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
-    """Checks of sizes and dtypes, which hold already."""
+    """Skip checks of sizes and dtypes, which hold already."""
 
 
 _OF_MEMORY = ("device", "layout", "pin_memory", "memory_format", "non_blocking")

@@ -1,4 +1,4 @@
-"""A module or an exported program as arrays and a JAX function of them."""
+"""A module or an exported program becomes arrays and a JAX function of them."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from .tensors.tensor import Tensor, from_torch, read, wrap
 
 
 def extract(module: torch.nn.Module | torch.export.ExportedProgram) -> tuple[Any, Any]:
-    """A module as ``(state, fn)``: arrays by name, and a JAX function ``fn(state, args, kwargs)``.
+    """Turn a module into ``(state, fn)``: arrays by name, and a JAX function of them.
 
     Args:
-      module: on device "jax" or the CPU, which is not changed; or a program of ``torch.export``.
+      module: a module on device "jax" or the CPU, which is not changed, or a program of
+        ``torch.export``.
 
     Returns:
-      ``state``, ``{name: array}`` of parameters and buffers, and ``fn(state, args, kwargs=None)``,
-      in the mode (train or eval) of the module.
+      ``state``, which is ``{name: array}`` of parameters and buffers, and
+      ``fn(state, args, kwargs=None)``, which runs in the mode (train or eval) of the module.
 
     Raises:
-      SignatureError: for anything else than a module or an exported program.
+      SignatureError: for anything other than a module or an exported program.
 
     >>> import torch, torch2jax, jax.numpy as jnp
     >>> state, fn = torch2jax.device.extract(torch.nn.Linear(3, 2))

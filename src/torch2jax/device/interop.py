@@ -1,4 +1,4 @@
-"""JAX functions called from PyTorch programs and back, on the same arrays."""
+"""PyTorch programs call JAX functions, and JAX programs PyTorch's, on the same arrays."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ __all__ = [
 
 
 def jax_view(tree: Any) -> Any:
-    """Tensors on device "jax" as their arrays, a function of tensors as a function of arrays.
+    """Return the arrays of tensors on device "jax", or a function of tensors as one of arrays.
 
     Args:
-      tree: a pytree, whose leaves that are tensors on device "jax" become arrays without a copy,
-        other leaves stay; or a callable.
+      tree: a pytree or a callable. Leaves of a pytree that are tensors on device "jax" become
+        arrays without a copy; other leaves stay.
 
     Returns:
-      The same structure; for a callable a function that takes and returns arrays.
+      The same structure. For a callable it is a function that takes and returns arrays.
 
     Raises:
       SignatureError: for a tensor on another device.
@@ -58,9 +58,10 @@ def _array(x: Any) -> Any:
 
 
 def torch_view(tree: Any) -> Any:
-    """Arrays as tensors on device "jax", a function of arrays as a function of tensors.
+    """Return arrays as tensors on device "jax", or a function of arrays as one of tensors.
 
-    The other way of ``jax_view``, without a copy. A function that it returns has gradients, JAX's.
+    It is the inverse of ``jax_view`` and makes no copy. A function that it returns has JAX's
+    gradients.
 
     >>> import jax.numpy as jnp, torch2jax
     >>> sin = torch2jax.device.torch_view(jnp.sin)
@@ -76,12 +77,12 @@ def call_jax(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call a JAX function with tensors on device "jax".
 
     Args:
-      fn: takes and returns pytrees of arrays.
+      fn: a function that takes and returns pytrees of arrays.
       *args: pytrees of tensors on device "jax", and of whatever ``fn`` takes besides.
       **kwargs: the same by keyword.
 
     Returns:
-      What ``fn`` returns, with tensors for arrays, without a copy. ``backward()`` goes through it,
+      What ``fn`` returns, with tensors for arrays, without a copy. ``backward()`` goes through it
       with JAX's derivative.
 
     Raises:
@@ -111,16 +112,16 @@ def call_jax(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def call_torch(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call a PyTorch function with arrays, or tracers: it runs on device "jax".
+    """Call a PyTorch function with arrays or tracers, so that it runs on device "jax".
 
     Args:
-      fn: takes and returns pytrees of tensors.
+      fn: a function that takes and returns pytrees of tensors.
       *args: pytrees of arrays, and of whatever ``fn`` takes besides.
       **kwargs: the same by keyword.
 
     Returns:
-      What ``fn`` returns, with arrays for tensors, without a copy. It can be traced by any
-      transform of JAX; ``torch2jax(fn, lower=True)`` is the same as a compiled function.
+      What ``fn`` returns, with arrays for tensors, without a copy. Any transform of JAX can trace
+      the call. ``torch2jax(fn, lower=True)`` does the same in a compiled function.
 
     >>> import torch, torch2jax, jax, jax.numpy as jnp
     >>> jax.grad(lambda x: torch2jax.device.call_torch(torch.sin, x).sum())(jnp.zeros(2))
@@ -140,15 +141,16 @@ def call_torch(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def value_and_grad(fn: Callable[..., Any], argnums: Any = 0, has_aux: bool = False) -> Any:
-    """``jax.value_and_grad`` of a function of tensors on device "jax".
+    """Apply ``jax.value_and_grad`` to a function of tensors on device "jax".
 
     Args:
-      fn: takes pytrees of tensors, returns a 0-d tensor, with ``has_aux`` and something else.
+      fn: a function that takes pytrees of tensors and returns a 0-d tensor. With ``has_aux`` it
+        returns a pair of that and something else.
       argnums: positions of the arguments whose gradients are wanted.
       has_aux: as in JAX.
 
     Returns:
-      A function of the same arguments, which returns the value and gradients as tensors.
+      A function of the same arguments that returns the value and gradients as tensors.
 
     >>> import torch, torch2jax
     >>> torch2jax.device.enable()
@@ -162,14 +164,14 @@ def value_and_grad(fn: Callable[..., Any], argnums: Any = 0, has_aux: bool = Fal
 
 
 def checkpoint(fn: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """``jax.checkpoint`` of a function of tensors: backward runs it again, nothing is kept.
+    """Apply ``jax.checkpoint``: the backward pass runs the function again, and nothing is kept.
 
     Args:
-      fn: takes and returns pytrees of tensors on device "jax".
-      **options: of ``jax.checkpoint``.
+      fn: a function that takes and returns pytrees of tensors on device "jax".
+      **options: options of ``jax.checkpoint``.
 
     Returns:
-      The same function.
+      A function that computes the same.
 
     >>> import torch, torch2jax
     >>> torch2jax.device.enable()
@@ -183,20 +185,20 @@ def checkpoint(fn: Callable[..., Any], **options: Any) -> Callable[..., Any]:
 
 
 def tensor(array: Any, requires_grad: bool = False) -> Tensor:
-    """A JAX array, or tracer, as a tensor on device "jax", without a copy.
+    """Return a JAX array, or tracer, as a tensor on device "jax", without a copy.
 
     In-place operations on the tensor leave the array as it is.
 
     Args:
-        array: a ``jax.Array`` of a dtype that PyTorch has, on any device, sharded or not; inside a
-            traced function a tracer.
+        array: a ``jax.Array`` of a dtype that PyTorch has, on any device, sharded or not. Inside a
+            traced function it may be a tracer.
         requires_grad: as in ``torch.tensor``.
 
     Returns:
         A tensor of the same shape and dtype.
 
     Raises:
-        SignatureError: not a JAX array.
+        SignatureError: ``array`` is not a JAX array.
         UnsupportedDtypeError: PyTorch has no such dtype.
 
     >>> import jax.numpy as jnp, torch2jax

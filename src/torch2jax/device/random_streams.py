@@ -1,13 +1,13 @@
-"""Random numbers on device "jax": from words that a seed and a counter give, or from a JAX key.
+"""Device "jax" draws from words that a seed and a counter give, or from a JAX key.
 
-In eager mode each draw takes the next words of a generator, PyTorch's for the device (seeded by
-``torch.manual_seed``) or the caller's own. In a traced function draws take keys that are split from
-its key, so none is a constant of the program.
+In eager mode each draw takes the next words of a generator: PyTorch's for the device, which
+``torch.manual_seed`` seeds, or the caller's own. In a traced function draws take keys that are
+split from its key, so no draw is a constant of the program.
 
 NOTE [Generators in a compiled function]. A call of ``device.jit`` draws the words of all draws from
-a caller's generator in front of the program, which takes them as operands: the generator goes on as
-in eager mode, and seeding it has its effect. How many there are is found when the function is
-traced. Other traced functions are pure, and a draw from a generator is an error in them.
+a caller's generator before the program runs, which takes them as operands. So the generator goes on
+as in eager mode, and seeding it has its effect. A trace of the function finds how many draws there
+are. Other traced functions are pure, and a draw from a generator is an error in them.
 """
 
 from __future__ import annotations
@@ -42,20 +42,21 @@ __all__ = [
 
 
 NO_WORDS = np.zeros(2, np.uint32)
-"""A program that draws nothing takes these in the place of the words of a key."""
+"""A program that draws nothing takes these words in the place of those of a key."""
 
 
 def words_of(generator: torch.Generator, count: int) -> np.ndarray[Any, Any]:
-    """The next words of a generator, for ``count`` draws: uint32[count, 2]."""
+    """Return the next words of a generator for ``count`` draws: uint32[count, 2]."""
     with _disable_current_modes():
         drawn = torch.randint(0, 2**32, (count, 2), generator=generator, device="cpu")
     return drawn.numpy().astype(np.uint32)
 
 
 class Draws:
-    """Draws from generators of the caller's in one trace; ``given`` are words by generator.
+    """An instance counts one trace's draws from the caller's generators, and gives their words.
 
-    PyTorch wraps a generator anew for each operator: ``_cdata`` tells which one it is.
+    ``given`` has words by generator. PyTorch wraps a generator anew for each operator, so
+    ``_cdata`` tells which one it is.
     """
 
     def __init__(self, given: dict[int, Any]) -> None:
@@ -68,13 +69,13 @@ class Draws:
         count = self.counts.get(which, 0)
         self.counts[which], self.generators[which] = count + 1, generator
         words = self.given.get(which)
-        if words is None or count >= len(words):  # a trace that finds out how many there are
+        if words is None or count >= len(words):  # this trace finds out how many there are
             return jax.lax.optimization_barrier(NO_WORDS)
         return words[count]
 
 
 class Stream:
-    """Keys for the draws of one traced call, in the order of the draws."""
+    """A stream has the keys for the draws of one traced call, in the order of the draws."""
 
     def __init__(self, key: Any, draws: Draws | None) -> None:
         self.key, self.count, self.draws = key, 0, draws
@@ -98,9 +99,9 @@ _state = {"seed": 0, "count": 0, "seeded": False}
 def drawing_from(
     key: Any, words: bool = False, draws: Draws | None = None
 ) -> Iterator[Stream | None]:
-    """Draws of this thread come from ``key``; with None they are an error.
+    """Let draws of this thread come from ``key``; with None they are an error.
 
-    Those from generators of the caller's come from ``draws``.
+    Draws from the caller's generators take their words from ``draws``.
     """
     if key is not None and (words or not jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key)):
         key = jax.random.wrap_key_data(key)
@@ -114,7 +115,7 @@ def drawing_from(
 
 @contextlib.contextmanager
 def continuing(stream: Stream | None) -> Iterator[None]:
-    """Draws of this thread come from a stream that was there before."""
+    """Let draws of this thread come from a stream that was there before."""
     _streams.stack.append(stream)
     try:
         yield
@@ -139,7 +140,7 @@ def _ensure_seeded() -> None:
 
 
 def get_state() -> torch.Tensor:
-    """Seed and counter, as the bytes that ``set_state`` takes."""
+    """Return seed and counter as the bytes that ``set_state`` takes."""
     _ensure_seeded()
     words = np.array([_state["seed"], _state["count"]], np.uint64)
     return torch.from_numpy(words.view(np.uint8).copy())
@@ -152,7 +153,7 @@ def set_state(state: torch.Tensor) -> None:
 
 
 def next_words(generator: torch.Generator | None = None) -> Any:
-    """The words of a key that has not been used: uint32[2]."""
+    """Return the words of a key that has not been used: uint32[2]."""
     if generator is not None:
         if _streams.stack:
             stream = _streams.stack[-1]
@@ -178,7 +179,7 @@ def next_words(generator: torch.Generator | None = None) -> Any:
 
 
 def next_words_if_any() -> Any:
-    """``next_words``, or None in a traced function without a key."""
+    """Return ``next_words()``, or None in a traced function without a key."""
     missing = _streams.stack[-1] is None if _streams.stack else not trace_state_clean()
     return None if missing else next_words()
 
@@ -200,11 +201,11 @@ _NO_GENERATOR = (
 
 
 def refuse_generators(arguments: Any) -> None:
-    """Raise where a generator is among the arguments of a function of PyTorch's."""
+    """Raise where a generator is among the arguments of a PyTorch function."""
     if any(isinstance(x, _Generator) for x in arguments):
         raise SignatureError(_NO_GENERATOR)
 
 
 def current() -> Stream | None:
-    """The keys of the traced call under way on this thread."""
+    """Return the keys of the traced call under way on this thread, or None."""
     return _streams.stack[-1] if _streams.stack else None

@@ -1,4 +1,4 @@
-"""Equal layers, one after the other, as one ``jax.lax.scan``: compiled once, not once a layer."""
+"""Equal layers run as one ``jax.lax.scan``, which is compiled once and not once a layer."""
 
 from __future__ import annotations
 
@@ -20,23 +20,24 @@ __all__ = ["scan"]
 def scan(
     layers: Iterable[torch.nn.Module], x: Any, *args: Any, checkpoint: bool = False, **kwargs: Any
 ) -> Any:
-    """``for layer in layers: x = layer(x, *args, **kwargs)``, with one layer in the program.
+    """Run ``for layer in layers: x = layer(x, *args, **kwargs)`` with one layer in the program.
 
     A compiled program holds, and XLA compiles, one layer instead of all of them. Parameters are
-    stacked for the call, which copies them; gradients reach each layer's own.
+    stacked for the call, which copies them; gradients reach the parameters of each layer.
 
     Args:
-      layers: modules of one structure (an ``nn.ModuleList``), all in the same mode, whose
-        parameters and buffers have the same names, shapes and dtypes. On device "jax".
-      x: a pytree of tensors on device "jax": what goes in, and what each layer returns.
+      layers: modules of one structure on device "jax" (an ``nn.ModuleList``), all in the same
+        mode, whose parameters and buffers have the same names, shapes and dtypes. Python state of
+        the layers is read when the program is made.
+      x: a pytree of tensors on device "jax", which the first layer takes. Each layer returns one
+        like it.
       *args: what each layer takes besides: pytrees of tensors, and anything else.
-        Python state of the layers is read when the program is made.
-      checkpoint: keep nothing of a layer but its input; the backward pass runs it again.
-      **kwargs: as ``args``, by keyword.
+      checkpoint: whether only the input of a layer is kept; the backward pass runs it again.
+      **kwargs: the same by keyword.
 
     Returns:
-      What the last layer returns. What layers write to their buffers (statistics of a batch norm)
-      is written to the buffers of each.
+      What the last layer returns. What a layer writes to its buffers (statistics of a batch norm)
+      is there after the call.
 
     Raises:
       SignatureError: layers differ, there is none, or a layer returns something unlike ``x``.
@@ -70,7 +71,7 @@ def scan(
         program = _programs[first][key] = ScanProgram(
             first, len(modules), structure, statics, checkpoint
         )
-    # In a trace what the layers close over may be its tracers, which a program cannot keep.
+    # In a trace the layers may close over its tracers, which a program cannot keep.
     run = program.jitted if trace_state_clean() else program.run
     out, new = call_jax(run, x, stacked, operands, random_streams.next_words_if_any())
     with torch.no_grad():
@@ -84,7 +85,7 @@ _programs: weakref.WeakKeyDictionary[torch.nn.Module, Any] = weakref.WeakKeyDict
 
 
 class ScanProgram:
-    """The scan for arguments of one kind, a function of arrays."""
+    """A scan program is the scan for arguments of one kind, as a function of arrays."""
 
     def __init__(
         self, layer: torch.nn.Module, count: int, structure: Any, statics: Any, checkpoint: bool
@@ -94,7 +95,7 @@ class ScanProgram:
         self.jitted = jax.jit(self.run)
 
     def run(self, x: Any, stacked: Any, operands: Any, words: Any) -> Any:
-        """The result, and the new values of buffers, by layer."""
+        """Return the result, and the new values of buffers by layer."""
         keys = None
         if words is not None:
             keys = jax.random.split(jax.random.wrap_key_data(words), self.count)
@@ -116,7 +117,7 @@ class ScanProgram:
         return jax.lax.scan(step, x, (stacked, keys), length=self.count)
 
     def _layer(self, carry: Any, weights: Any, operands: Any) -> Any:
-        """One layer, on tensors: what it returns, and the buffers that it has written to."""
+        """Run one layer on tensors. Return its result, and the buffers that it has written to."""
         layer = self.layer()
         assert layer is not None
         given = iter(operands)

@@ -1,4 +1,4 @@
-"""Tensors on many devices: annotations, functions of shards, and models that start out sharded."""
+"""Tensors are spread over devices by annotations, functions of shards, and sharded models."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ Layout = Mapping[str, PartitionSpec] | Callable[[str, jax.ShapeDtypeStruct], Par
 
 
 def mark_sharding(x: Any, sharding: Sharding | PartitionSpec, mesh: Mesh | None = None) -> Any:
-    """Put a tensor's values on the devices of a sharding; in a traced function, ask XLA to.
+    """Put a tensor's values on a sharding's devices; in a traced function, ask XLA to do so.
 
     Args:
       x: a tensor on device "jax". Outside of a traced function a view stays where its memory is.
       sharding: a ``jax.sharding.Sharding``, or a ``PartitionSpec`` over the axes of ``mesh``.
-      mesh: by default that of ``jax.set_mesh``.
+      mesh: a mesh, by default that of ``jax.set_mesh``.
 
     Returns:
       ``x`` itself, with the same values. Gradients go through it as before.
@@ -57,7 +57,7 @@ def mark_sharding(x: Any, sharding: Sharding | PartitionSpec, mesh: Mesh | None 
         value = jax.lax.with_sharding_constraint(value_of(x), sharding)
         if x._chain is None:
             cell.array = value
-        else:  # how this view is read from now on
+        else:  # this view is read as value from now on
             x._memo = (cell.array, get_opaque_trace_state(), value)
         return x
     if x._chain is None:
@@ -86,17 +86,17 @@ def _sharding(sharding: Any, mesh: Mesh | None) -> Sharding:
 
 
 def _automatic(mesh: Mesh) -> Mesh:
-    """The mesh with axes over which XLA decides: PyTorch's operators do not name shardings."""
+    """Return the mesh with axes that XLA decides over: PyTorch's operators name no shardings."""
     return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
 
 
 def shard_map(fn: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """``jax.shard_map`` of a function of tensors on device "jax".
+    """Apply ``jax.shard_map`` to a function of tensors on device "jax".
 
     Args:
-      fn: takes and returns pytrees of tensors, which are one device's shards. ``call_jax`` calls
-        JAX's collectives in it.
-      **options: of ``jax.shard_map``: ``mesh``, ``in_specs``, ``out_specs``.
+      fn: a function that takes and returns pytrees of tensors, which are one device's shards. It
+        calls JAX's collectives by ``call_jax``.
+      **options: options of ``jax.shard_map``: ``mesh``, ``in_specs``, ``out_specs``.
 
     Returns:
       A function of whole tensors, with gradients.
@@ -127,18 +127,19 @@ def sharded_init(
     layout: Layout | None = None,
     fsdp: str | None = None,
 ) -> torch.nn.Module:
-    """Make a module whose parameters are sharded from the start: none is ever whole on a device.
+    """Make a module with sharded parameters, none of which is ever whole on one device.
 
     Args:
       make: a function without arguments that makes the module, as for any device. It is called
-        twice, and its initialisation is compiled to one program, of which each device computes its
-        own part.
-      mesh: of JAX devices.
-      layout: tensor parallelism: ``{pattern: PartitionSpec}``; the first pattern that matches a
-        name, as file names match, says how that parameter or buffer is split. Or a function
-        ``(name, shape and dtype) -> PartitionSpec``.
-      fsdp: the axis over which each parameter is split besides: in its longest dimension that the
-        axis divides and that is not split yet. Parameters without one are on every device.
+        twice, and its initialisation is compiled to one program. Each device computes its own part
+        of that program.
+      mesh: a mesh of JAX devices.
+      layout: tensor parallelism, as ``{pattern: PartitionSpec}`` or as a function
+        ``(name, shape and dtype) -> PartitionSpec``. The first pattern that matches a name, as file
+        names match, says how that parameter or buffer is split.
+      fsdp: the axis over which each parameter is split besides. It is split in its longest
+        dimension that the axis divides and that is not split yet. A parameter without such a
+        dimension is on every device.
 
     Returns:
       The module, on device "jax". Its values follow from ``torch.manual_seed``, not from the mesh.
@@ -185,10 +186,10 @@ def shard_module(
     """Split the parameters and buffers of a module that exists, in place.
 
     Args:
-      module: on device "jax"; on another device it is moved there first, whole.
-      mesh: as in ``sharded_init``.
-      layout: the same.
-      fsdp: the same.
+      module: a module. One on another device is first moved to device "jax", whole.
+      mesh: a mesh, as in ``sharded_init``.
+      layout: tensor parallelism, as in ``sharded_init``.
+      fsdp: an axis, as in ``sharded_init``.
 
     Returns:
       The module.
@@ -222,7 +223,7 @@ class _large_are_traced:
 
 
 def _state_of(module: torch.nn.Module) -> dict[str, Tensor]:
-    """Tensors of a module by name: parameters, buffers, and those that are plain attributes."""
+    """Return a module's tensors by name: parameters, buffers, and plain attributes."""
     found: dict[str, Any] = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     for prefix, part in module.named_modules():
         for name, x in vars(part).items():
@@ -240,7 +241,7 @@ def _state_of(module: torch.nn.Module) -> dict[str, Tensor]:
 def _shardings(
     avals: Mapping[str, Any], mesh: Mesh, layout: Layout | None, fsdp: str | None
 ) -> dict[str, NamedSharding]:
-    """How each tensor is split."""
+    """Return how each tensor is split."""
     if isinstance(layout, Mapping):
         for pattern in layout:
             if not any(fnmatch.fnmatchcase(name, pattern) for name in avals):
@@ -288,7 +289,7 @@ def _size(mesh: Mesh, names: Any) -> int:
 
 
 def _axis(mesh: Mesh, name: str) -> int:
-    """The size of a mesh axis."""
+    """Return the size of a mesh axis."""
     if name not in mesh.shape:
         raise SignatureError(f"the mesh has no axis {name!r}; it has {list(mesh.axis_names)}.")
     return mesh.shape[name]

@@ -1,4 +1,4 @@
-"""The state of a thread: whether a trace, a decomposition or a report is under way."""
+"""Each thread has a state: whether a trace, a decomposition or a report is under way."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["lowering_scope", "other_devices_allowed", "state"]
 
 class _State(threading.local):
     resume: Any = contextlib.nullcontext
-    """Makes of this thread again what the innermost trace for JAX's derivative has made of it."""
+    """A context that restores the thread's state of the innermost trace for JAX's derivative."""
     lowering = 0
     """How many scopes of ``lower=True``, where JAX takes the derivatives, are entered."""
     detaching = 0

@@ -1,1 +1,1 @@
-"""``device.jit``: a function of jax tensors as one compiled program."""
+"""``device.jit`` makes a function of jax tensors one compiled program."""

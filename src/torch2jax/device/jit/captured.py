@@ -1,11 +1,11 @@
-"""Finds the tensors that a function uses without getting them as arguments.
+"""A trace finds the tensors that a function uses without getting them as arguments.
 
 NOTE [What a compiled function closes over]. A PyTorch function reads and writes tensors that are
 not among its arguments: a module's parameters, an optimizer's state. While it is traced, memory
-(cells) from before the trace becomes an input when it is first read; what is written to becomes an
-output, and so does memory that was made in the trace and outlives it. After each call the outputs
-are put into their cells. The first call runs step by step, so that state that is made lazily (an
-optimizer's) is there when the second one is traced.
+(cells) from before the trace becomes an input when it is first read. Memory that is written to
+becomes an output, and so does memory that was made in the trace and outlives it. After each call
+the outputs are put into their cells. The first call runs step by step, so that state that is made
+lazily (an optimizer's) is there when the second one is traced.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = ["Watch", "capturing", "noting_leaves"]
 
 
 class Leaves:
-    """The leaves, from before, that a function uses on this thread."""
+    """An instance collects the leaves from before a call that a function uses on this thread."""
 
     def __init__(self) -> None:
         self.thread = threading.get_ident()
@@ -53,13 +53,13 @@ class Leaves:
 
 
 class Capture(Leaves):
-    """The memory that one trace reads, writes and makes, on the thread that traces."""
+    """A capture collects the memory that one trace reads, writes and makes on its thread."""
 
     def __init__(self, inputs: Sequence[Cell]) -> None:
         super().__init__()
         self.known = set(map(id, inputs))
         self.found: dict[int, tuple[Cell, Any]] = {}
-        """Cells from before the trace that were not known, with their arrays."""
+        """Cells from before the trace that were not known before, with their arrays."""
         self.made: list[weakref.ref[Cell]] = []
 
     def born(self, cell: Cell) -> None:
@@ -74,7 +74,7 @@ class Capture(Leaves):
         if threading.get_ident() != self.thread or isinstance(cell.array, Tracer):
             return
         self.found[id(cell)] = (cell, cell.array)
-        # A tracer, so that whatever depends on it is traced.
+        # The cell holds a tracer, so that whatever depends on it is traced.
         cell.array = jax.lax.optimization_barrier(cell.array)
 
     def survivors(self) -> list[Cell]:
@@ -109,7 +109,7 @@ _OURS: Any = Tensor
 
 
 class Watch(TorchDispatchMode):
-    """Refuses what would happen once: writes to other devices' tensors, and draws on them."""
+    """A watch refuses what would happen only once: writes to and draws on other devices."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -131,7 +131,7 @@ class Watch(TorchDispatchMode):
                 if argument.alias_info is not None and argument.alias_info.is_write:
                     self._refuse(func, x if isinstance(x, list | tuple) else [x])
         if func is _DETACH and not state.detaching and type(args[0]) is Tensor:
-            # PyTorch's own, which has not come by autograd's kernels, and must not meet them.
+            # PyTorch itself detaches, past autograd's kernels. Its call must not meet them.
             return _OURS.__torch_dispatch__(func, types, args, kwargs)
         out = func(*args, **kwargs)
         for x in torch_tree.tree_leaves(out):

@@ -1,12 +1,12 @@
-"""One compiled program of a function of tensors: inputs, outputs, state, and its derivative.
+"""One compiled program of a function has inputs, outputs, state, and a derivative.
 
 NOTE [Gradients of leaves]. ``backward()`` in a compiled function makes a leaf's ``grad``, or adds
-to one that is there. Which of the two is part of the program, so there is one for each pattern of
-gradients that are there before the call; the memory of ``grad`` is looked up at each call, and a
-new one is put into the leaf after it. A leaf among the arguments has none in the trace; what it
-gets there is added after the call.
+to one that is there. Which of the two happens is part of the program, so each pattern of gradients
+that are there before a call has a program. The memory of ``grad`` is looked up at each call, and a
+new ``grad`` is put into the leaf after it. A leaf among the arguments has no ``grad`` in the trace;
+what it gets there is added after the call.
 
-What else the function reads and sets, attributes of modules and objects: see ``surroundings``.
+``surroundings`` handles what else the function reads and sets: attributes of modules and objects.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ __all__ = ["CompiledCall"]
 
 
 class CompiledCall:
-    """A compiled function for arguments of one structure, and leaves with or without gradients."""
+    """A compiled call serves arguments of one structure and one pattern of leaves' gradients."""
 
     def __init__(
         self,
@@ -48,9 +48,9 @@ class CompiledCall:
         self.fn, self.spec, self.metas, self.around = fn, spec, metas, around
         self.statics = list(statics)
         self.generators: list[tuple[Any, int]] = []
-        """What it draws from, and how often: a place among arguments or surroundings, or itself."""
+        """Generators, or their places in arguments or surroundings, with their numbers of draws."""
         self.stands_for: dict[int, int] = {}
-        """Generators of the trace in the place of arguments."""
+        """The argument's position, by the generator that replaces it in the trace."""
         for i, x in enumerate(statics):
             if isinstance(x, torch.Generator):
                 first = next(j for j, y in enumerate(statics) if _is_same(x, y))
@@ -59,12 +59,12 @@ class CompiledCall:
                 self.stands_for[new._cdata] = first  # type: ignore[attr-defined]
         self.inputs: list[Cell] = []
         self.numbers: list[int | None] = []
-        """Of inputs that are the memory of tensors in the surroundings: which ones."""
+        """For each input, the number of the surroundings' tensor whose memory it is, or None."""
         self.generation = -1
         self.changes: list[tuple[Change, dict[Any, Any]]] = []
-        """What it sets in its surroundings: see ``_described``."""
+        """What it sets in its surroundings; see ``_describe_changes``."""
         self.moves: list[tuple[int, int]] = []
-        """Tensors of the surroundings that get other memory, and the results that are it."""
+        """Tensors of the surroundings that get other memory, each with the result that is it."""
         self.dtypes: list[torch.dtype] = []
         self.written: list[int] = []
         self.made: list[Cell] = []
@@ -72,7 +72,7 @@ class CompiledCall:
         self.of_grads: list[tuple[int, weakref.ref[Tensor]]] = []
         """Inputs that are the memory of a leaf's gradient."""
         self.new_grads: list[tuple[weakref.ref[Tensor], torch.dtype | None]] = []
-        """Leaves whose gradient is another after the call; None: they have none."""
+        """Leaves whose gradient is another after the call, with its dtype, or None without one."""
         self.argument_grads: list[tuple[int, torch.dtype]] = []
         self.argument_writes: list[int] = []
         self.others: dict[Any, CompiledCall] = {}
@@ -86,7 +86,7 @@ class CompiledCall:
         self.options = {**options, "donate_argnums": donate} if donate else options
 
     def copy(self) -> CompiledCall:
-        """The same call, not yet compiled, for other surroundings or gradients."""
+        """Return the same call, not yet compiled, for other surroundings or gradients."""
         options = dict(self.options)
         compiled = CompiledCall(self.fn, self.spec, self.statics, self.metas, options, self.around)
         compiled.stands_for, compiled.statics = self.stands_for, self.statics
@@ -99,7 +99,7 @@ class CompiledCall:
         return compiled
 
     def release(self) -> None:
-        """Other surroundings are there: keep no memory of these."""
+        """Keep no memory of these surroundings, because others have taken their place."""
         for compiled in {id(p): p for p in (self, *self.others.values())}.values():
             compiled.generation = -1
             for i, number in enumerate(compiled.numbers):
@@ -107,7 +107,7 @@ class CompiledCall:
                     compiled.inputs[i] = None  # type: ignore[call-overload]
 
     def find(self) -> None:
-        """Look up the memory of what it closes over."""
+        """Look up the memory of what the function closes over."""
         tensors = self.around.tensors
         for i, number in enumerate(self.numbers):
             if number is not None:
@@ -115,11 +115,11 @@ class CompiledCall:
         self.generation = self.around.generation
 
     def lost(self) -> bool:
-        """Whether a leaf is gone: gradients are those of others now."""
+        """Say whether a leaf is gone, so that gradients belong to other leaves now."""
         return any(ref() is None for ref in self.leaves)
 
     def words(self, leaves: Sequence[Any]) -> list[Any]:
-        """From each generator those of this call."""
+        """Return the words of this call from each generator."""
         return [
             random_streams.words_of(self._generator(source, leaves), count)
             for source, count in self.generators
@@ -134,7 +134,7 @@ class CompiledCall:
     # --- leaves and their gradients
 
     def note(self, leaves: Sequence[Tensor], arguments: Sequence[Tensor]) -> None:
-        """Leaves that it closes over."""
+        """Note the leaves that the function closes over."""
         known = {id(x) for x in (*arguments, *self.living())}
         needed = [x for x in leaves if x.requires_grad and id(x) not in known]
         self.leaves += map(weakref.ref, needed)
@@ -144,7 +144,7 @@ class CompiledCall:
         return [x for x in found if x is not None and x.requires_grad and x.is_leaf]
 
     def here(self) -> CompiledCall:
-        """The compiled call for the leaves that have gradients now."""
+        """Return the compiled call for the leaves that have gradients now."""
         have = tuple((id(x), x.grad is not None) for x in self.living())
         compiled = self.others.get(have)
         if compiled is None:
@@ -163,7 +163,7 @@ class CompiledCall:
     # --- the traced function
 
     def run(self, arrays: Any, state: Any, words: Any, drawn: Any) -> Any:
-        """(results), (new state), (memory made in the trace, gradients, arguments written to)."""
+        """Return results, new state, and (memory made, gradients, arguments written to)."""
         saved = self.around.save()
         try:
             return self._run(arrays, state, words, drawn, saved)
@@ -192,7 +192,7 @@ class CompiledCall:
             for cell, array in zip(self.inputs, state, strict=True):
                 cell.array = array
             with capturing(self.inputs) as capture:
-                # It may be traced inside a forward pass of autograd, where gradients are off.
+                # A trace may start inside a forward pass of autograd, where gradients are off.
                 grad = torch.enable_grad if self.grad else torch.no_grad
                 key = random_streams.drawing_from(words, True, draws)
                 with key as stream, scope, grad(), compiling(), Watch():
@@ -246,7 +246,7 @@ class CompiledCall:
                 )
 
     def _describe_changes(self, outs: list[Tensor], arguments: Any, saved: Any) -> None:
-        """What the trace has set in the surroundings; tensors that are new are results as well."""
+        """Describe what the trace has set in the surroundings, and make new tensors results."""
         known = {id(t): ("known", n) for n, (t, *_) in enumerate(saved[1])}
         known |= {id(x): ("argument", i) for i, x in enumerate(arguments)}
         known |= {id(x): ("result", i) for i, x in enumerate(outs)}
@@ -277,7 +277,7 @@ class CompiledCall:
         ]
 
     def set_surroundings(self, tensors: Sequence[Tensor], outs: Sequence[Any]) -> None:
-        """After a call: put into the surroundings what the function puts there."""
+        """After a call, put into the surroundings what the function puts there."""
         around = self.around
         for n, i in self.moves:
             become(around.tensors[n], outs[i].detach())
@@ -302,7 +302,7 @@ class CompiledCall:
             around.put(change, new)
 
     def prepare(self, arrays: Any) -> None:
-        """Find out what it closes over: trace until nothing new is found."""
+        """Trace the function until no more is found that it closes over."""
         no_words = random_streams.NO_WORDS
         while True:
             state = [c.array for c in self.inputs]
@@ -320,7 +320,7 @@ class CompiledCall:
                     (known.get(which, g), more.draws.counts[which])
                     for which, g in more.draws.generators.items()
                 ]
-        for cell in self.made:  # made for a trace that is not used
+        for cell in self.made:  # these were made for a trace that is not used
             cell.array = None
         places = {id(c): i for i, c in enumerate(self.inputs)}
         for x in self.living():
@@ -385,5 +385,5 @@ class _MoreInputs(Exception):
 
 
 def _is_same(x: Any, y: Any) -> bool:
-    """PyTorch may wrap one generator in several objects."""
+    """Compare generators by their address: PyTorch may wrap one in several objects."""
     return isinstance(y, torch.Generator) and x._cdata == y._cdata  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""A compiled call as one node of PyTorch's autograd."""
+"""A compiled call becomes one node of PyTorch's autograd."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _pull = jax.jit(lambda pull, cotangents: pull(cotangents))
 
 
 class Differentiable(torch.autograd.Function):
-    """A compiled call whose derivative, compiled too, is JAX's."""
+    """A node runs a compiled call; its derivative is JAX's and is compiled too."""
 
     @staticmethod
     def forward(ctx: Any, compiled: CompiledCall, words: Any, count: int, *tensors: Any) -> Any:  # type: ignore[override]
@@ -39,7 +39,7 @@ class Differentiable(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:  # type: ignore[override]
         by_argument, by_state = _pull(ctx.pull, cotangents_of(grads, ctx.avals))
         found = list(by_argument)
-        for cell, chain in ctx.needs:  # a parameter may be a view, as those of weight_norm are
+        for cell, chain in ctx.needs:  # parameters of weight_norm are views
             g = by_state[ctx.order.index(cell)]
             found.append(g if chain is None else chain.get(g))
         return (None, None, None, *[gradient_of(g) for g in found])

@@ -1,4 +1,4 @@
-"""``device.jit``: a function of tensors, or a module, as one compiled program."""
+"""``device.jit`` makes a function of tensors, or a module, one compiled program."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _is_hashable(x: Any) -> bool:
 
 
 class JittedFunction:
-    """A function of tensors on device jax as one compiled program; made by ``jit``."""
+    """A jitted function runs a function of tensors as one compiled program; ``jit`` makes it."""
 
     def __init__(self, fn: Callable[..., Any], options: dict[str, Any]) -> None:
         self.__wrapped__ = fn
@@ -44,11 +44,11 @@ class JittedFunction:
         self._options = options
         self._around = Surroundings(fn)
         self._first: dict[Any, set[Any]] = {}
-        """What the first call set in its surroundings, by what selects a program."""
+        """What a first call set in its surroundings, by structure and dtypes of its arguments."""
         self._specs: dict[Any, Any] = {}
 
     def _flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Any]:
-        """As PyTorch's; of arguments without containers at a third of the time."""
+        """Flatten as PyTorch does, in a third of the time where no argument is a container."""
         leaves = [*args, *kwargs.values()]
         if not _LEAVES.issuperset(map(type, leaves)):
             return torch_tree.tree_flatten((args, kwargs))
@@ -69,7 +69,7 @@ class JittedFunction:
                     'move it first, tensor.to("jax").'
                 )
         if captures or any(isinstance(x._cell.array, Tracer) for x in tensors):
-            return self.__wrapped__(*args, **kwargs)  # a part of what is being traced
+            return self.__wrapped__(*args, **kwargs)  # it is a part of what is being traced
         metas = tuple((x.dtype, x.requires_grad, x.shape) for x in tensors)
         marks = tuple(None if x is TENSOR else _mark(x, statics) for x in statics)
         cast = torch.is_autocast_enabled("jax") and torch.get_autocast_dtype("jax")
@@ -112,7 +112,7 @@ class JittedFunction:
         self, key: Any, calls: Any, spec: Any, statics: Any, metas: Any, tensors: Any, args: Any,
         kwargs: Any,
     ) -> Any:  # fmt: skip
-        """Step by step, for what is made lazily; notes what it takes to compile the next call."""
+        """Run step by step, so that lazy state is made. Note what compiling will need."""
         around = self._around
         compiled = CompiledCall(self.__wrapped__, spec, statics, metas, dict(self._options), around)
         saved = around.save()
@@ -123,7 +123,7 @@ class JittedFunction:
         compiled.ran = True
         changes = around.changes(saved)
         outs = torch_tree.tree_leaves(result)
-        if not any(x.grad is not None for x in leaves):  # no backward pass was in it
+        if not any(x.grad is not None for x in leaves):  # the call had no backward pass
             outs += torch_tree.tree_leaves([c.new for c in changes])
         outs = [x for x in outs if isinstance(x, torch.Tensor)]
         compiled.differentiable = any(x.grad_fn is not None for x in outs)
@@ -138,7 +138,7 @@ class JittedFunction:
         return result
 
     def _note_volatile(self, items: set[Any]) -> None:
-        """Items that two calls have set: a program for each value would be compiled."""
+        """Note items that two calls have set, because each value would select another program."""
         new = items - self._around.volatile
         if new:
             self._around.volatile |= new
@@ -162,20 +162,20 @@ _Generator: Any = torch._C.Generator
 
 
 def jit(fn: Any, **options: Any) -> Any:
-    """A function of tensors on device "jax", or a module, as one compiled program.
+    """Make a function of tensors on device "jax", or a module, one compiled program.
 
     Args:
       fn: a function, a whole training step (forward, backward and update) or an ``nn.Module``.
-        Its arguments are pytrees; tensors are operands, everything else selects a program. Tensors
-        that it closes over, such as parameters, are inputs too, and may be written to and
-        replaced. Flags, numbers, hooks and other Python state that it can reach select a program:
-        they are looked at before each call. Generators go on as in eager mode. Optimizers need
-        ``capturable=True`` where they have it.
-      **options: of ``jax.jit``. ``donate_state=True`` donates what it closes over: parameters that
-        a step updates are then updated in their memory.
+        Its arguments are pytrees: tensors are operands, and everything else selects a program.
+        Tensors that it closes over, such as parameters, are inputs too; it may write to them and
+        replace them. Flags, numbers, hooks and other Python state that it can reach select a
+        program, and are looked at before each call. Generators go on as in eager mode. Optimizers
+        need ``capturable=True`` where they have it.
+      **options: options of ``jax.jit``. ``donate_state=True`` donates what the function closes
+        over, so that a step updates parameters in their memory.
 
     Returns:
-      A function like ``fn``; for a module a module with the same parameters and the same
+      A function like ``fn``. For a module it is a module with the same parameters and the same
       ``state_dict``. Results have gradients where the original's have.
 
     Raises:
@@ -200,11 +200,11 @@ def jit(fn: Any, **options: Any) -> Any:
 
 
 class JittedModule(torch.nn.Module):
-    """A module whose forward pass is one compiled program; made by ``jit``."""
+    """A jitted module runs its forward pass as one compiled program; ``jit`` makes it."""
 
     def __init__(self, module: torch.nn.Module, **options: Any) -> None:
         super().__init__()
-        # Not a submodule: names in state_dict are the original's.
+        # The original is no submodule, so that names in state_dict are the original's.
         self._original: Any
         self._jitted: Any
         self.__dict__["_original"] = module

@@ -1,4 +1,4 @@
-"""What a compiled function returns, apart from the tensors in it."""
+"""The result of a compiled function is taken apart into tensors and the rest."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..tensors.tensor import Tensor
 __all__ = ["TENSOR", "flatten_result", "unflatten_result"]
 
 TENSOR = object()
-"""In the place of a tensor in a tree."""
+"""It stands in the place of a tensor in a tree."""
 
 
 def flatten_result(result: Any) -> tuple[list[Tensor], Any]:

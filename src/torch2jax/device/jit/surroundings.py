@@ -1,18 +1,19 @@
-"""Python state that a compiled function reads, looked at before each call.
+"""Python state that a compiled function reads is looked at before each call.
 
 NOTE [What selects a program]. A function reads more than its arguments: flags, numbers, hooks and
 tensors of the modules and objects that it can reach. From the function we follow closures, globals
 that its code names, bound objects, partials, modules with all that they hold, optimizers, objects
-of classes that are neither Python's nor PyTorch's, dicts, lists and tuples. What is found is a key:
-numbers and strings by value, functions by their code, tensors by dtype, shape and whether they need
-a gradient, and by which of them are the same or share memory; leaves that need a gradient by
-identity. Tensors are not in it otherwise: those that were put in the place of others are
-operands of the same program.
+of classes that are neither Python's nor PyTorch's, dicts, lists and tuples. What is found makes a
+key. Numbers and strings are in it by value, and functions by their code. Tensors are in it by
+dtype, by shape, by whether they need a gradient, and by which of them are the same or share memory;
+leaves that need a gradient are in it by identity. Values and other identities are not in the key,
+so tensors that were put in the place of others are operands of the same program.
 
-Most calls find all as it was: one pass over the values of all containers, by identity.
+Most calls find everything as it was, by one pass that compares the values of all containers by
+identity.
 
 While the function is traced it may put tensors into these places. They are outputs of the program,
-which each call puts there, and what is there is put back after the trace: no tracer stays.
+and each call puts its own there. After the trace the old contents are put back, so no tracer stays.
 """
 
 from __future__ import annotations
@@ -37,16 +38,16 @@ _version = operator.attrgetter("_version")
 
 
 class State:
-    """What the surroundings are like, and the programs for it."""
+    """A state is one key of the surroundings, with the programs for it."""
 
     def __init__(self, pins: list[Any]) -> None:
         self.pins = pins
-        """What the key names by its address."""
+        """Objects that the key names by their addresses; they are kept alive here."""
         self.calls: dict[Any, Any] = {}
 
 
 class Change(NamedTuple):
-    """Items of a container, by number, that were set and deleted; of a list all are set."""
+    """A change has the items of a numbered container that were set (all, in a list) or deleted."""
 
     container: int
     new: dict[Any, Any]
@@ -54,27 +55,27 @@ class Change(NamedTuple):
 
 
 class Surroundings:
-    """What one function reads; see NOTE [What selects a program]."""
+    """An instance knows what one function reads; see NOTE [What selects a program]."""
 
     def __init__(self, fn: Any) -> None:
         self.fn = fn
         self.states: dict[Any, State] = {}
         self.current: State | None = None
         self.generation = 0
-        """Counts how often tensors were found in other places, or others in the same ones."""
+        """How often tensors were found in other places, or other tensors in the same places."""
         self.tensors: list[Tensor] = []
         self.generators: list[Any] = []
         self.containers: list[Any] = []
         self.volatile: set[tuple[int, Any]] = set()
-        """Items that every call changes by itself: they select nothing."""
+        """Items that every call changes by itself; they select nothing."""
         self.names: set[str] = {"forward", "__call__"}
 
     def look(self) -> State:
-        """The state now."""
+        """Return the current state."""
         if self.current is not None and self._unchanged():
             return self.current
         known = -1
-        while known < len(self.names):  # names of attributes are found in code, on the way
+        while known < len(self.names):  # a walk finds more names of attributes in code
             known = len(self.names)
             walk = Walk(self.volatile, self.names)
             walk.value(self.fn, 0)
@@ -112,7 +113,7 @@ class Surroundings:
     # --- what happens to it while a function is traced, or runs
 
     def save(self) -> list[Any]:
-        """All items and tensors as they are."""
+        """Return all items and tensors as they are."""
         items = [(c, _items(c)) for c in self.containers]
         tensors = [
             (t, t._cell, t._chain, (t.shape, t.stride(), t.storage_offset()), t.dtype)
@@ -121,7 +122,7 @@ class Surroundings:
         return [items, tensors]
 
     def changes(self, saved: list[Any]) -> list[Change]:
-        """Items that are others now."""
+        """Return the items that are others now."""
         found = []
         for number, (container, before) in enumerate(saved[0]):
             after = _items(container)
@@ -142,7 +143,7 @@ class Surroundings:
         return {(id(container), k) for k in keys}
 
     def numbers_set(self, changes: list[Change]) -> set[tuple[int, Any]]:
-        """Items that were set to what holds no tensor."""
+        """Return the items that were set to something without a tensor."""
         found: set[tuple[int, Any]] = set()
         for c in changes:
             if not any(isinstance(x, torch.Tensor) for x in torch_tree.tree_leaves(c.new)):
@@ -150,11 +151,11 @@ class Surroundings:
         return found
 
     def moved(self, saved: list[Any]) -> list[tuple[int, Tensor]]:
-        """Tensors that have other memory now, by ``x.data = y``: by number."""
+        """Return the tensors that ``x.data = y`` has given other memory, with their numbers."""
         return [(n, t) for n, (t, cell, *_) in enumerate(saved[1]) if t._cell is not cell]
 
     def restore(self, saved: list[Any]) -> None:
-        """All items and tensors as they were."""
+        """Put all items and tensors back as they were."""
         for container, before in saved[0]:
             after = _items(container)
             if len(after) == len(before) and all(
@@ -176,7 +177,7 @@ class Surroundings:
                 become(t, old)
 
     def put(self, change: Change, values: dict[Any, Any]) -> None:
-        """Set items as a trace did."""
+        """Set items as the trace did."""
         container = self.containers[change.container]
         if isinstance(container, list):
             container[:] = values.values()
@@ -190,7 +191,7 @@ class Surroundings:
                 self._replaced(container, values)
 
     def _replaced(self, changed: dict[Any, Any], values: dict[Any, Any]) -> None:
-        """No new look is needed where tensors were put in the place of others of their kind."""
+        """Note new tensors in the place of others of their kind, which need no new walk."""
         if self._places is None:
             self._places, self._uses, at = {}, {}, 0
             for i, read in enumerate(self._reads):
@@ -199,7 +200,7 @@ class Surroundings:
                 for n, k in enumerate(container if isinstance(container, dict) else ()):
                     self._places[id(container), k] = at + n
                 at += count
-            if at != len(self._values):  # other items as well
+            if at != len(self._values):  # the values have other items as well
                 self._places = None
                 return
             for v in self._values:

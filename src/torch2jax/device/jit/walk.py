@@ -1,7 +1,7 @@
-"""One look at all that a compiled function can reach; see NOTE [What selects a program].
+"""A walk looks once at all that a compiled function can reach; see NOTE [What selects a program].
 
-The key has numbers for things in the order in which they are met, so it also tells which of them
-are the same.
+The key numbers things in the order in which they are met, so it also tells which of them are the
+same.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..tensors.tensor import Tensor
 __all__ = ["EMPTY", "Walk", "contents", "meta"]
 
 _MANY = 1000
-"""Plain containers with more items are looked at by their number of items alone."""
+"""Of plain containers with more items only the number of items is looked at."""
 _ITEMS = 100_000
 
 EMPTY = object()
@@ -41,13 +41,13 @@ def contents(cell: Any) -> Any:
 
 
 def meta(t: Tensor) -> Any:
-    """What of a tensor selects a program, but for its memory."""
+    """Return what selects a program in a tensor, except its memory."""
     leaf = id(t) if t.requires_grad and t.is_leaf else t.requires_grad
     return (t.dtype, t.shape, leaf, None if t._chain is None else t._chain.pattern)
 
 
 class Walk:
-    """One look at everything."""
+    """A walk looks once at everything, and collects the key and what later looks compare."""
 
     def __init__(self, volatile: set[tuple[int, Any]], names: set[str]) -> None:
         self.volatile, self.names = volatile, names
@@ -88,7 +88,7 @@ class Walk:
             self.thing(x, t, depth)
 
     def first(self, name: Any) -> bool:
-        """Whether it was not met before; which one it is, is part of the key."""
+        """Say whether it is met for the first time. Its number becomes part of the key."""
         number = self.seen.get(name)
         if number is None:
             self.seen[name] = len(self.seen)
@@ -148,7 +148,7 @@ class Walk:
             self.empty.append(container)
 
     def attributes(self, d: dict[str, Any], depth: int) -> None:
-        """Of an object that does much more than this function: those that code here names."""
+        """Look at the attributes that the code names; the object may have many others."""
         self.containers.append(d)
         named = [k for k in d if k in self.names]
         self.reads.append(functools.partial(map, d.get, named))
@@ -158,7 +158,7 @@ class Walk:
             self.item(d, k, d[k], depth)
 
     def methods(self, t: Any, depth: int) -> None:
-        """The methods that code here names, and so on."""
+        """Look at the methods that the code names, and at those that their code names."""
         if self.first(("methods", id(t))):
             found = True
             done: set[str] = set()
@@ -220,7 +220,7 @@ def _root(x: Any) -> str:
 
 
 def _is_state(x: Any) -> bool:
-    """Of a global name: neither a module nor a class nor a function of a library."""
+    """Say whether a global is state: no module, no class and no function of a library."""
     if x is None or isinstance(x, types.ModuleType | type | types.BuiltinFunctionType):
         return False
     return not (isinstance(x, types.FunctionType) and _root(x) in _CLOSED)
@@ -228,7 +228,7 @@ def _is_state(x: Any) -> bool:
 
 @functools.cache
 def _names(code: types.CodeType) -> tuple[str, ...]:
-    """Names in a function's code, and strings, which may be names for ``getattr``."""
+    """Return the names in a function's code, and strings, which ``getattr`` may take."""
     found = dict.fromkeys(code.co_names)
     for const in code.co_consts:
         if isinstance(const, types.CodeType):

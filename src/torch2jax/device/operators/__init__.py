@@ -1,1 +1,1 @@
-"""An operator of PyTorch on jax tensors: from the dispatcher's call to a compiled program."""
+"""PyTorch's dispatcher calls an operator on jax tensors, which a compiled program carries out."""

@@ -1,10 +1,10 @@
-"""Composite operators that are one call here: one program forward, and one backward.
+"""Composite operators are one call here: one program forward, and one backward.
 
-PyTorch makes a linear layer of ``t`` and ``addmm`` and of ten more calls in its backward pass; on
-small arrays each costs a dozen microseconds, whatever it computes. Kernels for autograd's key take
-such an operator as a whole, with a derivative that is one operator too. Where something looks at
-the parts (a transform of ``torch.func``, forward-mode derivatives, a mode, JAX's derivative of what
-PyTorch differentiates), and for rare arguments, they are PyTorch's own.
+PyTorch makes a linear layer of ``t`` and ``addmm`` and of ten more calls in its backward pass. On
+small arrays each call costs a dozen microseconds, whatever it computes. Kernels for autograd's key
+take such an operator as a whole, with a derivative that is one operator too. PyTorch's own parts
+run for rare arguments, and where something looks at the parts: a transform of ``torch.func``,
+forward-mode derivatives, a mode, or JAX's derivative of what PyTorch differentiates.
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ aten = torch.ops.aten
 
 
 class _Composite(NamedTuple):
-    """An operator that is linear in each operand, and its derivative; ``need`` is one flag each.
+    """A composite is an operator that is linear in each operand, and its derivative.
 
-    ``takes(operands)`` says whether the derivative covers them. ``saved(need)`` says which operands
-    it reads: PyTorch's parts keep no others, so those may be written to before the backward pass.
-    ``arguments(gradient, operands, need)`` are those of ``backward``; ``by_parts`` of the same is
-    the derivative in PyTorch's operators, which can be differentiated and mapped.
+    ``need`` has one flag for each operand. ``takes(operands)`` says whether the derivative covers
+    them. ``saved(need)`` says which operands it reads. PyTorch's parts keep no others, so a program
+    may write to the others before the backward pass. ``arguments(gradient, operands, need)`` are
+    those of ``backward``. ``by_parts`` takes the same and is the derivative in PyTorch's operators,
+    which can be differentiated and mapped.
     """
 
     op: Any
@@ -90,7 +91,7 @@ _COMPOSITES = (
 
 
 def register_composites() -> Any:
-    """Put the kernels in place; they last as long as what is returned."""
+    """Put the kernels in place. They last as long as what is returned."""
     library = torch.library.Library("aten", "IMPL")
     for composite in _COMPOSITES:
         kernel = _kernel(composite)
@@ -104,7 +105,7 @@ def register_composites() -> Any:
 
 
 def _ctc_loss(scores: Any, targets: Any, steps: Any, sizes: Any, *rest: Any) -> Any:
-    """The lengths may be on the CPU, as they may beside CUDA tensors; a part divides by them."""
+    """Move the lengths, by which a part divides; they may be on the CPU, as beside CUDA tensors."""
     place = scores.device
     return aten.ctc_loss.Tensor.decompose(scores, targets, steps.to(place), sizes.to(place), *rest)
 
@@ -131,7 +132,7 @@ def _kernel(composite: _Composite) -> Callable[..., Any]:
 
 
 def _watched() -> bool:
-    """Whether a mode that is not ours wants to see the parts."""
+    """Say whether a mode that is not ours wants to see the parts."""
     return dispatch_modes() > state.watches
 
 

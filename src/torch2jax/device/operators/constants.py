@@ -3,9 +3,9 @@
 NOTE [Constants of a trace].
 
 While a trace is under way, operators of arrays (not tracers) run at once: masks and index tables
-are Python values there. A large result that the traced program uses is not embedded in it but made
-again inside, from its recipe: the program that made it, its operands as they were, and which of the
-results it is.
+are Python values there. A large result that the traced program uses is not embedded in it, but
+made again inside from its recipe: the program that made it, its operands as they were, and its
+index among the results.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from ..tensors.tensor import Tensor, read_cell
 __all__ = ["is_large", "keep_recipe", "value_of"]
 
 LARGE = 1 << 20
-"""Bytes beyond which a constant of a trace is made again inside the program."""
+"""A constant of a trace with more bytes is made again inside the program."""
 
 
 def keep_recipe(made: list[Tensor], program: Any, operands: list[Any]) -> None:
-    """Note how the results of a program were made that are too large to embed."""
+    """Note how those results of a program were made that are too large to embed."""
     for index, t in enumerate(made):
         if t._cell.array.nbytes > LARGE:
             t._cell.recipe = (program, [_snapshot(x) for x in operands], index)
 
 
 def is_large(program: Any, numbers: list[Any]) -> bool:
-    """Whether what an operator makes of numbers alone is too large to embed."""
+    """Say whether what an operator makes of numbers alone is too large to embed."""
     out, _ = jax.eval_shape(program.run, *numbers)
     return any(x.size * x.dtype.itemsize > LARGE for x in jax.tree.leaves(out))
 
 
 def _snapshot(x: Any) -> Any:
-    """An operand as it is now."""
+    """Return an operand as it is now."""
     if type(x) is not Tensor:
         return x
     chain = x._chain
@@ -45,7 +45,7 @@ def _snapshot(x: Any) -> Any:
 
 
 def value_of(t: Tensor) -> Any:
-    """The values of a tensor as an operand of a traced operator."""
+    """Return the values of a tensor as an operand of a traced operator."""
     cell = t._cell
     if cell.recipe is None or isinstance(cell.array, Tracer):
         return read_cell(t, cell.array)
@@ -54,7 +54,7 @@ def value_of(t: Tensor) -> Any:
 
 
 def _made(recipe: Any) -> Any:
-    """A large constant, computed inside the program that is being traced."""
+    """Compute a large constant inside the program that is being traced."""
     program, operands, index = recipe
     arrays = []
     for x in operands:

@@ -1,7 +1,7 @@
 """``Tensor.__torch_dispatch__`` finds the object that carries out an operator.
 
-The extension has the call first, and repeats by itself what has been done before in eager mode: see
-NOTE [Repeated calls] in ``cpp/device/eager.h``. It asks the functions here.
+The extension gets each call first. In eager mode it repeats by itself what has been done before;
+see NOTE [Repeated calls] in ``cpp/device/eager.h``. It asks the functions here.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import torch
 
-from ... import lowerings as _lowerings  # noqa: F401  fills the table
+from ... import lowerings as _lowerings  # noqa: F401  the import fills the table
 from ..._bridge.handler.extension import eager_dispatch, forget_replays
 from ..._compat.jax import ArrayImpl, trace_state_clean
 from ..._conversions.dtypes import x64_enabled
@@ -20,7 +20,7 @@ from ...lowerings.registry import TABLE, Lowering
 from ...lowerings.views import GETTERS
 from ..tensors.tensor import OPTIONS, Cell, Tensor, captures, make, refuse_overlap
 from ..thread_state import state
-from . import special as _handlers  # noqa: F401  fills the table
+from . import special as _handlers  # noqa: F401  the import fills the table
 from .operator import Operator
 from .special.table import SPECIAL, special
 from .view_operator import ViewOperator
@@ -31,7 +31,7 @@ _ops: dict[Any, Callable[[Any, Any], Any]] = {}
 
 
 def operator_of(func: Any) -> Callable[[Any, Any], Any]:
-    """The object that carries out an operator, called as ``(args, kwargs) -> result``."""
+    """Return the object that carries out an operator, called as ``(args, kwargs) -> result``."""
     ops = _ops  # another thread may forget them meanwhile
     op = ops.get(func)
     if op is None:
@@ -40,7 +40,7 @@ def operator_of(func: Any) -> Callable[[Any, Any], Any]:
 
 
 def forget() -> None:
-    """Look lowerings up again."""
+    """Forget all operators, so that their lowerings are looked up again."""
     global _ops
     _ops = {}
     forget_replays()
@@ -61,17 +61,17 @@ def _find(func: Any) -> Callable[[Any, Any], Any]:
 
 
 def _makes_views(func: Any) -> bool:
-    """Whether results may share the memory of an operand, as those of ``narrow``.
+    """Say whether results may share the memory of an operand, as those of ``narrow`` do.
 
-    PyTorch takes such an operator apart before it comes here, but not in ``torch.inference_mode``
-    and not in its own kernels.
+    PyTorch takes such an operator apart before it comes here, except in ``torch.inference_mode``
+    and in its own kernels.
     """
     aliases = [r.alias_info for r in func._schema.returns]
     return func._opname in _UNSAID or any(a is not None and not a.is_write for a in aliases)
 
 
 _UNSAID = {"atleast_1d", "atleast_2d", "atleast_3d", "broadcast_tensors", "meshgrid"}
-"""The results of these may be views, although their schemas do not say so."""
+"""The results of these operators may be views, although their schemas do not say so."""
 
 
 # --- what the extension asks ---------------------------------------------------------------------
@@ -80,7 +80,7 @@ _situations: dict[Any, Any] = {}
 
 
 def _situation() -> Any:
-    """An object for all that programs depend on beside their arguments.
+    """Return one object for all that programs depend on beside their arguments.
 
     None says that Python has to look at each call.
     """
@@ -91,7 +91,7 @@ def _situation() -> Any:
 
 
 def _describe(func: Any) -> Any:
-    """The object that carries out an operator, and how to tell its calls apart, or None."""
+    """Return the object that carries out an operator, and how to tell its calls apart, or None."""
     op = operator_of(func)
     if type(op) is ViewOperator:
         return op, (True, (), {}, False)
@@ -125,22 +125,22 @@ dispatch = eager_dispatch(
     may_write=_may_write,
     inference=torch.is_inference_mode_enabled,
 )
-"""``(operator, types, args=(), kwargs=None)``: carries out an operator."""
+"""It is called as ``(operator, types, args=(), kwargs=None)`` and carries out an operator."""
 
 Tensor.__torch_dispatch__ = dispatch  # type: ignore[assignment]
 
 
 def register_lowering(op: Any, fn: Callable[..., Any]) -> None:
-    """A lowering of your own: for an operator of yours, or a better one for PyTorch's.
+    """Register a lowering of your own for an operator, yours or PyTorch's.
 
     Args:
-        op: an operator overload such as ``torch.ops.aten.add.Tensor``,
-            or a packet such as ``torch.ops.mine.op``, all of whose overloads are meant; without
-            in-place arguments (those follow from the functional form).
-        fn: takes what the operator takes, with JAX arrays for tensors and Python values for the
-            rest, and returns an array, or a tuple of arrays. It is traced: shapes are known, values
-            are not. Derivatives under ``lower=True`` are JAX's own, of ``fn``; ``backward()`` uses
-            the derivative that PyTorch has for ``op``.
+        op: an operator overload such as ``torch.ops.aten.add.Tensor``, or a packet such as
+            ``torch.ops.mine.op``, which stands for all of its overloads. It must not write to its
+            arguments: in-place forms follow from the functional form.
+        fn: a function that takes what the operator takes, with JAX arrays for tensors and Python
+            values for the rest. It returns an array, or a tuple of arrays. It is traced: shapes
+            are known, values are not. Derivatives under ``lower=True`` are JAX's own, of ``fn``;
+            ``backward()`` uses the derivative that PyTorch has for ``op``.
 
     Raises:
         TypeError: ``op`` is not an operator, or ``fn`` cannot be called.

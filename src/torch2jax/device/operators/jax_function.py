@@ -1,4 +1,4 @@
-"""A JAX function of arrays as one node of PyTorch's autograd, with JAX's derivative.
+"""A JAX function of arrays becomes one node of PyTorch's autograd, with JAX's derivative.
 
 The backward pass under ``create_graph=True`` is such a node too, so derivatives have derivatives.
 """
@@ -23,9 +23,10 @@ __all__ = ["apply_jax"]
 
 
 def apply_jax(fn: Callable[[list[Any]], Any], tensors: Sequence[Tensor]) -> Any:
-    """``fn`` of the arrays of tensors on device jax: its pytree of arrays, as tensors.
+    """Call ``fn`` with the arrays of tensors on device jax, and return its arrays as tensors.
 
-    In a trace whose derivatives JAX takes it is JAX's, where PyTorch's autograd is not at work.
+    In a trace that JAX differentiates, JAX differentiates the call too, unless PyTorch's autograd
+    is at work.
     """
     if captures:
         note_read(tensors)

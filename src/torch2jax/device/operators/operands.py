@@ -1,4 +1,4 @@
-"""Reads a call: its operands (tensors and numbers), and a template of its other arguments."""
+"""A call is read as its operands (tensors and numbers) and a template of its other arguments."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = [
 
 
 class Slot:
-    """The place of an operand in a template of arguments."""
+    """A slot marks the place of an operand in a template of arguments."""
 
     __slots__ = ("index",)
 
@@ -32,7 +32,7 @@ _slot = functools.cache(Slot)
 
 
 def read_argument(x: Any, operands: list[Any], key: list[Any], takes_numbers: bool) -> Any:
-    """The template of one argument: ``x`` with a slot in the place of each operand.
+    """Return the template of one argument: ``x`` with a slot in the place of each operand.
 
     The operands in ``x`` are appended to ``operands``, and all that selects a program to ``key``.
     The extension reads eager calls in the same way (cpp/device/eager_key.cc), and a test holds it
@@ -64,7 +64,7 @@ def read_argument(x: Any, operands: list[Any], key: list[Any], takes_numbers: bo
 
 
 def cells_of(operands: Sequence[Any]) -> list[int]:
-    """For each operand the place of the first one with the same memory."""
+    """Return for each operand the place of the first one with the same memory."""
     first: dict[int, int] = {}
     return [
         first.setdefault(id(x._cell if type(x) is Tensor else x), i) for i, x in enumerate(operands)
@@ -72,12 +72,12 @@ def cells_of(operands: Sequence[Any]) -> list[int]:
 
 
 def _rank(x: torch.Tensor) -> str:
-    """PyTorch promotes dtypes in another way for tensors without dimensions."""
+    """Tell tensors without dimensions apart, for which PyTorch promotes dtypes in another way."""
     return "tensor" if x.ndim else "number"
 
 
 def items_meet(lists: Sequence[Sequence[Any]]) -> bool:
-    """Whether tensors at two places of lists see the same elements, taking views as whole spans."""
+    """Say whether tensors at two places of lists share elements; a view counts as a whole span."""
     tensors = [(i, x) for xs in lists for i, x in enumerate(xs) if type(x) is Tensor]
     if len({id(x._cell) for _, x in tensors}) == len(tensors):
         return False
@@ -106,7 +106,7 @@ def fill(x: Any, values: Sequence[Any]) -> Any:
 
 
 def from_other_device(x: torch.Tensor) -> Tensor:
-    """A tensor of another device: a number, or with ``lower=True`` a constant."""
+    """Take a tensor of another device: a number, or with ``lower=True`` a constant."""
     if isinstance(x, Tensor):
         return x
     if x.is_nested:
@@ -122,11 +122,12 @@ def from_other_device(x: torch.Tensor) -> Tensor:
             f'and {x.device}. Move the other one: tensor.to("jax").'
         )
     if x.ndim == 0 and x.dtype in (torch.float64, torch.complex128) and not x64_enabled():
-        # Beside tensors it does not decide the dtype, and torch makes such numbers by itself.
+        # PyTorch makes such numbers by itself. Beside tensors they do not decide the dtype.
         x = x.detach().to(torch.float32 if x.dtype is torch.float64 else torch.complex64)
     if not state.lowering:
         return wrap(from_torch(x), x.dtype)
-    # Within one trace a constant that is used often is one constant; the tensor is kept for its id.
+    # One trace makes one constant of a tensor, however often it is used. The tensor is kept, so
+    # that its id stays its own.
     version = 0 if x.is_inference() else x._version
     cached = state.constants.get(id(x))
     if cached is None or cached[0] is not x or cached[1] != version:
@@ -143,7 +144,7 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def note_read(operands: Sequence[Any]) -> None:
-    """Tell ``device.jit``, for which memory from before a trace is an input, not a constant."""
+    """Tell ``device.jit`` what is read: memory from before a trace is an input of its program."""
     for x in operands:
         if type(x) is Tensor:
             for capture in captures:

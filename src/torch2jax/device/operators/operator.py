@@ -1,8 +1,8 @@
-"""A call of an operator: its program is found by the arguments, and its runner carries it out.
+"""A call of an operator finds its program by the arguments, and its runner carries it out.
 
 In eager mode a program is one cached ``jax.jit`` function, keyed by the operator, its arguments
 that are not tensors, and dtypes and view chains of those that are. Where an operand is a tracer
-the program runs as it is. What is computed while a trace is under way: see ``constants``.
+the program runs as it is. ``constants`` says what is computed while a trace is under way.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = ["Operator"]
 
 
 class Operator:
-    """An operator whose results have memory of their own."""
+    """An operator object carries out an operator whose results have memory of their own."""
 
     def __init__(self, func: Any) -> None:
         self.func = func
@@ -43,7 +43,7 @@ class Operator:
         route = self.route
         if route.generator is not None:
             at = route.generator
-            if len(args) > at:  # of some operators it is not for keywords alone
+            if len(args) > at:  # some operators take it by position too
                 args, kwargs = args[:at], {**kwargs, "generator": args[at]}
             if kwargs.get("generator") is not None and not route.random:
                 raise Torch2JaxError(
@@ -66,7 +66,7 @@ class Operator:
         return self.carry_out(args, kwargs)
 
     def _on_other_device(self, device: torch.device, args: Any, kwargs: Any) -> Any:
-        """``zeros_like(x, device="cpu")``: a tensor of another device, like one of ours."""
+        """Carry out ``zeros_like(x, device="cpu")``: make a tensor elsewhere, like one of ours."""
 
         def like(x: Any) -> Any:
             if not isinstance(x, torch.Tensor):
@@ -76,12 +76,12 @@ class Operator:
         return self.func(*[like(a) for a in args], **kwargs)
 
     def _in_turn(self, args: Any, kwargs: Any) -> None:
-        """``_foreach_add_([a, a], 1)``: an item sees what was written for those before it."""
+        """Go item by item: in ``_foreach_add_([a, a], 1)`` each sees what was written before."""
         for i in range(len(args[0])):
             self.func(*[_item(a, i) for a in args], **kwargs)
 
     def carry_out(self, args: Any, kwargs: Any) -> Any:
-        """The result of a call on device jax."""
+        """Return the result of a call on device jax."""
         route = self.route
         if state.events is not None and not state.composite:
             state.events.add(self.func, route.kind)
@@ -117,7 +117,7 @@ class Operator:
         return runner.trace(call) if traced else runner.run(call)
 
     def read(self, args: Any, kwargs: Any) -> tuple[Any, list[Any], list[Any], dict[str, Any]]:
-        """The key of a call's program, its operands, and the templates of its arguments."""
+        """Return the key of a call's program, its operands, and the templates of its arguments."""
         route = self.route
         operands: list[Any] = []
         key: list[Any] = [x64_enabled(), torch.get_default_dtype()]
@@ -135,20 +135,20 @@ class Operator:
         return tuple(key), operands, template, named
 
     def run_by(self, runner_type: type[Runner]) -> None:
-        """Carry out further calls in another way."""
+        """Carry out further calls with runners of this type."""
         self._runner_type, self._runners = runner_type, {}
 
     # --- repeated calls
 
     @property
     def repeats(self) -> bool:
-        """Whether the extension may carry out calls like one that has been made."""
+        """Say whether the extension may carry out calls like one that has been made."""
         return self._runner_type is Compiled and not self.route.random
 
     def replay(self, args: Any, kwargs: Any) -> Any:
-        """How the extension repeats calls like this one, which has been made; None: it does not.
+        """Return how the extension repeats calls like this one, which has been made, or None.
 
-        A replay stands for ``carry_out`` where nothing is traced: see ``dispatch``.
+        A replay stands for ``carry_out`` where nothing is traced; see ``dispatch``.
         """
         key, operands, *_ = self.read(args, kwargs)
         runner = self._runners.get(key)
@@ -157,7 +157,7 @@ class Operator:
         program = runner.program
         if self._in_lists and len(set(program.cells)) < len(operands):
             return None  # each call has to ask whether items meet
-        returned = -1  # the results of the program
+        returned = -1  # it returns the program's results
         if program.mutated and (self.route.returns_mutated or not self.route.returns):
             returned = self.route.returns
         if returned > len(program.mutated) or (returned < 0 and not program.torch_dtypes):
@@ -181,7 +181,7 @@ def _runner_type(route: Route) -> type[Runner]:
 
 
 def _item(a: Any, i: int) -> Any:
-    if isinstance(a, torch.Tensor):  # of one number, or of one for each item
+    if isinstance(a, torch.Tensor):  # it holds one number, or one for each item
         return a[i : i + 1] if a.ndim else a
     return [a[i]] if isinstance(a, list | tuple) else a
 

@@ -39,12 +39,12 @@ class NoDecompositionHere(Exception):
 
 
 class OperatorProgram:
-    """A function of the arrays of the operands' cells; in-place writes are part of it.
+    """A program is a function of the arrays of the operands' cells; it includes in-place writes.
 
     ``args`` and ``kwargs`` are templates: they have a ``Slot`` in the place of each operand.
-    ``patterns`` (of their chains) and ``dtypes`` are those of the operands, None for numbers; what
-    is a view comes as ``Chain.operand`` has it. ``mutated`` says which operands are written to;
-    ``torch_dtypes`` are those of the results, known once it has run.
+    ``patterns`` (of their chains) and ``dtypes`` are those of the operands, None for numbers. A
+    view comes as ``Chain.operand`` returns it. ``mutated`` says which operands are written to.
+    ``torch_dtypes`` are those of the results, which are known once it has run.
     """
 
     def __init__(self, route: Route, args: Any, kwargs: Any, operands: Sequence[Any]) -> None:
@@ -66,7 +66,7 @@ class OperatorProgram:
         return [a if p is None else p.get(a) for a, p in zip(arrays, self.patterns, strict=True)]
 
     def run(self, *arrays: Any) -> tuple[Any, list[Any]]:
-        """Results, and the new arrays of the cells that are written to. Traced."""
+        """Return results, and the new arrays of the cells that are written to. JAX traces it."""
         key = None
         if self.route.random:
             key, arrays = arrays[-1], arrays[:-1]
@@ -80,7 +80,7 @@ class OperatorProgram:
         return out, [latest[self.cells[slot]] for slot in self.mutated]
 
     def compute(self, values: list[Any], key: Any) -> tuple[Any, list[Any]]:
-        """Results and new values of what is written to, from the values of all operands."""
+        """Return results and new values of what is written to, from the values of all operands."""
         out, new = self._results(values, key)
         checked = []
         for slot, value in zip(self.mutated, new, strict=True):
@@ -99,7 +99,7 @@ class OperatorProgram:
         return out, checked
 
     def _resized(self, slot: int) -> bool:
-        """``out=`` takes the shape of the result."""
+        """Say whether it is an ``out=``, which takes the shape of the result."""
         return slot in self.outs and self.patterns[slot] is None
 
     def _results(self, values: list[Any], key: Any) -> tuple[Any, list[Any]]:
@@ -116,7 +116,7 @@ class OperatorProgram:
         self.torch_dtypes = self.torch_dtypes[:n]
         return (out[0] if n == 1 else tuple(out[:n])), list(out[n:])
 
-    # --- the three ways: results, and new values of what ``func`` itself wrote to
+    # --- each of the three ways returns results, and new values of what ``func`` itself wrote to
 
     def _arguments(self, values: Sequence[Any]) -> tuple[list[Any], dict[str, Any]]:
         kwargs = {k: fill(v, values) for k, v in self.kwargs.items() if k not in self.route.drop}
@@ -131,14 +131,14 @@ class OperatorProgram:
         except (TypeError, ValueError) as error:
             if type(error) not in (TypeError, ValueError):
                 raise
-            # As PyTorch does; a TypeError would be lost in a + b, where Python tries b's way.
+            # PyTorch raises a RuntimeError. A TypeError in a + b would make Python try b's way.
             kinds = [str(jax.typeof(v)) for v, d in zip(values, self.dtypes, strict=True) if d]
             raise RuntimeError(f"{self.route.func} of {', '.join(kinds)}: {error}") from error
         self.torch_dtypes = self._dtypes_of(out, args, kwargs, values)
         return out, None
 
     def _decomposed(self, values: list[Any], key: Any) -> tuple[Any, list[Any] | None]:
-        """Through a function of tensors, here tensors that hold the values."""
+        """Call the decomposition, a function of tensors, with tensors that hold the values."""
         route = self.route
         tensors = [v if d is None else wrap(v, d) for v, d in zip(values, self.dtypes, strict=True)]
         args, kwargs = self._arguments(tensors)
@@ -163,7 +163,7 @@ class OperatorProgram:
         return arrays, None
 
     def _bridged(self, values: list[Any], key: Any) -> tuple[Any, list[Any] | None]:
-        """The operator itself, on PyTorch's own tensors."""
+        """Call the operator itself on PyTorch's own tensors."""
         route, pure = self.route, self.route.pure
         spots = [i for i, d in enumerate(self.dtypes) if d is not None]
         seen: list[list[torch.dtype]] = []
@@ -203,7 +203,7 @@ class OperatorProgram:
     # --- PyTorch's dtypes of the results
 
     def _dtypes_of(self, out: Any, args: Any, kwargs: Any, values: Any) -> list[torch.dtype]:
-        """An int32 array stands for int64 too while x64 is off."""
+        """Return PyTorch's dtypes. An int32 array stands for int64 too while x64 is off."""
         leaves = [x if hasattr(x, "dtype") else np.asarray(x) for x in jax.tree.leaves(out)]
         found = [dtype_j2t(x.dtype) for x in leaves]
         if x64_enabled() or torch.int32 not in found:
@@ -222,12 +222,12 @@ class OperatorProgram:
         return [narrow if d is torch.int32 else d for d in found]
 
     def _asked(self, values: Any) -> list[torch.dtype] | None:
-        """The dtypes of the results, which PyTorch is asked for with meta tensors."""
+        """Ask PyTorch for the dtypes of the results, with meta tensors."""
         metas = [
             v if d is None else torch.empty(v.shape, dtype=d, device="meta")
             for v, d in zip(values, self.dtypes, strict=True)
         ]
-        metas = [0 if isinstance(v, Tracer) else v for v in metas]  # a number
+        metas = [0 if isinstance(v, Tracer) else v for v in metas]  # any number will do
         args, kwargs = self._arguments(metas)
         if "device" in kwargs:
             kwargs["device"] = "meta"

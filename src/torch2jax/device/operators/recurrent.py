@@ -1,9 +1,9 @@
-"""Recurrent layers in a trace: a scan for each layer and direction, where PyTorch has all steps.
+"""A recurrent layer in a trace is a scan for each direction, where PyTorch has all steps.
 
-PyTorch makes them of single steps before they come to ``__torch_dispatch__``: a program of a
-thousand steps would have ten thousand operators. So kernels for autograd's keys take them whole
-while a program is traced. In eager mode, and where something looks at the parts, PyTorch's own
-steps run.
+PyTorch makes such layers of single steps before they come to ``__torch_dispatch__``: a program of a
+thousand steps would have ten thousand operators. So kernels for autograd's keys take the layers
+whole while a program is traced. In eager mode, and where something looks at the parts, PyTorch's
+own steps run.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def _stack(
     kind: str, x: Any, states: Sequence[Any], params: Sequence[Any], biases: bool, layers: int,
     dropout: float, train: bool, both: bool, sizes: Any,
 ) -> Any:  # fmt: skip
-    """The layers one after the other: outputs of the last one, and the end of each state."""
+    """Run all layers. Return the outputs of the last one, and the end of each state."""
     cast = None
     if torch.is_autocast_enabled("jax"):
         cast = canonical(torch.get_autocast_dtype("jax"))
@@ -96,7 +96,7 @@ def _stack(
 
 
 def _pad_packed(data: Any, sizes: Any, batch_first: bool, filling: Any, total: int) -> Any:
-    """In a trace one gather; PyTorch copies sequence by sequence."""
+    """Gather once in a trace, where PyTorch copies sequence by sequence."""
     if not _takes((data,)) or not data.numel() or 0 < total < len(sizes):
         return aten._pad_packed_sequence.default.decompose(data, sizes, batch_first, filling, total)
     each = sizes.tolist()
@@ -107,7 +107,7 @@ def _pad_packed(data: Any, sizes: Any, batch_first: bool, filling: Any, total: i
 
 
 def _takes(operands: Sequence[Any]) -> bool:
-    """Whether it is traced, and nothing wants to see the parts."""
+    """Say whether an operand is traced and nothing wants to see the parts."""
     ours = [x for x in operands if type(x) is Tensor]
     if captures:
         note_read(ours)
@@ -126,6 +126,6 @@ def _list(hx: Any) -> list[Any]:
 
 
 KERNELS: dict[str, Callable[..., Any]] = {"_pad_packed_sequence": _pad_packed}
-"""For autograd's keys, by the operator's name."""
+"""Kernels for autograd's keys, by the operator's name."""
 for _kind in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
     KERNELS.update(_scanned(_kind))

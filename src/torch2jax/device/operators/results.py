@@ -19,9 +19,9 @@ __all__ = ["of_arrays", "of_cells"]
 def of_cells(
     program: OperatorProgram, operands: list[Any], out: Any, cells: list[Any], recipes: bool
 ) -> Any:
-    """The result after a compiled program, which gives new arrays of the ``cells`` it writes to.
+    """Return the result of a compiled program, and put new arrays into the cells it writes to.
 
-    With ``recipes`` a trace is under way: what is large is noted with how it was made.
+    With ``recipes`` a trace is under way, and it is noted how large results were made.
     """
     for slot, array in zip(program.mutated, cells, strict=True):
         x = operands[slot]
@@ -37,27 +37,27 @@ def of_cells(
 
 
 def of_arrays(program: OperatorProgram, operands: list[Any], out: Any, new: list[Any]) -> Any:
-    """The result after ``compute``, which gives ``new`` values of what is written to."""
+    """Return the result of ``compute``, and write its ``new`` values to the operands."""
     for slot, value in zip(program.mutated, new, strict=True):
         replace(operands[slot], value)
     return _returned(program, operands, out, [])
 
 
 def _returned(program: OperatorProgram, operands: list[Any], out: Any, made: list[Tensor]) -> Any:
-    """The operator's return value. New tensors are appended to ``made`` as well."""
+    """Return the operator's return value, and append new tensors to ``made``."""
     route = program.route
     if program.mutated:
         n = route.returns
         if not n:
             return None
-        if route.returns_mutated:  # the first of the operands that are written to
+        if route.returns_mutated:  # it returns the first operands that it writes to
             found = [operands[slot] for slot in program.mutated]
             return found[0] if n == 1 else tuple(found[:n])
     return _tensors(out, program.torch_dtypes, made)
 
 
 def _tensors(out: Any, dtypes: Sequence[torch.dtype], made: list[Tensor]) -> Any:
-    """Results as tensors, in the structure in which they come."""
+    """Return results as tensors, in the structure in which they come."""
     if out is None:
         return None
     if isinstance(out, list | tuple):

@@ -1,4 +1,4 @@
-"""The way of an operator is found once: its lowering, a decomposition, or the bridge."""
+"""The way of an operator is found once: a lowering, a decomposition, or the bridge."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ __all__ = ["Route"]
 
 aten = torch.ops.aten
 _FILLS = (aten.fill_.Scalar, aten.fill_.Tensor, aten.zero_.default)
-"""Only these may write to an element twice, because they write the same value everywhere."""
+"""Only these operators may write to an element twice, because they write one value everywhere."""
 
 
 class Route:
-    """The way of an operator, and all that its schema says.
+    """A route is the way of an operator, and all that its schema says.
 
-    ``target`` is the operator that is computed: where ``func`` writes to its arguments, the one of
-    the same meaning that does not, without the arguments ``drop``; ``pure`` says that there is one.
-    ``kind`` is "native", "decomposed" or "bridge"; ``lowered`` the lowering, ``decomposition`` the
-    function of tensors.
+    ``target`` is the operator that is computed. Where ``func`` writes to its arguments, ``target``
+    is the operator of the same meaning that does not, without the arguments ``drop``; ``pure`` says
+    that there is one. ``kind`` is "native", "decomposed" or "bridge". ``lowered`` is the lowering,
+    and ``decomposition`` is the function of tensors.
     """
 
     def __init__(self, func: Any) -> None:
@@ -41,7 +41,7 @@ class Route:
         outs = [a.name for a in written if a.is_out]
         self.to_outs = bool(outs)
         self.writes_several = len(written) > 1 or any("List" in str(a.type) for a in written)
-        returns = schema.returns  # made anew each time: not to be asked for at each call
+        returns = schema.returns  # PyTorch makes this list anew each time it is asked
         self.returns = len(returns)
         self.returns_mutated = bool(returns) and all(r.alias_info is not None for r in returns)
         self.target: Any = func
@@ -62,9 +62,9 @@ class Route:
             self.decomposition = found
         which = self.lowered.scalars if self.lowered is not None else False
         self.scalars = [which if type(which) is bool else n in which for n in self.names]
-        """For each argument, whether numbers in it are operands."""
+        """For each argument it says whether numbers in it are operands."""
         self.random = self.lowered is not None and self.lowered.random
-        # A result that is a Python value is read from tensors: there is nothing to compile.
+        # A result that is a Python value is read from tensors, so there is nothing to compile.
         self.returns_values = self.kind == "decomposed" and any(
             "Tensor" not in str(r.type) for r in returns
         )
@@ -73,13 +73,13 @@ class Route:
         return self.scalars[self.names.index(name)]
 
     def bridged(self) -> Route:
-        """The same operator by PyTorch's own kernel."""
+        """Return a route of the same operator by PyTorch's own kernel."""
         other = copy.copy(self)
         other.kind, other.decomposition, other.returns_values = "bridge", None, False
         return other
 
     def written(self, args: Any, kwargs: Any) -> list[int]:
-        """The operands that are written to, by the template of the arguments."""
+        """Return the operands that are written to, by the template of the arguments."""
         found: list[int] = []
         for name in self.mutable:
             i = self.names.index(name)
@@ -89,7 +89,7 @@ class Route:
 
 
 def _functional_of(func: Any, outs: Sequence[str]) -> Any:
-    """The operator of the same meaning that writes to nothing; None where there is none."""
+    """Return the operator of the same meaning that writes to nothing, or None."""
     namespace, _, name = func._schema.name.partition("::")
     space = getattr(torch.ops, namespace)
     arguments = [a for a in func._schema.arguments if a.name not in outs]

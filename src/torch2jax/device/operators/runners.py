@@ -1,7 +1,7 @@
-"""How a program is carried out: each program gets its runner when it is made.
+"""A runner carries out a program; each program gets its runner when it is made.
 
-``run`` carries out a call where nothing is traced. ``trace`` carries out one that becomes part of
-the trace under way, which all programs do in one way.
+``run`` carries out a call where nothing is traced. ``trace`` carries out a call that becomes part
+of the trace under way; it is the same for all programs.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Call:
 
 
 class Runner(ABC):
-    """Carries out calls of ``op`` that have the program ``program``."""
+    """A runner carries out calls of ``op`` that have the program ``program``."""
 
     __slots__ = ("op", "program")
 
@@ -48,10 +48,10 @@ class Runner(ABC):
 
     @abstractmethod
     def run(self, call: Call) -> Any:
-        """The result of a call where nothing is traced."""
+        """Return the result of a call where nothing is traced."""
 
     def trace(self, call: Call) -> Any:
-        """The result of a call that becomes part of the trace under way."""
+        """Return the result of a call that becomes part of the trace under way."""
         program, operands = self.program, call.operands
         values = [value_of(x) if type(x) is Tensor else x for x in operands]
         out, new = program.compute(values, call.words)
@@ -62,7 +62,7 @@ class Runner(ABC):
 
 
 class Compiled(Runner):
-    """One cached ``jax.jit`` function, of an operator that has a lowering."""
+    """It runs one cached ``jax.jit`` function of an operator that has a lowering."""
 
     __slots__ = ("constant",)
 
@@ -77,7 +77,7 @@ class Compiled(Runner):
             out, cells = program.jitted(*call.arrays)
             return results.of_cells(program, call.operands, out, cells, False)
         with jax.ensure_compile_time_eval():
-            if self.constant:  # it is soon made, and a compilation takes some 20 ms
+            if self.constant:  # running it is quick, compiling takes some 20 ms
                 out, cells = program.run(*call.operands)
             else:
                 out, cells = program.jitted(*call.arrays)
@@ -85,7 +85,7 @@ class Compiled(Runner):
 
 
 class Uncompiled(Runner):
-    """Nothing is compiled: shapes of results depend on values, or PyTorch's own kernel runs."""
+    """It compiles nothing: shapes of results depend on values, or PyTorch's own kernel runs."""
 
     __slots__ = ()
 
@@ -98,7 +98,7 @@ class Uncompiled(Runner):
 
 
 class Decomposed(Runner):
-    """A compiled program of a decomposition. Where it fails, the operator goes another way."""
+    """It runs a compiled decomposition. Where that fails, the operator goes another way."""
 
     __slots__ = ()
 
@@ -146,7 +146,7 @@ class Decomposed(Runner):
 
 
 class StepByStep(Decomposed):
-    """A decomposition that looks at values: in eager mode its operators are called one by one."""
+    """It calls the operators of a decomposition one by one, because that looks at values."""
 
     __slots__ = ()
 

@@ -1,7 +1,8 @@
-"""Operators whose own code reads values to check them, without the check for traced operands.
+"""These operators check values in PyTorch's code; for traced operands the check is left out.
 
-``torch.cov`` asks whether weights are negative, ``torch.istft`` whether windows overlap: questions
-that a compiled program cannot answer. Where the operands are known PyTorch's own code runs.
+``torch.cov`` asks whether weights are negative, and ``torch.istft`` whether windows overlap. A
+compiled program cannot answer these questions. Where the operands are known PyTorch's own code
+runs.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ def _is_traced(x: Any) -> bool:
 
 
 def cov(x: Any, *, correction: int = 1, fweights: Any = None, aweights: Any = None) -> Any:
-    """Sum of w (x - m)(x - m)^H / f; m is the mean by the weights w, counts times importance."""
+    """Return the sum of w (x - m)(x - m)^H / f, where m is the mean by the weights w.
+
+    The weights w are counts times importance."""
     if not (_is_traced(fweights) or _is_traced(aweights)):
         weights = {"fweights": fweights, "aweights": aweights}
         return aten.cov.default.decompose(x, correction=correction, **weights)
@@ -62,7 +65,7 @@ def istft(
     length: int | None = None,
     return_complex: bool = False,
 ) -> Any:
-    """Overlap-add of the frames, each times the window, over the sum of the squared windows."""
+    """Overlap-add the frames, each times the window, over the sum of the squared windows."""
     if not _is_traced(window):
         options = (center, normalized, onesided, length, return_complex)
         return aten.istft.default.decompose(x, n_fft, hop_length, win_length, window, *options)

@@ -1,4 +1,4 @@
-"""View operators: results that share the memory of their operand, one step further in its chain."""
+"""A view operator's results share its operand's memory, one step further in the chain."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _frozen(x: Any) -> Any:
 
 
 class ViewOperator:
-    """An operator whose results share the memory of its operand."""
+    """A view operator carries out an operator whose results share the memory of its operand."""
 
     def __init__(self, func: Any) -> None:
         self.func = func
@@ -32,12 +32,12 @@ class ViewOperator:
         self.detach = func is torch.ops.aten.detach.default
         self.takes_lists = any("List" in str(a.type) for a in func._schema.arguments)
         self.known: dict[Any, Any] = {}
-        """Chain and geometry of what came out, by those of the operand and the arguments."""
+        """Chain and geometry of each result, by those of the operand and by the arguments."""
 
     def __call__(self, args: Any, kwargs: Any) -> Any:
         x: Any = args[0]
         if torch.is_inference_mode_enabled() and not x.is_inference():
-            with torch.inference_mode(False):  # a view of an ordinary tensor is one
+            with torch.inference_mode(False):  # a view of an ordinary tensor is ordinary
                 return self(args, kwargs)
         if type(x) is not Tensor:
             return self.func(from_other_device(x), *args[1:], **kwargs)
@@ -67,7 +67,7 @@ class ViewOperator:
         return wrap_view(x, *found)
 
     def _stops(self) -> bool:
-        """Whether JAX's derivative ends here: see NOTE [Detached by the user]."""
+        """Say whether JAX's derivative ends here; see NOTE [Detached by the user]."""
         return (self.detach and state.detaching > 0) or not torch.is_grad_enabled()
 
     def key(self, x: Tensor, args: Any, kwargs: Any) -> tuple[Any, ...]:
@@ -78,7 +78,7 @@ class ViewOperator:
         return x._chain, x.dtype, x.shape, stride, x.storage_offset(), rest
 
     def replay(self, args: Any, kwargs: Any) -> Any:
-        """How the extension repeats calls like this one, which has been made: see ``dispatch``."""
+        """Return how the extension repeats calls like this one, which has been made."""
         x = args[0]
         if self.plain:
             found: Any = (x._chain, x.dtype, x.shape, x.stride(), x.storage_offset())
@@ -97,7 +97,7 @@ class ViewOperator:
         blurs = self.func in OTHER_ELEMENTS and base.overlaps(size, stride)
 
         def further(where: Any, index: int | None = None) -> Any:
-            if where == here and self.func not in OTHER_VALUES:  # the operand sees the same
+            if where == here and self.func not in OTHER_VALUES:  # it sees what its operand sees
                 return (chain, *where)
             step = base.then(size, self.func, rest, index)
             step.blurred = step.blurred or blurs
@@ -108,14 +108,14 @@ class ViewOperator:
         return further(found)
 
     def _positional(self, rest: tuple[Any, ...], kwargs: Any) -> tuple[Any, ...]:
-        """Arguments by position, with PyTorch's defaults between."""
+        """Return all arguments by position, with PyTorch's defaults between them."""
         full = list(rest)
         for argument in self.func._schema.arguments[1 + len(rest) :]:
             full.append(_frozen(kwargs.get(argument.name, argument.default_value)))
         return tuple(full)
 
     def _as_strided(self, x: Tensor, rest: Any, found: Any) -> Any:
-        """It addresses the memory itself, whatever part of it the operand sees."""
+        """Address the memory itself, whatever part of it the operand sees."""
         offset = rest[2] if len(rest) > 2 and rest[2] is not None else x.storage_offset()
         steps = x._chain.steps if x._chain is not None else ()
         if any(s.op in OTHER_ELEMENTS for s in steps):
@@ -131,7 +131,7 @@ def _listed(found: Any) -> list[Any]:
 
 
 def stopped(chain: Any, size: Any) -> Any:
-    """The chain, and one step further the end of JAX's derivative."""
+    """Return the chain with one step more, which ends JAX's derivative."""
     return (chain or ROOT).then(tuple(size), torch.ops.aten.detach.default, ())
 
 
@@ -143,7 +143,7 @@ def geometry(
     stride: tuple[int, ...],
     offset: int,
 ) -> Any:
-    """(dtype, sizes, strides, offset) of what a view operator returns, one or a list, by torch."""
+    """Ask torch for (dtype, sizes, strides, offset) of a view operator's result or results."""
     with _disable_current_modes(), torch.no_grad():
         room = offset + 1 + sum((n - 1) * s for n, s in zip(size, stride, strict=True) if n)
         base = torch.empty(room, dtype=dtype, device="meta").as_strided(size, stride, offset)

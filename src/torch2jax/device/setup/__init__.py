@@ -1,1 +1,1 @@
-"""``device.enable()`` makes "jax" a PyTorch device by what stands here."""
+"""``device.enable()`` makes "jax" a PyTorch device with the modules of this package."""

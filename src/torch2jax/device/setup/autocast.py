@@ -1,4 +1,4 @@
-"""Mixed precision: casts in front of PyTorch's own lists of operators."""
+"""Autocast casts operands in front of the operators that PyTorch's own lists name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..tensors.tensor import AUTOCAST
 
 __all__ = ["register_autocast"]
 
-# PyTorch's lists for CUDA: what gains from half precision, and what needs float32.
+# These are PyTorch's lists for CUDA of what gains from half precision, and what needs float32.
 _LOWER = (
     *("conv1d", "conv2d", "conv2d.padding", "conv3d", "conv_transpose1d", "conv_transpose2d.input"),
     *("conv_transpose3d.input", "convolution", "conv1d.padding", "conv3d.padding"),
@@ -44,7 +44,7 @@ _FLOAT = (
 
 
 def register_autocast() -> list[Any]:
-    """Put the casts in place; they last as long as what is returned."""
+    """Put the casts in place. They last as long as what is returned."""
     rest = torch.library.Library("_", "IMPL", "AutocastPrivateUse1")
     rest.fallback(torch.library.fallthrough_kernel)
     library = torch.library.Library("aten", "IMPL")

@@ -1,4 +1,4 @@
-"""Everything that this package changes in PyTorch itself, and why.
+"""This file has everything that this package changes in PyTorch itself, and why.
 
 PyTorch cannot let go of a device, and tensors of one may live as long as the process, so these
 changes stay. ``change_pytorch`` makes them. Other tensors are computed as before.
@@ -18,11 +18,11 @@ changes stay. ``change_pytorch`` makes them. Other tensors are computed as befor
 
 These changes last while a function is traced, and are undone after it.
 
-- ``autograd.Function.apply`` and the ``BackwardHook`` of modules: a derivative of the user's own
-  must become one of JAX's. Other threads go past ours to PyTorch's.
+- ``autograd.Function.apply`` and the ``BackwardHook`` of modules: a derivative that the user has
+  written must become one of JAX's. Other threads go past ours to PyTorch's.
 - ``_detect_is_causal_mask`` of transformers and ``_BatchNorm.forward``: they ask a tensor for its
-  value, which a trace does not have. Of other tensors they are PyTorch's.
-- What ``torch.compile`` has made runs as it was written: it does not compile for device jax.
+  value, which a trace does not have. For other tensors they do what PyTorch's do.
+- Functions that ``torch.compile`` has made run uncompiled: it does not compile for device jax.
 - ``torch.compiler.is_compiling()``: PyTorch's own checks would ask for values. PyTorch has one flag
   for all threads, so other threads see it too.
 """
@@ -58,7 +58,7 @@ def change_pytorch() -> None:
 
 
 class _Moves(threading.local):
-    """The new parameter of each old one while this thread converts a module."""
+    """It has the new parameter of each old one while this thread converts a module."""
 
     def __init__(self) -> None:
         self.depth = 0
@@ -69,18 +69,18 @@ _moves = _Moves()
 
 
 def _keep_ties() -> None:
-    """Let ``Module._apply`` make one parameter of one, where it goes to device jax or comes back.
+    """Let ``Module._apply`` keep a parameter one on its way to device jax or back.
 
     PyTorch moves a parameter by ``param.data = moved`` where both are of one kind, as for CUDA. To
-    device jax each module makes a new parameter of its own, and what was tied would be two. What
-    does not touch device jax is converted as before.
+    device jax each module makes a new parameter of its own, and a tied parameter would become two.
+    Modules that do not touch device jax are converted as before.
     """
     convert: Callable[..., Any] = torch.nn.Module._apply
 
     @functools.wraps(convert)
     def apply(self: torch.nn.Module, fn: Any, recurse: bool = True) -> Any:
         before = dict(self._parameters)
-        _moves.depth += 1  # a module converts its parts by this method
+        _moves.depth += 1  # a module converts its submodules by this method
         try:
             result = convert(self, fn, recurse)
             for name, old in before.items():
@@ -104,7 +104,7 @@ def _keep_ties() -> None:
 def _scale_without_float64() -> None:
     """Let ``GradScaler`` compute the inverse of its scale in float32 where there is no float64.
 
-    Its scale is a power of two unless the user chose another, whose inverse float32 has exactly.
+    The scale is a power of two unless the user chose another, so float32 has its inverse exactly.
     """
     original = torch.amp.GradScaler.unscale_
 
@@ -138,9 +138,9 @@ def _allow_foreach() -> None:
 
 _lock = threading.Lock()
 _compiling: list[bool] = []
-"""PyTorch's flag as it was, once for each trace under way."""
+"""PyTorch's flag as it was before each trace under way."""
 _traces = [0]
-"""Traces under way, on all threads."""
+"""The number of traces under way on all threads."""
 
 _ours: list[tuple[Any, str, Any]] = []
 _theirs: list[tuple[Any, str, Any]] = []
@@ -149,16 +149,16 @@ _ABSENT = object()
 
 
 def replace_while_tracing(owner: Any, name: str, ours: Any) -> None:
-    """Let ``owner.name`` be ours during traces."""
+    """Let ``owner.name`` be ``ours`` during traces."""
     _ours.append((owner, name, ours))
 
 
 @contextlib.contextmanager
 def replacing() -> Iterator[None]:
-    """In this scope a function is traced. After the last trace nothing of ours is left.
+    """In this scope a function is traced. The end of the last trace undoes the changes.
 
-    PyTorch finds these functions by their names, in a class or a module. Ours look whether the call
-    is of a traced function, since other threads meet them too.
+    PyTorch finds these functions by their names, in a class or a module. Ours ask whether a traced
+    function calls them, since other threads meet them too.
     """
     with _lock:
         _traces[0] += 1
@@ -187,7 +187,7 @@ def replacing() -> Iterator[None]:
 def compiling() -> Iterator[None]:
     """In this scope ``torch.compiler.is_compiling()`` is True.
 
-    PyTorch's own code then asks for no values. The flag is one for all threads.
+    PyTorch's own code then asks for no values. All threads share the flag.
     """
     with _lock:
         _compiling.append(torch.compiler._is_compiling_flag)

@@ -11,7 +11,7 @@ from ..tensors.tensor import Tensor as _Tensor
 
 
 class DeviceModule:
-    """The functions of ``torch.jax``, and the class of its tensors."""
+    """``torch.jax`` is an instance, with the device's functions and the class of its tensors."""
 
     Tensor = _Tensor
 
@@ -41,7 +41,7 @@ class DeviceModule:
         pass
 
     def synchronize(self, device: Any = None) -> None:
-        """Programs are dispatched asynchronously, and values wait for themselves."""
+        """Do nothing: programs are dispatched asynchronously, and reading a value waits for it."""
 
     def empty_cache(self) -> None:
         pass
@@ -66,7 +66,7 @@ class DeviceModule:
     def set_rng_state(self, state: torch.Tensor, device: Any = None) -> None:
         random_streams.set_state(state)
 
-    class device:  # the name that torch looks up: torch.jax.device(index)
+    class device:  # torch looks it up as torch.jax.device(index)
         def __init__(self, index: Any) -> None:
             pass
 

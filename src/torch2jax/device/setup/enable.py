@@ -1,6 +1,6 @@
-"""Makes "jax" a PyTorch device, once, for the process.
+"""``enable`` makes "jax" a PyTorch device, once, for the process.
 
-Other tensors are computed as before. What changes in PyTorch itself: see ``changes_of_pytorch``.
+Other tensors are computed as before. ``changes_of_pytorch`` lists what changes in PyTorch itself.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ __all__ = ["enable", "is_enabled"]
 
 _lock = threading.Lock()
 _libraries: list[Any] = []
-"""Registrations of kernels, which last as long as these objects; none before ``enable``."""
+"""Registrations of kernels, which last as long as these objects. ``enable`` makes them."""
 
 
 def is_enabled() -> bool:
-    """Whether "jax" is a PyTorch device in this process.
+    """Say whether "jax" is a PyTorch device in this process.
 
     >>> import torch2jax
     >>> torch2jax.device.enable()
@@ -39,7 +39,7 @@ def is_enabled() -> bool:
 
 
 def enable() -> None:
-    """Make "jax" a PyTorch device, for this process. Calling it again does nothing.
+    """Make "jax" a PyTorch device for this process. Calling it again does nothing.
 
     Afterwards ``torch.randn(3, device="jax")``, ``.to("jax")``, ``with torch.device("jax"):`` and
     whatever else takes a device work, on the device that JAX computes on. Other tensors are
@@ -48,8 +48,8 @@ def enable() -> None:
     be used in the same process.
 
     Raises:
-        Torch2JaxError: another library has taken PyTorch's one place for a device of a library;
-            or PyTorch is older than 2.10.
+        Torch2JaxError: another library has taken PyTorch's one place for a device of a library, or
+            PyTorch is older than 2.10.
 
     >>> import torch, torch2jax
     >>> torch2jax.device.enable()

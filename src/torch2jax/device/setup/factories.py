@@ -1,4 +1,4 @@
-"""Kernels that the dispatcher finds by the device: factories, and two that copy and read values."""
+"""The dispatcher finds these kernels by the device: factories, a copy and a read of a value."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..tensors.tensor import only_one
 
 
 def register_factories() -> Any:
-    """Kernels for operators without a tensor among their arguments."""
+    """Register kernels for operators without a tensor among their arguments."""
     library = torch.library.Library("aten", "IMPL")
     for name in _FACTORIES:
         packet, _, which = name.partition(".")
@@ -27,12 +27,12 @@ def register_factories() -> Any:
 
 
 def _number(x: Any) -> Any:
-    """``torch.tensor([x, y])`` of tensors reads their numbers past ``__torch_dispatch__``."""
+    """Read a number for ``torch.tensor([x, y])``, which goes past ``__torch_dispatch__``."""
     return dispatch.dispatch(torch.ops.aten._local_scalar_dense.default, (), (x,))
 
 
 def _copy_from(source: Any, target: Any, non_blocking: bool = False) -> Any:
-    """``torch.tensor(data, device="jax")`` moves its data by it, past ``__torch_dispatch__``."""
+    """Move data for ``torch.tensor(data, device="jax")``, which goes past the dispatch."""
     return dispatch.dispatch(torch.ops.aten.copy_.default, (), (target, source))
 
 

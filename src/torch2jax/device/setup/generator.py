@@ -1,8 +1,8 @@
-"""``torch.Generator(device="jax")``: a generator of PyTorch's for the CPU that says it is for jax.
+"""``torch.Generator(device="jax")`` is PyTorch's generator for the CPU that says it is for jax.
 
 PyTorch makes generators of other devices in C++ alone, where a device made in Python has no say.
-What is drawn on device jax takes JAX keys from whatever generator it is given, see ``random``, so
-one of the CPU has all that is needed: a seed, a state, and a sequence of its own.
+Draws on device jax take JAX keys from whatever generator they are given; see ``random_streams``. So
+a generator of the CPU has all that is needed: a seed, a state, and a sequence of its own.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _original: Any = torch._C.Generator
 
 
 class _IsGenerator(type(_original)):
-    """Every generator is an instance of what ``torch.Generator`` names."""
+    """The metaclass says that every generator is an instance of ``torch.Generator``."""
 
     def __instancecheck__(self, instance: Any) -> bool:
         return isinstance(instance, _original)
@@ -37,7 +37,7 @@ class _IsGenerator(type(_original)):
 
 class Generator(_original, metaclass=_IsGenerator):
     __doc__ = _original.__doc__
-    __module__ = "torch"  # where programs find it
+    __module__ = "torch"  # programs find it there
 
     @property
     def device(self) -> torch.device:

@@ -1,7 +1,7 @@
-"""``torch.load(..., map_location="jax")``: the file's CPU tensors, moved as they are rebuilt.
+"""``torch.load(..., map_location="jax")`` moves the file's CPU tensors as they are rebuilt.
 
 PyTorch restores storages and then lays tensors over them. A storage for device jax stays in the
-CPU's memory and only says that it is on "jax": the tensor that is laid over it is a copy on JAX.
+CPU's memory and only says that it is on "jax". The tensor that is laid over it is a copy on JAX.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from ..tensors.tensor import Tensor, become, only_one
 __all__ = ["register_loading"]
 
 _FIRST = 5
-"""Before PyTorch's own restorers, the first of which is 10."""
+"""It comes before PyTorch's own restorers, the first of which is 10."""
 
 
 class _Loaded(torch.UntypedStorage):
-    """A storage in the CPU's memory whose tensors are to be on device jax."""
+    """It is a storage in the CPU's memory whose tensors are to be on device jax."""
 
     made: dict[Any, Tensor]
 
@@ -52,7 +52,7 @@ def _lay_over(args: Any, kwargs: Any) -> Any:
     x, storage, *layout = args
     if type(storage) is not _Loaded:
         return refuse_storage(args, kwargs)
-    # Tensors that are the same in memory stay so: tied weights.
+    # Tensors that are the same in memory, such as tied weights, stay the same.
     key = (x.dtype, repr(layout))
     if key not in storage.made:
         host = torch.empty(0, dtype=x.dtype, device="cpu").set_(storage, *layout)

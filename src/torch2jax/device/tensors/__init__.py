@@ -1,1 +1,1 @@
-"""The tensor of device "jax": its array, its views and its methods."""
+"""The tensor of device "jax" has an array, views and methods."""

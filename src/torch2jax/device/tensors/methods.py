@@ -1,4 +1,4 @@
-"""Everyday methods of a tensor on device "jax" that PyTorch does not derive from operators."""
+"""A tensor on device "jax" gets the methods that PyTorch does not derive from operators."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def _cpu(self: Tensor, memory_format: Any = None) -> torch.Tensor:
 
 
 def _to(self: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """As PyTorch's; the same tensor where device and dtype are already those."""
+    """Move or cast as PyTorch does. Return the tensor itself where nothing changes."""
     at = 2 if args and isinstance(args[0], torch.dtype | torch.Tensor) else 3
     copy = kwargs.pop("copy", False) or args[at : at + 1] == (True,)
     args = args[:at]
@@ -113,7 +113,7 @@ def _deepcopy(self: Tensor, memo: dict[int, Any]) -> Any:
 
 
 def _reduce(self: Tensor, protocol: int) -> Any:
-    """A saved tensor is one of PyTorch's own, on the CPU: files load anywhere."""
+    """Save a tensor as PyTorch's own on the CPU, so that files load anywhere."""
     host: Any = to_torch(_detached(self), "pickling")
     if getattr(self, "_is_param", False):
         host = torch.nn.Parameter(host, self.requires_grad)
@@ -127,10 +127,10 @@ def _detached(self: Tensor) -> Any:
 
 
 def _data(self: Tensor) -> Tensor:
-    """``x.data``: the same memory without autograd's knowledge.
+    """Return ``x.data``: the same memory without autograd's knowledge.
 
-    It is no view to autograd, whose view it would be after ``detach``: it has a version counter of
-    its own, so that writing to it does not forbid what was saved of ``x``.
+    To autograd it is no view, as the result of ``detach`` would be. It has a version counter of its
+    own, so that a write to it does not forbid the use of what was saved of ``x``.
     """
     seen: Any = self.detach()
     return wrap_view(
@@ -181,7 +181,7 @@ def _block(self: Tensor) -> Tensor:
 
 
 class _NoInnerTensors:
-    """``torch.compile`` asks an operand for its inner tensors before it wraps it."""
+    """It refuses ``torch.compile``, which asks an operand for its inner tensors."""
 
     def __get__(self, instance: Any, owner: Any) -> Any:
         from torch._guards import TracingContext
@@ -196,7 +196,7 @@ class _NoInnerTensors:
 
 
 def install() -> None:
-    """Put the methods into the class."""
+    """Put the methods into the class ``Tensor``."""
     for name, method in (
         ("__repr__", _repr),
         ("numpy", _numpy),

@@ -1,9 +1,9 @@
-"""The tensor: a cell that holds one JAX array, and the view steps from there to what is seen.
+"""A tensor is a cell that holds one JAX array, and the view steps from there to what it shows.
 
 NOTE [The wrapper's C++ device is lazy]. To C++ a tensor is on "lazy:0", to Python on "jax:0".
-PyTorch's autograd engine gives each accelerator's backward a thread of its own, where JAX's tracers
-do not work, and asks its device guard there, which must not raise; for "lazy" backward stays on the
-caller's thread without a guard. Kernels are registered for both keys.
+PyTorch's autograd engine gives each accelerator's backward pass a thread of its own, where JAX's
+tracers do not work. There it asks the device guard, which must not raise. For "lazy" the backward
+pass stays on the caller's thread without a guard. Kernels are registered for both keys.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 LAZY = torch.device("lazy", 0)
-# Autocast's kernels are found by a key of their own, which "lazy" does not bring.
+# PyTorch finds autocast's kernels by a key of their own, which "lazy" does not bring.
 AUTOCAST: Any = torch._C.DispatchKey.AutocastPrivateUse1  # type: ignore[attr-defined]
 OPTIONS = {"device": LAZY, "_extra_dispatch_keys": torch._C.DispatchKeySet(AUTOCAST)}
 make = torch.Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
@@ -48,7 +48,7 @@ make = torch.Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
 
 _serials = itertools.count()
 captures: list[Any] = []
-"""The traces of ``device.jit`` under way, on all threads; see ``captured``."""
+"""The traces of ``device.jit`` under way on all threads; see ``captured``."""
 
 
 def note_born(cell: Cell) -> None:
@@ -57,10 +57,10 @@ def note_born(cell: Cell) -> None:
 
 
 class Cell:
-    """Memory: one array, in row-major order, which in-place operations replace.
+    """A cell is memory: one array, in row-major order, which in-place operations replace.
 
     ``recipe`` tells how a large constant of a trace was made, so that it need not be embedded in
-    the program: see ``constants``.
+    the program; see ``constants``.
     """
 
     __slots__ = ("__weakref__", "array", "recipe", "serial", "version")
@@ -72,16 +72,16 @@ class Cell:
             note_born(self)
 
     def renew(self, array: Any) -> None:
-        """Put in what a write has made."""
+        """Put in the array that a write has made."""
         self.array, self.recipe = array, None
         self.version += 1
 
 
 class Tensor(torch.Tensor):
-    """A PyTorch tensor on device "jax". Made by PyTorch's own functions, and by ``tensor``."""
+    """A ``Tensor`` is PyTorch's on device "jax"; PyTorch's functions and ``tensor`` make it."""
 
-    # Libraries (opt_einsum) choose what computes by the root of this name; it is found there once
-    # the device is enabled, so that the class can be pickled.
+    # Libraries (opt_einsum) choose what computes by the root of this name. Once the device is
+    # enabled the class is found under this name, so that it can be pickled.
     __module__ = "torch.jax"
 
     _cell: Cell
@@ -90,23 +90,23 @@ class Tensor(torch.Tensor):
     _hooks: Any = None
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
-    # ``__torch_dispatch__`` and the everyday methods are put in by ``dispatch`` and ``methods``.
+    # ``dispatch`` puts in ``__torch_dispatch__``, and ``methods`` puts in the everyday methods.
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
         return _device()
 
     def jax(self) -> jax.Array:
-        """The JAX array of this tensor's values; a copy only where the tensor is a view.
+        """Return the JAX array of this tensor's values; only a view is copied.
 
-        In-place operations on the tensor do not change the array. While x64 is off it is int32 for
-        an int64 tensor. A tensor under a trace gives its tracer.
+        In-place operations on the tensor do not change the array. While x64 is off the array of an
+        int64 tensor is int32. A tensor under a trace returns its tracer.
         """
         return read(self)
 
 
 def only_one(device: Any) -> None:
-    """Refuse "jax:1": there is one device, whose tensors may be on several of JAX's."""
+    """Refuse "jax:1": there is one device, whose tensors may be on several devices of JAX."""
     if device is not None and device.index:
         raise RuntimeError(
             f"there is no device {device}: device jax has the index 0 alone. "
@@ -120,7 +120,7 @@ def _device() -> torch.device:
 
 
 def wrap(array: Any, dtype: torch.dtype, recipe: Any = None) -> Tensor:
-    """A new tensor with memory of its own that is ``array``."""
+    """Return a new tensor with memory of its own that is ``array``."""
     t = make(Tensor, array.shape, dtype=dtype, **OPTIONS)
     t._cell = Cell(array, recipe)
     return t
@@ -134,14 +134,14 @@ def wrap_view(
     stride: Sequence[int],
     offset: int,
 ) -> Tensor:
-    """A new tensor on the memory of ``base``."""
+    """Return a new tensor on the memory of ``base``."""
     t = make(Tensor, size, stride, offset, dtype=dtype, **OPTIONS)
     t._cell, t._chain = base._cell, chain
     return t
 
 
 def read(t: Tensor) -> Any:
-    """The values of a tensor, an array or a tracer."""
+    """Return the values of a tensor: an array or a tracer."""
     return read_cell(t, t._cell.array)
 
 
@@ -162,16 +162,16 @@ def read_cell(t: Tensor, array: Any) -> Any:
 
 
 def write(t: Tensor, value: Any) -> None:
-    """Replace the values of a tensor; other tensors on the same memory see it."""
+    """Replace the values of a tensor. Other tensors on the same memory see them."""
     cell, chain = t._cell, t._chain
     cell.renew(value if chain is None else chain.set(cell.array, value))
     if chain is not None and chain.stops and isinstance(cell.array, Tracer):
-        # The memory has the derivative of what it held, the tensor that of what was written.
+        # The memory keeps the derivative of what it held. The tensor has that of what was written.
         t._memo = (cell.array, get_opaque_trace_state(), value)
 
 
 def replace(t: Tensor, value: Any) -> None:
-    """``write`` a value that may have another shape, as an ``out=`` takes it."""
+    """Write a value that may have another shape, as an ``out=`` takes it."""
     if value.shape == t.shape:
         write(t, value)
         return
@@ -186,14 +186,14 @@ def replace(t: Tensor, value: Any) -> None:
 
 
 def become(x: Tensor, other: Tensor) -> Tensor:
-    """Make ``x`` what ``other`` is: sizes, dtype and memory."""
+    """Make ``x`` what ``other`` is, in sizes, dtype and memory."""
     torch.Tensor.data.__set__(x, other)  # type: ignore[attr-defined]
     x._cell, x._chain, x._memo = other._cell, other._chain, None
     return x
 
 
 def refuse_overlap(t: Tensor, fills: bool) -> None:
-    """A view that sees an element several times has no one value to write there, but to fill it."""
+    """Refuse to write to a view that sees an element several times, unless the write fills it."""
     chain = t._chain
     assert chain is not None
     if chain.blurred or (not fills and chain.overlaps(t.shape, t.stride())):
@@ -204,7 +204,7 @@ def refuse_overlap(t: Tensor, fills: bool) -> None:
 
 
 def from_torch(x: torch.Tensor) -> Any:
-    """The array of a tensor that is not on device "jax": a copy, 64-bit integers checked."""
+    """Return the array of a tensor that is not on device "jax": a copy, 64-bit integers checked."""
     array_dtype(x.dtype)
     x = x.detach()
     if x.layout is not torch.strided:
@@ -214,11 +214,11 @@ def from_torch(x: torch.Tensor) -> Any:
 
 
 class ValueNeeded(Torch2JaxError):
-    """A Python value is asked of a tensor that is being traced."""
+    """Code asks for the Python value of a tensor that is being traced."""
 
 
 def concrete(t: Tensor, what: str) -> jax.Array:
-    """The values of a tensor, which are asked for as Python or NumPy objects."""
+    """Return the values of a tensor, or raise ``ValueNeeded`` where it is being traced."""
     array = read(t)
     if type(array) is not ArrayImpl and not isinstance(array, ArrayImpl):
         raise ValueNeeded(
@@ -230,7 +230,7 @@ def concrete(t: Tensor, what: str) -> jax.Array:
 
 
 def to_torch(t: Tensor, what: str = "cpu()") -> torch.Tensor:
-    """A copy of the values in PyTorch's own CPU memory, in the tensor's dtype."""
+    """Copy the values to PyTorch's own CPU memory, in the tensor's dtype."""
     array = concrete(t, what)
     with _disable_current_modes():
         host = np.asarray(array)

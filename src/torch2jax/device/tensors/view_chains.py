@@ -1,9 +1,10 @@
-"""Chains: the steps from the array in a tensor's cell to what the tensor sees.
+"""A chain has the steps from the array in a tensor's cell to what the tensor sees.
 
-A step is a view operator with its arguments. In eager mode reading and writing through a chain is a
-compiled program, and where a step starts in its dimension is an operand of it: the chains of
-``x[0]`` and ``x[1]`` have one ``pattern`` and two ``starts``, so that a loop over an index compiles
-once. While a trace is under way starts are numbers, which XLA does better with.
+A step is a view operator with its arguments. In eager mode a compiled program reads or writes
+through a chain, and the place where a step starts in its dimension is an operand of the program.
+The chains of ``x[0]`` and ``x[1]`` have one ``pattern`` and two ``starts``, so that a loop over an
+index compiles once. While a trace is under way starts are numbers, of which XLA makes better
+programs.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ aten = torch.ops.aten
 
 
 class Step:
-    """One view operator with its arguments; ``index`` picks one of several results.
+    """A step is one view operator with its arguments; ``index`` picks one of several results.
 
-    With a ``slot`` the first argument is that one of the starts.
+    With a ``slot`` the first argument is the start of that number.
     """
 
     __slots__ = ("args", "index", "op", "slot")
@@ -62,7 +63,7 @@ class Step:
 
 
 class Pattern:
-    """Steps whose starts are given with the array: ``operand`` is the array, or both."""
+    """A pattern has steps without starts. ``operand`` is the array, or the array and the starts."""
 
     __slots__ = ("_next", "count", "jitted", "steps")
 
@@ -76,7 +77,7 @@ class Pattern:
         return _get(steps, array)
 
     def set(self, operand: Any, latest: Any, value: Any) -> Any:
-        """The new array, from ``latest`` where the operand's has been written to before."""
+        """Return the new array, from ``latest`` where the operand's has been written to before."""
         array, steps = self._with_starts(operand)
         return _set(steps, array if latest is None else latest, value)
 
@@ -91,14 +92,14 @@ class Pattern:
         pattern = self._next.get(key)
         if pattern is None:
             step = Step(op, args, index, self.count if moves else None)
-            # Two threads may both make it; one of them stays.
+            # Two threads may both make one; the first one stays.
             new = Pattern((*self.steps, step), self.count + moves)
             pattern = self._next.setdefault(key, new)
         return pattern
 
 
 class Chain:
-    """The steps of one view, with numbers; programs that its pattern allows are shared."""
+    """A chain has the steps of one view, with numbers; views of one pattern share programs."""
 
     __slots__ = (
         "_next", "_overlaps", "_starts_on_device", "_used", "blurred", "pattern", "starts", "steps",
@@ -114,7 +115,7 @@ class Chain:
         self._used = False
         self._overlaps: bool | None = None
         self.blurred = False
-        """Whether it sees elements several times as other values, so that no part can be set."""
+        """Whether it sees elements several times with other values, so that none can be set."""
         self._next: dict[Any, Chain] = {}
 
     def get(self, array: Any) -> Any:
@@ -124,31 +125,31 @@ class Chain:
         return _set(self.steps, array, value)
 
     def operand(self, array: Any) -> Any:
-        """The operand of the pattern's programs for this view of an array."""
+        """Return the operand of the pattern's programs for this view of an array."""
         if self.starts is None:
             return array
         if self._starts_on_device is not None:
             return array, self._starts_on_device
         if self._used and trace_state_clean():
-            # A view that is used again: from here on a call costs 2 µs less.
+            # The view is used again. From here on a call costs 2 µs less.
             self._starts_on_device = jax.device_put(self.starts)
         self._used = True
         return array, self.starts
 
     def overlaps(self, size: Sequence[int], stride: Sequence[int]) -> bool:
-        """Whether the view, which is of these sizes and strides, sees an element several times."""
+        """Say whether the view, of these sizes and strides, sees an element several times."""
         if self._overlaps is None:
             self._overlaps = overlaps(size, stride)
         return self._overlaps
 
     def read(self, array: Any) -> Any:
-        """The values of the view, by a compiled program."""
+        """Compute the values of the view by a compiled program."""
         return self.pattern.jitted(self.operand(array))
 
     def then(
         self, size: tuple[int, ...], op: Any, args: tuple[Any, ...], index: int | None = None
     ) -> Chain:
-        """One step further from a view of this size. Chains are kept, not all of them for ever."""
+        """Go one step further from a view of this size. Chains are kept, but not all for ever."""
         key = (size, op, args, index)
         chain = self._next.get(key)
         if chain is None:
@@ -172,9 +173,9 @@ class Chain:
 
 
 def _moving(size: tuple[int, ...], op: Any, args: Any, index: Any) -> Any:
-    """A part of one dimension as (operator that is told its start, start, other arguments).
+    """Return a part of one dimension as (operator that takes a start, start, other arguments).
 
-    None where that is not what a step is, and for the whole of the dimension.
+    The result is None where the step takes no such part, and for the whole of the dimension.
     """
     if op is aten.select.int or op is aten.unbind.int:
         dim, start = args if index is None else ((args or (0,))[0], index)
@@ -199,7 +200,7 @@ def _get(steps: tuple[Step, ...], array: Any) -> Any:
 
 
 def _set(steps: tuple[Step, ...], array: Any, value: Any) -> Any:
-    """The new array: by runs of steps that select elements, and what sees other values between."""
+    """Return the new array: set runs of steps that select elements, and other steps between."""
     for k, step in enumerate(steps):
         if step.op in OTHER_ELEMENTS or step.op is aten.detach.default:
             before = _get(steps[:k], array)
@@ -210,7 +211,7 @@ def _set(steps: tuple[Step, ...], array: Any, value: Any) -> Any:
 
 def _set_elements(steps: tuple[Step, ...], array: Any, value: Any) -> Any:
     if any(step.op not in SETTERS for step in steps):
-        # A step (unfold) may see an element several times, even if the whole view does not.
+        # A step (unfold) may see an element several times, even where the whole view does not.
         return scatter(lambda x: _get(steps, x), array, value)
     if not steps:
         return value
@@ -226,7 +227,7 @@ ROOT = Chain((), Pattern((), 0), ())
 
 
 def overlaps(size: Sequence[int], stride: Sequence[int]) -> bool:
-    """Whether a view sees an element of memory several times."""
+    """Say whether a view sees an element of memory several times."""
     if 0 in size:
         return False
     reach = 0

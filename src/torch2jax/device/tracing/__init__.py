@@ -1,1 +1,1 @@
-"""The state of PyTorch and of this package while JAX traces a PyTorch function."""
+"""These modules set up PyTorch and this package while JAX traces a PyTorch function."""

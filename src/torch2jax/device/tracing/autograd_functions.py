@@ -1,9 +1,9 @@
-"""``torch.autograd.Function`` under ``lower=True``: its own backward pass, as JAX's derivative.
+"""The backward pass of a ``torch.autograd.Function`` becomes JAX's derivative in a trace.
 
-JAX differentiates what the forward pass did, operator by operator; a function with a derivative of
-its own (a straight-through estimator) must keep that. So ``apply`` becomes a ``jax.custom_vjp``,
-whose backward pass runs the forward pass again under PyTorch's autograd, on tracers, and its
-backward.
+Under ``lower=True`` JAX differentiates what the forward pass did, operator by operator. A function
+with a derivative of its own (a straight-through estimator) must keep that. So ``apply`` becomes a
+``jax.custom_vjp``. Its backward pass runs the forward pass again under PyTorch's autograd, on
+tracers, and then PyTorch's backward pass.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ _active = _Active()
 def differentiable_by_jax() -> Iterator[None]:
     """In this scope ``apply`` of autograd functions is ours, for this thread.
 
-    PyTorch's ``apply`` of Python ends in one of C++, found through a base class; for the time of a
-    trace ours is found before it, also by an ``apply`` that was looked up earlier.
+    PyTorch's ``apply`` in Python calls one in C++, which it finds through a base class. During a
+    trace it finds ours first, even where ``apply`` was looked up earlier.
     """
     _active.depth += 1
     try:
@@ -71,7 +71,7 @@ def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
     arrays = [value_of(leaves[i]) for i in places]
     if not any(leaves[i].requires_grad for i in places):
         return function.outputs(function.call(*arrays), [leaves[i] for i in places])
-    # PyTorch's own autograd is at work here: its graph, with values that have JAX's derivative.
+    # PyTorch's own autograd is at work here. Its graph gets values that have JAX's derivative.
     out = _plain(cls, *args, **kwargs)
     made = [x for x in torch_tree.tree_leaves(out) if isinstance(x, Tensor)]
     after = function.stream.count if function.stream is not None else 0
@@ -87,21 +87,21 @@ def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 class _Differentiated:
-    """One call of a function of the user's, ``call(*arrays)`` with its own derivative for JAX."""
+    """One call of a user's function is ``call(*arrays)``, with its own derivative for JAX."""
 
     def __init__(self, cls: Any, leaves: list[Any], spec: Any, places: list[int]) -> None:
         self.cls, self.spec, self.places = cls, spec, places
-        # No tensor of the trace is kept: JAX keeps this object as long as the program.
+        # It keeps no tensor of the trace, because JAX keeps this object as long as the program.
         self.leaves = [None if i in places else x for i, x in enumerate(leaves)]
         self.dtypes = [leaves[i].dtype for i in places]
         self.stream = random_streams.current()
         self.start = self.stream.count if self.stream is not None else 0
         self.resume = state.resume
         self.outs: list[Any] = []
-        """Of each output that is a tensor its dtype, marked; the other outputs."""
+        """The outputs, with a mark and the dtype in the place of each tensor."""
         self.out_spec: Any = None
         self.written: dict[int, int] = {}
-        """Outputs that are inputs (``mark_dirty``), by their places among the tensors."""
+        """Which input an output is (``mark_dirty``), by their places among the tensors."""
         self.call = jax.custom_vjp(self._call)
         self.call.defvjp(lambda *arrays: (self.call(*arrays), arrays), self._backward)
 
@@ -109,7 +109,7 @@ class _Differentiated:
         return [value_of(x) for x in self._run(arrays, False)[1]]
 
     def _run(self, arrays: Any, requires_grad: bool) -> tuple[list[Tensor], list[Tensor]]:
-        """Inputs and outputs of the function on these arrays."""
+        """Return inputs and outputs of the function on these arrays."""
         with self.resume():
             tensors = [wrap(a, d) for a, d in zip(arrays, self.dtypes, strict=True)]
             given = tensors
@@ -123,7 +123,7 @@ class _Differentiated:
                 full[i] = t
             a, k = torch_tree.tree_unflatten(full, self.spec)
             if self.stream is not None:
-                self.stream.count = self.start  # the same draws in every run
+                self.stream.count = self.start  # every run draws the same
             depth, _active.depth = _active.depth, 0
             try:
                 out = _plain(self.cls, *a, **k)
@@ -177,7 +177,7 @@ class _Differentiated:
         return tuple(gradients)
 
     def outputs(self, results: list[Any], given: list[Tensor]) -> Any:
-        """What the call returns; an input that was written to is returned itself."""
+        """Return what the call returns; an input that was written to is returned itself."""
         found: list[Any] = []
         numbered = enumerate(results)
         for x in self.outs:

@@ -1,6 +1,6 @@
 """Gradients of PyTorch's autograd on device "jax" become cotangents, and back.
 
-The arithmetic stands in ``_conversions/cotangents.py``; here tensors stand for its arrays.
+``_conversions/cotangents.py`` has the arithmetic; here tensors stand for its arrays.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""A ``detach`` of the user's, which ends JAX's derivative, and PyTorch's own, which do not.
+"""The user's ``detach`` ends JAX's derivative, and PyTorch's own ``detach`` does not.
 
 NOTE [Detached by the user]. PyTorch's autograd detaches every result that it saves for a backward
-pass, straight by ``__torch_dispatch__``. A derivative that is taken inside a traced function is
+pass, directly by ``__torch_dispatch__``. A derivative that is taken inside a traced function is
 made of what was saved, so JAX's derivative of it has to go on there. What the user detaches
 (``detach``, ``detach_``, ``.data``) comes through the dispatcher, where kernels for autograd's key
 note it. They are registered when a function is first traced for JAX's derivative, because they cost
@@ -28,7 +28,7 @@ _libraries: list[Any] = []
 
 
 def watch_detach() -> None:
-    """Tell the user's ``detach`` from PyTorch's own, from now on."""
+    """Tell the user's ``detach`` from PyTorch's own from now on."""
     with _lock:
         if _libraries:
             return

@@ -13,7 +13,7 @@ __all__ = ["Events", "recorded"]
 
 
 class Events:
-    """How often each ``(operator, route, line)`` occurred in a call."""
+    """It counts how often each ``(operator, route, line)`` occurs in a call."""
 
     def __init__(self) -> None:
         self.counts: dict[tuple[str, str, str], int] = {}
@@ -33,7 +33,7 @@ def recorded() -> Iterator[Events]:
 
 
 def _line_of_user() -> str:
-    """``file:line`` of the innermost frame that is neither ours nor PyTorch's nor JAX's."""
+    """Return ``file:line`` of the innermost frame that is not ours, PyTorch's or JAX's."""
     ours = __name__.split(".")[0]
     frame = sys._getframe(2)
     while frame is not None:

@@ -1,12 +1,12 @@
-"""Hooks on gradients, under ``lower=True`` and ``device.jit``: JAX's derivative calls them.
+"""JAX's derivative calls hooks on gradients, under ``lower=True`` and ``device.jit``.
 
 A hook stands at a value whose gradient it sees and may replace. There the value becomes the result
 of an identity whose derivative, in reverse mode alone, calls the hook. Hooks run while JAX traces
 the derivative, so the gradients that they see are traced.
 
 NOTE [Backward hooks of modules]. A full backward hook sees the gradients of a call's results and
-of its inputs. So there are two identities: that of the results notes their gradients, that of the
-inputs, which JAX's derivative reaches later, calls the hooks with both.
+of its inputs. So there are two identities. The one at the results notes their gradients. JAX's
+derivative reaches the one at the inputs later, and that one calls the hooks with both.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def _is_traced(x: Any) -> bool:
 def _identity(
     arrays: Sequence[Any], dtypes: Sequence[torch.dtype], pull: Callable[[list[Any]], Sequence[Any]]
 ) -> list[Any]:
-    """The same arrays; ``pull`` takes and returns their gradients, as PyTorch has them."""
+    """Return the same arrays. ``pull`` takes and returns their gradients in PyTorch's sense."""
     resume = state.resume
 
     @jax.custom_vjp
@@ -62,7 +62,7 @@ def _identity(
 
 
 def _replacement(old: Any, new: Any, what: str) -> Any:
-    """The gradient after a hook, which returns another one or nothing."""
+    """Return the gradient after a hook, which returns another one or nothing."""
     if new is None:
         return old
     if not isinstance(new, Tensor) or new.shape != old.shape:
@@ -73,7 +73,7 @@ def _replacement(old: Any, new: Any, what: str) -> Any:
     return new
 
 
-# --- of tensors -----------------------------------------------------------------------------------
+# --- hooks of tensors ----------------------------------------------------------------------------
 
 
 def _register_hook(self: Tensor, hook: Callable[[Any], Any]) -> RemovableHandle:
@@ -82,7 +82,7 @@ def _register_hook(self: Tensor, hook: Callable[[Any], Any]) -> RemovableHandle:
         return theirs if theirs is not None else torch.Tensor.register_hook(self, hook)
     known = self._hooks
     if known is None or known[1:] != (self._cell, self._cell.version):
-        # PyTorch calls the hooks of one value in their order; a write makes it another value.
+        # PyTorch calls the hooks of one value in their order. A write makes it another value.
         hooks: OrderedDict[int, Any] = OrderedDict()
         write(self, _identity([value_of(self)], [self.dtype], _all_of(hooks))[0])
         known = self._hooks = (hooks, self._cell, self._cell.version)
@@ -102,7 +102,7 @@ def _all_of(hooks: OrderedDict[int, Any]) -> Any:
 
 
 class _Handles(RemovableHandle):
-    """Removes a hook from JAX's derivative, and from PyTorch's where it is at work too."""
+    """A handle removes a hook from JAX's derivative, and from PyTorch's where both are at work."""
 
     def __init__(self, hooks: Any, theirs: RemovableHandle | None) -> None:
         super().__init__(hooks)
@@ -144,7 +144,7 @@ for _name, _method in (
 
 
 def apply_hooks(source: torch.Tensor, target: torch.Tensor) -> None:
-    """Give ``target``, which stands for a module's parameter ``source``, the hooks of that one."""
+    """Give the hooks of a module's parameter ``source`` to ``target``, which stands for it."""
     if getattr(source, "_post_accumulate_grad_hooks", None):
         raise Torch2JaxError(
             "a parameter has a hook of register_post_accumulate_grad_hook, which under lower=True "
@@ -155,11 +155,11 @@ def apply_hooks(source: torch.Tensor, target: torch.Tensor) -> None:
         target.register_hook(hook)
 
 
-# --- of modules -----------------------------------------------------------------------------------
+# --- hooks of modules ----------------------------------------------------------------------------
 
 
 class _TracedBackwardHook(BackwardHook):
-    """The backward hooks of one call of a module."""
+    """It calls the backward hooks of one call of a module."""
 
     traced = False
     places: list[int]
@@ -201,7 +201,7 @@ class _TracedBackwardHook(BackwardHook):
                 new = new if isinstance(new, tuple) else (new,)
                 full = self._checked(full, new, "a full backward pre hook")
         self.gradients, self.trace = full, get_opaque_trace_state()
-        if not self.places:  # no input has a gradient: they are called here, and change nothing
+        if not self.places:  # hooks are called here where no input has a gradient
             for hook in self.user_hooks:
                 if hook(self.module, (None,) * self.count_in, full) is not None:
                     raise Torch2JaxError(
@@ -242,7 +242,7 @@ def _beside_none(found: Sequence[Any], places: Sequence[int], count: int) -> tup
 
 
 def _like(x: Tensor, array: Any) -> Tensor:
-    """A tensor with these values at the place of ``x`` in PyTorch's own graph, if it has one."""
+    """Return a tensor of these values at the place of ``x`` in PyTorch's graph, if it has one."""
     new: Any = x.view_as(x) if x.requires_grad else wrap(array, x.dtype)
     if x.requires_grad:
         new._cell, new._chain, new._memo = type(x._cell)(array), None, None

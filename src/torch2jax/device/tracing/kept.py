@@ -1,4 +1,4 @@
-"""Tensors of a trace that something outside of it keeps are taken out of it again.
+"""Where something outside of a trace keeps its tensors, they are taken out again.
 
 A function under ``functools.lru_cache`` that is first called in a trace returns a tensor on device
 "jax", perhaps a tracer. Plain PyTorch and the next trace must not meet it there.
@@ -20,7 +20,7 @@ __all__ = ["nothing_kept"]
 
 
 class _Made:
-    """The memory that this thread makes."""
+    """It collects the memory that this thread makes."""
 
     def __init__(self) -> None:
         self.thread = threading.get_ident()
@@ -41,7 +41,7 @@ class _Made:
 
 @contextlib.contextmanager
 def nothing_kept() -> Iterator[None]:
-    """Let no tensor that is made inside outlive it in caches, on errors either."""
+    """Let no tensor that is made inside outlive this scope in caches, even after an error."""
     made = _Made()
     captures.append(made)
     try:

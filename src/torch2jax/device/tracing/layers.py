@@ -1,4 +1,4 @@
-"""Layers of PyTorch's whose own Python asks for values that a traced function does not have."""
+"""Some of PyTorch's layers ask for values that a traced function does not have."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _their_detect: Any = transformers._detect_is_causal_mask
 
 
 def _detect_is_causal_mask(mask: Any, is_causal: Any = None, size: Any = None) -> bool:
-    """Whether a mask is the causal one; of a traced mask that is not known, so it is used."""
+    """Say whether a mask is the causal one. A traced mask counts as another, so it is used."""
     try:
         return _their_detect(mask, is_causal, size)
     except ValueNeeded:
@@ -27,7 +27,7 @@ def _detect_is_causal_mask(mask: Any, is_causal: Any = None, size: Any = None) -
 
 
 def _forward(self: Any, input: Any) -> Any:
-    """Batch norm whose statistics are plain means: with a momentum that is traced."""
+    """Run batch norm; where its statistics are plain means, the momentum is traced."""
     count = self.num_batches_tracked
     plain = self.training and self.momentum is None and self.track_running_stats
     if not (plain and type(count) is Tensor and not trace_state_clean()):

@@ -1,4 +1,4 @@
-"""The state of PyTorch in which a function is traced on device "jax"."""
+"""A function is traced on device "jax" in the state of PyTorch that is made here."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..._bridge.torch_side import ambient
 from ..._compat.torch import DeviceContext
 from .. import random_streams
 from ..thread_state import lowering_scope, state
-from . import hooks as _hooks  # noqa: F401  it is ours while functions are traced
+from . import hooks as _hooks  # noqa: F401  the import registers our hooks
 from . import layers as _layers  # noqa: F401
 from .autograd_functions import differentiable_by_jax
 from .detaching import watch_detach
@@ -21,14 +21,14 @@ __all__ = ["differentiated", "running"]
 
 
 class _OnJax(DeviceContext):
-    """``with torch.device("jax")``, for ``torch.normal(0.0, 1.0, size)`` too.
+    """The mode is ``with torch.device("jax")``, for ``torch.normal(0.0, 1.0, size)`` too.
 
-    PyTorch's default device leaves that one out: it would be drawn on the CPU, as a constant.
+    PyTorch's default device leaves that call out, which would draw a constant on the CPU.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        random_streams.refuse_generators((*args, *kwargs.values()))  # on the CPU too
+        random_streams.refuse_generators((*args, *kwargs.values()))  # those of the CPU too
         if func is torch.normal and (len(args) > 2 or "size" in kwargs):
             kwargs = {"device": self.device, **kwargs}
         return super().__torch_function__(func, types, args, kwargs)
@@ -36,7 +36,7 @@ class _OnJax(DeviceContext):
 
 @contextlib.contextmanager
 def running(default_dtype: torch.dtype, key: Any) -> Iterator[None]:
-    """The state in which ``fn`` is traced: device jax, JAX's derivatives, draws from the key."""
+    """In this scope a function is traced: on device jax, with JAX's derivatives and this key."""
 
     @contextlib.contextmanager
     def surroundings() -> Iterator[None]:
@@ -51,10 +51,10 @@ def running(default_dtype: torch.dtype, key: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def differentiated(surroundings: Any = contextlib.nullcontext) -> Iterator[None]:
-    """The state in which what a function does has JAX's derivatives, in these surroundings.
+    """In this scope, within these surroundings, JAX differentiates what a function does.
 
-    JAX runs a derivative that is the user's own (of an ``autograd.Function``, a hook) later, when
-    the function has ended; ``state.resume`` makes the same state again.
+    JAX runs a derivative that the user has written (an ``autograd.Function``, a hook) later, when
+    the function has ended. ``state.resume`` makes the same state again.
     """
     watch_detach()
     stream = random_streams.current()

@@ -1,4 +1,4 @@
-"""Operators that no JAX function of their operands can express. Importing fills the table."""
+"""No JAX function of the operands can express these operators. Importing fills the table."""
 
 from . import changes as changes
 from . import indices as indices

@@ -1,4 +1,4 @@
-"""Operators that change the tensor itself: its memory, its size, its strides."""
+"""These operators change the tensor itself: its memory, its size, its strides."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Indexing with masks, whose values decide the shape of the result."""
+"""An index may be a mask, whose values decide the shape of the result."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .table import aten, ordinary_way, special
 
 
 def _without_masks(x: Tensor, indices: Any, what: str) -> list[Any]:
-    """The indices, where each mask is replaced by the places at which it is true."""
+    """Return the indices, with each mask replaced by the places at which it is true."""
     found: list[Any] = []
     for index in indices:
         if index is None:
@@ -44,7 +44,7 @@ _scalar_tensor = ordinary_way(aten.scalar_tensor.default)
 
 @special(aten.scalar_tensor.default)
 def _number(args: Any, kwargs: Any) -> Any:
-    """``x[i] = 1.5`` makes a tensor of its value by it. Another value needs no other program."""
+    """Make the tensor of the value in ``x[i] = 1.5``. Another value needs no other program."""
     dtype = kwargs.get("dtype")
     if dtype is None or not trace_state_clean():
         return _scalar_tensor(args, kwargs)
@@ -63,7 +63,7 @@ def _index_tensor(args: Any, kwargs: Any) -> Any:
 
 
 def _beside(x: Any) -> Any:
-    """An index may be on the CPU, as it may beside CUDA tensors."""
+    """Take an index, which may be on the CPU, as it may beside CUDA tensors."""
     if type(x) is Tensor:
         return x
     with other_devices_allowed():
@@ -91,7 +91,7 @@ def index_put(func: Any) -> Any:
 
 
 def _masked(func: Any, x: Any, mask: Any, values: Any) -> Any:
-    """``x[mask] = number`` needs no places, so it works on tracers as well."""
+    """Compute ``x[mask] = number``, which needs no places, so it works on tracers as well."""
     mask = mask.view(*mask.shape, *[1] * (x.ndim - mask.ndim))
     number = values.reshape(()).to(x.dtype)
     if func._schema.is_mutable:
@@ -100,7 +100,7 @@ def _masked(func: Any, x: Any, mask: Any, values: Any) -> Any:
 
 
 def _masked_rows(func: Any, x: Any, mask: Any, values: Any, accumulate: bool) -> Any:
-    """``x[mask] = values``: the k-th place that is true takes the k-th row, or all the only one."""
+    """Compute ``x[mask] = values``: the k-th true place takes row k, or all take the only row."""
     places = aten.cumsum.default(mask.reshape(-1), 0) - 1
     row = x.shape[mask.ndim :]
     rows = values.expand(-1 if values.ndim > len(row) else 1, *row)

@@ -1,4 +1,4 @@
-"""Layers that write to their operands without their schema saying so, and packed sequences."""
+"""These are layers that write to operands unknown to their schema, and packed sequences."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ...thread_state import state
 from ..operands import NO_NESTED
 from .table import aten, ordinary_way, special
 
-# --- batch norm, whose statistics are written to without the schema saying so -------------------
+# --- batch norm writes to its statistics without the schema saying so ----------------------------
 
 
 @special(
@@ -46,7 +46,7 @@ def _batch_norm_with_update(args: Any, kwargs: Any) -> Any:
 
 @special(getattr(aten._nested_tensor_from_mask_left_aligned, "default", None))
 def _no_nested_tensor(args: Any, kwargs: Any) -> bool:
-    """``nn.TransformerEncoder`` asks whether a padded batch can be a nested tensor."""
+    """Tell ``nn.TransformerEncoder`` that a padded batch cannot be a nested tensor."""
     return False
 
 
@@ -61,12 +61,12 @@ def _refuse_nested(args: Any, kwargs: Any) -> Any:
     raise Torch2JaxError(NO_NESTED)
 
 
-# --- lengths, which are on the CPU beside tensors of any device ----------------------------------
+# --- lengths are on the CPU beside tensors of any device -----------------------------------------
 
 
 @special(aten._pack_padded_sequence.default)
 def _pack_padded_sequence(args: Any, kwargs: Any) -> Any:
-    """The places of what is kept, by PyTorch's own kernel; sizes of batches stay on the CPU."""
+    """Gather what PyTorch's own kernel says is kept. Sizes of batches stay on the CPU."""
     x, lengths, batch_first = args
     if type(lengths) is Tensor:
         lengths = to_torch(lengths, "the lengths of pack_padded_sequence")
@@ -80,7 +80,7 @@ def _pack_padded_sequence(args: Any, kwargs: Any) -> Any:
     return aten.index_select.default(rows, 0, kept), sizes
 
 
-# --- losses of sequences, of which the lengths decide a shape ------------------------------------
+# --- the lengths of sequences decide a shape in their losses -------------------------------------
 
 
 def _ctc_loss(func: Any) -> None:
@@ -100,7 +100,7 @@ def _ctc_loss(func: Any) -> None:
 
 
 def _integers(x: Any) -> Any:
-    """An array; of what is known one of NumPy."""
+    """Return an array, which is NumPy's where the values are known."""
     if isinstance(x, torch.Tensor):
         x = read(x) if type(x) is Tensor else x.numpy()
     return x if isinstance(x, Tracer) else np.asarray(x, np.int32)

@@ -1,4 +1,4 @@
-"""Operators that are no function of arrays: they move, ask for values, or change a tensor."""
+"""These operators are no functions of arrays: they move, assign to or change a tensor."""
 
 from __future__ import annotations
 

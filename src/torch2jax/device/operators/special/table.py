@@ -1,4 +1,4 @@
-"""The table of operators that are more than a function of arrays."""
+"""The table has the operators that are more than a function of arrays."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 from ..operator import Operator
 
 SPECIAL: dict[Any, Callable[..., Any]] = {}
-"""Operators that are more than a function of arrays: they take and return tensors."""
+"""Handlers of operators that are more than a function of arrays; they take and return tensors."""
 
 
 def special(*ops: Any) -> Callable[[Any], Any]:
-    """Register a handler ``(args, kwargs) -> result`` of operators."""
+    """Register a handler ``(args, kwargs) -> result`` for operators."""
 
     def register(fn: Any) -> Any:
         SPECIAL.update((op, fn) for op in ops if op is not None)
@@ -28,6 +28,6 @@ aten = torch.ops.aten
 
 
 def ordinary_way(func: Any) -> Any:
-    """The ordinary way of an operator that also has a handler."""
-    op = functools.cache(lambda: Operator(func))  # when first called: lowerings may come later
+    """Return the ordinary way of an operator that also has a handler."""
+    op = functools.cache(lambda: Operator(func))  # made when first called: lowerings may come later
     return lambda args, kwargs: op()(args, kwargs)

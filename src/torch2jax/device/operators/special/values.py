@@ -1,4 +1,4 @@
-"""Operators that ask for the values of a tensor."""
+"""These operators ask for the values of a tensor."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _is_traced(x: Any) -> bool:
 
 
 def _same_values(a: Any, b: Any) -> bool:
-    """Whether two tensors see the same values, whatever they are; of NaN that is said too."""
+    """Say whether two tensors see the same values, whatever these are, NaN included."""
     if type(b) is not Tensor or a.dtype is not b.dtype:
         return False
     return read(a) is read(b) or (a._cell is b._cell and _elements(a) == _elements(b))
@@ -67,7 +67,7 @@ _is_all_true = ordinary_way(aten._is_all_true.default)
 
 @special(aten._is_all_true.default)
 def _holds(args: Any, kwargs: Any) -> Any:
-    """``torch.distributions`` check their arguments by it. A traced function trusts them."""
+    """Check arguments for ``torch.distributions``. A traced function trusts them."""
     if not isinstance(read(args[0]), Tracer):
         return _is_all_true(args, kwargs)
     with jax.ensure_compile_time_eval():
@@ -76,7 +76,7 @@ def _holds(args: Any, kwargs: Any) -> Any:
 
 @special(aten._linalg_check_errors.default)
 def _linalg_check_errors(args: Any, kwargs: Any) -> Any:
-    """In a compiled program a singular matrix gives NaN or infinity, as in JAX."""
+    """Raise for a singular matrix, which in a compiled program gives NaN or infinity instead."""
     info, name = read(args[0]), args[1]
     if isinstance(info, Tracer):
         if state.compiling:
