@@ -1,4 +1,4 @@
-"""PyTorch's operators as JAX functions, one file for each family. Importing fills the table."""
+"""PyTorch's operators are JAX functions here, one file a family. Importing fills the table."""
 
 from . import activations as activations
 from . import attention as attention

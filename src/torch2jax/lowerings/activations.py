@@ -1,4 +1,4 @@
-"""Activations, and their derivatives for ``backward()``."""
+"""These are activations, and their derivatives for ``backward()``."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _relu(x: Any) -> Any:
 
 @_relu.defjvp
 def _relu_jvp(primals: Any, tangents: Any) -> Any:
-    # At 0 the derivative is 0, as in PyTorch; that of max is a half.
+    # At 0 the derivative is 0, as in PyTorch. That of max would be a half.
     (x,), (dx,) = primals, tangents
     return _relu(x), jnp.where(x > 0, dx, jnp.zeros((), dx.dtype))
 
@@ -57,7 +57,7 @@ def _gelu(x: Any) -> Any:
 
 @_gelu.defjvp
 def _gelu_jvp(primals: Any, tangents: Any) -> Any:
-    # Its slope is one array to keep for the backward pass; derived term by term it is three.
+    # The slope is one array to keep for the backward pass. JAX's own derivative keeps three.
     (x,), (dx,) = primals, tangents
     return _gelu(x), _gelu_slope(x) * dx
 
@@ -83,7 +83,7 @@ def mish(x: Any) -> Any:
 
 @_activation("hardtanh")
 def hardtanh(x: Any, min_val: Any = -1, max_val: Any = 1) -> Any:
-    # Its derivative is 0 at the bounds, as hardtanh_backward has it.
+    # Its derivative is 0 at the bounds, as in PyTorch's hardtanh_backward.
     inside = (x > min_val) & (x < max_val)
     return jnp.where(inside | jnp.isnan(x), x, lax.stop_gradient(jnp.clip(x, min_val, max_val)))
 
@@ -153,7 +153,7 @@ def prelu(self: Any, weight: Any) -> Any:
     return jnp.where(self > 0, self, self * weight)
 
 
-# --- and their derivatives, for backward() -------------------------------------------------------
+# --- derivatives for backward() ------------------------------------------------------------------
 
 
 @lowering("threshold_backward")

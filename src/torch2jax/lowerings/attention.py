@@ -1,4 +1,4 @@
-"""Attention in one operator, as PyTorch's fused kernels have it."""
+"""Attention is one operator, as in PyTorch's fused kernels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One value from two: arithmetic and powers, in the dtype of PyTorch's promotion."""
+"""Arithmetic and powers make one value from two, in the dtype of PyTorch's promotion."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def both(name: str) -> tuple[str, ...]:
 
 
 def arithmetic(fn: Fn, a: Any, b: Any, to_float: bool = False) -> Any:
-    """``fn`` in the dtype of PyTorch's promotion."""
+    """Compute ``fn`` in the dtype of PyTorch's promotion."""
     dtype = result_dtype(a, b)
     dtype = floating(dtype) if to_float else dtype
     compute = wide(dtype)
@@ -71,7 +71,7 @@ def div_mode(self: Any, other: Any, *, rounding_mode: str | None) -> Any:
         return div(self, other)
     if rounding_mode == "trunc":
         if category(result_dtype(self, other)) == 2:
-            return jnp.trunc(div(self, other))  # of half precision the quotient is rounded first
+            return jnp.trunc(div(self, other))  # half precision rounds the quotient first
         return arithmetic(_trunc_divide, self, other)
     return arithmetic(_floor_divide, self, other)
 
@@ -83,7 +83,7 @@ def _trunc_divide(a: Any, b: Any) -> Any:
 def _floor_divide(a: Any, b: Any) -> Any:
     if not is_inexact(a):
         return jnp.floor_divide(a, b)
-    # PyTorch's own formula, which differs from floor(a / b) where that is rounded up.
+    # This is PyTorch's own formula, which differs from floor(a / b) where that is rounded up.
     mod = lax.rem(*jnp.broadcast_arrays(a, b))
     quotient = (a - mod) / b
     quotient = jnp.where((mod != 0) & ((b < 0) != (mod < 0)), quotient - 1, quotient)
@@ -120,7 +120,7 @@ def _atan2(y: Any, x: Any) -> Any:
 
 @_atan2.defjvp
 def _atan2_jvp(primals: Any, tangents: Any) -> Any:
-    """(x dy - y dx) / (x^2 + y^2), and 0 at the origin, as in PyTorch."""
+    """The derivative is (x dy - y dx) / (x^2 + y^2), and 0 at the origin, as in PyTorch."""
     (y, x), (dy, dx) = primals, tangents
     square = x * x + y * y
     slope = (x * dy - y * dx) / jnp.where(square == 0, 1, square)
@@ -138,7 +138,7 @@ def minimum(self: Any, other: Any) -> Any:
 
 
 def _choose(a: Any, b: Any, first: Any) -> Any:
-    """One of two values, and all of the derivative; a number before NaN."""
+    """Choose one of two values, which gets all of the derivative; a number comes before NaN."""
     return jnp.where(first | jnp.isnan(b) if category(b.dtype) == 2 else first, a, b)
 
 
@@ -167,7 +167,7 @@ def _copysign(size: Any, sign: Any) -> Any:
     return jnp.copysign(size, sign)
 
 
-# At 0 the derivative is 0, as that of the size.
+# At 0 the derivative is 0, as that of |x| is.
 _copysign.defjvps(lambda t, out, x, _: t * jnp.where(x == 0, 0, jnp.sign(x) * jnp.sign(out)), None)
 
 
@@ -216,7 +216,7 @@ def ldexp(self: Any, other: Any) -> Any:
     return mul(self, unary(jnp.exp2, True)(other))
 
 
-# --- powers: exponents are static, x ** 2 is a product --------------------------------------------
+# --- powers: exponents are static, so that x ** 2 is a product ------------------------------------
 
 
 @lowering("pow.Tensor_Scalar")
@@ -241,7 +241,7 @@ def pow_(self: Any, exponent: Any) -> Any:
 
 def _power(x: Any, y: Any) -> Any:
     if not is_inexact(x):
-        # A negative exponent gives 0 but for bases of 1 and -1.
+        # A negative exponent gives 0, except for bases of 1 and -1.
         up = jnp.power(x, jnp.maximum(y, 0))
         unit = jnp.where(x == 1, 1, jnp.where(x == -1, 1 - 2 * (y & 1), 0))
         return jnp.where(y < 0, unit.astype(up.dtype), up)

@@ -1,4 +1,4 @@
-"""One of several values, bounds, and what is between."""
+"""These operators choose one of several values, bound values, or mix them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def masked_fill(self: Any, mask: Any, value: Any) -> Any:
 
 
 def _at_most(x: Any, bound: Any) -> Any:
-    """``minimum`` whose derivative belongs to ``x`` where both are equal, and NaN stays NaN."""
+    """Take the minimum. Where both are equal ``x`` gets the derivative, and NaN stays NaN."""
     return (
         jnp.where(x > bound, bound, jnp.where(jnp.isnan(bound), bound, x))
         if is_inexact(x)

@@ -1,4 +1,4 @@
-"""Comparisons, logic and bits."""
+"""These operators compare values, or compute on truth values and bits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Convolutions and their derivatives."""
+"""These are convolutions and their derivatives."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def convolution(
     output_padding: Any,
     groups: int,
 ) -> Any:
-    single = input.ndim == weight.ndim - 1  # one sample without a batch dimension
+    single = input.ndim == weight.ndim - 1  # it is one sample without a batch dimension
     x = input[None] if single else input
     out = _convolve(x, weight, stride, padding, dilation, transposed, output_padding, groups)
     if bias is not None:
@@ -47,7 +47,7 @@ def _convolve(
         return lax.conv_general_dilated(
             x, w, stride, [(p, p) for p in padding], None, dilation, layout, groups
         )
-    # The transpose of a convolution: a convolution of x, its elements `stride` apart, with the
+    # The transpose of a convolution is a convolution of x, its elements `stride` apart, with the
     # flipped kernel, whose channels change places within each group.
     extra = per_dimension(output_padding, n)
     w = jnp.flip(w, tuple(range(2, w.ndim)))
@@ -74,7 +74,7 @@ def convolution_backward(
 ) -> Any:
     rest = (stride, padding, dilation, transposed, output_padding, groups)
     dx = dw = db = None
-    # It is linear in either operand: the derivatives are transposes.
+    # It is linear in either operand, so the derivatives are transposes.
     if output_mask[0]:
         (dx,) = jax.linear_transpose(lambda x: _convolve(x, weight, *rest), input)(grad_output)
     if output_mask[1]:
@@ -90,7 +90,7 @@ def convolution_backward(
 def _patch_places(
     size: Any, kernel: Any, dilation: Any, padding: Any, stride: Any
 ) -> tuple[np.ndarray[Any, Any], int, int]:
-    """Places in the padded image, flat: (kernel elements, positions)."""
+    """Return flat places in the padded image: (kernel elements, positions)."""
     h, w = size[0] + 2 * padding[0], size[1] + 2 * padding[1]
     nh = (h - dilation[0] * (kernel[0] - 1) - 1) // stride[0] + 1
     nw = (w - dilation[1] * (kernel[1] - 1) - 1) // stride[1] + 1

@@ -1,4 +1,4 @@
-"""The largest, smallest and middle values, where they are, and the order of values."""
+"""These operators find largest, smallest and middle values, their places, and the order."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _picked(x: Any, places: Any, dim: int, keepdim: bool) -> Any:
 
 
 def _extreme(x: Any, dim: int, keepdim: bool, find: Callable[..., Any]) -> Any:
-    """Values and places. The values come by the places, so the derivative goes to one of them."""
+    """Return values and places. The places pick the values, so one place gets the derivative."""
     if x.ndim:
         _check_not_empty(x, (dim % x.ndim,), "max")
     places = _arg(x, dim, True, find)
@@ -116,7 +116,7 @@ def topk(self: Any, k: int, dim: int = -1, largest: bool = True, sorted: bool = 
 
 
 def _order(x: Any, descending: bool) -> Any:
-    """A stable order of the last axis; NaN counts as the largest."""
+    """Return a stable order of the last axis; NaN counts as the largest."""
     x = lax.stop_gradient(x)
     if x.dtype == bool:
         x = x.astype(np.int8)
@@ -149,7 +149,7 @@ def median_dim(self: Any, dim: int, keepdim: bool = False) -> Any:
     n = x.shape[-1]
     order = _order(x, False)
     place = order[..., (n - 1) // 2]
-    if is_inexact(x):  # one NaN makes it NaN: the first of them
+    if is_inexact(x):  # one NaN makes it NaN, at the place of the first one
         bad = jnp.isnan(x)
         place = jnp.where(bad.any(-1), jnp.argmax(bad, -1), place)
     return _at_places(self, place, dim, keepdim)

@@ -1,4 +1,4 @@
-"""Tensors from nothing but sizes and numbers."""
+"""These operators make tensors from nothing but sizes and numbers."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from .promotion import array_dtype, cast, category, of_dtype, result_dtype, wide
 from .registry import lowering
 
 FEW = 1 << 16
-"""Elements up to which a tensor without operands may be a constant of a program."""
+"""A tensor without operands may be a constant of a program up to this number of elements."""
 
 
 def _filled(size: Any, value: Any, dtype: Any) -> Any:
-    """A new tensor: from NumPy where it is small and at once, which needs no compilation."""
+    """Return a new tensor. A small one outside a trace is NumPy's, which needs no compilation."""
     size = tuple(size)
     if math.prod(size) <= FEW and trace_state_clean():
         return jnp.asarray(np.full(size, value, dtype))
@@ -28,7 +28,7 @@ def _filled(size: Any, value: Any, dtype: Any) -> Any:
 
 @lowering("empty.memory_format", "zeros", "prims.empty")
 def zeros(size: Any, *, dtype: Any = None, **_: Any) -> Any:
-    # Uninitialised memory is zeros: XLA has no other.
+    # XLA has no uninitialised memory, so it is zeros.
     return _filled(size, 0, of_dtype(dtype))
 
 
@@ -125,7 +125,7 @@ def arange(*bounds: Any, dtype: Any = None, **_: Any) -> Any:
     out = array_dtype(dtype)
     if category(out) == 1:
         start, end, step = int(start), int(end), int(step)
-    if _length(start, end, step) > FEW:  # not as a constant of the program
+    if _length(start, end, step) > FEW:  # it is no constant of the program
         places = jnp.arange(_length(start, end, step), dtype=out)
         return places * jnp.asarray(step, out) + jnp.asarray(start, out)
     exact = torch.int64 if category(out) == 1 else torch.float64
@@ -134,7 +134,7 @@ def arange(*bounds: Any, dtype: Any = None, **_: Any) -> Any:
 
 
 def _known(values: torch.Tensor, dtype: torch.dtype | None) -> Any:
-    """Values that PyTorch has computed, for few elements: a constant."""
+    """Return a constant of a few values that PyTorch has computed."""
     if values.is_floating_point():
         values = values.to(torch.float64)
     return jnp.asarray(values.numpy().astype(of_dtype(dtype)))
@@ -156,9 +156,9 @@ def linspace(start: Any, end: Any, steps: int, *, dtype: Any = None, **_: Any) -
 
 
 def _between(start: Any, end: Any, steps: int, dtype: Any) -> Any:
-    """Computed from both ends to the middle. For integers the ends are integers, steps are not."""
+    """Compute from both ends to the middle. For integers the ends are integers, steps are not."""
     compute = jnp.result_type(float) if category(dtype) < 2 else wide(dtype)
-    rounded = category(dtype) < 2 or steps > 1  # as PyTorch has it
+    rounded = category(dtype) < 2 or steps > 1  # as in PyTorch
     ends = [cast(x, dtype) if rounded else x for x in (start, end)]
     first, last = (cast(x, compute) for x in ends)
     # XLA would multiply by the rounded inverse of a constant.
@@ -180,7 +180,7 @@ def logspace_of_values(
 ) -> Any:
     found = of_dtype(dtype)
     values = jnp.power(base, _between(start, end, steps, found))
-    if category(found) < 2:  # a power that is an integer, but for rounding
+    if category(found) < 2:  # a power close to an integer is that integer
         near = jnp.round(values)
         off = 4 * jnp.finfo(values.dtype).eps * jnp.abs(values)
         values = jnp.where(jnp.abs(values - near) <= off, near, values)

@@ -1,7 +1,7 @@
-"""Operators on lists of tensors, as optimizers use them: one program for the whole list.
+"""Optimizers call operators on lists of tensors, which are one program for the whole list.
 
-Each is the operator of its name on the elements; numbers do not select a program, so another
-learning rate needs no other one.
+Each is the operator of its name on the elements. Numbers do not select a program, so another
+learning rate needs no other program.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 import torch
 
-# They fill the table that is read here.
+# These imports fill the table that is read here.
 from . import (
     binary,  # noqa: F401
     choices,  # noqa: F401
@@ -68,7 +68,7 @@ for _name in _UNARY:
     _register(f"_foreach_{_name}", lambda self, fn=_fn: [fn(x) for x in self])
 for _name in _BINARY:
     if _name == "pow":
-        # A power that is known is a product, or a root.
+        # A known exponent makes the power a product, or a root.
         _elementwise(_name, "Tensor_Scalar", "Tensor_Tensor", scalars=False)
     elif _name in ("maximum", "minimum"):
         _elementwise(_name, "default", "default")
@@ -127,12 +127,12 @@ def _zeros(x: Any) -> Any:
     return TABLE[torch.ops.aten.zero.default].fn(x)
 
 
-# --- what torch.amp.GradScaler calls -------------------------------------------------------------
+# --- torch.amp.GradScaler calls these ------------------------------------------------------------
 
 
 @lowering("_amp_foreach_non_finite_check_and_unscale")
 def _unscale(self: Any, found_inf: Any, inv_scale: Any) -> Any:
-    """The tensors times ``inv_scale``, and 1 where one of them has an infinity or NaN."""
+    """Return the tensors times ``inv_scale``, and 1 where one has an infinity or NaN."""
     finite = jnp.array(True)
     for x in self:
         finite &= jnp.isfinite(x).all()
@@ -149,7 +149,7 @@ def _update_scale(
     scale_backoff_factor: float,
     growth_interval: int,
 ) -> Any:
-    """A smaller scale after an infinity, a larger one after so many steps without."""
+    """Return a smaller scale after an infinity, a larger one after so many steps without any."""
     bad = found_inf > 0
     steps = growth_tracker + 1
     grown = self * scale_growth_factor

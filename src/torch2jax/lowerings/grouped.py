@@ -1,4 +1,4 @@
-"""Products of groups of rows with matrices of their own, as the experts of a mixture take them.
+"""Groups of rows are multiplied with matrices of their own, as in a mixture of experts.
 
 Let E[g, m] be 1 where row m belongs to group g, and 0 elsewhere. There are two products:
 
@@ -42,7 +42,7 @@ _OUTER = lax.RaggedDotDimensionNumbers((([0], [0]), ([], [])), [0], [])
 
 
 def _grouped(a: Any, b: Any, sizes: Any, outer: bool) -> Any:
-    """``outer(a, b)``, or else ``rows(a, b)``, of groups of these sizes; one dtype for all."""
+    """Return ``outer(a, b)``, or else ``rows(a, b)``, of groups of these sizes and one dtype."""
     return grouped_p.bind(*varying_together([a, b, sizes]), outer=outer)
 
 
@@ -67,7 +67,7 @@ def _ragged(a: Any, b: Any, sizes: Any, *, outer: bool) -> Any:
 
 
 def _dense(a: Any, b: Any, sizes: Any, *, outer: bool) -> Any:
-    """The same by a product of matrices that have zeros for the rows of other groups."""
+    """Compute the same by matrices that have zeros for the rows of other groups."""
     ends = jnp.cumsum(sizes)[:, None]
     row = jnp.arange(a.shape[0])
     member = (ends - sizes[:, None] <= row) & (row < ends)
@@ -131,9 +131,10 @@ def grouped_mm(
     bias: Any = None,
     out_dtype: torch.dtype | None = None,
 ) -> Any:
-    """One product for each group. ``offs`` has the ends of the groups in the dimension cut up.
+    """Return one product for each group.
 
-    Rows and columns beyond the last end are 0. PyTorch leaves them undefined.
+    ``offs`` has the ends of the groups in the dimension that they divide. Rows and columns beyond
+    the last end are 0. PyTorch leaves them undefined.
     """
     flat, flat2 = self.ndim == 2, mat2.ndim == 2
     if self.ndim not in (2, 3) or mat2.ndim not in (2, 3):

@@ -1,4 +1,4 @@
-"""Histograms with bins of one width."""
+"""Histograms have bins of one width."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .registry import lowering
 
 @lowering("histc")
 def histc(self: Any, bins: int = 100, min: Any = 0, max: Any = 0) -> Any:
-    """How many elements lie in each bin between ``min`` and ``max``, in the dtype of ``self``.
+    """Count the elements in each bin between ``min`` and ``max``, in the dtype of ``self``.
 
     Equal ends stand for the least and the greatest element. Integers are counted as PyTorch's
     kernels for accelerators do. The one for the CPU refuses them.
@@ -29,7 +29,7 @@ def histc(self: Any, bins: int = 100, min: Any = 0, max: Any = 0) -> Any:
         return jnp.zeros(bins, self.dtype)
     x = lax.stop_gradient(self.ravel())
     whole = category(x.dtype) == 1
-    if whole and x.dtype.itemsize < 4:  # the ends of the bins need not be of its dtype
+    if whole and x.dtype.itemsize < 4:  # its dtype may not hold the ends of the bins
         x = cast(x, np.int32)
     low, high = (jnp.asarray(int(end) if whole else end, x.dtype) for end in (min, max))
     if min == max:
@@ -48,7 +48,7 @@ def _bins_of_floats(x: Any, low: Any, high: Any, bins: int) -> Any:
 
 
 def _bins_of_integers(x: Any, low: Any, high: Any, bins: int) -> Any:
-    """floor(q n / r) for q = x - low, r = high - low and n bins.
+    """The bin is floor(q n / r) for q = x - low, r = high - low and n bins.
 
     It is at least b where q >= ceil(b r / n) = b (r // n) + ceil(b (r mod n) / n). No product in
     that is greater than r or n^2, and unsigned differences do not overflow.

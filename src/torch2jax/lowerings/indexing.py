@@ -1,7 +1,7 @@
-"""Elements by their places: gather, scatter, embeddings, losses of class labels.
+"""Gather, scatter, embeddings and losses of class labels take elements by their places.
 
-Negative places count from the end. A place out of bounds is an error in PyTorch; XLA cannot raise,
-and JAX's rule holds: a read gives NaN or the extreme value, a write is dropped.
+Negative places count from the end. A place out of bounds is an error in PyTorch. XLA cannot raise,
+so JAX's rule holds: a read gives NaN or the extreme value, and a write is dropped.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ def _wrapped(index: Any, size: int) -> Any:
 
 
 def _places(self: Any, indices: Any) -> tuple[Any, ...]:
-    """PyTorch's list of indices, None for a whole dimension, as NumPy's.
+    """Return PyTorch's list of indices, with None for a whole dimension, as NumPy's.
 
-    Where the indices are not adjacent both put the indexed dimensions first.
+    Where the indices are not adjacent both libraries put the indexed dimensions first.
     """
     full = [slice(None) if i is None else i for i in indices]
     return tuple(full)
@@ -79,7 +79,7 @@ def gather(self: Any, dim: int, index: Any, *, sparse_grad: bool = False) -> Any
 
 
 def _along(index: Any, dim: int) -> tuple[Any, ...]:
-    """Indices of all dimensions for places along one: ``index`` may be smaller than the tensor."""
+    """Return indices of all dimensions, where ``index`` is along one and may be smaller."""
     dim = dim % index.ndim
     return tuple(
         index if k == dim else lax.broadcasted_iota(np.int32, index.shape, k)
@@ -186,7 +186,7 @@ def bucketize(self: Any, boundaries: Any, *, out_int32: bool = False, right: boo
     )
 
 
-# --- results whose shapes depend on values -------------------------------------------------------
+# --- these results have shapes that depend on values ---------------------------------------------
 
 
 @lowering("nonzero", eager=True)
@@ -240,7 +240,7 @@ def embedding(
 
 @lowering("embedding_renorm")
 def embedding_renorm(self: Any, indices: Any, max_norm: float, norm_type: float) -> Any:
-    """The rows that the indices name are made no longer than ``max_norm``."""
+    """Make the rows that the indices name no longer than ``max_norm``."""
     x = jnp.abs(cast(self, wide(self.dtype)))
     if norm_type == float("inf"):
         norm = jnp.max(x, 1, keepdims=True, initial=0)
@@ -254,14 +254,14 @@ def embedding_renorm(self: Any, indices: Any, max_norm: float, norm_type: float)
 
 
 def _frequencies(indices: Any, weight: Any) -> Any:
-    """How often each index is among the indices, beside rows."""
+    """Return how often each index is among the indices, with a dimension to broadcast over rows."""
     count = jnp.zeros((weight.shape[0],), wide(weight.dtype)).at[indices.reshape(-1)].add(1)
     return count[indices][..., None]
 
 
 @jax.custom_vjp
 def _by_frequency(rows: Any, frequencies: Any) -> Any:
-    """Rows whose gradient is divided; there is no such function, so forward mode has none."""
+    """Return rows whose gradient is divided. No function has that derivative in forward mode."""
     return rows
 
 
@@ -307,7 +307,9 @@ def embedding_bag(
     include_last_offset: bool = False,
     padding_idx: int = -1,
 ) -> Any:
-    """(bags, bag of each index, size of each bag, place of each maximum); mode: sum, mean, max."""
+    """Return (bags, bag of each index, size of each bag, place of each maximum).
+
+    ``mode`` 0 is the sum, 1 the mean, 2 the maximum."""
     bags = offsets.shape[0] - include_last_offset
     n = indices.shape[0]
     bag = jnp.searchsorted(offsets[:bags], jnp.arange(n, dtype=offsets.dtype), side="right") - 1
@@ -339,7 +341,7 @@ def embedding_bag(
 def _label_loss(
     self: Any, target: Any, weight: Any, reduction: int, ignore_index: int
 ) -> tuple[Any, Any]:
-    """Minus the value at the label of each row, axis 1, weighted; and the total weight."""
+    """Return minus the weighted value at each row's label along axis 1, and the total weight."""
     x = cast(self, wide(self.dtype))
     axis = 0 if x.ndim == 1 else 1
     target = target.astype(np.int32)

@@ -1,4 +1,4 @@
-"""Matrix products and decompositions."""
+"""These are matrix products, decompositions, Fourier transforms and distances."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .registry import lowering
 
 
 def _product(a: Any, b: Any) -> Any:
-    """``a @ b``; half precision is added up in float32, and integers wrap, as in PyTorch."""
+    """Return ``a @ b``. Half precision is added up in float32, and integers wrap, as in PyTorch."""
     if a.dtype != b.dtype:
         raise RuntimeError(
             f"expected both matrices to have the same dtype, but got {a.dtype} and {b.dtype}"
@@ -44,7 +44,7 @@ def _scaled(x: Any, factor: Any) -> Any:
 
 def _added(self: Any, product: Any, beta: Any, alpha: Any) -> Any:
     product = _scaled(product, alpha)
-    if isinstance(beta, int | float) and beta == 0:  # what is in self does not count, NaN neither
+    if isinstance(beta, int | float) and beta == 0:  # self does not count, not even NaN in it
         return jnp.broadcast_to(product, jnp.broadcast_shapes(self.shape, product.shape))
     return _scaled(cast(self, product.dtype), beta) + product
 
@@ -80,7 +80,7 @@ def linear(input: Any, weight: Any, bias: Any = None) -> Any:
 
 @lowering("linear_backward")
 def linear_backward(self: Any, grad_output: Any, weight: Any, output_mask: Any) -> Any:
-    """The gradients of x, W and b in y = x W^T + b, None for those that are not asked for.
+    """Return the gradients of x, W and b in y = x W^T + b, None where not asked for.
 
     An operand that none of the wanted gradients needs may be None.
     """
@@ -102,7 +102,7 @@ def _rows(x: Any) -> Any:
 
 @lowering("matmul_backward")
 def matmul_backward(grad: Any, self: Any, other: Any, mask: Any) -> Any:
-    """The gradients of both operands, summed where one was broadcast; None if not asked for."""
+    """Return both gradients, summed where an operand was broadcast, None if not asked for."""
     _, pull = jax.vjp(_product, self, other)
     # PyTorch's gradients of complex values are the conjugates of JAX's.
     found = [jnp.conj(g) for g in pull(jnp.conj(grad))]
@@ -145,13 +145,13 @@ def qr(A: Any, mode: str = "reduced") -> Any:
 
 @lowering("linalg_eigh", "_linalg_eigh")
 def eigh(A: Any, UPLO: str = "L", compute_v: bool = True) -> Any:
-    # It reads one triangle and takes the matrix to be what that says.
+    # It reads one triangle, which determines the whole matrix.
     lower = A if UPLO.upper() == "L" else jnp.conj(jnp.swapaxes(A, -1, -2))
     tril = jnp.tril(lower, -1)
     diagonal = jnp.diagonal(lower, axis1=-2, axis2=-1).real.astype(A.dtype)
     eye = jnp.eye(A.shape[-1], dtype=A.dtype)
     full = tril + jnp.conj(jnp.swapaxes(tril, -1, -2)) + diagonal[..., None] * eye
-    # The derivative is that of the symmetric part, as PyTorch has it.
+    # The derivative is that of the symmetric part, as in PyTorch.
     symmetric = (A + jnp.conj(jnp.swapaxes(A, -1, -2))) / 2
     full = symmetric + lax.stop_gradient(full - symmetric)
     values, vectors = jnp.linalg.eigh(full, symmetrize_input=False)
@@ -193,7 +193,7 @@ def matrix_exp(self: Any) -> Any:
 
 
 def _scale(x: Any, dims: Any, normalization: int, sizes: Any) -> Any:
-    """0: none; 1: by the root of the number of elements; 2: by that number."""
+    """Divide by nothing (0), by the root of the number of elements (1), or by that number (2)."""
     n = int(np.prod([sizes[d] for d in dims]))
     return x if normalization == 0 else x / (np.sqrt(n) if normalization == 1 else n)
 

@@ -1,4 +1,4 @@
-"""A linear layer with its cross entropy, some rows at a time; losses of sequences."""
+"""A linear layer and its cross entropy run some rows at a time; CTC is a loss of sequences."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ def linear_cross_entropy(
     acc_dtype: Any, allow_retain_graph: bool, compute_input_grad: bool,
     compute_linear_weight_grad: bool, compute_linear_bias_grad: bool,
 ) -> Any:  # fmt: skip
-    """The loss, and the gradients that are asked for, else empty arrays.
+    """Return the loss, and the gradients that are asked for, or else empty arrays.
 
-    PyTorch asks by ``requires_grad``. Traced tensors do not have it: JAX differentiates the loss.
+    PyTorch asks by ``requires_grad``. Traced tensors do not set it, because JAX differentiates the
+    loss.
     """
 
     if label_smoothing:
@@ -60,14 +61,14 @@ def linear_cross_entropy_of_rows(
 def _rows(
     x: Any, w: Any, b: Any, target: Any, weight: Any, ignore_index: int, chunk: int
 ) -> tuple[Any, Any]:
-    """Losses of the rows, and their weights: both 0 where the target is to be ignored."""
+    """Return losses of the rows and their weights, both 0 where the target is to be ignored."""
     compute = wide(x.dtype)
     used = target != ignore_index
     label = jnp.where(used, target, 0)
     weights = jnp.ones((), compute) if weight is None else cast(weight, compute)[label]
     weights = jnp.where(used, weights, jnp.zeros((), compute))
 
-    @jax.checkpoint  # the logits are what is large: they are made again for the backward pass
+    @jax.checkpoint  # logits are large, so the backward pass makes them again
     def row(one: tuple[Any, Any]) -> Any:
         x, label = one
         logits = cast(jnp.matmul(w, x, preferred_element_type=compute), compute)
@@ -83,11 +84,11 @@ def ctc_loss(
     log_probs: Any, targets: Any, input_lengths: Any, target_lengths: Any, blank: int = 0,
     zero_infinity: bool = False,
 ) -> Any:  # fmt: skip
-    """Losses (batch,) of sequences, and the scores of all beginnings (batch, steps, 2 S + 1).
+    """Return losses (batch,) of sequences, and scores of all beginnings (batch, steps, 2 S + 1).
 
-    With l' the labels with blanks between and around, and y_t(k) = log_probs[t, k]:
+    Let l' be the labels with blanks between and around, and y_t(k) = log_probs[t, k]. Then
         a_t(s) = y_t(l'_s) + log(exp a_{t-1}(s) + exp a_{t-1}(s-1) + [may skip] exp a_{t-1}(s-2)).
-    Labels are (batch, S), or all in a row; lengths that are NumPy's are known when it is traced.
+    Labels are (batch, S), or all in a row. Lengths in NumPy arrays are known while it is traced.
     """
     steps, batch, _ = log_probs.shape
     y = jnp.moveaxis(cast(log_probs, wide(log_probs.dtype)), 1, 0)  # batch, steps, classes
@@ -121,7 +122,7 @@ def ctc_loss(
     before = jnp.take_along_axis(ends, jnp.maximum(last - 1, 0), 1)
     both = jnp.concatenate([end, jnp.where(last > 0, before, never)], 1)
     losses = -_log_sum_exp(both.T)
-    # PyTorch's gradient supposes that a softmax made the scores, and adds its part of that.
+    # PyTorch's gradient assumes that a softmax made the scores, and includes its derivative.
     p = jnp.where(np.arange(steps)[:, None] < jnp.asarray(input_lengths)[:, None, None], y, never)
     p = jnp.exp(p)
     losses = losses + jnp.sum(p - jax.lax.stop_gradient(p), (1, 2))
@@ -131,7 +132,7 @@ def ctc_loss(
 
 
 def _log_sum_exp(x: Any) -> Any:
-    """Over the first axis; of -inf alone it is -inf, with derivative 0."""
+    """Reduce the first axis. Of -inf alone the result is -inf, with derivative 0."""
     top = jax.lax.stop_gradient(jnp.max(x, 0))
     none = top == -jnp.inf
     total = jnp.sum(jnp.exp(x - jnp.where(none, 0, top)), 0)

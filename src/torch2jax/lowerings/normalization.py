@@ -1,4 +1,4 @@
-"""Softmax, and layers that normalise; statistics are float32 for half precision."""
+"""Softmax, and layers that normalise, have float32 statistics for half precision."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def safe_softmax(self: Any, dim: int, dtype: Any = None) -> Any:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _safe_softmax(x: Any, dim: int) -> Any:
-    """Softmax in which a row of -inf alone is 0, not NaN."""
+    """Return a softmax in which a row of -inf alone is 0, not NaN."""
     top = jnp.max(x, dim, keepdims=True, initial=-jnp.inf)
     e = jnp.exp(x - jnp.where(top == -jnp.inf, 0, top))
     total = jnp.sum(e, dim, keepdims=True)
@@ -84,7 +84,7 @@ def log_softmax_backward_data(
 
 
 def _standardised(x: Any, axes: tuple[int, ...], eps: float) -> tuple[Any, Any, Any]:
-    """x with mean 0 and variance 1 over ``axes``; mean; 1 / standard deviation."""
+    """Return (x with mean 0 and variance 1 over ``axes``, mean, 1 / standard deviation)."""
     mean = jnp.mean(x, axes, keepdims=True)
     off = x - mean
     rstd = lax.rsqrt(jnp.mean(off * off, axes, keepdims=True) + eps)
@@ -100,8 +100,8 @@ def native_layer_norm(input: Any, normalized_shape: Any, weight: Any, bias: Any,
         out = out * cast(weight, x.dtype)
     if bias is not None:
         out = out + cast(bias, x.dtype)
-    # PyTorch's derivative is that of the first result alone. JAX's counts the statistics, of which
-    # PyTorch's backward pass is made: it may be differentiated again.
+    # PyTorch's derivative is that of the first result alone. JAX's includes the statistics, because
+    # PyTorch's backward pass uses them and may be differentiated again.
     return cast(out, input.dtype), mean, rstd
 
 
@@ -203,7 +203,7 @@ def _batch_norm(
     input: Any, weight: Any, bias: Any, mean: Any, var: Any, training: bool, momentum: float,
     eps: float,
 ) -> Any:  # fmt: skip
-    """(out, saved mean, saved 1 / standard deviation, new mean, new variance)."""
+    """Return (out, saved mean, saved 1 / standard deviation, new mean, new variance)."""
     x = cast(input, wide(input.dtype))
     axes = (0, *range(2, x.ndim))
     if training:

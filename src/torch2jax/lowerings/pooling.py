@@ -1,4 +1,4 @@
-"""Pooling, and resampling of images."""
+"""These operators pool: they take maxima or means of windows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .registry import lowering
 
 
 def _extra(size: int, kernel: int, stride: int, pad: int, dilation: int, ceil_mode: bool) -> int:
-    """How much more padding ``ceil_mode`` puts at the end."""
+    """Return how much more padding ``ceil_mode`` puts at the end."""
     reach = dilation * (kernel - 1) + 1
     spare = size + 2 * pad - reach
     out = (-(-spare // stride) if ceil_mode else spare // stride) + 1
@@ -55,7 +55,7 @@ def _max_pool(x: Any, n: int, kernel: Any, stride: Any, padding: Any, dilation: 
     }
 
     def better(a: Any, b: Any) -> Any:
-        # The first of equals; a NaN wins.
+        # The first of equals wins, and a NaN wins over numbers.
         (av, ai), (bv, bi) = a, b
         nan_a = jnp.isnan(av) if is_inexact(x) else False
         nan_b = jnp.isnan(bv) if is_inexact(x) else False
@@ -134,7 +134,7 @@ def _avg_pool(
     if divisor is not None:
         count: Any = divisor
     else:
-        # Padding counts where include_pad says so, what ceil_mode adds never does.
+        # Padding counts where include_pad says so. What ceil_mode adds never counts.
         ones = jnp.ones((1, *sizes), x.dtype)
         if include_pad:
             given = per_dimension(padding, n)

@@ -1,4 +1,4 @@
-"""PyTorch's dtypes and type promotion, as the lowerings share them."""
+"""The lowerings share PyTorch's dtypes and type promotion."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from .._errors import UnsupportedDtypeError
 
 
 def array_dtype(dtype: torch.dtype) -> np.dtype[Any]:
-    """The dtype of the array of a tensor of this dtype; int32 for int64 while x64 is off.
+    """Return the array's dtype for a tensor's dtype; int32 for int64 while x64 is off.
 
     Raises:
-        UnsupportedDtypeError: float64, complex128 and uint64 while x64 is off, and what JAX lacks.
+        UnsupportedDtypeError: for float64, complex128 and uint64 while x64 is off, and for dtypes
+            that JAX lacks.
     """
     if needs_x64(dtype):
         other = torch.int64 if dtype is torch.uint64 else NARROWED[dtype]
@@ -33,18 +34,18 @@ def array_dtype(dtype: torch.dtype) -> np.dtype[Any]:
 
 
 def of_dtype(dtype: torch.dtype | None) -> np.dtype[Any]:
-    """The dtype that a factory is asked for; None: PyTorch's default."""
+    """Return the dtype that a factory is asked for; None stands for PyTorch's default."""
     return array_dtype(dtype or torch.get_default_dtype())
 
 
 def per_dimension(values: Any, n: int) -> tuple[int, ...]:
-    """A size or step for each of ``n`` dimensions, of which one may stand for all."""
+    """Return a size or step for each of ``n`` dimensions; one value may stand for all."""
     values = (values,) if isinstance(values, int) else tuple(values)
     return values * n if len(values) == 1 else values
 
 
 def category(dtype: Any) -> int:
-    """0 bool, 1 integer, 2 floating, 3 complex: the category in which PyTorch promotes."""
+    """Return PyTorch's category for promotion: 0 bool, 1 integer, 2 floating, 3 complex."""
     if dtype == np.bool_:
         return 0
     if jnp.issubdtype(dtype, jnp.integer):
@@ -89,7 +90,7 @@ def _promoted(a: np.dtype[Any], b: np.dtype[Any]) -> np.dtype[Any]:
 
 
 def is_number(x: Any) -> bool:
-    """A Python number, or the weakly typed array that stands for one."""
+    """Say whether it is a Python number, or the weakly typed array that stands for one."""
     return isinstance(x, bool | int | float | complex) or getattr(x, "weak_type", False)
 
 
@@ -103,7 +104,7 @@ def _number_dtype(x: Any) -> np.dtype[Any]:
 
 
 def result_dtype(*xs: Any) -> np.dtype[Any]:
-    """The dtype that PyTorch computes in: tensors before 0-d tensors, those before numbers."""
+    """Return PyTorch's common dtype: tensors go before 0-d tensors, and those before numbers."""
     ranks: list[np.dtype[Any] | None] = [None, None, None]
     for x in xs:
         number = is_number(x)
@@ -122,13 +123,13 @@ def _combine(high: np.dtype[Any] | None, low: np.dtype[Any] | None) -> np.dtype[
         return low if high is None else high
     if category(low) <= category(high):
         return high
-    if category(high) == 2:  # complex beside a tensor of floats: as precise as the tensor
+    if category(high) == 2:  # complex beside floats has the floats' precision
         return complex_of(high)
     return low if category(high) == 0 or category(low) >= 2 else _promoted(high, low)
 
 
 def cast(x: Any, dtype: Any) -> Any:
-    """``x`` as an array of ``dtype``. Complex to real drops the imaginary part, as in PyTorch."""
+    """Return ``x`` in ``dtype``. Complex to real drops the imaginary part, as in PyTorch."""
     if not hasattr(x, "dtype"):
         return jnp.asarray(x, dtype)
     if x.dtype == dtype:
@@ -139,23 +140,23 @@ def cast(x: Any, dtype: Any) -> Any:
 
 
 def promote(*xs: Any) -> list[Any]:
-    """Arrays of one dtype, that of ``result_dtype``."""
+    """Return the arrays in one dtype, that of ``result_dtype``."""
     dtype = result_dtype(*xs)
     return [cast(x, dtype) for x in xs]
 
 
 def wide(dtype: Any) -> np.dtype[Any]:
-    """The dtype in which PyTorch computes: float32 for half precision."""
+    """Return the dtype in which PyTorch computes: float32 for half precision."""
     return np.dtype(np.float32) if np.dtype(dtype) in _HALF else np.dtype(dtype)
 
 
 def floating(dtype: Any) -> np.dtype[Any]:
-    """The dtype of a result that is floating for integers."""
+    """Return the dtype of a result that is floating for integers."""
     return np.dtype(dtype) if category(dtype) >= 2 else default_float()
 
 
 def dims_of(x: Any, dims: Any) -> tuple[int, ...]:
-    """Axes from ``dim=``: None and empty mean all."""
+    """Return the axes of ``dim=``, where None and empty mean all."""
     if dims is None or (isinstance(dims, list | tuple) and not dims):
         return tuple(range(x.ndim))
     if isinstance(dims, int):

@@ -1,4 +1,4 @@
-"""Random numbers: functions of a key's words and of what PyTorch's operator takes."""
+"""Random numbers are functions of a key's words and of what PyTorch's operator takes."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def native_dropout(words: Any, input: Any, p: float, train: bool | None) -> Any:
 
 @lowering("native_dropout_backward")
 def native_dropout_backward(grad_output: Any, mask: Any, scale: float) -> Any:
-    # Integers times a number that is no integer are floating, as in PyTorch.
+    # Integers times a fractional number are floating, as in PyTorch.
     product = mul(grad_output, mask)
     return mul(product, scale)
 
@@ -230,6 +230,6 @@ def multinomial(words: Any, self: Any, num_samples: int, replacement: bool = Fal
             _key(words), logits, axis=-1, shape=(num_samples, *self.shape[:-1])
         )
         return jnp.moveaxis(drawn, 0, -1).astype(default_int())
-    # The largest of perturbed logits are a sample without replacement.
+    # The largest perturbed logits are a sample without replacement.
     noise = jax.random.gumbel(_key(words), self.shape, wide(self.dtype))
     return jax.lax.top_k(logits + noise, num_samples)[1].astype(default_int())

@@ -1,16 +1,18 @@
-"""Recurrent layers: one ``lax.scan`` over the steps of one layer in one direction.
+"""A recurrent layer in one direction is one ``lax.scan`` over its steps.
 
-With x the input of a step and h (LSTM: and c) the state before it, W and V the weights of the two:
+Let x be the input of a step, and h (LSTM: and c) the state before it. W and V are their weights:
 
     RNN   h' = act(W x + V h)
     GRU   r, z = sigmoid(W x + V h),  n = tanh(W x + r * (V h)),  h' = (h - n) z + n
     LSTM  i, f, o = sigmoid(W x + V h),  g = tanh(W x + V h),  c' = f c + i g,  h' = o tanh(c')
 
-and with a projection h' = P o tanh(c'). W x of all steps is one product in front of the scan.
+With a projection an LSTM has h' = P o tanh(c'). W x of all steps is one product in front of the
+scan.
 
-Sequences of several lengths come packed, as PyTorch has them: the rows of step 0, those of step 1,
-..., each as many as sequences have that step. The scan runs on padded steps, and where a sequence
-has no such step its state stays. So the reverse direction starts at each sequence's own end.
+Sequences of several lengths come packed, as in PyTorch: first the rows of step 0, then those of
+step 1, and so on. A step has as many rows as sequences have that step. The scan runs on padded
+steps, and where a sequence has no such step its state stays. So the reverse direction starts at
+each sequence's own end.
 """
 
 from __future__ import annotations
@@ -36,16 +38,16 @@ def layer(
     sizes: Any = None,
     cast: Any = None,
 ) -> tuple[Any, tuple[Any, ...]]:
-    """Outputs of all steps, and the state after the last one.
+    """Return the outputs of all steps, and the state after the last one.
 
     Args:
       kind: "lstm", "gru", "rnn_tanh" or "rnn_relu".
       x: (steps, batch, features).
       state: h, and c of an LSTM: (batch, hidden).
-      weights: of inputs and of the state, their biases if there are any, then the projection's.
-      biases: whether there are.
-      reverse: from the last step to the first.
-      sizes: how many sequences have each step; None: all.
+      weights: those of inputs and of the state, their biases if any, then the projection's.
+      biases: whether there are biases.
+      reverse: whether it runs from the last step to the first.
+      sizes: how many sequences have each step; None if all have.
       cast: the dtype of products under autocast.
     """
     if cast is not None:
@@ -116,7 +118,7 @@ _CELLS = {"rnn_tanh": _rnn_tanh, "rnn_relu": _rnn_relu, "gru": _gru, "lstm": _ls
 
 
 def pad(rows: Any, sizes: Sequence[int], steps: int, filling: Any = 0) -> Any:
-    """Packed rows as (steps, batch, ...), with ``filling`` where a sequence has ended."""
+    """Return packed rows as (steps, batch, ...), with ``filling`` after a sequence's end."""
     full = np.zeros(steps, np.int32)
     full[: len(sizes)] = sizes
     starts = jnp.asarray(np.cumsum(full) - full, np.int32)[:, None]
@@ -128,7 +130,7 @@ def pad(rows: Any, sizes: Sequence[int], steps: int, filling: Any = 0) -> Any:
 
 
 def pack(padded: Any, sizes: Sequence[int]) -> Any:
-    """The other way."""
+    """Return the packed rows of padded steps: the inverse of ``pad``."""
     total, each = int(sum(sizes)), np.asarray(sizes, np.int32)
     step = jnp.repeat(jnp.arange(len(each)), each, total_repeat_length=total)
     first = jnp.asarray(np.cumsum(each) - each, np.int32)

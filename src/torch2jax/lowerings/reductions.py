@@ -1,4 +1,4 @@
-"""Many values to few: sums, moments, whether all or any hold, and norms."""
+"""Reductions make few values of many: sums, moments, all, any, and norms."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .unary import abs_
 
 
 def accumulated(x: Any, dtype: torch.dtype | None) -> tuple[Any, Any]:
-    """The operand in the dtype that is added up in, and the result's dtype."""
+    """Return the operand in the dtype of the sum, and the result's dtype."""
     natural = x.dtype if is_inexact(x) else default_int()
     out = natural if dtype is None else array_dtype(dtype)
     return cast(x, wide(out)), out
@@ -101,7 +101,7 @@ def _mean(x: Any, axes: tuple[int, ...], keepdim: bool) -> Any:
 
 
 def _moments(x: Any, dim: Any, correction: Any, keepdim: bool) -> tuple[Any, Any]:
-    """Variance and mean."""
+    """Return variance and mean."""
     axes = dims_of(x, dim)
     correction = 1 if correction is None else correction
     n = math.prod(x.shape[a] for a in axes)
@@ -128,7 +128,7 @@ def std(self: Any, dim: Any = None, *, correction: Any = None, keepdim: bool = F
 
 
 def _deviation(variance: Any) -> Any:
-    """Its derivative is 0 where all values are the same, as in PyTorch."""
+    """Return the root, whose derivative is 0 where all values are the same, as in PyTorch."""
     zero = variance == 0
     return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, variance)))
 
@@ -177,7 +177,7 @@ def vector_norm(
 
 
 def norm(x: Any, ord: float, axes: tuple[int, ...], keepdim: bool = False) -> Any:
-    """The norm of ``|x|`` along axes. Where its derivative is infinite or undefined it is 0."""
+    """Return a norm along axes. Where its derivative is infinite or undefined it is set to 0."""
     size = abs_(x)
     if ord == float("inf"):
         return jnp.max(size, axes, keepdims=keepdim)

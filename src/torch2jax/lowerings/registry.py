@@ -1,10 +1,10 @@
-"""The table of lowerings: PyTorch's operators as functions of arrays.
+"""The table of lowerings has PyTorch's operators as functions of arrays.
 
-A lowering is a function of an operator's arguments, in the order and with the names of its PyTorch
-signature, with arrays for tensors; it returns an array, or a tuple or list of arrays. Numbers come
-as Python numbers or, where ``scalars`` is True or has the names of arguments, as weakly typed 0-d
-arrays, so that another value needs no other program. What draws random numbers (``random=True``)
-takes a key in front.
+A lowering takes an operator's arguments, in the order and with the names of its PyTorch signature,
+with arrays for tensors. It returns an array, or a tuple or list of arrays. Numbers come as Python
+numbers. Where ``scalars`` is True or has the names of arguments, they come as weakly typed 0-d
+arrays, so that another value needs no other program. A lowering that draws random numbers
+(``random=True``) takes a key in front.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Lowering:
-    """``fn`` of arrays, and how it takes its arguments."""
+    """A lowering is ``fn`` of arrays, and how it takes its arguments."""
 
     fn: Callable[..., Any]
     scalars: bool | tuple[str, ...] = False
     random: bool = False
     int32: bool = False
-    """An integer result is torch.int32, whatever PyTorch's operator makes of its inputs."""
+    """Whether an integer result is torch.int32, whatever the inputs' dtypes are."""
     eager: bool = False
-    """It reads values: never traced, and an error where its operands are tracers."""
+    """Whether it reads values: it is never traced, and operands that are tracers are an error."""
 
 
 class DataDependentShape(Torch2JaxError):
@@ -57,7 +57,7 @@ class DataDependentShape(Torch2JaxError):
 TABLE: dict[Any, Lowering] = {}
 _BY_NAME: dict[str, Lowering] = {}
 UNKNOWN: list[str] = []
-"""Names of lowerings that the installed PyTorch has no operator for."""
+"""Names of lowerings for which the installed PyTorch has no operator."""
 
 
 _SPACES = {"prims": "torch._prims", "torch_nn": "torch.nn.modules.linear_cross_entropy"}
@@ -65,11 +65,11 @@ _SPACES = {"prims": "torch._prims", "torch_nn": "torch.nn.modules.linear_cross_e
 
 
 def overload(name: str) -> Any:
-    """The operator called "add.Tensor", "relu" (its default overload) or "prims.sin"."""
+    """Return the operator called "add.Tensor", "relu" (its default overload) or "prims.sin"."""
     space: Any = torch.ops.aten
     for other, module in _SPACES.items():
         if name.startswith(f"{other}."):
-            with contextlib.suppress(ImportError):  # a PyTorch without it
+            with contextlib.suppress(ImportError):  # PyTorch may lack it
                 importlib.import_module(module)
             space, name = getattr(torch.ops, other), name.removeprefix(f"{other}.")
     packet, _, which = name.partition(".")
@@ -108,5 +108,5 @@ def lowering_by_name(name: str) -> Callable[[Any], Any]:
 
 
 def lowering_of(op: Any) -> Lowering | None:
-    """The lowering of an operator."""
+    """Return the lowering of an operator, or None."""
     return TABLE.get(op) or _BY_NAME.get(op.name())

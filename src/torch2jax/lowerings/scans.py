@@ -1,4 +1,4 @@
-"""Running sums, products and extremes along a dimension."""
+"""Scans compute running sums, products and extremes along a dimension."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def _running(x: Any, dim: int, better: Callable[[Any, Any], Any]) -> Any:
 
 
 def _beats(b: Any, a: Any, better: Any) -> Any:
-    """A NaN stays until another one comes."""
+    """Say whether ``b`` replaces ``a``. A NaN stays until another one comes."""
     return jnp.isnan(b) | (better & ~jnp.isnan(a)) if is_inexact(b) else better
 
 

@@ -1,4 +1,4 @@
-"""Arrangement: joining, repeating, padding, turning, and copies of views."""
+"""These operators join, repeat, pad and flip tensors, and copy views."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def constant_pad_nd(self: Any, pad: Any, value: Any = 0) -> Any:
 
 
 def _widths(ndim: int, pad: Any) -> list[tuple[int, int]]:
-    """PyTorch lists the padding of the last dimension first."""
+    """Return the padding by dimension. PyTorch lists that of the last dimension first."""
     pairs = [(pad[i], pad[i + 1]) for i in range(0, len(pad), 2)]
     return [(0, 0)] * (ndim - len(pairs)) + pairs[::-1]
 
@@ -68,7 +68,7 @@ def _widths(ndim: int, pad: Any) -> list[tuple[int, int]]:
 def _padded(mode: str) -> Any:
     def fn(self: Any, padding: Any) -> Any:
         widths = _widths(self.ndim, padding)
-        # A negative width cuts off, from what the other side has become.
+        # A negative width cuts elements off after the other side is padded.
         padded = jnp.pad(self, [(max(a, 0), max(b, 0)) for a, b in widths], mode=mode)
         sizes = zip(padded.shape, widths, strict=True)
         return padded[tuple(slice(max(-a, 0), n - max(-b, 0)) for n, (a, b) in sizes)]
@@ -154,7 +154,7 @@ def unfold_backward(grad_in: Any, input_sizes: Any, dim: int, size: int, step: i
 
 
 def _part_set(x: Any, part: Any, dim: int, start: Any, step: int) -> Any:
-    """``x`` with the elements of a slice replaced; PyTorch's default start is None."""
+    """Return ``x`` with the elements of a slice replaced; PyTorch's default start is None."""
     from .views import SETTERS, SLICE_AT
 
     dim = dim % x.ndim

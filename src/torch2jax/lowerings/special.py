@@ -1,4 +1,4 @@
-"""Special functions: of one value and of two."""
+"""These are special functions of one value and of two."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _sinc(x: Any) -> Any:
 
 
 def _digamma(x: Any) -> Any:
-    # Below 0 by reflection, psi(x) = psi(1 - x) - pi / tan(pi x), from the distance to the pole.
+    # Below 0 psi(x) = psi(1 - x) - pi / tan(pi x), where tan takes the distance to the pole.
     below = x < 0
     off = x - jnp.round(x)
     tangent = jnp.tan(jnp.pi * jnp.where(below, off, 0.25))
@@ -45,7 +45,7 @@ def _trigamma(x: Any) -> Any:
 
 
 def _erfcx(x: Any) -> Any:
-    # exp(x^2) erfc(x); for large x by its asymptotic series, where the product is inf * 0.
+    # For large x exp(x^2) erfc(x) would be inf * 0, so its asymptotic series is taken.
     big = x > 5
     small = jnp.where(big, 0.0, x)
     z = 1 / jnp.where(big, x * x, 1.0)
@@ -59,7 +59,7 @@ def _i0(x: Any) -> Any:
     return special.i0(x)
 
 
-# JAX's own derivative is 1 at 0, where I0' = I1 is 0.
+# JAX's own derivative at 0 is 1, where I0' = I1 is 0.
 _i0.defjvp(lambda x, t: (_i0(*x), special.i1(*x) * t[0]))
 
 
@@ -145,7 +145,8 @@ def zeta(self: Any, other: Any) -> Any:
 
 
 def _zeta(x: Any, q: Any) -> Any:
-    # As in Cephes: a pole at x = 1 and at q = 0, -1, ...; below those powers of negative numbers.
+    # As in Cephes there are poles at x = 1 and at q = 0, -1, ... Other q < 0 with a fractional x
+    # would take powers of negative numbers, so the result is NaN.
     below = q <= 0
     y = jnp.where(below & (x != jnp.floor(x)), jnp.nan, special.zeta(x, q))
     y = jnp.where(below & (q == jnp.floor(q)), jnp.inf, y)

@@ -1,7 +1,7 @@
-"""One value from one value, of functions that every library of mathematics has.
+"""These functions of one value are in every library of mathematics.
 
-Half precision is computed in float32, as PyTorch's kernels do; integers become floating where
-PyTorch's result is.
+Half precision is computed in float32, as PyTorch's kernels do. Integers become floating where
+PyTorch's result is floating.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def _sgn(x: Any) -> Any:
 
 
 def _complex_abs(x: Any) -> Any:
-    # The derivative at 0 is 0, as in PyTorch, not NaN.
+    # The derivative at 0 is 0 and not NaN, as in PyTorch.
     zero = x == 0
     return jnp.where(zero, 0, jnp.abs(jnp.where(zero, 1, x)))
 

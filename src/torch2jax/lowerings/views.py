@@ -1,7 +1,7 @@
-"""Views: what a view operator sees of an array (getter), and the array after a write (setter).
+"""A getter returns what a view operator sees of an array, a setter the array after a write.
 
 A setter takes the array that the operator was applied to and the new values of what it saw, and
-gives the new array. How operators follow each other: ``view_chains``.
+returns the new array. ``view_chains`` says how operators follow each other.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Get = Callable[..., Any]
 
 
 def scatter(get: Get, x: Any, value: Any) -> Any:
-    """The setter of any view that selects elements: through the indices that it selects."""
+    """Set the elements of any view that selects elements, through the indices that it selects."""
     places = get(np.arange(x.size, dtype=np.int32).reshape(x.shape))
     return jnp.ravel(x).at[places].set(value).reshape(x.shape)
 
@@ -31,7 +31,7 @@ def scatter(get: Get, x: Any, value: Any) -> Any:
 
 
 def resolved(size: Sequence[int], numel: int) -> tuple[int, ...]:
-    """A shape with its -1 filled in."""
+    """Return a shape with its -1 filled in."""
     if -1 not in size:
         return tuple(size)
     known = math.prod(s for s in size if s != -1)
@@ -75,7 +75,7 @@ def _expand(x: Any, size: Sequence[int], implicit: bool = False) -> Any:
 
 
 def _module(x: Any) -> Any:
-    """NumPy for NumPy arrays: the indices of ``scatter`` are made outside of any trace."""
+    """Return NumPy for NumPy arrays: ``scatter`` makes its indices outside of any trace."""
     return np if isinstance(x, np.ndarray) else jnp
 
 
@@ -101,7 +101,7 @@ def slice_of(
     end: int | None = None,
     step: int = 1,
 ) -> tuple[int, int, int, int]:
-    """A slice of a tensor of this size as (dimension, start, number of elements, step)."""
+    """Return a slice of a tensor of this size as (dimension, start, number of elements, step)."""
     part = _bounds(size[dim], start, end, step)
     return dim, part.start, len(range(part.start, part.stop, step)), step
 
@@ -140,7 +140,7 @@ def _select_at_back(x: Any, value: Any, start: Any, dim: int) -> Any:
 
 
 def _span(x: Any, start: Any, dim: int, count: int, step: int) -> Any:
-    """All elements from a slice's first one to its last one."""
+    """Return all elements from a slice's first one to its last one."""
     return jax.lax.dynamic_slice_in_dim(x, start, (count - 1) * step + 1, dim)
 
 
@@ -210,7 +210,7 @@ def _unfold(x: Any, dim: int, size: int, step: int) -> Any:
 def _as_strided(
     x: Any, size: Sequence[int], stride: Sequence[int], offset: int | None = None
 ) -> Any:
-    """A view by strides of a whole cell, whose array is in row-major order."""
+    """Return a view by strides of a whole cell, whose array is in row-major order."""
     places = np.full(size, offset or 0, dtype=np.int32)
     for k, (n, s) in enumerate(zip(size, stride, strict=True)):
         places += (np.arange(n, dtype=np.int32) * s).reshape(-1, *[1] * (len(size) - k - 1))
@@ -288,7 +288,7 @@ def _given(x: Any, value: Any, *_: Any) -> Any:
 
 @jax.custom_jvp
 def unseen(old: Any, new: Any) -> Any:
-    """The values of a write that derivatives do not see: they are still those of the old ones."""
+    """Return the new values of a write that derivatives do not see: they follow the old ones."""
     return new
 
 
@@ -298,7 +298,7 @@ def _unseen_jvp(primals: Any, tangents: Any) -> Any:
 
 
 SELECT_AT, SLICE_AT = "select at", "slice at"
-"""``select`` and ``slice`` of one that starts where the first argument, an array, says."""
+"""These are ``select`` and ``slice`` whose first argument, an array, is the start."""
 
 GETTERS: dict[Any, Get] = {
     SELECT_AT: _select_at,
@@ -330,7 +330,8 @@ GETTERS: dict[Any, Get] = {
     aten._neg_view.default: lambda x: -x,
 }
 
-# (array before, new values, [index of the result,] arguments); without one: through indices
+# A setter takes (array before, new values, [index of the result,] arguments). Views without a
+# setter are set through indices.
 SETTERS: dict[Any, Get] = {
     SELECT_AT: _select_at_back,
     SLICE_AT: _slice_at_back,
@@ -359,11 +360,11 @@ SETTERS: dict[Any, Get] = {
 
 
 OTHER_VALUES = {aten._conj.default, aten._neg_view.default}
-"""Views of the same elements that see other values than are in memory."""
+"""Views of the same elements that see other values than those in memory."""
 
 OTHER_ELEMENTS = OTHER_VALUES | {
     aten.view.dtype,
     aten.view_as_real.default,
     aten.view_as_complex.default,
 }
-"""Views that see something else than a part of the elements that are in memory."""
+"""Views that see something other than a part of the elements in memory."""

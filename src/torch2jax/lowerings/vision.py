@@ -1,4 +1,4 @@
-"""torchvision's operators, found by name: they exist where torchvision has been imported."""
+"""torchvision's operators are found by name, because importing torchvision makes them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .registry import lowering_by_name
 __all__ = ["SHAPES_DEPEND_ON_VALUES"]
 
 SHAPES_DEPEND_ON_VALUES = frozenset({"torchvision::nms"})
-"""Operators that torchvision does not tag so."""
+"""Operators whose results have such shapes, which torchvision does not tag."""
 
 
 @lowering_by_name("torchvision::roi_align")
@@ -26,10 +26,10 @@ def _roi_align(
     sampling_ratio: int,
     aligned: bool,
 ) -> Any:
-    """The mean of samples in each bin of a region, bilinear in the image.
+    """Return the mean of samples, bilinear in the image, in each bin of a region.
 
     A sample at (y, x) is sum_YX hat(y - Y) hat(x - X) image[Y, X] with hat(t) = max(0, 1 - |t|). So
-    a bin is A image Bᵀ, where a row of A adds up the hats of the samples along y, one of B along x.
+    a bin is A image Bᵀ, where a row of A adds up the samples' hats along y, and one of B along x.
     A region has no gradient, as in torchvision.
     """
     dtype = input.dtype
@@ -48,7 +48,7 @@ def _roi_align(
         found = (row @ images[index]).reshape(-1, width) @ column.T
         return found.reshape(pooled_height, channels, pooled_width).swapaxes(0, 1) / n
 
-    # One region after the other: two plain products. Batched ones are slower, and copy images.
+    # Each region takes two plain products. Batched products are slower, and copy images.
     each = (regions[:, 0].astype(jnp.int32), rows, columns, count)
     return cast(jax.lax.map(pooled, each), dtype)
 
@@ -56,7 +56,7 @@ def _roi_align(
 def _samples(
     start: Any, end: Any, bins: int, size: int, sampling_ratio: int, aligned: bool
 ) -> tuple[Any, Any]:
-    """The sum of the hats of each bin's samples, [K, bins, size], and how many samples, [K]."""
+    """Return the sum of the hats of each bin's samples, [K, bins, size], and their number, [K]."""
     length = end - start if aligned else jnp.maximum(end - start, 1)
     each = length / bins
     n = jnp.full_like(each, sampling_ratio) if sampling_ratio > 0 else jnp.ceil(each)
