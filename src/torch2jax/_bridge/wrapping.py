@@ -17,7 +17,7 @@ _CPU = torch.device("cpu")
 
 
 process_lock = threading.RLock()
-"""The lock that ``lock=True`` stands for: the process has one."""
+"""``lock=True`` stands for this lock, of which the process has one."""
 
 _lock = threading.Lock()
 _wrapped: weakref.WeakValueDictionary[Hashable, TorchFunction] = weakref.WeakValueDictionary()

@@ -41,7 +41,7 @@ class Static:
 
 
 class DeclaresStatic(Protocol):
-    """The options by which a user declares static arguments."""
+    """A user declares static arguments by these options."""
 
     @property
     def static_argnums(self) -> tuple[int, ...]: ...
@@ -69,11 +69,11 @@ def mark_static(
 
 @dataclass(frozen=True)
 class Arguments:
-    """This says how flat operands become the arguments of ``fn``.
+    """An ``Arguments`` says how flat operands become the arguments of ``fn``.
 
     ``statics`` are (leaf index, static value) pairs; the other leaves are operands in order.
-    ``casts`` gives operands another dtype before ``fn`` sees them; ``copies`` are the operands that
-    ``fn`` changes undeclared and gets as private copies.
+    ``casts`` gives operands another dtype before ``fn`` sees them. ``copies`` are the operands that
+    ``fn`` changes undeclared, and which it gets as private copies.
     """
 
     treedef: Any

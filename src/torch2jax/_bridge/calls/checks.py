@@ -160,7 +160,7 @@ def leaf_aval(x: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
 
 
 def example_dtype(x: Any) -> torch.dtype | None:
-    """Return the torch dtype that an example asks for; with x64 off too it may be a 64-bit one."""
+    """Return the torch dtype that an example asks for, a 64-bit one even with x64 off."""
     if isinstance(x, torch.Tensor):
         return x.dtype
     if hasattr(x, "dtype"):

@@ -30,7 +30,7 @@ def flat_function(
     """
     call = arguments.applied(fn)
     collect = collector(result, label)
-    # Where a result was inferred, its torch dtype is known; a declared one may come wide.
+    # Where a result was inferred, its torch dtype is known; a declared result may come wide.
     casts = [
         (i, dtype)
         for i, leaf in enumerate(result.leaves)
@@ -77,7 +77,7 @@ def _cast(leaves: Tensors, casts: Sequence[tuple[int, torch.dtype]]) -> Tensors:
 
 
 def _check_range(t: Tensor, dtype: torch.dtype, path: str, label: str) -> None:
-    """Raise where 64-bit integers do not fit 32 bits; not on a GPU, where looking would wait."""
+    """Raise where 64-bit integers do not fit 32 bits; on a GPU nobody looks, as that would wait."""
     if t.device.type != "cpu" or t.numel() == 0 or t.dtype is not WIDENED[dtype]:
         return
     low, high = (int(x) for x in torch.aminmax(t))

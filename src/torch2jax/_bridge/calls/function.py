@@ -49,13 +49,13 @@ class _Call:
 
 
 class _Knowing(threading.local):
-    """What this thread knows of the call whose trace needs values."""
+    """A ``_Knowing`` holds what this thread knows of the call whose trace needs values."""
 
     now: Known | None = None
 
 
 class TorchFunction:
-    """A PyTorch function as a JAX function; ``torch2jax`` makes it."""
+    """A ``TorchFunction`` is a PyTorch function as a JAX function; ``torch2jax`` makes it."""
 
     def __init__(
         self, fn: Callable[..., Any], run: Callable[..., Any], label: str, options: Options
@@ -114,12 +114,12 @@ class TorchFunction:
             raise
 
     def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
-        """Return ``jax.stages.Lowered`` for these arguments; ``jax.ShapeDtypeStruct``s do."""
+        """Return ``jax.stages.Lowered`` for arguments, which may be ``jax.ShapeDtypeStruct``s."""
         call, operands = self._flatten(args, kwargs)
         return self._knowing(operands, call.jitted.lower)
 
     def trace(self, *args: Any, **kwargs: Any) -> jax.stages.Traced:
-        """Return ``jax.stages.Traced`` for these arguments; ``jax.ShapeDtypeStruct``s do."""
+        """Return ``jax.stages.Traced`` for arguments, which may be ``jax.ShapeDtypeStruct``s."""
         call, operands = self._flatten(args, kwargs)
         return self._knowing(operands, call.jitted.trace)
 
@@ -215,7 +215,7 @@ class TorchFunction:
         return call, operands
 
     def _check_operands(self, call: _Call, operands: Sequence[Any]) -> None:
-        """Raise where an operand is nothing that JAX takes."""
+        """Raise where JAX does not take an operand."""
         labels = [*call.arguments.labels, "rng"]
         for where, x in zip(labels, operands, strict=False):
             checks.refuse_wide_int(x, f"{where} of {self._label}")
@@ -330,8 +330,8 @@ def _raise_original(error: Exception, label: str) -> None:
             # With a cause Python does not show the error of XLA.
             raise original from original.__cause__
         raise TorchCallError(message) from original
-    # The handler's own checks fail so. INTERNAL stands for an exception that was dropped, because
-    # too many came after it.
+    # The handler's own checks fail with these. INTERNAL stands for an exception that was dropped,
+    # because too many came after it.
     for status in ("INVALID_ARGUMENT: ", "FAILED_PRECONDITION: ", "INTERNAL: "):
         _, ours, message = text.partition(status)
         if ours and message.startswith(label):

@@ -25,13 +25,13 @@ from .options import Options
 
 @dataclass(frozen=True)
 class _Spot:
-    """This stands for a leaf of the arguments: the ``index``-th operand, or a static one (None)."""
+    """A spot stands for a leaf of the arguments: operand ``index``, or a static one (None)."""
 
     index: int | None
 
 
 class OperandOptions:
-    """What the options say about the operands of calls with one structure."""
+    """An ``OperandOptions`` tells what options say about operands of calls with one structure."""
 
     def __init__(
         self, fn: Callable[..., Any], options: Options, arguments: Arguments, label: str
@@ -108,7 +108,7 @@ class OperandOptions:
         wanted: dict[int, Any] = {}
         for k, x in self.examples.items():
             dtype = checks.example_dtype(x)
-            # It may be wider than JAX carries it: it counts where JAX narrows it to this dtype.
+            # It may be wider than JAX carries it. It counts where JAX narrows it to this dtype.
             if dtype is not None and checks.leaf_aval(x)[1] == dtypes[k]:
                 wanted[k] = dtype
         wanted |= self._arg_dtypes()
@@ -121,7 +121,7 @@ class OperandOptions:
         return wanted
 
     def in_specs(self) -> dict[int, Any] | None:
-        """Return the specs of operands, None where types say it; None without ``in_specs``."""
+        """Return the specs of operands (None where types say it), or None without ``in_specs``."""
         given = self.options.in_specs
         return None if given is None else self._by_operand(given, "in_specs")
 
@@ -178,7 +178,7 @@ def values_of(operands: Sequence[Any]) -> list[torch.Tensor] | None:
 def _value(x: Any) -> torch.Tensor | None:
     """Return the value of an operand or an example, if it has one."""
     if isinstance(x, jax.Array) and not isinstance(x, Tracer):
-        # A donated array has no value left, and one over several devices none for one tensor.
+        # A donated array has no value left. One over several devices has none for one tensor.
         x = None if x.is_deleted() or len(x.devices()) > 1 else j2t(x)
     elif isinstance(x, np.ndarray):
         x = torch.from_numpy(x)

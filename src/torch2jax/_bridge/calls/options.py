@@ -1,4 +1,4 @@
-"""The options of ``torch2jax``, after they are checked."""
+"""``torch2jax`` keeps its options here, after they are checked."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .arguments import Arguments
 
 @dataclass(frozen=True, eq=False)
 class Options:
-    """The options of one ``torch2jax`` call."""
+    """``Options`` holds the options of one ``torch2jax`` call."""
 
     examples: tuple[tuple[Any, ...], dict[str, Any]] | None = None
     output_shapes: Any = None
@@ -42,7 +42,7 @@ class Options:
     default_device: torch.device = field(default_factory=torch.get_default_device)
 
     def key(self, label: str) -> tuple[Hashable, ...]:
-        """Return a key, equal for equal options: trees count by structure and leaves."""
+        """Return a key that is equal for equal options; trees count by structure and leaves."""
 
         def one(option: str, value: Any) -> Hashable:
             try:

@@ -50,7 +50,7 @@ Avals = Sequence[tuple[tuple[int, ...], Any]]
 
 @dataclass(frozen=True)
 class Binding:
-    """A call with given structure, shapes and dtypes binds this."""
+    """A binding is what a call binds; its structure, shapes and dtypes decide."""
 
     callee: Callee
     arguments: Arguments
@@ -62,7 +62,7 @@ class Binding:
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of the operands of a call that needs their values."""
+    """A ``Known`` holds what is known of a call's operands, where it needs their values."""
 
     values: Sequence[torch.Tensor] | None
 
@@ -330,7 +330,7 @@ def _traced_for(arguments: Arguments, avals: Avals) -> str:
         f"{label}: {dtype}[{','.join(map(str, shape))}]"
         for label, (shape, dtype) in zip(arguments.labels, avals, strict=True)
     ]
-    # The arguments of a module's call come last, behind its parameters.
+    # The arguments of a module's call come last, after its parameters.
     left_out = len(operands) - _SHOWN
     first = [f"{left_out} more, ..."] if left_out > 0 else []
     return f"(traced for {', '.join([*first, *operands[-_SHOWN:]])})"
@@ -338,7 +338,7 @@ def _traced_for(arguments: Arguments, avals: Avals) -> str:
 
 _SHOWN = 8
 
-# They are made here, where no mode of a caller sees it.
+# They are made here, where no mode of a caller sees them.
 _CPU, _CUDA = torch.device("cpu"), torch.device("cuda")
 
 

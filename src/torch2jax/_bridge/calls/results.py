@@ -30,7 +30,7 @@ class ResultLeaf:
 
 @dataclass(frozen=True)
 class Result:
-    """The structure of a result."""
+    """A result is described by its tree and by its tensors."""
 
     treedef: Any
     leaves: tuple[ResultLeaf, ...]
@@ -41,8 +41,8 @@ class Result:
 def flatten_result(out: Any, label: str) -> tuple[list[tuple[str, Tensor]], Any]:
     """Return paths and tensors of a result, and its treedef.
 
-    Mappings that JAX does not know become dicts, Python numbers 0-d tensors. Anything else that is
-    not a tensor is an error with its path.
+    Mappings that JAX does not know become dicts, and Python numbers become 0-d tensors.
+    Anything else that is not a tensor is an error, which names its path.
     """
     paths, treedef = tree_flatten_with_path(_plain(out, "result", label))
     return [(f"result{keystr(path)}", leaf) for path, leaf in paths], treedef
@@ -117,7 +117,7 @@ SINGLE = jax.tree.structure(0)
 
 def collector(result: Result, label: str) -> Callable[[Any], Tensors]:
     """Return a function from what ``fn`` returns to a flat tuple of tensors."""
-    met = result.treedef  # the structure that fn returned last
+    met = result.treedef  # fn returned this structure last
     single = met == SINGLE
 
     def collect(out: Any) -> Tensors:
@@ -162,8 +162,9 @@ def _with_tuples(treedef: Any) -> Any:
 def declared_result(shapes: Any, operands: Iterable[np.dtype[Any]], label: str) -> Result:
     """Return the result that ``output_shapes=`` describes, for operands of these dtypes.
 
-    Leaves are ``jax.ShapeDtypeStruct``, arrays, tensors, tracers (their avals), or ``torch.Size``,
-    whose dtype is the result type of the floating operands, else the default float dtype.
+    Leaves are ``jax.ShapeDtypeStruct``, arrays, tensors, tracers (their avals), or ``torch.Size``.
+    The dtype of the latter is the result type of the floating operands, or else the default float
+    dtype.
     """
     inexact = [d for d in operands if jax.numpy.issubdtype(d, jax.numpy.inexact)]
     paths, treedef = tree_flatten_with_path(shapes)
@@ -173,9 +174,8 @@ def declared_result(shapes: Any, operands: Iterable[np.dtype[Any]], label: str) 
         if isinstance(x, torch.Size):
             try:
                 default = jax.numpy.result_type(*(inexact or [float]))
-            except (
-                ValueError
-            ) as error:  # jax raises TypePromotionError for float8 with anything else
+            except ValueError as error:
+                # JAX raises TypePromotionError for float8 with anything else.
                 raise SignatureError(
                     f"output_shapes of {label} has a bare shape at {where}, and the dtypes of the "
                     f"operands have no result type; give a jax.ShapeDtypeStruct: {error}"

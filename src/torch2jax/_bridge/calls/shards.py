@@ -63,7 +63,7 @@ class Shards:
                 )
 
     def result(self, whole: Result, inplace: bool) -> Result:
-        """Return the result on one shard; ``output_shapes`` gives that of the whole call."""
+        """Return the result on one shard, where ``whole`` is that of the whole call."""
         specs = self.options.out_specs
         if inplace and isinstance(specs, tuple | list) and not isinstance(specs, PartitionSpec):
             specs = specs[0]  # the others are for the updated arguments
@@ -92,7 +92,7 @@ class Shards:
         return tuple(local)
 
     def own_key(self, rng: Any) -> Any:
-        """Return the key of a shard: shards of different operands draw different numbers."""
+        """Return the key of a shard; shards of different operands draw different numbers."""
         for axis in sorted({axis for spec in self.specs for axis in axes_of(spec)} & self.axes):
             rng = jax.random.fold_in(rng, jax.lax.axis_index(axis))
         return rng

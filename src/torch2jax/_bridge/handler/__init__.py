@@ -1,1 +1,1 @@
-"""The Python half of the extension: its entries, and calls on platforms without a handler."""
+"""Here is the extension's Python half: its entries, and calls on platforms without a handler."""

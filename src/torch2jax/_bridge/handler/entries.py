@@ -1,4 +1,4 @@
-"""Names of callees, and their entries in the handler's table."""
+"""Callees get names, and entries in the handler's table."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ _lock = threading.RLock()
 
 
 def register(callee: Callee, several_devices: bool = False) -> Any:
-    """The callee's entry in the handler's table; made, and named, when it is first lowered.
+    """Return the callee's entry in the handler's table.
 
-    It has another one for programs on several devices.
+    The entry is made, and the callee gets its name, when the callee is first lowered. The callee
+    has another entry for programs on several devices.
     """
     with _lock:
         if callee.registrations[several_devices] is None:
@@ -34,11 +35,11 @@ def register(callee: Callee, several_devices: bool = False) -> Any:
 
 
 SEVERAL = "/several"
-"""Ends the name of a call in a program on several devices."""
+"""The name of a call in a program on several devices ends with this."""
 
 
 def entry_of(callee: Callee, name: str, several_devices: bool) -> Any:
-    """An entry of the handler's table; it is withdrawn when nothing refers to it."""
+    """Make an entry of the handler's table; it is withdrawn when nothing refers to it."""
     options, is_root = callee.options, callee.parent is None
     run, collect = runnable(callee)
     return extension.Entry(
@@ -55,14 +56,14 @@ def entry_of(callee: Callee, name: str, several_devices: bool) -> Any:
 
 
 def runnable(callee: Callee) -> tuple[Any, Any]:
-    """``run``, and a function that makes a tuple of its result; None where it returns tuples."""
+    """Return ``run``, and what makes a tuple of its result, or None where that is one already."""
     program = callee.program
     run, collect = getattr(program, "bare", None) or (in_parts(program, program.run), None)
     return loans.scoped(run) if callee.options.borrows else run, collect
 
 
 def name_of(callee: Callee) -> str:
-    """The callee's name: ``module.qualname``, a counter, and how it is derived.
+    """Return the callee's name: ``module.qualname``, a counter, and how it is derived.
 
     A root gets its counter when it or anything derived from it is first lowered, so equal programs
     have equal names in every process.

@@ -1,4 +1,4 @@
-"""The extension: only this file imports it, and gives it what it needs of PyTorch."""
+"""Only this file imports the extension, and gives the extension what it needs of PyTorch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..._compat.torch import exchange_api
 from ..torch_side import ambient, exceptions, streams
 
 TARGET = __name__.partition(".")[0]
-"""Name of the custom call. It is the package's import name, so that aliases live side by side."""
+"""The custom call has the package's import name, so that aliases live side by side."""
 
 dlpack_path, dtype_routes = _ext.dlpack_path, _ext.dtype_routes
 to_arrays, to_tensors = _ext.to_arrays, _ext.to_tensors
@@ -27,11 +27,11 @@ PLATFORMS = ("cpu", "cuda", "rocm")
 
 
 _resolver: Any = None
-"""``exporting.resolve``, which knows what exported names stand for."""
+"""This is ``exporting.resolve``, which knows what exported names stand for."""
 
 
 def resolve_by(resolver: Any) -> None:
-    """Have unknown names resolved by ``resolver(name) -> str``, "" or why it cannot."""
+    """Have ``resolver(name)`` resolve unknown names; it returns "", or why it cannot."""
     global _resolver
     _resolver = resolver
 

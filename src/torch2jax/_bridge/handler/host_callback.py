@@ -23,7 +23,7 @@ def call_on_host(
     results: Sequence[tuple[tuple[int, ...], Any]],
     orders: int | None,
 ) -> Sequence[Any]:
-    """What the primitive computes, with operands and results copied between device and host."""
+    """Compute what the primitive does; operands and results are copied to and from the host."""
     del orders
     options = callee.options
     shapes = [jax.ShapeDtypeStruct(*result) for result in results]
@@ -39,7 +39,8 @@ def _on_arrays(
     passes_outputs = callee.parent is None and callee.options.pass_outputs
 
     def call(*arrays: Any) -> list[np.ndarray[Any, Any]]:
-        tensors = [j2t(np.asarray(x)) for x in arrays]  # copies: fn may change them in place
+        # These are copies, because fn may change them in place.
+        tensors = [j2t(np.asarray(x)) for x in arrays]
         if passes_outputs:
             tensors += [torch.empty(x.shape, dtype=dtype_j2t(x.dtype)) for x in shapes]
         out = ambient.run_guarded(run, tuple(tensors), callee.options.default_dtype)
@@ -54,6 +55,6 @@ def _to_numpy(tensor: torch.Tensor, dtype: Any) -> np.ndarray[Any, Any]:
     tensor = (
         tensor.detach().resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
     )
-    if dtype.isbuiltin != 1:  # not one of NumPy's own: bfloat16, float8
+    if dtype.isbuiltin != 1:  # it is none of NumPy's own: bfloat16 or float8
         tensor = tensor.view(torch.uint8 if dtype.itemsize == 1 else torch.int16)
     return tensor.numpy().view(dtype)

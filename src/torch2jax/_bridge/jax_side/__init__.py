@@ -1,6 +1,6 @@
-"""Rules of the primitive, one file per transform; importing this package registers them.
+"""The primitive has its rules here, one file per transform; importing this package registers them.
 
-They import JAX and never torch: derivatives and batches of a callee come from the callee.
+The rules import JAX and never torch: derivatives and batches of a callee come from the callee.
 """
 
 from . import batching, derivatives, lowering

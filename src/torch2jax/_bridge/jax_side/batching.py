@@ -1,4 +1,4 @@
-"""Batching: ``vmap`` of a call is one call of a batched callee, or a loop.
+"""``vmap`` of a call is one call of a batched callee, or a loop.
 
 ``vmap_method`` decides, with the names and meaning that ``jax.pure_callback`` gives them:
 
@@ -6,8 +6,8 @@
     torch                one call through ``torch.func.vmap``
     sequential           ``jax.lax.map`` over single calls; ``sequential_unrolled`` unrolls it
     expand_dims          the function batches by itself: unbatched operands get a leading dim of 1
-    broadcast_all        the same, unbatched operands are broadcast to the batch
-    legacy_vectorized    the same, unbatched operands are passed as they are
+    broadcast_all        the same; unbatched operands are broadcast to the batch
+    legacy_vectorized    the same; unbatched operands are passed as they are
 
 Rows with keys of their own (``rng=``) run one after the other inside one call, whatever the method.
 """
@@ -58,7 +58,7 @@ def _batch(
     results: Any,
     orders: int | None,
 ) -> tuple[list[Any], list[int | None]]:
-    """A batch of a call of ``f``, which may return a token, or take one.
+    """Batch a call of ``f``, which may return a token, or take one.
 
     A token that is returned has rows where the rows have graphs of their own. Otherwise it has
     none: it is the token of one graph for all rows, or says that nothing is kept.
@@ -105,7 +105,7 @@ def _batch_with_token(
     rows: Sequence[Any],
     orders: int | None,
 ) -> list[Any]:
-    """A batch of a derivative that takes the token of one graph for all rows.
+    """Batch a derivative that takes the token of one graph for all rows.
 
     ``operands`` and ``dims`` are those without the token.
     """
@@ -131,7 +131,7 @@ def _batch_with_token(
 def _for_own_batching(
     method: str, f: Callee, operands: Sequence[Any], dims: Sequence[int | None], size: int
 ) -> list[Any]:
-    """The operands of one call of a function that batches by itself."""
+    """Return the operands for one call of a function that batches by itself."""
     front = _front(operands, dims)
     if method == "broadcast_all" or f.parent is not None:
         # A derivative needs its operands and their tangents in one shape.
@@ -146,14 +146,17 @@ def _batched(callee: Callee, dims: Sequence[int | None]) -> Callee:
 
 
 def _own_keys(callee: Callee, dims: Sequence[int | None]) -> bool:
-    """Whether every row has a key of its own; in derivatives too, where the primals come first."""
+    """Return whether every row has a key of its own.
+
+    The question is the same for derivatives, whose primals come first.
+    """
     return callee.options.rng is not None and dims[callee.options.rng] is not None
 
 
 def _with_own_rows(
     callee: Callee, operands: Sequence[Any], dims: Sequence[int | None], size: int
 ) -> tuple[list[Any], list[int | None]]:
-    """Operands and dims in which what the function changes in place has rows of its own."""
+    """Give rows of their own to the operands that the function changes in place."""
     operands, dims = list(operands), list(dims)
     for i in callee.options.mutated:
         if dims[i] is None:
@@ -163,17 +166,17 @@ def _with_own_rows(
 
 
 def _front(operands: Sequence[Any], dims: Sequence[int | None]) -> list[Any]:
-    """Operands with their rows first."""
+    """Return the operands with their rows first."""
     return [x if d is None else jnp.moveaxis(x, d, 0) for x, d in zip(operands, dims, strict=True)]
 
 
 def _rows_first(dims: Sequence[int | None]) -> tuple[int | None, ...]:
-    """The dims of such operands."""
+    """Return the dims of operands whose rows come first."""
     return tuple(None if d is None else 0 for d in dims)
 
 
 def _everywhere(front: Sequence[Any], dims: Sequence[int | None], size: int) -> list[Any]:
-    """Such operands with rows everywhere."""
+    """Return operands whose rows come first, all of them with rows."""
     return [
         jnp.broadcast_to(x, (size, *x.shape)) if d is None else x
         for x, d in zip(front, dims, strict=True)
@@ -181,7 +184,7 @@ def _everywhere(front: Sequence[Any], dims: Sequence[int | None], size: int) -> 
 
 
 def _choose(callee: Callee, operands: Sequence[Any], dims: Sequence[int | None]) -> str:
-    """A method of ``vmap_method``, or "rows" where every row has a key of its own."""
+    """Return a method of ``vmap_method``, or "rows" where every row has a key of its own."""
     if _own_keys(callee, dims):
         return "rows"
     method = callee.options.vmap_method
@@ -230,7 +233,7 @@ def _loop(
     orders: int | None,
     unroll: bool,
 ) -> list[Any]:
-    """One call for each row."""
+    """Make one call for each row."""
     mapped = [jnp.moveaxis(x, d, 0) for x, d in zip(operands, dims, strict=True) if d is not None]
 
     def one(rows: list[Any]) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Forward and reverse mode.
+"""Calls have rules for forward and reverse mode.
 
 For a call ``y = f(x)`` with tangents ``t`` of the inputs ``S`` (those that are not symbolically
 zero and whose dtype has tangents) and inexact outputs ``D``:
@@ -20,7 +20,7 @@ A call that is linear but not one of these two (the user's own linear function, 
 ``jax.linear_transpose``) is transposed by its ``vjp`` at zero.
 
 ``depth=k`` bounds ``orders``, which a call carries: ``y`` keeps those of the call, and each
-derivative has one less. What has none left refuses to be differentiated.
+derivative has one less. A call that has none left refuses to be differentiated.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from .primitive import TOKEN, call, torch_call_p
 
 
 def is_inexact(dtype: Any) -> bool:
-    """Whether values of this dtype have tangents."""
+    """Return whether values of this dtype have tangents."""
     return jnp.issubdtype(dtype, jnp.inexact)
 
 
@@ -99,12 +99,12 @@ def _jvp(
 
 
 def one_less(orders: int | None) -> int | None:
-    """The derivatives that are left to a derivative of a call."""
+    """Return how many derivatives are left to a derivative of a call."""
     return orders and orders - 1
 
 
 def past_depth(callee: Callee) -> DifferentiationError:
-    """The error for a derivative beyond ``depth=``."""
+    """Return the error for a derivative beyond ``depth=``."""
     done = callee.path.count("/vjp") + callee.path.count("/jvp")
     return DifferentiationError(
         f"{callee.options.label} is differentiated {done + 1} times, and torch2jax(..., "
@@ -130,7 +130,7 @@ def _transpose(
     avals = [_shape_dtype(operands[i]) for i in linear]
     seeds = [cotangents[i] for i in of]
     f, primals = untaped(callee), callee.without_token(operands)
-    # The places of the linear operands among those without a token, which is never linear.
+    # These are their places among the operands without the token, which is never linear.
     where = tuple(i for i, x in enumerate(primals) if ad.is_undefined_primal(x))
     transposed = f.transpose(where, of)
     if transposed is not None:
@@ -159,11 +159,11 @@ def _call_transposed(
 ) -> list[Any]:
     """Call ``transposed`` and bring its results to the shapes of the linear operands.
 
-    A batched transpose returns rows at dim 0: an operand without a batch dim gets their sum,
-    another one its rows where it had them. Batches nest, the outermost first.
+    A batched transpose returns rows at dim 0. An operand without a batch dim gets their sum, and
+    another one gets its rows where it had them. Batches nest, the outermost first.
     """
     levels = [tuple(dims[i] for i in linear) for dims in callee.batch_levels()]
-    rows = operands[-1].shape[: len(levels)]  # of a cotangent
+    rows = operands[-1].shape[: len(levels)]  # the last operand is a cotangent
     results = []
     for k, (full, dtype) in enumerate(avals):
         shape = list(full)
@@ -181,9 +181,9 @@ def _call_transposed(
 
 
 def _drop_token(used: list[bool], eqn: Any) -> tuple[list[bool], Any]:
-    """Dead code elimination: a call whose token nobody takes keeps no graph.
+    """Eliminate dead code: a call whose token nobody takes keeps no graph.
 
-    So the first forward pass under ``jax.checkpoint`` keeps none, and an unused ``vjp`` keeps none.
+    So the first forward pass under ``jax.checkpoint`` keeps none, nor does an unused ``vjp``.
     """
     callee = eqn.params["callee"]
     if not any(used) and not eqn.effects:

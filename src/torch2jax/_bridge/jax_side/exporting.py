@@ -1,4 +1,4 @@
-"""Exported programs: ``jax.export`` of a program with calls, and ``register`` where it is loaded.
+"""``jax.export`` exports programs with calls, and ``register`` serves them where they are loaded.
 
 The name of a call in an exported program is that of its callee, ``|``, and the types of the
 operands of the user's function:
@@ -28,7 +28,7 @@ from ..torch_side.tape.calls import keeping, with_token
 Avals = Sequence[tuple[tuple[int, ...], Any]]
 
 export_checks = [jax.export.DisabledSafetyCheck.custom_call(extension.TARGET)]
-"""What ``jax.export.export(..., disabled_checks=)`` needs for programs that contain a call."""
+"""``jax.export.export(..., disabled_checks=)`` needs these for programs that contain a call."""
 
 _lock = threading.RLock()
 _registered: dict[str, dict[str, Callee]] = {}
@@ -54,7 +54,7 @@ def provide(name: str, wrapped: Any, callee: Callee, avals: Avals) -> None:
 
 
 def exported_name(callee: Callee, avals: Sequence[Any], several_devices: bool) -> str:
-    """The name under which an exported program calls ``callee`` with operands of these avals."""
+    """Name ``callee`` as an exported program calls it with operands of these avals."""
     if not callee.options.named:
         raise SignatureError(
             f"{callee.options.label} is exported without a name: wrap it with torch2jax(..., "
@@ -69,7 +69,7 @@ def exported_name(callee: Callee, avals: Sequence[Any], several_devices: bool) -
 
 
 def _user_operands(callee: Callee, avals: Avals) -> Avals:
-    """Shapes and dtypes of the operands of the user's function in a call derived from it."""
+    """Return shapes and dtypes of the user's operands in a call derived from the function."""
     while (parent := callee.parent) is not None:
         avals = callee.without_token(avals)
         if isinstance(callee.program, Vmap):
@@ -123,7 +123,7 @@ _STEP = re.compile(
 
 
 def _follow(callee: Callee, path: str) -> Callee | None:
-    """What ``path`` derives from ``callee``; None where it does not lead on."""
+    """Return what ``path`` derives from ``callee``; None where it does not lead on."""
     while path:
         step = _STEP.match(path)
         if step is None:
@@ -150,7 +150,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def _taped(callee: Callee, wrt: tuple[int, ...]) -> Callee:
-    """A derivative, or its batched form, with a token of the call whose derivative it is."""
+    """Give a derivative, or its batched form, a token of the call whose derivative it is."""
     derivative: Any = callee
     while isinstance(derivative.program, Vmap):
         derivative = derivative.parent

@@ -1,4 +1,4 @@
-"""Lowering: a call becomes one custom call, whose only attribute is the name of the callee.
+"""A call is lowered to one custom call, whose only attribute is the name of the callee.
 
 On platforms without a handler it becomes a callback of JAX's: see ``handler/host_callback.py``.
 """

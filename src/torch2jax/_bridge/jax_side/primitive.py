@@ -1,7 +1,7 @@
-"""The primitive: one call of a torch callee. Its rules stand beside it in this folder.
+"""The primitive is one call of a torch callee. Its rules stand beside it in this folder.
 
-Parameters: ``callee`` (a ``Callee``), ``results`` (a shape and dtype per output) and ``orders``
-(how many derivatives ``depth=`` still allows; None where nothing limits them).
+Its parameters are ``callee`` (a ``Callee``), ``results`` (a shape and dtype per output) and
+``orders`` (how many derivatives ``depth=`` still allows; None where nothing limits them).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ torch_call_p.multiple_results = True
 
 
 TOKEN = ((4,), np.dtype(np.uint32))
-"""Shape and dtype of a token: see ``torch_side/tape``."""
+"""A token has this shape and dtype: see ``torch_side/tape``."""
 
 
 def call(
@@ -56,7 +56,7 @@ def _abstract_eval(
 
 @torch_call_p.def_impl
 def _impl(*operands: Any, callee: Callee, **params: Any) -> list[Any]:
-    # Outside of jit: one jitted call per callee and parameters, which lives as long as they do.
+    # Outside of jit each callee has one jitted call per parameters, which lives as long as it does.
     key = tuple(params.values())
     jitted = callee.jitted.get(key)
     if jitted is None:

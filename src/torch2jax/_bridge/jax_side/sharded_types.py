@@ -1,4 +1,4 @@
-"""How types say that a value is sharded: explicit mesh axes."""
+"""Types say by explicit mesh axes that a value is sharded."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MANUAL = jax.sharding.AxisType.Manual
 
 
 def check_whole(avals: Sequence[Any], labels: Sequence[str], label: str) -> None:
-    """Raise where an operand is sharded over explicit axes: a call would gather it."""
+    """Raise where an operand is sharded over explicit axes, because a call would gather it."""
     for aval, where in zip(avals, labels, strict=False):
         sharded = sorted(axes_of(typed_spec(aval)))
         if sharded:
@@ -29,7 +29,7 @@ def check_whole(avals: Sequence[Any], labels: Sequence[str], label: str) -> None
 
 
 def typed_spec(aval: Any) -> PartitionSpec:
-    """The explicit axes over which a value of this aval is sharded."""
+    """Return the spec by which a value of this aval is sharded over explicit axes."""
     sharding = getattr(aval, "sharding", None)
     if sharding is None or not axes_of_type(sharding.mesh, EXPLICIT) & axes_of(sharding.spec):
         return PartitionSpec()

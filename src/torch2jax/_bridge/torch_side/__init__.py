@@ -1,1 +1,1 @@
-"""Functions of tensors and their derivatives. Nothing here imports JAX."""
+"""Functions of tensors and their derivatives live here. Nothing here imports JAX."""

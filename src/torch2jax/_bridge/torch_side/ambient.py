@@ -1,4 +1,4 @@
-"""torch's ambient state: what a thread or the process has switched on around a call of ``fn``.
+"""Ambient state is what a thread or the process has switched on in torch around a call of ``fn``.
 
 ``fn`` always runs with autocast off, no torch modes, gradients off and the default dtype of wrap
 time, whichever thread XLA picks. The handler asks ``ambient_clean`` once per execution of an
@@ -29,7 +29,7 @@ _default_dtype = torch.get_default_dtype
 
 
 def ambient_clean(default_dtype: torch.dtype) -> bool:
-    """Whether the calling thread has nothing switched on that would change what ``fn`` does."""
+    """Return whether the calling thread has nothing on that would change what ``fn`` does."""
     return (
         _default_dtype() is default_dtype
         and not _function_modes()
@@ -62,6 +62,6 @@ def clean_surroundings(default_dtype: torch.dtype) -> Iterator[None]:
 
 
 def run_guarded(run: Callable[..., Any], args: tuple[Any, ...], default_dtype: torch.dtype) -> Any:
-    """``run(*args)`` in a clean state."""
+    """Call ``run(*args)`` in a clean state."""
     with clean_surroundings(default_dtype):
         return run(*args)

@@ -1,12 +1,12 @@
-"""Questions about values that are not known, answered both ways. Imports torch, never JAX.
+"""Questions about unknown values are answered both ways. This file imports torch, never JAX.
 
 NOTE [Both answers]. A function that is traced may ask for values: ``if x.any()``, ``.item()``,
 ``assert (x > 0).all()``. Fake tensors have none, so it is run once for each of several answers. The
 same place in the code gets the same answers in every run: the first time yes, later no, so that a
-loop ends after a step. Where that raises, the last place that can answer otherwise does; a run that
-raises drops out, an ``assert`` thus answers yes. From the first run that ends, each place answers
-otherwise in turn. All runs that end must agree on the result, or its shape depends on the values.
-What does not depend on the operands is computed: it has values.
+loop ends after a step. Where that raises, the last place that can answer otherwise does so. A run
+that raises drops out, so an ``assert`` answers yes. From the first run that ends, each place
+answers otherwise in turn. All runs that end must agree on the result; where they do not, its shape
+depends on the values. What does not depend on the operands is computed, because it has values.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Refused(Exception):
 class NoAnswerEnds(Exception):
     """Whatever is answered, the function raises; or it asks nothing.
 
-    ``needs_symbols``: it met a size that depends on values.
+    ``needs_symbols`` says that it met a size that depends on values.
     """
 
     def __init__(self, needs_symbols: bool = False) -> None:
@@ -55,7 +55,7 @@ class ShapeDependsOnAnswers(Exception):
 
 
 class Branch:
-    """One run and its answers: ``forced`` at some places, and by default at the others."""
+    """A branch is one run and its answers: ``forced`` at some places, by default at the others."""
 
     def __init__(self, forced: dict[Hashable, Any], operators: int = _OPERATORS) -> None:
         self.forced = forced
@@ -66,7 +66,7 @@ class Branch:
         """Places in the order in which they asked last, and what can be answered."""
         self.given: dict[Hashable, list[Any]] = {}
         self._written: dict[int, Any] = {}
-        """Storages, by their addresses; they are kept, so that no other one gets an address."""
+        """Written storages by address; they are kept, so that no other one gets the address."""
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call an operator: on values where it has them, else on fake tensors."""
@@ -103,7 +103,7 @@ class Branch:
         frame = _users_frame(sys._getframe(1))
         place = (frame.f_code, frame.f_lasti) if frame else None
         answer = self.forced.get(place, options[place in self.asked])
-        self.asked[place] = self.asked.pop(place, options)  # it is now the last one
+        self.asked[place] = self.asked.pop(place, options)  # this place is now the last one
         self.given.setdefault(place, []).append(answer)
         return answer
 
@@ -127,9 +127,10 @@ def _storage(t: Tensor) -> tuple[int, Any]:
 
 
 class ReadIntegers:
-    """A run on values: does it read integers that depend on the operands, and what if by ``more``?
+    """``ReadIntegers`` watches whether a run on values reads integers that depend on the operands.
 
-    A shape that follows them differs then from that of a run on the values themselves.
+    The run reads each of them ``more`` too large. A shape that follows them then differs from that
+    of a run on the values themselves.
     """
 
     def __init__(self, more: int = 0) -> None:
@@ -138,7 +139,7 @@ class ReadIntegers:
         self._dependent: Any = WeakIdKeyDictionary()
 
     def of(self, operands: Iterable[Tensor]) -> None:
-        """Note tensors that depend on the operands."""
+        """Note that these tensors depend on the operands."""
         for x in operands:
             self._dependent[x] = True
 
@@ -157,7 +158,7 @@ class ReadIntegers:
 
 
 def explored(run: Callable[[Branch], Any]) -> Any:
-    """Return what the runs show that end; see NOTE [Both answers]."""
+    """Return what those runs show that end; see NOTE [Both answers]."""
     left = _RUNS
     forced: dict[Hashable, Any] = {}
     tried: dict[Hashable, list[Any]] = {}

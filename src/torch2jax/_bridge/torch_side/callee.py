@@ -1,4 +1,4 @@
-"""A callee: a program, and the callees derived from it. Imports torch, never JAX."""
+"""A callee has a program, and callees derived from it. This file imports torch, never JAX."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _deriving = threading.RLock()
 
 @dataclass(frozen=True, eq=False)
 class CalleeOptions:
-    """What every callee derived from one wrapped function shares."""
+    """All callees derived from one wrapped function share these options."""
 
     label: str
     """The user's function in messages."""
@@ -52,7 +52,7 @@ class CalleeOptions:
 
 
 class Callee:
-    """A program as JAX knows it: an identity, a name, and a table of derived callees.
+    """A callee is a program as JAX knows it: an identity, a name and derived callees.
 
     A derived callee holds its parent. A parent holds what is derived from it weakly, so that a
     callee lives as long as a wrapper, a jaxpr or an executable that uses it.
@@ -84,7 +84,7 @@ class Callee:
         self.jitted: dict[Any, Any] = {}
         """Calls outside of jit, by the primitive's parameters; made by ``primitive``."""
         self.refusals: dict[Any, str | None] = {}
-        """Of a root: why batches of it, by path and operands, cannot be; found by ``batching``."""
+        """Why batches of a root cannot be, by path and operands; ``batching`` finds the reasons."""
         self._derived: weakref.WeakValueDictionary[str, Callee] = weakref.WeakValueDictionary()
 
     def __repr__(self) -> str:
@@ -92,16 +92,16 @@ class Callee:
 
     @property
     def root(self) -> Callee:
-        """The user's function."""
+        """The root is the callee of the user's function."""
         return self if self.parent is None else self.parent.root
 
     @property
     def path(self) -> str:
-        """How this callee is derived from the user's function: ``/vjp(0;0)/vmap(0,None)``."""
+        """The path leads here from the user's function, as in ``/vjp(0;0)/vmap(0,None)``."""
         return (self.parent.path if self.parent else "") + self.suffix
 
     def without_token(self, operands: Sequence[Any]) -> Sequence[Any]:
-        """Operands of this callee, or facts about them, without the token's."""
+        """Return this callee's operands, or facts about them, without the token's."""
         at = self.token_at
         return operands if at is None else [*operands[:at], *operands[at + 1 :]]
 
@@ -114,10 +114,13 @@ class Callee:
         token_at: int | None = None,
         keep: Callee | None = None,
     ) -> Callee:
-        """The callee ``make()`` under this one's name and ``suffix``; made when first asked for."""
+        """Return the callee of ``make()`` under this one's name and ``suffix``.
+
+        It is made when it is first asked for.
+        """
         child = self._derived.get(suffix)
         if child is None:
-            with _deriving:  # two threads would each make one, of one name
+            with _deriving:  # two threads would each make one of this name
                 child = self._derived.get(suffix)
                 if child is None:
                     child = Callee(
@@ -127,7 +130,7 @@ class Callee:
         return child
 
     def jvp(self, wrt: Indices, of: Indices) -> Callee:
-        """``(x, tangents of wrt) -> tangents of the outputs ``of``."""
+        """Return ``(x, tangents of wrt) -> tangents of the outputs of``."""
         tangents = [f"the tangent of {self.inputs[i]}" for i in wrt]
         return self.derive(
             f"/jvp({_join(wrt)};{_join(of)})",
@@ -137,7 +140,7 @@ class Callee:
         )
 
     def vjp(self, wrt: Indices, of: Indices) -> Callee:
-        """``(x, cotangents of the outputs ``of``) -> cotangents of wrt``."""
+        """Return ``(x, cotangents of the outputs of) -> cotangents of wrt``."""
         cotangents = [f"the cotangent of {self.outputs[i]}" for i in of]
         return self.derive(
             f"/vjp({_join(wrt)};{_join(of)})",
@@ -147,11 +150,11 @@ class Callee:
         )
 
     def vmap(self, dims: Dims) -> Callee:
-        """This callee on every row of the operands whose dim is not None."""
+        """Return this callee on every row of the operands whose dim is not None."""
         return self._batched("vmap", Vmap, dims)
 
     def rows(self, dims: Dims) -> Callee:
-        """The same, one row after the other, for rows with random numbers of their own."""
+        """Return the same, one row after the other, for rows with random numbers of their own."""
         return self._batched("rows", Rows, dims)
 
     def _batched(self, name: str, program: type[Vmap], dims: Dims) -> Callee:
@@ -163,11 +166,11 @@ class Callee:
         )
 
     def batched_like(self, program: Vmap, dims: Dims) -> Callee:
-        """This callee batched the way ``program`` is."""
+        """Return this callee, batched the way ``program`` is."""
         return self.rows(dims) if isinstance(program, Rows) else self.vmap(dims)
 
     def batch_levels(self) -> list[Dims]:
-        """Dims of the operands in each enclosing batch, the outermost first."""
+        """Return the dims of the operands in each enclosing batch, the outermost first."""
         levels = []
         callee: Callee | None = self
         while callee is not None and isinstance(callee.program, Vmap):
@@ -177,7 +180,7 @@ class Callee:
 
     @property
     def linear(self) -> range:
-        """The operands in which it is known to be linear: the last ones of a derivative."""
+        """A callee is known to be linear in these operands: the last ones of a derivative."""
         callee = self
         while isinstance(callee.program, Vmap) and callee.parent is not None:
             callee = callee.parent
@@ -187,9 +190,9 @@ class Callee:
         return range(len(callee.parent.inputs), end)
 
     def transpose(self, linear: Indices, of: Indices) -> Callee | None:
-        """The callee ``(other operands, cotangents of ``of``) -> cotangents of ``linear``.
+        """Return the callee ``(other operands, cotangents of of) -> cotangents of linear``.
 
-        None where this callee is not known to be linear in those operands.
+        It is None where this callee is not known to be linear in those operands.
         """
         program = self.program
         if self.parent is None:

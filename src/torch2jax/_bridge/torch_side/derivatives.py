@@ -1,4 +1,6 @@
-"""Programs: flat torch functions, their derivatives and batches. Imports torch, never JAX.
+"""Programs are flat torch functions, their derivatives and batches.
+
+This file imports torch, never JAX.
 
 A *program* is a pure function from tensors to a tuple of tensors. Derivatives and batches of a
 program are programs, and the algebra is closed: with primals ``x``, tangents ``t`` of the inputs
@@ -10,13 +12,13 @@ program are programs, and the algebra is closed: with primals ``x``, tangents ``
 
 A program has three forms that compute the same:
 
-    functional  composes with torch.func: what vmap and forward mode are built from
-    graph       composes with torch.autograd: what reverse mode is built from; old-style
+    functional  composes with torch.func: vmap and forward mode are built from it
+    graph       composes with torch.autograd: reverse mode is built from it; old-style
                 autograd.Functions, compiled functions and custom kernels work here
-    run         what XLA calls, under no_grad, on plain tensors: nothing differentiates it further
+    run         XLA calls it under no_grad, on plain tensors: nothing differentiates it further
 
-NOTE [Conjugates]. For a complex input torch's gradient is the conjugate transpose ``Jᴴ c``, JAX's
-cotangent is the plain transpose ``Jᵀ c = conj(Jᴴ conj(c))``: a Vjp conjugates on both sides.
+NOTE [Conjugates]. For a complex input torch's gradient is the conjugate transpose ``Jᴴ c``. JAX's
+cotangent is the plain transpose ``Jᵀ c = conj(Jᴴ conj(c))``, so a Vjp conjugates on both sides.
 """
 
 from __future__ import annotations
@@ -44,11 +46,11 @@ from .gradients import (
 
 
 class Program(Protocol):
-    """A pure function from tensors to a tuple of tensors, in three forms."""
+    """A program is a pure function from tensors to a tuple of tensors, in three forms."""
 
     @property
     def base(self) -> Program | None:
-        """The program that this one is derived from; None for the user's function."""
+        """This program is derived from that one; it is None for the user's function."""
         ...
 
     def functional(self, *args: Tensor) -> Tensors: ...
@@ -59,12 +61,12 @@ class Program(Protocol):
 
 
 class UserProgram:
-    """The user's function on flat operands.
+    """A ``UserProgram`` is the user's function on flat operands.
 
     ``pure`` changes none of its operands. ``run`` may be another function with the same results
     that works in place (see ``inplace_argnums`` and ``out_arg``). ``bare`` is ``fn`` itself, where
-    nothing lies between it and the operands, with a function from its results to a tuple: what the
-    handler calls.
+    nothing lies between it and the operands, with a function from its results to a tuple; the
+    handler calls these.
     """
 
     base = None
@@ -85,11 +87,12 @@ class UserProgram:
 
 
 class Jvp:
-    """``(x, t) -> ∂f_D/∂x_S(x) · t``, by forward mode or, where it is missing, by two pullbacks.
+    """A Jvp computes ``(x, t) -> ∂f_D/∂x_S(x) · t``, by forward mode or else by two pullbacks.
 
     The pullback ``u -> Jᴴ u`` is linear in ``u``; its own pullback at ``t``, for any ``u``, is
     ``J t``. (``u`` is ones, because torch pulls back through ``logcumsumexp`` by the logarithm of
-    ``u``.) Old-style ``autograd.Function``s and operators without a forward formula need this.
+    ``u``.) Old-style ``autograd.Function``s and operators without a forward formula need the
+    pullbacks.
     """
 
     def __init__(self, base: Program, wrt: Indices, of: Indices) -> None:
@@ -120,7 +123,7 @@ class Jvp:
         try:
             return self.graph(*args)
         except Exception as error:
-            # torch cannot pull back twice what it can push forward and pull back:
+            # torch cannot pull back twice what it can push forward and pull back: an example is
             # conv_transpose with output_padding.
             try:
                 return self._by_forward_mode(self.base.functional, *self._split(args))
@@ -128,16 +131,16 @@ class Jvp:
                 raise error from None
 
     def outermost(self, *args: Tensor) -> Tensors:
-        """The ``run`` of a first derivative, by forward mode: nothing differentiates the result.
+        """Run a first derivative by forward mode; nothing differentiates the result.
 
         When nested, torch's forward mode is silently wrong for some operators (``linalg.solve``,
-        ``layer_norm``): derivatives of derivatives go by pullbacks.
+        ``layer_norm``), so derivatives of derivatives go by pullbacks.
         """
         return self._either(self.base.functional, self._two_pullbacks_functional, args)
 
     @property
     def first_order(self) -> bool:
-        """Whether the base is the user's function or its batched form."""
+        """A Jvp is of first order where the base is the user's function or its batched form."""
         program: Program | None = self.base
         while isinstance(program, Vmap):
             program = program.base
@@ -200,13 +203,13 @@ _forward_mode = threading.RLock()
 
 
 class Vjp:
-    """``(x, c) -> c · ∂f_D/∂x_S(x)``. See NOTE [Conjugates]."""
+    """A Vjp computes ``(x, c) -> c · ∂f_D/∂x_S(x)``. See NOTE [Conjugates]."""
 
     def __init__(self, base: Program, wrt: Indices, of: Indices) -> None:
         self.base, self.wrt, self.of = base, wrt, of
 
     def split(self, args: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        """Operands, or facts about them, as those of the primals and those of the cotangents."""
+        """Split operands, or facts about them, into those of primals and those of cotangents."""
         at = len(args) - len(self.of)
         return args[:at], args[at:]
 
@@ -224,7 +227,7 @@ class Vjp:
             out = take(self.base.graph(*primals), self.of)
             inputs = take(primals, self.wrt)
             grads = leaf_gradients(out, inputs, conj(cotangents), create_graph=True)
-            if any(map(_is_cut, grads)):  # or f is linear: ask with cotangents that show it
+            if any(map(_is_cut, grads)):  # f may be linear: watched cotangents show it
                 watched = watched_leaves(cotangents, tuple(range(len(cotangents))))
                 _check_connected(leaf_gradients(out, inputs, conj(watched), create_graph=True))
             return conj(grads)
@@ -256,7 +259,7 @@ class Vjp:
             torch._C._set_grad_enabled(before)
 
     def _forward(self, f: Callable[..., Tensors], primals: Tensors) -> tuple[Tensors, Tensors]:
-        """Outputs ``of``, and leaves that they are differentiated in."""
+        """Return the outputs ``of``, and the leaves in which they are differentiated."""
         leaves = list(primals)
         for i in self.wrt:
             leaves[i] = leaves[i].detach().requires_grad_()
@@ -264,9 +267,10 @@ class Vjp:
 
 
 class Vmap:
-    """``f`` on every row, in one call through ``torch.func.vmap``. Results have rows at dim 0.
+    """A Vmap calls ``f`` on every row, in one call through ``torch.func.vmap``.
 
-    Random numbers are drawn once for all rows, as in JAX with a key that is not batched.
+    Results have rows at dim 0. Random numbers are drawn once for all rows, as in JAX with a
+    key that is not batched.
     """
 
     def __init__(self, base: Program, dims: Dims) -> None:
@@ -296,7 +300,7 @@ class Vmap:
             return _vmap(vjp.outermost, self.dims)(*args)
         if isinstance(vjp, UserProgram):
             return self.functional(*args)
-        with torch.enable_grad():  # as in Jvp
+        with torch.enable_grad():  # without it the result may be wrong, as in Jvp
             return self.functional(*args)
 
     def _pull_rows(self, vjp: Vjp, primals: Tensors, cotangents: Tensors) -> Tensors:
@@ -312,9 +316,9 @@ class Vmap:
 
 
 class Rows(Vmap):
-    """``f`` on every row, one row after the other inside one call.
+    """Rows calls ``f`` on every row, one row after the other inside one call.
 
-    This serves rows with random numbers of their own: each has its key.
+    It serves rows with random numbers of their own: each has its key.
     """
 
     def functional(self, *args: Tensor) -> Tensors:
@@ -342,7 +346,7 @@ def _is_cut(g: Tensor) -> bool:
 
 def _check_connected(grads: Tensors) -> None:
     """Raise where gradients that are linear in something watched seem not to depend on it."""
-    if any(map(_is_cut, grads)):  # sparse matrices do so
+    if any(map(_is_cut, grads)):  # those of sparse matrices do so
         raise RuntimeError(
             "PyTorch does not differentiate this function's gradient further: the result of its "
             "backward pass has no graph"
@@ -352,7 +356,7 @@ def _check_connected(grads: Tensors) -> None:
 def _restrict(
     f: Callable[..., Tensors], primals: Tensors, wrt: Indices, of: Indices
 ) -> Callable[..., Tensors]:
-    """``f`` as a function from the inputs ``wrt`` to the outputs ``of``; other inputs are fixed."""
+    """Return ``f`` from the inputs ``wrt`` to the outputs ``of``; the other inputs are fixed."""
 
     def restricted(*xs: Tensor) -> Tensors:
         args = list(primals)
@@ -364,7 +368,7 @@ def _restrict(
 
 
 def roots_of(program: Program) -> tuple[Any, ...]:
-    """The user's function and objects at the root of a program."""
+    """Return the user's function and objects at the root of a program."""
     while program.base is not None:
         program = program.base
     assert isinstance(program, UserProgram)
@@ -376,7 +380,7 @@ def _rows_first(tensors: Iterable[Tensor], dims: Iterable[Any]) -> Tensors:
 
 
 def _vmap(f: Callable[..., Tensors], dims: Dims) -> Callable[..., Tensors]:
-    """``torch.func.vmap`` of a flat function, without the pytrees that cost it 40 µs a call."""
+    """Do what ``torch.func.vmap`` does, without the pytrees that cost it 40 µs a call."""
 
     def batched(*args: Tensor) -> Tensors:
         size = next(x.shape[d] for x, d in zip(args, dims, strict=True) if d is not None)

@@ -1,4 +1,4 @@
-"""Exceptions of a user's function, kept until the call that failed can raise them."""
+"""Exceptions of a user's function are kept until the call that failed can raise them."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _exceptions_lock = threading.RLock()
 
 
 def describe_exception(label: str, error: BaseException) -> str:
-    """The text that XLA carries for an exception in ``fn``; the exception is kept for its caller.
+    """Return the text that XLA carries for an exception in ``fn``.
 
-    Frames are cleared and tensors that the exception carries are copied: they may be views of XLA's
-    memory, which is about to be used again.
+    The exception is kept for its caller. Its frames are cleared, and tensors that it carries are
+    copied: they may be views of XLA's memory, which is about to be used again.
     """
     text = "".join(traceback.format_exception(error)).rstrip()
     try:
@@ -40,7 +40,7 @@ def describe_exception(label: str, error: BaseException) -> str:
 
 
 def _with_its_causes(error: BaseException) -> Iterator[BaseException]:
-    """The exception, what it comes from, and the members of groups, each once."""
+    """Yield the exception, what it comes from, and the members of groups, each once."""
     pending: list[BaseException | None] = [error]
     seen: set[int] = set()
     while pending:
@@ -69,7 +69,7 @@ def _owned(x: Any) -> Any:
 
 
 def take_exception(text: str) -> tuple[str, BaseException] | None:
-    """The message and exception of ``describe_exception`` that an error of XLA carries."""
+    """Return the message and exception of ``describe_exception`` that an error of XLA carries."""
     with _exceptions_lock:
         for message in reversed(_exceptions):
             if message in text:

@@ -1,4 +1,4 @@
-"""Gradients by PyTorch's autograd, in leaves that were made for one call."""
+"""PyTorch's autograd computes gradients in leaves that were made for one call."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def take(items: Sequence[Any], indices: Indices) -> tuple[Any, ...]:
 
 
 def watched_leaves(primals: Tensors, wrt: Indices) -> Tensors:
-    """Primals whose gradients can be asked for, still connected to what they came from."""
+    """Return primals whose gradients can be asked for, still connected to what they came from."""
     watched = list(primals)
     for i in wrt:
         x = watched[i]
@@ -38,9 +38,10 @@ def leaf_gradients(
     create_graph: bool = False,
     batched: bool = False,
 ) -> Tensors:
-    """torch's gradients (conjugate transposes); zeros where an output does not depend on an input.
+    """Return torch's gradients, which are conjugate transposes.
 
-    ``batched``: every cotangent has leading rows, and so have the results.
+    They are zeros where an output does not depend on an input. With ``batched`` every cotangent has
+    leading rows, and so have the results.
     """
     connected = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
     grads: Sequence[Tensor | None] = [None] * len(inputs)
@@ -58,15 +59,18 @@ def leaf_gradients(
 
 
 def dense(t: Tensor) -> Tensor:
-    """A gradient as JAX has it: that of an embedding with ``sparse=True`` holds only some rows."""
+    """Return a gradient as JAX has it.
+
+    That of an embedding with ``sparse=True`` holds only some rows.
+    """
     return t if t.layout is torch.strided else t.to_dense()
 
 
 class Differentiating:
-    """A flat function that differentiates inside, such as the forces of an energy.
+    """A ``Differentiating`` is a flat function that differentiates, like the forces of an energy.
 
-    It runs as PyTorch's users run it: gradients are on, and its operands require them. ``known``:
-    it is one; else its first call shows it.
+    It runs as PyTorch's users run it: gradients are on, and its operands require them. ``known``
+    says that it is such a function; otherwise its first call shows that.
     """
 
     def __init__(self, f: Callable[..., Any], known: bool) -> None:
@@ -91,7 +95,7 @@ class Differentiating:
 
 
 def needs_gradients(error: Exception) -> bool:
-    """Whether a function asked for gradients where they were off."""
+    """Return whether a function asked for gradients where they were off."""
     return isinstance(error, RuntimeError) and "not require grad" in str(error)
 
 
@@ -101,7 +105,7 @@ def _requiring(x: Tensor) -> Tensor:
 
 
 class _DenseLookups(TorchFunctionMode):
-    """Embeddings and ``gather`` with dense gradients, whatever their argument ``sparse`` says."""
+    """Embeddings and ``gather`` get dense gradients, whatever their argument ``sparse`` says."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -123,11 +127,11 @@ _SPARSE: dict[Any, int] = {
     torch.gather: -1,
     torch.Tensor.gather: -1,
 }
-"""Where their argument ``sparse`` stands; -1: by keyword."""
+"""Their argument ``sparse`` stands there; -1 says that it is a keyword."""
 
 
 def with_dense_gradients(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """``fn`` without sparse gradients of embeddings and ``gather``.
+    """Return ``fn`` without sparse gradients of embeddings and ``gather``.
 
     JAX's gradients are dense, and PyTorch loses further derivatives where it reads the values of
     a sparse tensor.
@@ -141,16 +145,16 @@ def with_dense_gradients(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def refuses_grad(error: RuntimeError) -> bool:
-    """Whether a graph refuses ``autograd.grad``: ``checkpoint(use_reentrant=True)`` does."""
+    """Return whether a graph refuses ``autograd.grad``; ``checkpoint(use_reentrant=True)`` does."""
     return "use_reentrant=True" in str(error) or "Checkpointing is not compatible" in str(error)
 
 
 def gradients_by_backward(
     outputs: Sequence[Any], leaves: Tensors, cotangents: Tensors, roots: Iterable[Any]
 ) -> Tensors:
-    """Gradients by ``backward()``, for graphs that refuse ``autograd.grad``.
+    """Return gradients by ``backward()``, for graphs that refuse ``autograd.grad``.
 
-    ``backward()`` adds to ``.grad`` of every leaf: those of the user's tensors are put back.
+    ``backward()`` adds to ``.grad`` of every leaf, so those of the user's tensors are put back.
     """
     parameters = reachable_leaves(roots)
     before = [p.grad for p in parameters]

@@ -1,11 +1,12 @@
-"""What a function returns, found on stand-ins for its arguments: torch only, never JAX.
+"""What a function returns is inferred on stand-ins for its arguments.
 
-``fn`` runs on fake tensors, which have shapes and dtypes and no values. Where it needs values
-(``.item()``, ``.numpy()``, ``if x.any()``), these runs are tried in turn:
+This file imports torch, never JAX. ``fn`` runs on fake tensors, which have shapes and dtypes
+and no values. Where it needs values (``.item()``, ``.numpy()``, ``if x.any()``), these runs are
+tried in turn:
 
 1. on the values of the operands, where all are known: an eager call has them, and examples do;
 2. on fake tensors again, with every question about values answered both ways: see ``answers``;
-3. on made-up values: zeros for integers, and for floats seeded normals, since zeros break
+3. on made-up values: zeros for integers, and seeded normals for floats, since zeros break
    ``cholesky``, ``inv`` and norms.
 
 No run leaves anything behind in the user's objects: see ``preserving`` and ``Recorder.restoring``.
@@ -44,7 +45,7 @@ from .recorder import Recorder
 
 @dataclass(frozen=True)
 class Spec:
-    """Shape, dtype and device of an operand; the value of an example, if there is one."""
+    """A Spec is an operand's shape, dtype and device, and its value or an example's, if known."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -56,7 +57,7 @@ class Spec:
 
 @dataclass(frozen=True)
 class Inference:
-    """What one run of a function showed."""
+    """An Inference is what one run of a function showed."""
 
     result: Any
     """What ``fn`` returned, mapped by ``describe``."""
@@ -97,8 +98,8 @@ def infer(
 
     ``integers`` learns what becomes of int32 operands, also where an exception ends the run.
 
-    Raises ``FakeSurvived``, ``ShapeDependsOnValues``, or the exception of ``fn`` itself; without
-    ``guess`` ``ValuesNeeded`` where a guess would be next.
+    It raises ``FakeSurvived``, ``ShapeDependsOnValues``, or the exception of ``fn`` itself. Without
+    ``guess`` it raises ``ValuesNeeded`` where a guess would be next.
     """
     trial = _Trial(fn, specs, describe, default_dtype, tuple(roots), integers)
     try:
@@ -160,7 +161,7 @@ class _NoSymbols(Exception):
 
 @dataclass(frozen=True)
 class _Trial:
-    """A function, and the ways to run it."""
+    """A trial is a function with the ways to run it."""
 
     fn: Callable[..., Any]
     specs: Sequence[Spec]
@@ -186,11 +187,11 @@ class _Trial:
     def on_answers(self, branch: Branch, symbols: bool = False) -> Inference:
         """Run on fake tensors, with the answers of one branch to questions about values.
 
-        With ``symbols`` sizes that depend on values may come up; questions about them, too.
+        With ``symbols`` sizes that depend on values may come up, and questions about them too.
         """
         sizes = {"shape_env": answering_shapes(branch.answer)} if symbols else {}
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what was answered, not of what is
+            warnings.simplefilter("ignore")  # it warns of answers, which need not be true
             return self._run(_fake_tensors(**sizes), lambda xs: self._recorder(xs, branch.call))
 
     def on_values(self) -> Inference:
@@ -206,12 +207,13 @@ class _Trial:
             sample = functools.partial(_sample, integer=integer)
             return self._run(contextlib.nullcontext(), record, sample)
 
-        # With other integers, too: a shape that follows them is not known. Examples say it.
+        # A second run has other integers: a shape that follows them is not known. The user's
+        # examples need no such run.
         made_up = any(s.value is None and not _inexact(s.dtype) for s in self.specs)
         read = None if made_up or all(s.example for s in self.specs) else ReadIntegers()
         found = run(read=read)
         again = None
-        with contextlib.suppress(Exception):  # an index beyond its end, say
+        with contextlib.suppress(Exception):  # an index may lie beyond its end
             if made_up:
                 again = run(integer=1)
             elif read is not None and read.any:
@@ -309,10 +311,10 @@ def runs_on_fakes(
     default_dtype: torch.dtype,
     roots: Iterable[Any],
 ) -> str | None:
-    """None if ``run`` runs on fake tensors; else why not, with the operator where it stopped."""
+    """Return None if ``run`` runs on fake tensors, else why not and after which operator."""
     recorder = None
     with ambient.clean_surroundings(default_dtype), preserved(roots), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch warns of slow batching rules: no refusal
+        warnings.simplefilter("ignore")  # torch warns of slow batching rules, which refuse nothing
         try:
             with _fake_tensors():
                 operands = [torch.empty(s.shape, dtype=s.dtype, device=s.device) for s in specs]

@@ -1,14 +1,14 @@
-"""Which int32 operands must reach a function as int64: what its operators do with them.
+"""What operators do with int32 operands says which must reach a function as int64.
 
 NOTE [Integers of 64 bits]. PyTorch's indices, labels and counters are int64; with x64 off JAX has
-int32 for them. Some of PyTorch's kernels take int32 and misread it: ``gather`` an expanded index,
-and with it the gradients of ``scatter_add`` and ``scatter_reduce``. So while a function's result is
-inferred, we follow each int32 operand and what is computed from it. An operand that reaches an
-operator outside of ``_PROVEN`` is widened to int64 for the function. Operators are proven by
-``tests/bridge/test_integers.py``: forward, backward, forward mode and batched, in all layouts. A
-function that is not inferred (``output_shapes=``) gets int64 for every int32 operand: nobody has
-seen what it does with them, and a wrong number is worse than a cast. ``arg_dtypes=`` and examples
-that are int32 tensors decide first.
+int32 for them. Some of PyTorch's kernels take int32 and misread it: ``gather`` misreads an expanded
+index, and so do the gradients of ``scatter_add`` and ``scatter_reduce``. So while a function's
+result is inferred, we follow each int32 operand and what is computed from it. An operand that
+reaches an operator outside of ``_PROVEN`` is widened to int64 for the function. Operators are
+proven by ``tests/bridge/test_integers.py``: forward, backward, forward mode and batched, in all
+layouts. A function that is not inferred (``output_shapes=``) gets int64 for every int32 operand:
+nobody has seen what it does with them, and a wrong number is worse than a cast. ``arg_dtypes=`` and
+examples that are int32 tensors decide first.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ _PROVEN = frozenset(_PROVEN_NAMES.split())
 wraps at 32 bits, as that of JAX does."""
 
 _BITS = ("aten::view", "dtype")
-"""Reads an operand's bits: what it means then has 32 of them."""
+"""This operator reads an operand's bits, so the operand is meant to have 32 of them."""
 
 
 class IntegerUse:
-    """What became of int32 operands in the runs that infer a result."""
+    """An ``IntegerUse`` records what became of int32 operands in the runs that infer a result."""
 
     def __init__(self) -> None:
         self.unproven: set[int] = set()
@@ -75,7 +75,7 @@ class IntegerUse:
                 self._note(x, frozenset((i,)))
 
     def before(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> frozenset[int]:
-        """Look at an operator's arguments; returns the operands that they come from."""
+        """Look at an operator's arguments; return the operands that they come from."""
         if not self._sources:
             return _NONE
         sources, leaves = _NONE, tree_leaves((args, kwargs))
@@ -87,7 +87,7 @@ class IntegerUse:
         namespace, _, name = func._schema.name.partition("::")
         if func._schema.name == _BITS[0] and func._overloadname == _BITS[1]:
             self.as_bits |= sources
-        elif namespace in ("prim", "profiler"):  # queries of a device or a layout
+        elif namespace in ("prim", "profiler"):  # they query a device or a layout
             pass
         elif namespace not in NATIVE_NAMESPACES:
             if self._wants_int64(func, args, kwargs):
@@ -116,9 +116,10 @@ class IntegerUse:
         return _NONE if found is None else found[1]
 
     def _wants_int64(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether a library's own operator gets int64: unless it runs on int32 and refuses int64.
+        """Return whether a library's own operator gets int64.
 
-        Its shape formula need not look at dtypes as the kernel does: it runs on zeros.
+        It does unless it runs on int32 and refuses int64. The operator runs on zeros to tell,
+        because its shape formula need not look at dtypes as the kernel does.
         """
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
         key = (func, *(t.dtype for t in tensors))
@@ -138,14 +139,14 @@ _LOW, _HIGH = -(2**31), 2**31 - 1
 def _refusal(
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], dtype: torch.dtype
 ) -> str | None:
-    """What an operator raises for zeros with ``dtype`` for int32; None where it runs."""
+    """Return what an operator raises for zeros with ``dtype`` for int32; None where it runs."""
 
     def zeros(t: Any) -> Any:
         if not isinstance(t, torch.Tensor):
             return t
         made = torch.zeros(
             (), dtype=dtype if t.dtype is torch.int32 else t.dtype, device=t.device
-        ).expand(t.shape)  # without memory of its own
+        ).expand(t.shape)  # it takes no memory of its own
         return made.clone() if func._schema.is_mutable else made
 
     with _disable_current_modes():

@@ -1,10 +1,10 @@
-"""Normalisations that can be differentiated to any order. Imports torch, never JAX.
+"""Normalisations can be differentiated to any order here. This file imports torch, never JAX.
 
 torch's derivatives of ``layer_norm``, and of ``batch_norm`` and ``instance_norm`` with statistics
 of the batch, treat the mean and the standard deviation that the forward pass saved as constants.
-The first derivative corrects that, and so does the second in reverse mode. In forward over forward
-mode and in every third derivative the result is silently wrong (torch 2.6 to 2.13). There this file
-computes the functions from means and products, whose derivatives are right in torch.
+The first derivative corrects that, and the second one does so in reverse mode. In forward over
+forward mode and in every third derivative the result is silently wrong (torch 2.6 to 2.13). There
+this file computes the functions from means and products, whose derivatives are right in torch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Tensor = torch.Tensor
 
 
 def in_parts(program: Program | None, f: Callable[..., Any]) -> Callable[..., Any]:
-    """``f``, a form of ``program``, with normalisations in parts where torch's would fail."""
+    """Return ``f``, a form of ``program``, with normalisations in parts where torch's fail."""
     derivatives, pullbacks, batched = 0, 0, False
     while program is not None:
         if isinstance(program, Jvp | Vjp):
@@ -83,7 +83,7 @@ def _native_layer_norm(
 
 
 def _normalised(input: Tensor, dims: tuple[int, ...], eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The input normalised by statistics over ``dims``, the mean, and 1/sqrt(var + eps)."""
+    """Return the input normalised by statistics over ``dims``, the mean, and 1/sqrt(var + eps)."""
     x = input.float() if input.dtype.itemsize < 4 else input
     mean = x.mean(dims, keepdim=True)
     centred = x - mean

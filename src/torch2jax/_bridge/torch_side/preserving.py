@@ -1,9 +1,9 @@
-"""A run that only looks at a function leaves nothing behind. Imports torch, never JAX.
+"""A run that only looks at a function leaves nothing behind. This file imports torch, never JAX.
 
 Modules are as before in every attribute. Other objects, containers, globals and variables of
-closures are as before where the run put tensors in: a counter in them counts. What the run put
-elsewhere, such as into a function under ``functools.lru_cache``, ``take_out`` finds by Python's
-garbage collector.
+closures are as before only where the run put tensors in, so a counter in them counts. ``take_out``
+finds by Python's garbage collector what the run put elsewhere, such as into a function under
+``functools.lru_cache``.
 """
 
 from __future__ import annotations
@@ -64,13 +64,13 @@ def tensors_taken_out(reached: Reached) -> Iterator[None]:
             if any(map(_holds_tensor, new)):
                 live.update(copy)
         for cell, old in cells:
-            with contextlib.suppress(ValueError):  # an empty cell
+            with contextlib.suppress(ValueError):  # the cell may be empty
                 if cell.cell_contents is not old and _holds_tensor(cell.cell_contents):
                     cell.cell_contents = old
 
 
 class _Group:
-    """Containers that belong together, such as the attributes of an object and what they hold."""
+    """A group has containers that belong together, such as an object's attributes and values."""
 
     def __init__(self, containers: Sequence[Any]) -> None:
         self._copies = [(c, c.copy()) for c in containers]
@@ -144,10 +144,10 @@ def _refill(live: Any, copy: Any) -> None:
 def take_out(tensors: Sequence[Tensor]) -> None:
     """Take tensors that a trace made out of whatever keeps them, so that they are made again.
 
-    A function under ``functools.lru_cache`` forgets its results. A dict loses the entry, a list or
-    a set the item, where a global, a class or an object has it. A variable is None again; an
-    attribute too, or gone where the class has it or ``__init__`` does not name it. What belongs to
-    PyTorch or JAX stays as it is.
+    A function under ``functools.lru_cache`` forgets its results. A dict loses the entry, and a list
+    or a set loses the item, where a global, a class or an object has it. A variable is None again.
+    So is an attribute, or it is gone where the class has it or ``__init__`` does not name it. What
+    belongs to PyTorch or JAX stays as it is.
     """
     kept: list[Any] = list(tensors)
     caches_only = False
@@ -194,7 +194,7 @@ def _take_out_of_dict(holder: dict[Any, Any], held: set[int]) -> None:
         for name in names if _is_users(objects[0]) else ():
             _reset(objects[0], name)
     elif any(isinstance(x, functools._lru_cache_wrapper) for x in referrers) or _owners(holder):
-        with contextlib.suppress(Exception):  # a kind of dict that gives nothing away
+        with contextlib.suppress(Exception):  # some kinds of dict give nothing away
             for name in names:
                 holder.pop(name, None)
 
@@ -224,7 +224,7 @@ def _is_dict_of(owner: type, d: dict[Any, Any]) -> bool:
 
 
 def _is_users(x: Any) -> bool:
-    """Whether an object is a module, or a plain object of the user's."""
+    """Return whether an object is a module, or a plain object of the user's."""
     if isinstance(x, torch.nn.Module):
         return True
     return _is_plain(x) and not _is_librarys(type(x).__module__)

@@ -1,4 +1,4 @@
-"""What a function can reach: its modules and tensors. Imports torch, never JAX."""
+"""What a function can reach is found here. This file imports torch, never JAX."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ def reachable_leaves(roots: Iterable[Any]) -> list[torch.Tensor]:
 
 
 class Reached:
-    """What a function can reach.
+    """A ``Reached`` holds what a function can reach.
 
-    It reaches itself, what it is bound to, a partial's arguments, its closures and the globals that
-    its code names; in plain objects and containers, what lies one level down.
+    A function reaches itself, what it is bound to, a partial's arguments, its closures and the
+    globals that its code names. Of plain objects and containers it reaches what lies one level
+    down.
     """
 
     def __init__(self, roots: Iterable[Any]) -> None:
@@ -73,7 +74,7 @@ class Reached:
 
     def _visit_function(self, x: types.FunctionType, depth: int) -> None:
         for cell in x.__closure__ or ():
-            with contextlib.suppress(ValueError):  # an empty cell
+            with contextlib.suppress(ValueError):  # the cell may be empty
                 self._visit(cell.cell_contents, depth + 1)
                 self.cells.append(cell)
         names = _global_names(x.__code__) & x.__globals__.keys()

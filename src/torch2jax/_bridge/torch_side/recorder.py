@@ -1,4 +1,4 @@
-"""What a function does while its result is inferred: what it draws, writes and keeps."""
+"""A recorder sees what a function draws, writes and keeps while its result is inferred."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .integers import NATIVE_NAMESPACES, IntegerUse
 
 
 class Recorder(TorchDispatchMode):
-    """Sees every operator of a run: which draw, which are a library's own, and what they write."""
+    """A recorder sees each operator of a run: which draw, which a library owns, what they write."""
 
     def __init__(
         self,
@@ -31,7 +31,7 @@ class Recorder(TorchDispatchMode):
         self.no_forward = False
         self.sparse_gradients = False
         self.written: set[int] = set()
-        """Operands that were written. Version counters do not tell: ``_foreach`` moves none."""
+        """Operands that were written. Version counters do not tell, as ``_foreach`` moves none."""
         self._operands = {x.untyped_storage()._cdata: i for i, x in enumerate(operands)}
         self._created: set[int] = set()
         self._outside: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -45,7 +45,7 @@ class Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func.namespace != "prim":  # queries of a device or a layout
+        if func.namespace != "prim":  # these query a device or a layout
             self.last = str(func)
         if torch.Tag.nondeterministic_seeded in func.tags and _draws(func._schema, args, kwargs):
             self.draws = self.draws or str(func)
@@ -112,10 +112,10 @@ def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _pushes_wrong(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether torch's forward mode is silently wrong where its reverse mode is right.
+    """Return whether torch's forward mode is silently wrong where its reverse mode is right.
 
     Products of ``scatter_reduce`` have a tangent of zero. The others take a tangent for symmetric
-    or triangular, as they take the operand, and read of it what reverse mode leaves out.
+    or triangular, as they take the operand, and they read parts of it that reverse mode leaves out.
     """
     name = func._schema.name
     if name in ("aten::scatter_reduce", "aten::scatter_reduce_"):
@@ -124,7 +124,7 @@ def _pushes_wrong(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> b
 
 
 def _writes_statistics(schema: Any, argument: str, args: tuple[Any, ...]) -> bool:
-    """Whether an argument is among the statistics that some normalisations write undeclared."""
+    """Return whether an argument is among the statistics that normalisations write undeclared."""
     if schema.name not in _STATISTICS_WRITERS or not argument.startswith("running_"):
         return False
     training = _STATISTICS_WRITERS[schema.name]
@@ -148,11 +148,11 @@ _LOOKUPS = {
     "aten::_embedding_bag_forward_only": 5,
     "aten::gather": 3,  # by keyword
 }
-"""Where their argument ``sparse`` stands."""
+"""Their argument ``sparse`` stands there."""
 
 
 def _draws(schema: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether an operator that can draw random numbers does so: a dropout of zero draws none."""
+    """Return whether an operator that can draw does so: a dropout of zero draws nothing."""
     given = {**dict(zip((a.name for a in schema.arguments), args, strict=False)), **kwargs}
     if "bernoulli" in schema.name:
         return True

@@ -1,8 +1,8 @@
-"""Random numbers: a key seeds torch's generators for one call. Imports torch, never JAX.
+"""A key seeds torch's random generators for one call. This file imports torch, never JAX.
 
 A seeded program has one more operand, the words of a JAX key (uint32). The same words give the same
-numbers, so a forward pass that runs again draws the same mask. The process has one CPU generator: a
-call that seeds it holds ``lock``, and puts its state back.
+numbers, so a forward pass that runs again draws the same mask. The process has one CPU generator,
+so a call that seeds it holds ``lock``, and puts its state back.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _MASK = 2**64 - 1
 
 
 def seeded(fn: Callable[..., Tensors], at: int) -> Callable[..., Tensors]:
-    """``fn`` with the words of a key as operand ``at``, from which the generators are seeded."""
+    """Return ``fn`` with the words of a key as operand ``at``, which seed the generators."""
 
     def run(*operands: Tensor) -> Tensors:
         words = operands[at]
@@ -38,17 +38,17 @@ def seeded(fn: Callable[..., Tensors], at: int) -> Callable[..., Tensors]:
 
 
 def draw_seed() -> Tensors:
-    """Two words from torch's own CPU generator, for a call without a key."""
+    """Draw two words from torch's own CPU generator, for a call without a key."""
     with lock:
         words = torch.randint(0, 2**32, (2,), dtype=torch.int64)
     return (words.to(torch.uint32),)
 
 
 def refusing(fn: Callable[..., Tensors], label: str) -> Callable[..., Tensors]:
-    """``fn``, with an error where it draws: what is differentiated must draw from a key."""
+    """Return ``fn``, which raises where it draws: a derivative must draw from a key."""
 
     def run(*operands: Tensor) -> Tensors:
-        if torch._C._len_torch_dispatch_stack():  # a fake run, whose generator stands still
+        if torch._C._len_torch_dispatch_stack():  # in a fake run the generator stands still
             return fn(*operands)
         with lock:
             before = _state_of_generator()
@@ -88,10 +88,11 @@ def _generators_from(words: Tensor) -> Iterator[None]:
 
 
 def seed_of(words: Sequence[int]) -> int:
-    """A 64-bit seed, in each bit of which every word has a part.
+    """Return a 64-bit seed, in each bit of which every word has a part.
 
-    The finaliser of SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators,
-    2014), one round per word: torch's CPU generator uses the low half of a seed alone.
+    It runs one round per word of the finaliser of SplitMix64 (Steele, Lea, Flood: Fast splittable
+    pseudorandom number generators, 2014), because torch's CPU generator uses the low half of a seed
+    alone.
     """
     seed = 0
     for word in words:

@@ -1,4 +1,4 @@
-"""torch's streams: a call of ``fn`` on a GPU works on the stream of the XLA program around it."""
+"""A call of ``fn`` on a GPU works on the stream of the XLA program around it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def run_on_stream(
     device_index: int,
     default_dtype: torch.dtype,
 ) -> Any:
-    """``body(*args)`` in a clean state, with ``stream`` as torch's current stream of the device.
+    """Run ``body(*args)`` in a clean state, with ``stream`` as torch's current one of the device.
 
     The handler orders it after work that torch has queued on its own stream, and before later work.
     """
@@ -27,5 +27,5 @@ def run_on_stream(
 
 
 def current_stream(device_index: int) -> int:
-    """The address of torch's current stream of a device."""
+    """Return the address of torch's current stream of a device."""
     return torch.cuda.current_stream(device_index).cuda_stream

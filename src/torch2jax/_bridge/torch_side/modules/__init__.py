@@ -1,1 +1,1 @@
-"""Replicas of modules, which hold the tensors of one call."""
+"""Replicas of modules hold the tensors of one call."""

@@ -1,4 +1,4 @@
-"""A module's forward pass as a function of its variables."""
+"""A module's forward pass becomes a function of its variables."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from .replica import Layout, Replica, Tensor
 
 
 class Forward:
-    """A module's forward pass as a function of its tensors: what ``from_module`` wraps.
+    """A ``Forward`` is a module's forward pass as a function of its tensors.
 
-    ``train``: the result is ``(output, buffers as the pass left them)``.
+    ``from_module`` wraps it. With ``train`` the result is ``(output, buffers as the pass left
+    them)``.
     """
 
     never_differentiated = ("args[0]['frozen']",)
-    """Operands, by the beginning of their labels, that get no gradient work."""
+    """Operands whose labels begin so get no gradient work."""
 
     def __init__(self, layout: Layout, train: bool, wrap: Any, keyed: bool) -> None:
         self.layout, self.train, self.wrap = layout, train, wrap
         self.refuses_draws = not keyed
-        """Whether drawing random numbers is an error: then no key was passed."""
+        """Whether drawing random numbers is an error, because no key was passed."""
         self.examples: dict[str, Any] = {}
         """Examples of the arguments, by their labels."""
         self.values: dict[str, Any] = {}

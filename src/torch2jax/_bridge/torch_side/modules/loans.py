@@ -1,8 +1,9 @@
-"""What a call borrows and must give back when its graph is gone. Imports nothing of torch or JAX.
+"""A call gives back what it borrows when its graph is gone.
 
-A module's forward pass runs on a replica (see ``replica.py``). Where the autograd graph refers to
-the replica (``torch.utils.checkpoint`` runs it again in the backward pass), the loan lasts as long
-as the graph: to the end of the handler's call, or with a kept graph until that is dropped.
+This file imports nothing of torch or JAX. A module's forward pass runs on a replica (see
+``replica.py``). Where the autograd graph refers to the replica (``torch.utils.checkpoint`` runs it
+again in the backward pass), the loan lasts as long as the graph: to the end of the handler's call,
+or with a kept graph until that is dropped.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 
 class Loan:
-    """A loan that is returned once: by ``release``, or when nothing refers to it."""
+    """A loan is returned once: by ``release``, or when nothing refers to it."""
 
     def __init__(self, give_back: Callable[[], None]) -> None:
         self._give_back: Callable[[], None] | None = give_back
@@ -34,7 +35,7 @@ _scope = _Scope()
 
 
 def scoped(run: Callable[..., Any]) -> Callable[..., Any]:
-    """``run``, at whose end the loans of its calls are returned that no graph has taken over."""
+    """Return ``run``; at its end the loans are returned that no graph has taken over."""
 
     def call(*args: Any) -> Any:
         outer, _scope.loans = _scope.loans, []
@@ -55,12 +56,12 @@ def extend(loan: Loan) -> None:
 
 
 def outstanding() -> bool:
-    """Whether the call under way has loans that its graph refers to."""
+    """Return whether the call under way has loans that its graph refers to."""
     return bool(_scope.loans)
 
 
 def take_over() -> list[Loan]:
-    """The loans of the call under way, for a graph that needs them longer."""
+    """Return the loans of the call under way, for a graph that needs them longer."""
     if not _scope.loans:
         return []
     loans, _scope.loans = _scope.loans, []

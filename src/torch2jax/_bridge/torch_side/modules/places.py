@@ -1,7 +1,7 @@
-"""Where a module refers to its parameters and buffers beside its tables of them.
+"""A module refers to its parameters and buffers in other places than its tables of them.
 
-In plain lists, dicts, tuples and attributes, its own or of objects that it holds, and in the
-attributes of TorchScript's modules. Imports torch, never JAX.
+These are plain lists, dicts, tuples and attributes, its own or of objects that it holds, and the
+attributes of TorchScript's modules. This file imports torch, never JAX.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import torch
 
 Tensor = torch.Tensor
 Build = Callable[[Mapping[str, Tensor]], Any]
-"""Makes what belongs in a place of a call's tensors."""
+"""A ``Build`` makes, of a call's tensors, what belongs in a place."""
 
 
 class Stand:
-    """Stands for a parameter or buffer wherever the copy of a module refers to it."""
+    """A stand stands for a parameter or buffer wherever the copy of a module refers to it."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -28,13 +28,13 @@ class Stand:
 
 
 def slot(table: Any, key: str) -> tuple[Any, str, Any]:
-    """A place in a table of parameters or buffers, and what it holds between calls."""
+    """Return a place in a table of parameters or buffers, and what it holds between calls."""
     # The tables of TorchScript's modules, which are in C++, take tensors alone.
     return table, key, None if isinstance(table, dict) else torch.empty(0, dtype=table[key].dtype)
 
 
 def stands_in(container: Any) -> list[tuple[Any, Any, Build]]:
-    """Where a dict or list refers to parameters beside the tables, and what belongs there."""
+    """Find where a dict or list refers to parameters beside the tables, and what belongs there."""
     if isinstance(container, set):
         return []  # whoever has the set refers to it: see ``_builder``
     items = container.items() if isinstance(container, dict) else enumerate(container)
@@ -42,7 +42,10 @@ def stands_in(container: Any) -> list[tuple[Any, Any, Build]]:
 
 
 def _builder(x: Any) -> Build | None:
-    """How to make ``x`` of a call's tensors, where parameters are in it; tuples are immutable."""
+    """Return how to make ``x`` of a call's tensors; None where no parameters are in it.
+
+    Tuples are immutable, so whoever has one gets a new one.
+    """
     if isinstance(x, Stand):
         return x
     if not isinstance(x, tuple | set | frozenset):
@@ -55,7 +58,7 @@ def _builder(x: Any) -> Build | None:
 
 
 def scripted_attributes(layout: Any, subs: Mapping[str, Any]) -> list[tuple[Any, str, Build, Any]]:
-    """The same for attributes of TorchScript's modules, which are in C++.
+    """Return the same for attributes of TorchScript's modules, which are in C++.
 
     ``subs`` are the copies of the modules. Each item is a module, an attribute that its code reads,
     how to make its value, and what it holds between calls.
@@ -88,7 +91,7 @@ def _attributes_read(script: Any) -> set[str]:
 
 
 def _scripted(x: Any, names: Mapping[int, str]) -> Build | None:
-    """How to make ``x`` of a call's tensors, where a list, tuple or dict has parameters in it."""
+    """Return how to make ``x`` of a call's tensors; None where no parameters are in it."""
     if isinstance(x, Tensor):
         return Stand(names[id(x)]) if id(x) in names else None
     if isinstance(x, dict):

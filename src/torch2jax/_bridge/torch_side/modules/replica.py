@@ -1,4 +1,4 @@
-"""Replicas of a module, which hold a call's tensors in its place. Imports torch, never JAX.
+"""Replicas of a module hold a call's tensors in its place. This file imports torch, never JAX.
 
 The user's module is shared: calls run on several threads at once, and a graph may run part of the
 module again in its backward pass. So no call puts its tensors into the module itself, as
@@ -24,11 +24,11 @@ from .places import Stand, scripted_attributes, slot, stands_in
 Tensor = torch.Tensor
 Module = torch.nn.Module
 Place = tuple[str, str, str]
-"""Path of a submodule, ``_parameters`` or ``_buffers``, and a key in it."""
+"""A place is the path of a submodule, ``_parameters`` or ``_buffers``, and a key in it."""
 
 
 class Layout:
-    """Names of a module's tensors: canonical ones, their places, dtypes and kinds."""
+    """A layout knows the canonical names of a module's tensors, their places, dtypes and kinds."""
 
     def __init__(self, module: Module) -> None:
         self.module = module
@@ -59,7 +59,7 @@ class Layout:
 
 
 class Replica:
-    """A copy of a module's structure, which takes tensors for one call at a time."""
+    """A replica is a copy of a module's structure, which takes tensors for one call at a time."""
 
     def __init__(self, layout: Layout, train: bool, wrap: Any) -> None:
         # Parameters and buffers come with each call; the replica owns all other tensors.
@@ -68,7 +68,7 @@ class Replica:
         }
         with _CopiesAnyTensor():
             self.module: Module = copy.deepcopy(layout.module, memo).train(train)
-        memo.pop(id(memo), None)  # deepcopy's list of originals
+        memo.pop(id(memo), None)  # deepcopy keeps the originals there
         copies = list(memo.values())
         subs = dict(self.module.named_modules(remove_duplicate=False))
         self.modules = list({id(m): m for m in subs.values()}.values())
@@ -123,7 +123,7 @@ class Replica:
             rnn._flat_weights = [getattr(rnn, name) for name in rnn._flat_weights_names]
 
     def buffers(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """The buffers as the call left them."""
+        """Return the buffers as the call left them."""
         found = {}
         for name in names:
             table, key, _ = self._slots[name][0]
@@ -131,13 +131,14 @@ class Replica:
         return found
 
     def referenced(self) -> bool:
-        """Whether something beside the pool refers to the replica: a graph that will run it."""
+        """Return whether something beside the pool, such as a graph, refers to the replica."""
         return any(map(operator.gt, self._count(), self._references))
 
     def clear(self) -> bool:
         """Forget the call: its tensors, and whatever it left in attributes.
 
-        False where it wrote to tensors of the replica's own: those cannot be put back.
+        It returns False where the call wrote to tensors of the replica's own, which cannot be put
+        back.
         """
         self._empty()
         for pristine in self._pristine:
@@ -153,9 +154,10 @@ class Replica:
 
 
 class _CopiesAnyTensor(TorchFunctionMode):
-    """Tensors with a graph can be copied, too: as the values that they have.
+    """Tensors with a graph can be copied here, too, as the values that they have.
 
-    A module may hold them anywhere: old ``weight_norm`` does, and whatever keeps an activation.
+    A module may hold them anywhere: old ``weight_norm`` does, and so does whatever keeps an
+    activation.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -168,7 +170,7 @@ class _CopiesAnyTensor(TorchFunctionMode):
 
 
 class _Pristine:
-    """A container, which may be a module's attributes, and what it held."""
+    """A ``_Pristine`` knows a container, such as a module's attributes, and what that held."""
 
     def __init__(self, live: Any) -> None:
         self.live, self.copy, self.size = live, live.copy(), len(live)

@@ -1,1 +1,1 @@
-"""Autograd graphs that are kept from a forward call for its backward call."""
+"""Autograd graphs are kept from a forward call for its backward call."""

@@ -1,4 +1,4 @@
-"""Which calls keep their graph, and the calls that take it."""
+"""Some calls keep their graph, and other calls take it."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from .table import tape
 
 
 def keepable(callee: Callee) -> bool:
-    """Whether graphs of this callee are kept: it is the user's function or its batched form."""
+    """Return whether graphs of this callee, the user's function or its batched form, are kept."""
     while isinstance(callee.program, Vmap) and callee.parent is not None:
         callee = callee.parent
     return callee.options.tape and callee.parent is None
 
 
 def returns_token(callee: Callee) -> bool:
-    """Whether this callee returns a token as its last output."""
+    """Return whether this callee returns a token as its last output."""
     return isinstance(callee.program, KeepGraph)
 
 
 def is_vjp(callee: Callee) -> bool:
-    """Whether this callee is a pullback."""
+    """Return whether this callee is a pullback."""
     return isinstance(callee.program, Vjp)
 
 
 def untaped(callee: Callee) -> Callee:
-    """The callee that computes the same and neither returns nor takes a token."""
+    """Return the callee that computes the same and neither returns nor takes a token."""
     if returns_token(callee) or callee.token_at is not None:
         assert callee.parent is not None
         return callee.parent
@@ -38,13 +38,13 @@ def untaped(callee: Callee) -> Callee:
 
 
 def keeping(callee: Callee, wrt: Indices) -> Callee:
-    """``x -> (outputs, token)``: the call that keeps its graph for derivatives in ``wrt``."""
+    """Return ``x -> (outputs, token)``, which keeps its graph for derivatives in ``wrt``."""
 
     def make() -> Program:
         options = callee.options
         policy = GraphPolicy(options.label + callee.path, wrt, options.rng is not None)
         program = KeepGraph(callee.program, policy)
-        # When no wrapper and no executable is left, nor are graphs whose backward never ran.
+        # Graphs whose backward pass never ran go when no wrapper and no executable is left.
         weakref.finalize(program, tape.forget, policy).atexit = False
         return program
 
@@ -53,13 +53,13 @@ def keeping(callee: Callee, wrt: Indices) -> Callee:
 
 
 def kept_operands(keep: Callee) -> Indices:
-    """The operands for whose derivatives a call of ``keep`` keeps its graph."""
+    """Return the operands for whose derivatives a call of ``keep`` keeps its graph."""
     assert isinstance(keep.program, KeepGraph)
     return keep.program.policy.wrt
 
 
 def with_token(callee: Callee, after: int, keep: Callee) -> Callee:
-    """``callee``, a derivative, with a token of ``keep`` before its last ``after`` operands."""
+    """Give a derivative, ``callee``, a token of ``keep`` before its last ``after`` operands."""
     at = len(callee.inputs) - after
     program = callee.program
     keeper = keep.program

@@ -1,15 +1,18 @@
-"""A kept graph: its saved tensors, and who else holds its operands. Imports torch, never JAX.
+"""A kept graph has saved tensors, and others may hold its operands.
 
-NOTE [What a kept graph may hold]. XLA reuses and moves its buffers, inside a scan always, so a kept
-graph must hold no view of an operand. Hooks on saved tensors replace each such view by its place in
-the operand (``_View``) and rebuild it from the operands of the backward call. Views are found by
-storage, so views of another dtype and lazily conjugated ones are found too. The hooks switch off
-torch's check that a saved tensor was not changed in place: ``SavedTensors`` makes it. A view that
-is held outside of saved tensors (``ctx.x = x``, the closures of ``torch.utils.checkpoint``) shows
-in reference counts after the forward pass: then, and where hooks are refused (``torch.func`` inside
-``f``), the function works on copies of its operands that torch owns. The choice is made per
-function, once (``GraphPolicy``), and ``tape_info()`` shows it. Small operands are copied too, once
-hooks have told how large the graph is: their copies are cheaper than hooks.
+This file imports torch, never JAX.
+
+NOTE [What a kept graph may hold]. XLA reuses and moves its buffers, and always does inside a scan.
+So a kept graph must hold no view of an operand. Hooks on saved tensors replace each such view by
+its place in the operand (``_View``) and rebuild it from the operands of the backward call. Views
+are found by storage, so views of another dtype and lazily conjugated ones are found too. The hooks
+switch off torch's check that a saved tensor was not changed in place, so ``SavedTensors`` makes it.
+A view that is held outside of saved tensors (``ctx.x = x``, the closures of
+``torch.utils.checkpoint``) shows in reference counts after the forward pass. Then, and where hooks
+are refused (``torch.func`` inside ``f``), the function works on copies of its operands that torch
+owns. The choice is made per function, once (``GraphPolicy``), and ``tape_info()`` shows it. Small
+operands are copied too, once hooks have told how large the graph is: their copies are cheaper than
+hooks.
 """
 
 from __future__ import annotations
@@ -32,9 +35,9 @@ from ..modules import loans
 
 
 class GraphPolicy:
-    """How the graphs of one function are kept: what is known of it, and what its calls taught.
+    """A policy says how one function's graphs are kept, by what is known of it and calls taught.
 
-    Calls on several threads share it: they only ever set what they learn.
+    Calls on several threads share it, so they only ever set what they learn.
     """
 
     def __init__(self, label: str, wrt: Indices, seeded: bool) -> None:
@@ -43,7 +46,7 @@ class GraphPolicy:
         self.wrt = wrt
         """Operands that its graphs are differentiated in."""
         self.seeded = seeded
-        """Whether it draws from a key: a checkpointed block draws again in its backward pass."""
+        """Whether it draws from a key, which a checkpointed block does again going backward."""
         self.copies = False
         """Whether the function works on copies of its operands."""
         self.unhooked = False
@@ -55,7 +58,7 @@ class GraphPolicy:
 
 
 class KeptGraph:
-    """A kept graph: edges of its outputs, and its leaves; no view of an operand."""
+    """A kept graph has edges of its outputs, and its leaves, but no view of an operand."""
 
     def __init__(self, policy: GraphPolicy, device: torch.device, saved: SavedTensors) -> None:
         self.policy, self.device, self.saved = policy, device, saved
@@ -72,7 +75,7 @@ class KeptGraph:
 
 
 class SavedTensors:
-    """Packs what a forward pass on ``operands`` saves, and holds what it is rebuilt from.
+    """A ``SavedTensors`` packs what a forward pass saves, and holds what it is rebuilt from.
 
     See NOTE [What a kept graph may hold]. A packed tensor is a function without arguments that
     gives it back. This object is no part of ``KeptGraph``, because the graph refers to it.
@@ -86,10 +89,10 @@ class SavedTensors:
         self.storages: dict[int, int] = {}
         """Address and bytes of the storages that the graph holds."""
         self.by_address = {x.data_ptr(): i for i, x in enumerate(operands)}
-        self.by_address.pop(0, None)  # where tensors without elements are
+        self.by_address.pop(0, None)  # tensors without elements are there
 
     def unchanged(self, operand: int, expected: int) -> Tensor:
-        """An operand, if its version is still the one that was saved."""
+        """Return an operand, if its version is still the one that was saved."""
         x = self.operands[operand]
         # The forward pass may still be under way.
         version = self.versions[operand] if self.versions else x._version
@@ -107,7 +110,7 @@ class SavedTensors:
             self.storages[address] = storage.nbytes()
             return partial(_torchs_own, _without_node(t), t._version)
         x = self.operands[index]
-        version = x._version  # its own, or that of another tensor in the same memory
+        version = x._version  # it is its own, or that of another tensor in the same memory
         conj, neg = t.is_conj(), t.is_neg()
         if t.shape == x.shape and t.dtype is x.dtype and t.is_contiguous() and not (conj or neg):
             return partial(self.unchanged, index, version)
@@ -116,19 +119,19 @@ class SavedTensors:
 
 
 def _without_node(t: Tensor) -> Tensor:
-    """With its node, an output that its own node saves would be a cycle that nobody collects."""
+    """Detach a tensor: an output that its own node saves would be a cycle that nobody collects."""
     return t.detach() if t.requires_grad else t
 
 
 def _torchs_own(t: Tensor, expected: int) -> Tensor:
-    """A saved tensor in torch's memory, if its version is still the one that was saved."""
+    """Return a saved tensor in torch's memory, if its version is still the one that was saved."""
     if t._version != expected:
         raise _modified(t, expected, t._version)
     return t
 
 
 class _View(NamedTuple):
-    """A saved view of an operand: where it lies in it."""
+    """A ``_View`` says where a saved view of an operand lies in the operand."""
 
     saved: SavedTensors
     operand: int
@@ -152,7 +155,7 @@ class _View(NamedTuple):
 
 
 def refuses_hooks(error: RuntimeError) -> bool:
-    """Whether a function cannot run under hooks on saved tensors.
+    """Return whether a function cannot run under hooks on saved tensors.
 
     ``torch.func.grad`` inside it says so; a checkpoint under vmap saves tensors without storage.
     """
@@ -160,7 +163,7 @@ def refuses_hooks(error: RuntimeError) -> bool:
 
 
 def packing(saved: SavedTensors) -> saved_tensors_hooks:
-    """A context in which ``saved`` packs what autograd saves."""
+    """Return a context in which ``saved`` packs what autograd saves."""
     dynamo = sys.modules.get("torch._dynamo.eval_frame")  # loading it takes seconds
     if dynamo is not None:
         _exempt_from_compilation(dynamo)
@@ -169,7 +172,7 @@ def packing(saved: SavedTensors) -> saved_tensors_hooks:
 
 @functools.cache
 def _exempt_from_compilation(dynamo: Any) -> None:
-    """Have torch.compile not compile the hooks where a compiled function calls them."""
+    """Keep torch.compile from compiling the hooks where a compiled function calls them."""
     for f in (
         SavedTensors.pack,
         SavedTensors.unchanged,
@@ -194,7 +197,7 @@ def empty(dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def storages_of(tensors: Iterable[Tensor]) -> dict[int, int]:
-    """Address and bytes of the storages; wrappers of ``torch.func`` have none."""
+    """Return address and bytes of the storages; wrappers of ``torch.func`` have none."""
     found = {}
     for x in tensors:
         with contextlib.suppress(RuntimeError):
@@ -204,14 +207,14 @@ def storages_of(tensors: Iterable[Tensor]) -> dict[int, int]:
 
 
 def saved_tensors(out: Tensors) -> Iterator[Tensor]:
-    """The tensors that the nodes of the graph of ``out`` save."""
+    """Yield the tensors that the nodes of the graph of ``out`` save."""
     pending = [y.grad_fn for y in out if y.grad_fn is not None]
     seen = set(pending)
     while pending:
         node = pending.pop()
         for name in dir(node):
             if name == "saved_tensors" or name.startswith("_saved_"):
-                with contextlib.suppress(RuntimeError):  # freed by a backward pass inside fn
+                with contextlib.suppress(RuntimeError):  # fn's own backward pass may free it
                     value = getattr(node, name)
                     values = value if isinstance(value, tuple | list) else (value,)
                     yield from (x for x in values if isinstance(x, Tensor))
@@ -221,7 +224,7 @@ def saved_tensors(out: Tensors) -> Iterator[Tensor]:
 
 
 def _references(x: Tensor) -> tuple[int, int, int, int]:
-    """How many references there are: in C++ and Python, to the storage, then to the tensor."""
+    """Count the references in C++ and Python, to the storage and then to the tensor."""
     storage = x.untyped_storage()
     uses = _storage_references(storage._cdata)
     return uses, sys.getrefcount(storage), x._use_count(), sys.getrefcount(x)  # type: ignore[attr-defined]
@@ -231,7 +234,7 @@ _storage_references = torch._C._storage_Use_Count
 
 
 def _least_references() -> tuple[tuple[int, int, int, int], tuple[int, int, int, int]]:
-    """Counts where nobody else refers to an operand: for one that is a leaf, and for another."""
+    """Return the counts where nobody else refers to an operand: for a leaf, and for another."""
     operands = (torch.zeros(1),)
     leaves = [operands[0].detach().requires_grad_()]
     inputs = [leaves[0]]
@@ -249,7 +252,7 @@ _WATCHED, _PLAIN = _least_references()
 
 
 def referenced_elsewhere(operands: Tensors, leaves: list[Tensor], wrt: Indices) -> bool:
-    """Whether something beside our own lists refers to an operand's storage or to a leaf."""
+    """Return whether something beside our own lists refers to an operand's storage or to a leaf."""
     shared: set[int] | None = None
     for i, x in enumerate(leaves):
         storage, storage_object, tensor, tensor_object = _references(x)

@@ -1,12 +1,12 @@
-"""Programs that keep the graph of a call and take it back. Imports torch, never JAX.
+"""Programs keep the graph of a call and take it back. This file imports torch, never JAX.
 
 A differentiated call of ``f`` is a call of ``KeepGraph(f, S)``: it returns the outputs and a token,
 and keeps its autograd graph in the tape under that token. ``PullThroughGraph`` takes the graph and
 runs only the backward pass. A token that is not in the tape (evicted, used up, from another
-process) is a miss: ``PullThroughGraph`` then runs forward from the primals, so no result depends on
-the tape. A derivative that cannot use the graph drops it: ``DropGraph``.
+process) is a miss; ``PullThroughGraph`` then runs forward from the primals, so no result depends on
+the tape. A derivative that cannot use the graph drops it by ``DropGraph``.
 
-What a kept graph may hold: see the NOTE in ``kept_graph.py``.
+The NOTE in ``kept_graph.py`` says what a kept graph may hold.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from .table import no_token, tape
 
 
 class KeepGraph:
-    """``x -> (f(x), token)``, with the graph of the forward pass kept under the token."""
+    """``KeepGraph`` is ``x -> (f(x), token)``; the tape keeps the forward pass's graph for it."""
 
     def __init__(self, base: Program, policy: GraphPolicy) -> None:
         self.base, self.policy = base, policy
@@ -55,7 +55,7 @@ class KeepGraph:
         return (*out, tape.add(graph))
 
     def forward(self, args: Tensors) -> tuple[Tensors, KeptGraph | None]:
-        """Outputs and a graph to keep; None where the graph cannot be kept this time."""
+        """Return outputs and a graph to keep; None where the graph cannot be kept this time."""
         policy = self.policy
         before = torch.is_grad_enabled()
         torch._C._set_grad_enabled(True)
@@ -103,7 +103,7 @@ class KeepGraph:
         saved.versions = [x._version for x in args]
         saved.operands = ()
         out = _detached(out)
-        # A local decision: another thread in this object may find something else.
+        # The decision is local, as another thread in this object may find something else.
         refused = loans.outstanding() or referenced_elsewhere(args, leaves, wrt)
         if refused:
             self.policy.copies = True
@@ -114,7 +114,7 @@ class KeepGraph:
         return out, None if refused else graph
 
     def _on_copies(self, args: Tensors, size: int | None = None) -> tuple[Tensors, KeptGraph]:
-        """``size``: bytes of the graph, where they are known."""
+        """Run on copies of the operands; ``size`` is the graph's bytes, where they are known."""
         policy = self.policy
         saved = SavedTensors(())  # without operands it finds no view, and counts what it packs
         graph = KeptGraph(policy, args[0].device, saved)
@@ -131,7 +131,7 @@ class KeepGraph:
         graph.inputs = [leaves[i] for i in policy.wrt]
         graph.owned = True
         if size is not None:
-            graph.storages[-id(graph)] = size  # no address of a storage
+            graph.storages[-id(graph)] = size  # this is no address of a storage
         else:
             found = saved_tensors(out) if policy.unhooked else ()
             graph.storages.update(storages_of((*leaves, *out, *found)))
@@ -139,7 +139,7 @@ class KeepGraph:
 
 
 _SMALL = 2**16
-"""Bytes. Copies of these take 3 µs; hooks 8 for one saved tensor, 4 for each further one."""
+"""Copies of so many bytes take 3 µs; hooks take 8 for one saved tensor, 4 for each further one."""
 
 
 def _edge(y: Tensor) -> GradientEdge | None:
@@ -157,10 +157,10 @@ def _detached(out: Tensors) -> Tensors:
 
 
 class PullThroughGraph:
-    """``(x, token, c) -> c · ∂f_D/∂x_S(x)``: the ``Vjp``, by the graph under the token if there.
+    """This ``Vjp`` ``(x, token, c) -> c · ∂f_D/∂x_S(x)`` pulls through the graph under the token.
 
     ``base`` is the ``Vjp``, or with ``batched`` its batch: every cotangent then has leading rows,
-    and so have the results. It computes the same where there is no graph.
+    and so have the results. ``base`` computes the same where there is no graph.
     """
 
     def __init__(self, base: Program, vjp: Vjp, keep: KeepGraph, batched: bool) -> None:
@@ -186,7 +186,7 @@ class PullThroughGraph:
         if graph is None:
             if not tape.used_up(key):
                 return self.base.run(*primals, *cotangents)
-            # Merged or hoisted by XLA, and used again: keep what is rebuilt for the next use.
+            # XLA merged or hoisted the call, so the token is used again: keep what is rebuilt.
             _, graph = self.keep.forward(primals)
             if graph is None:
                 return self.base.run(*primals, *cotangents)
@@ -197,7 +197,7 @@ class PullThroughGraph:
     def _pull(self, graph: KeptGraph, primals: Tensors, cotangents: Tensors) -> Tensors:
         seeds = conj(cotangents)
         edges = [graph.outputs[i] for i in self.vjp.of]
-        if None in edges:  # an output that depends on no input
+        if None in edges:  # some output depends on no input
             seeds = tuple(c for c, e in zip(seeds, edges, strict=True) if e is not None)
             edges = [e for e in edges if e is not None]
         grads: Sequence[Tensor | None] = [None] * len(self.policy.wrt)
@@ -238,7 +238,7 @@ class PullThroughGraph:
 
 
 class DropGraph:
-    """A program that takes a token before its last ``after`` operands, and drops its graph."""
+    """A ``DropGraph`` takes a token before its last ``after`` operands, and drops its graph."""
 
     def __init__(self, base: Program, after: int, policy: GraphPolicy) -> None:
         self.base, self.after, self.policy = base, after, policy

@@ -1,6 +1,7 @@
-"""The tape: graphs of forward passes, kept for their backward passes. Imports torch, never JAX.
+"""The tape keeps graphs of forward passes for their backward passes.
 
 It is a table of this process, of bounded size; the programs of ``programs.py`` write and read it.
+This file imports torch, never JAX.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ Token = tuple[int, ...]
 
 
 def no_token(args: Tensors) -> Tensor:
-    """The token of a call that keeps no graph, on the device of its operands."""
+    """Return the token of a call that keeps no graph, on the device of its operands."""
     return torch.zeros(4, dtype=torch.uint32, device=args[0].device)
 
 
@@ -34,17 +35,17 @@ _NO_TOKEN = (0, 0, 0, 0)
 
 @dataclass
 class TapeInfo:
-    """What the tape holds and has done in this process.
+    """A ``TapeInfo`` says what the tape holds and has done in this process.
 
     Attributes:
       entries: graphs that are kept now.
-      bytes: of their activations.
+      bytes: the bytes of their activations.
       budget: bytes that may be kept on each device; None for a quarter of its memory.
       hits: backward passes that found their graph.
       misses: backward passes that ran forward again.
       evictions: graphs that were dropped for the budget.
-      on_copies: functions whose graphs cannot be kept on views of XLA's memory: their operands
-        are copied.
+      on_copies: functions whose operands are copied, because their graphs cannot be kept on views
+        of XLA's memory.
     """
 
     entries: int = 0
@@ -57,14 +58,14 @@ class TapeInfo:
 
 
 class _Account:
-    """What is kept on one device."""
+    """An account counts what is kept on one device."""
 
     def __init__(self) -> None:
         self.bytes = 0
         self.storages: dict[int, tuple[int, int]] = {}
         """How many graphs hold a storage, and its bytes, by address. Each counts once."""
         self.fresh: list[tuple[Token, Tensor]] = []
-        """Tokens to come, with their words. They are made in blocks: one costs microseconds."""
+        """Tokens to come, with their words. They are made in blocks, as each costs microseconds."""
 
     def enter(self, storages: dict[int, int]) -> None:
         for address, size in storages.items():
@@ -90,7 +91,7 @@ def _budget_of_environment() -> int | None:
 
 
 class Tape:
-    """Kept graphs by token, the least recently used first."""
+    """The tape has kept graphs by token, the least recently used first."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
@@ -148,7 +149,7 @@ class Tape:
             self._evicted(budget)
 
     def take(self, token: Token, policy: GraphPolicy, device: torch.device) -> KeptGraph | None:
-        """The graph under ``token``, if there is one of this function on ``device``."""
+        """Return the graph under ``token``, if there is one of this function on ``device``."""
         if token == _NO_TOKEN:
             return None
         with self._lock:
@@ -167,7 +168,7 @@ class Tape:
             return graph
 
     def used_up(self, token: Token) -> bool:
-        """Whether this token's graph was taken before, rather than evicted or unknown."""
+        """Return whether this token's graph was taken before, rather than evicted or unknown."""
         return token in self._used
 
     def clear(self) -> None:
@@ -220,7 +221,7 @@ class Tape:
 
 @functools.cache
 def default_budget(device: torch.device) -> int:
-    """A quarter of the device's memory."""
+    """Return a quarter of the device's memory."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory // 4
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
@@ -230,7 +231,7 @@ tape = Tape()
 
 
 def tape_info() -> TapeInfo:
-    """What the tape holds: entries, bytes, budget; hits, misses and evictions so far.
+    """Return what the tape holds: entries, bytes, budget; hits, misses and evictions so far.
 
     Examples:
       >>> tape_info().entries
@@ -249,9 +250,10 @@ def clear_tape() -> None:
 
 
 def set_tape_budget(bytes: int | None) -> None:
-    """Bytes of activations that the tape keeps on each device; None: a quarter of its memory.
+    """Set how many bytes of activations the tape keeps on each device.
 
-    0 keeps nothing: every backward pass runs forward again.
+    None stands for a quarter of its memory. 0 keeps nothing: every backward pass runs forward
+    again.
 
     Raises:
       SignatureError: for anything but None and an int of at least 0.
