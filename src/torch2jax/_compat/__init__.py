@@ -1,1 +1,1 @@
-"""What depends on a version of JAX or PyTorch, or on their private names."""
+"""All that depends on a version of JAX or PyTorch, or on their private names, stands here."""

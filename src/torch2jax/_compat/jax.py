@@ -1,4 +1,4 @@
-"""Everything that differs between versions of jax, and every use of its private API."""
+"""All that differs between versions of jax stands here, and so does all use of its private API."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from jax._src import core as _core
 # Effects have no public registration; jax's own FFI call registers its effect the same way.
 from jax._src import effects as _effects
 
-# The concrete class of arrays: public jax.Array is an ABC whose instance check costs a microsecond.
+# The public class of arrays, jax.Array, is an ABC whose instance check costs a microsecond.
 from jax._src.array import ArrayImpl
 
-# Whether 64-bit types are on has no public question without two functions of Python.
+# The public way to ask whether 64-bit types are on takes two functions of Python.
 from jax._src.config import enable_x64 as _enable_x64
 
-# Whether a transform is under way has no public question that takes less than a microsecond; which
-# one, has a public question from jax 0.7.1 on.
+# The public way to ask whether a transform is under way takes more than a microsecond. Which one it
+# is can be asked publicly from jax 0.7.1 on.
 from jax._src.core import get_opaque_trace_state, trace_state_clean
 
 # Rules for dead code have no public registration.
 from jax._src.interpreters import partial_eval
 
-# The import and export below jax.dlpack.
+# jax.dlpack imports and exports by this.
 from jax._src.lib import _jax as _xla
 
 __all__ = [
@@ -54,14 +54,14 @@ __all__ = [
 
 
 class TorchEffect(_effects.Effect):
-    """Marks a call with side effects: never dropped, merged or moved."""
+    """It marks a call with side effects, which is never dropped, merged or moved."""
 
     def __str__(self) -> str:
         return "TorchCall"
 
 
 class RandomEffect(_effects.Effect):
-    """Marks a draw from torch's generator, which ``jax.checkpoint`` would repeat differently."""
+    """It marks a draw from torch's generator, which ``jax.checkpoint`` would repeat differently."""
 
     def __str__(self) -> str:
         return (
@@ -73,18 +73,21 @@ class RandomEffect(_effects.Effect):
 
 
 def register_dce_rule(primitive: Any, rule: Callable[[list[bool], Any], Any]) -> None:
-    """``rule(used outputs, equation)``; from jax 0.12 on it is also told which inputs are live."""
+    """Register ``rule(used outputs, equation)`` for dead code.
+
+    From jax 0.12 on JAX also tells which inputs are live.
+    """
     partial_eval.dce_rules[primitive] = lambda used, *_and_eqn: rule(used, _and_eqn[-1])
 
 
 def device_count(ctx: Any) -> int:
-    """On how many devices the program runs that is being lowered."""
+    """Return on how many devices the program runs that is being lowered."""
     context = ctx.module_context.axis_context
     if hasattr(context, "mesh"):
         return context.mesh.size
     if hasattr(context, "num_devices"):
         return context.num_devices
-    return context.axis_env.nreps  # pmap, up to jax 0.7
+    return context.axis_env.nreps  # pmap does so up to jax 0.7
 
 
 torch_effect = TorchEffect()
@@ -101,28 +104,28 @@ _effects.remat_allowed_effects.add_type(TorchEffect)
 
 
 # --- varying manual axes (shard_map with check_vma=True) ----------------------------------------
-# Up to jax 0.9 an aval has ``vma``; from 0.10 a manual axis type ``mat`` with ``varying``.
+# Up to jax 0.9 an aval has ``vma``; from 0.10 it has a manual axis type ``mat`` with ``varying``.
 
 
 def current_mesh() -> jax.sharding.Mesh:
-    """The mesh that ``jax.set_mesh`` has set; an empty one where there is none."""
+    """Return the mesh that ``jax.set_mesh`` has set; an empty one where there is none."""
     if hasattr(jax.sharding, "get_mesh"):
         return jax.sharding.get_mesh()
-    from jax._src.mesh import empty_abstract_mesh, get_concrete_mesh  # jax 0.7
+    from jax._src.mesh import empty_abstract_mesh, get_concrete_mesh  # jax 0.7 has these
 
     empty: Any = empty_abstract_mesh
     return get_concrete_mesh() or empty
 
 
 def varying_axes(aval: Any) -> frozenset[str]:
-    """The manual mesh axes over which a value of this aval varies."""
+    """Return the manual mesh axes over which a value of this aval varies."""
     if hasattr(aval, "mat"):
         return aval.mat.varying
     return getattr(aval, "vma", frozenset())
 
 
 def varying_together(operands: Iterable[Any]) -> list[Any]:
-    """Operands cast to their common varying axes; the casts transpose to sums over those axes."""
+    """Cast operands to their common varying axes; the casts transpose to sums over those axes."""
     operands = list(operands)
     varying = [varying_axes(jax.typeof(x)) for x in operands]
     union: frozenset[str] = frozenset().union(*varying)
@@ -135,7 +138,7 @@ def varying_together(operands: Iterable[Any]) -> list[Any]:
 
 
 def varying_everywhere(x: Any) -> Any:
-    """A value that differs between the devices of all manual axes."""
+    """Return ``x`` as a value that differs between the devices of all manual axes."""
     mesh = jax.sharding.get_abstract_mesh()
     manual = [a for a in mesh.manual_axes if a not in varying_axes(jax.typeof(x))]
     return _cast_varying(x, tuple(manual)) if manual else x
@@ -148,10 +151,10 @@ def _cast_varying(x: Any, axes: tuple[str, ...]) -> Any:
 
 
 def result_aval(shape: tuple[int, ...], dtype: Any, operands: Iterable[Any]) -> Any:
-    """The aval of a result that varies over the axes over which the operands' avals vary."""
+    """Return the aval of a result, which varies over the axes over which operands vary."""
     sharding = _core.get_cur_mesh_sharding()
     for aval in operands:
-        if not aval.sharding.mesh.empty:  # of the operands' types, where no mesh is entered
+        if not aval.sharding.mesh.empty:  # where no mesh is entered, types have it
             whole = jax.sharding.PartitionSpec(*[None] * len(shape))
             sharding = jax.sharding.NamedSharding(aval.sharding.mesh, whole)
             break
@@ -163,30 +166,31 @@ def result_aval(shape: tuple[int, ...], dtype: Any, operands: Iterable[Any]) -> 
 
 
 # --- DLPack at the speed of a call ---------------------------------------------------------------
-# jax.dlpack.from_dlpack takes 22 µs, the import that it ends in 3; __dlpack__ likewise.
+# jax.dlpack.from_dlpack takes 22 µs, and the import that it ends in takes 3. The same is true of
+# __dlpack__ and its export.
 
 
 @functools.cache
 def cpu_device() -> Any:
-    """The device to which ``import_capsule`` imports."""
+    """Return the device to which ``import_capsule`` imports."""
     return jax.local_devices(backend="cpu")[0]
 
 
 import_capsule: Any = _xla.dlpack_managed_tensor_to_buffer
-"""``(capsule, cpu_device(), None)``: the array of a DLPack capsule that holds row-major CPU memory,
-aligned to 64 bytes."""
+"""Called with ``(capsule, cpu_device(), None)`` it returns the array of a DLPack capsule that holds
+row-major CPU memory, aligned to 64 bytes."""
 
 export_capsule: Any = _xla.buffer_to_dlpack_managed_tensor
-"""A DLPack capsule of an array on one CPU device, which is computed when this returns."""
+"""This returns a DLPack capsule of an array on one CPU device, which is computed by then."""
 
 
 def x64_enabled() -> bool:
-    """Whether JAX carries 64-bit values now, in this thread."""
+    """Return whether JAX carries 64-bit values now, in this thread."""
     return _enable_x64.value
 
 
 def precision(x64: bool) -> Any:
-    """A context with 64-bit types on or off, in this thread."""
+    """Return a context with 64-bit types on or off, in this thread."""
     if hasattr(jax, "enable_x64"):
         return jax.enable_x64(x64)
     return jax.experimental.enable_x64(x64)  # type: ignore[attr-defined]  # jax < 0.8

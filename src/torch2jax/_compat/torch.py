@@ -1,4 +1,7 @@
-"""What differs between versions of torch, and its private functions. Imports torch, never JAX."""
+"""All that differs between versions of torch stands here, and so do its private functions.
+
+This file imports torch, never JAX.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,7 @@ remove_batch_dim: Any = _remove_batch_dim
 
 
 def vmap_level(size: int) -> Any:
-    """A context in which tensors can have rows that operators do not see; its value names it.
+    """Return a context in which tensors can have rows that operators do not see; it yields a level.
 
     Random numbers are the same in all rows.
     """
@@ -45,12 +48,12 @@ def vmap_level(size: int) -> Any:
 
 
 def outside_transforms() -> Any:
-    """A context outside of all transforms of ``torch.func``: new tensors are plain."""
+    """Return a context outside of all transforms of ``torch.func``; new tensors are plain in it."""
     return temporarily_clear_interpreter_stack()
 
 
 def numbers(x: torch.Tensor) -> list[int]:
-    """``x.tolist()`` of a plain tensor, which torch 2.6 refuses inside of ``torch.func``."""
+    """Return ``x.tolist()`` of a plain tensor, which torch 2.6 refuses inside of ``torch.func``."""
     try:
         return x.tolist()
     except RuntimeError:
@@ -59,15 +62,16 @@ def numbers(x: torch.Tensor) -> list[int]:
 
 
 def exchange_api() -> Any:
-    """The capsule of torch's DLPack C exchange API, or None where torch has none (before 2.10)."""
+    """Return the capsule of torch's DLPack C exchange API, or None before torch 2.10."""
     return getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
 
 
 # --- gradients -----------------------------------------------------------------------------------
 
 python_node: Any = torch._C._FunctionBase
-"""A node of a ``torch.autograd.Function``. In torch 2.6 it lives as long as the function's result
-or the node after it, not as long as this object, and a backward pass from it then crashes."""
+"""A ``torch.autograd.Function`` has a node of this class. In torch 2.6 it lives as long as the
+function's result or the node after it, not as long as this object, and a backward pass from it then
+crashes."""
 
 _run_backward: Any = torch.autograd.Variable._execution_engine.run_backward  # type: ignore[attr-defined]
 
@@ -79,9 +83,9 @@ def pull_back(
     retain_graph: bool,
     create_graph: bool = False,
 ) -> tuple[torch.Tensor | None, ...]:
-    """``torch.autograd.grad(..., allow_unused=True)`` of tensors or edges.
+    """Return ``torch.autograd.grad(..., allow_unused=True)`` of tensors or edges.
 
-    Without its checks of shapes, for cotangents that are known to have those of the outputs.
+    It leaves out the checks of shapes: cotangents are known to have the shapes of the outputs.
     """
     return _run_backward(
         tuple(outputs),
@@ -100,9 +104,9 @@ def pull_back_rows(
     cotangents: Sequence[torch.Tensor],
     retain_graph: bool,
 ) -> list[torch.Tensor | None]:
-    """The same with ``is_grads_batched=True``: the cotangents have leading rows.
+    """Return the same with ``is_grads_batched=True``: the cotangents have leading rows.
 
-    Without the pytrees that cost ``torch.autograd.grad`` more than a small backward pass.
+    It leaves out the pytrees, which cost ``torch.autograd.grad`` more than a small backward pass.
     """
     size = cotangents[0].shape[0]
     level = torch._C._vmapmode_increment_nesting()
@@ -123,25 +127,26 @@ grad_enabled: Any = torch.is_grad_enabled
 
 
 def eager() -> bool:
-    """Whether no transform is at work here but autograd's own backward pass.
+    """Return whether no transform is at work here but autograd's own backward pass.
 
-    None of ``torch.func``, no level of ``torch.autograd.forward_ad``, not the older vmap below.
+    Then there is none of ``torch.func``, no level of ``torch.autograd.forward_ad``, and not the
+    older vmap below.
     """
     _vmap_enter()
     return not (_vmap_leave() or transforms_active() or forward_ad._current_level >= 0)
 
 
 def forward_ad_active() -> bool:
-    """Whether a level of ``torch.autograd.forward_ad`` is entered."""
+    """Return whether a level of ``torch.autograd.forward_ad`` is entered."""
     return forward_ad._current_level >= 0
 
 
 dispatch_modes: Any = torch._C._len_torch_dispatch_stack
-"""How many of ``TorchDispatchMode`` are at work: tracers, fake tensors, counters."""
+"""This returns how many of ``TorchDispatchMode`` are at work: tracers, fake tensors, counters."""
 
 
 def plain_apply(function: Any) -> Any:
-    """``function.apply`` for calls outside of ``torch.func``.
+    """Return ``function.apply`` for calls outside of ``torch.func``.
 
     The public one binds default arguments by ``inspect.signature``, at 8 µs a call.
     """
@@ -150,26 +155,26 @@ def plain_apply(function: Any) -> Any:
 
 
 custom_function_base: Any = torch.autograd.function._SingleLevelFunction
-"""The class in which ``torch.autograd.Function.apply``, however it is reached, looks for PyTorch's
-own ``apply``."""
+"""In this class ``torch.autograd.Function.apply``, however it is reached, looks for PyTorch's own
+``apply``."""
 
 
 module_calls: Any = torch.nn.modules.module
-"""Where a module's call looks for ``BackwardHook``."""
+"""A module's call looks here for ``BackwardHook``."""
 
 BackwardHook: Any = torch.utils.hooks.BackwardHook
 
 transformers: Any = torch.nn.modules.transformer
-"""Where encoders and decoders look for ``_detect_is_causal_mask``."""
+"""Encoders and decoders look here for ``_detect_is_causal_mask``."""
 
 
 def innermost_is_vmap() -> bool:
-    """Whether the innermost transform of ``torch.func`` at work is ``vmap``."""
+    """Return whether the innermost transform of ``torch.func`` at work is ``vmap``."""
     return peek_interpreter_stack().key() == TransformType.Vmap
 
 
 def asks_for_gradient(x: torch.Tensor) -> bool:
-    """Whether ``x`` requires a gradient at any level of ``torch.func`` inside the next ``vmap``."""
+    """Say whether ``x`` requires a gradient at a ``torch.func`` level inside the next ``vmap``."""
     while not is_batchedtensor(x):
         if x.requires_grad:
             return True
@@ -180,11 +185,11 @@ def asks_for_gradient(x: torch.Tensor) -> bool:
 
 
 # torch.autograd.grad(is_grads_batched=True) and torch.autograd.functional(vectorize=True) batch by
-# an older vmap, below autograd, of which torch.func knows nothing.
+# an older vmap below autograd. torch.func knows nothing of it.
 
 
 def legacy_vmap_level() -> int:
-    """The level of that vmap at work here; 0: none."""
+    """Return the level of that vmap at work here; 0 says that there is none."""
     _vmap_enter()
     return _vmap_leave()
 
@@ -197,18 +202,18 @@ _BATCHED: Any = torch._C._parse_dispatch_key("Batched")
 
 
 keeps_graph: Any = _autograd._get_current_graph_task_keep_graph
-"""Whether the backward pass that runs now leaves the graph for another one."""
+"""This returns whether the backward pass that runs now leaves the graph for another one."""
 
 _top_hooks: Any = getattr(_autograd, "_top_saved_tensors_default_hooks", None)
 
 
 def saving_is_watched() -> bool:
-    """Whether hooks take the tensors that autograd saves; torch before 2.7 does not tell."""
+    """Return whether hooks take the tensors that autograd saves; torch before 2.7 does not tell."""
     return _top_hooks is None or _top_hooks(True) is not None
 
 
 def nonstrict_trace(function: Any) -> Any:
-    """``function`` as what ``torch.compile`` calls on its placeholders, and does not look into."""
+    """Mark ``function``: ``torch.compile`` calls it on placeholders and does not look into it."""
     import torch._dynamo as dynamo
 
     mark: Any = getattr(dynamo, "nonstrict_trace", dynamo.allow_in_graph)  # torch < 2.7
@@ -219,7 +224,7 @@ def nonstrict_trace(function: Any) -> Any:
 
 
 def set_up_device(name: str, module: Any) -> None:
-    """Make PyTorch's device for libraries one of Python alone, called ``name``."""
+    """Make a device of Python alone, called ``name``, of PyTorch's device for libraries."""
     try:
         from torch.utils.backend_registration import (
             _setup_privateuseone_for_python_backend as set_up,
@@ -234,12 +239,12 @@ def set_up_device(name: str, module: Any) -> None:
 
 AFTER_AUTOGRAD: Any = torch._C._after_autograd_keyset  # type: ignore[attr-defined]
 ANY_AUTOGRAD: Any = torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradOther)  # type: ignore[attr-defined]
-"""Keys of the dispatcher: those below autograd's, and the one of autograd's own kernels for
+"""The dispatcher has these keys: those below autograd's, and the one of autograd's own kernels for
 devices that have none of theirs."""
 
 
 def uncompiled() -> Callable[[], None]:
-    """Let what ``torch.compile`` has made run uncompiled, until the result is called."""
+    """Let what ``torch.compile`` has made run uncompiled, until the returned function is called."""
     if "torch._dynamo" not in sys.modules:  # then nothing is compiled, and it takes a second
         return lambda: None
     stance = torch.compiler.set_stance("force_eager")
@@ -247,7 +252,7 @@ def uncompiled() -> Callable[[], None]:
 
 
 def foreach_types() -> list[list[Any]]:
-    """PyTorch's lists of the types whose tensors optimizers and clipping take several at a time.
+    """Return PyTorch's lists of types whose tensors optimizers and clipping take several at a time.
 
     There is one for each of the two, or one for both.
     """
@@ -259,7 +264,7 @@ def foreach_types() -> list[list[Any]]:
 
 
 def answering_shapes(answer: Callable[[], bool]) -> Any:
-    """A ``ShapeEnv`` in which ``answer`` answers what is asked of sizes that are not known."""
+    """Return a ``ShapeEnv`` in which ``answer`` answers questions about unknown sizes."""
     import sympy
     from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 
@@ -269,7 +274,7 @@ def answering_shapes(answer: Callable[[], bool]) -> Any:
                 return super().evaluate_expr(orig_expr, *args, **kwargs)
             except GuardOnDataDependentSymNode:
                 if not isinstance(orig_expr, sympy.logic.boolalg.Boolean):
-                    raise  # the size itself, as a number
+                    raise  # it asks for the size itself, as a number
                 return sympy.true if answer() else sympy.false
 
     return Answering()
