@@ -1,1 +1,1 @@
-"""Arrays, tensors, dtypes and gradients are converted from one side to the other here."""
+"""Arrays, tensors, dtypes and gradients are converted here from one side to the other."""

@@ -1,4 +1,4 @@
-"""Tensors and arrays from PyTorch to JAX and back, without a copy where the memory allows.
+"""Tensors become arrays and arrays tensors, without a copy where the memory allows.
 
 NOTE [When t2j and j2t copy]. Both go through DLPack, which hands over a pointer. `j2t` never copies
 a `jax.Array`. `t2j` copies what XLA cannot read in place: strides other than row-major, lazy
@@ -53,17 +53,17 @@ def t2j(tensor: torch.Tensor) -> jax.Array:
         An array of the same shape in row-major layout, committed to the device on which the tensor
         is, of the dtype of the same name; while x64 is off, int32 for int64.
 
-        Copied, on that device, are: a tensor that is not contiguous (transposed, expanded, sliced
-        with a step), one lazily conjugated or negated, int64 while x64 is off; on a CPU also memory
-        that is not aligned to 64 bytes (most slices that do not begin at the first element) or is
-        pinned.
+        These are copied, on that device: a tensor that is not contiguous (transposed, expanded,
+        sliced with a step), one lazily conjugated or negated, int64 while x64 is off; on a CPU also
+        memory that is not aligned to 64 bytes (most slices that do not begin at the first element)
+        or is pinned.
 
     Raises:
         SignatureError: not a tensor, or one without dense memory of its own (sparse, nested, meta,
             fake, inside a `torch.func` transform).
         UnsupportedDtypeError: JAX has no such dtype. While x64 is off also: uint64, float64 and
-            complex128, and int64 values on a CPU that do not fit into int32. (On a GPU they wrap:
-            to look at them would be to wait for the device.)
+            complex128, and int64 values on a CPU that do not fit into int32. (On a GPU they wrap,
+            because to look at them would be to wait for the device.)
         Torch2JaxError: JAX does not have the device on which the tensor is, or the call is inside a
             `torch2jax` function that runs on several devices at once.
 
@@ -252,9 +252,8 @@ def _from_numpy(array: NDArray) -> torch.Tensor:
     native = np.array(array, dtype=TO_JAX[dtype], order="C", copy=True)
     if native.dtype.isbuiltin == 1:
         return torch.from_numpy(native)
-    return torch.from_numpy(native.view(f"i{native.itemsize}")).view(
-        dtype
-    )  # it is bfloat16 or float8
+    # It is bfloat16 or float8.
+    return torch.from_numpy(native.view(f"i{native.itemsize}")).view(dtype)
 
 
 def _check_array(array: object) -> None:

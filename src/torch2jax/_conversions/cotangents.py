@@ -1,6 +1,6 @@
 """PyTorch's gradients become JAX's cotangents, and back. This file never imports torch.
 
-NOTE [Conjugates]. PyTorch's gradient is the conjugate transpose, JAX's cotangent the plain one:
+NOTE [Conjugates]. PyTorch's gradient is the conjugate transpose; JAX's cotangent is the plain one:
 ``Jᴴ c = conj(Jᵀ conj(c))``. The other direction is in ``torch_side/derivatives.py``.
 """
 

@@ -53,7 +53,7 @@ def dtype_t2j(torch_dtype: torch.dtype) -> DType:
     """
     try:
         return TO_JAX[torch_dtype]
-    except (KeyError, TypeError):  # x may not be hashable: TypeError
+    except (KeyError, TypeError):  # the latter says that it cannot be hashed
         pass
     if not isinstance(torch_dtype, torch.dtype):
         raise SignatureError(
@@ -114,7 +114,7 @@ def dtype_j2t(jax_dtype: Any) -> torch.dtype:
 
 
 def canonical(torch_dtype: torch.dtype) -> DType:
-    """Return the dtype in which JAX carries values of a PyTorch dtype; with x64 off it is narrow.
+    """Return the dtype in which JAX carries values of a PyTorch dtype, a narrow one with x64 off.
 
     Raises:
         UnsupportedDtypeError: as in `dtype_t2j`.
@@ -129,7 +129,8 @@ def canonical(torch_dtype: torch.dtype) -> DType:
 def needs_x64(torch_dtype: torch.dtype) -> bool:
     """Return whether tensors of the dtype are refused because x64 is off.
 
-    Of the 64-bit dtypes int64 alone is not: PyTorch uses it everywhere, and its values mostly fit.
+    Of the 64-bit dtypes int64 alone is not refused: PyTorch uses it everywhere, and its values
+    mostly fit.
     """
     return torch_dtype in NARROWED and torch_dtype is not torch.int64 and not x64_enabled()
 
@@ -162,7 +163,7 @@ def carrier_of(dtype: torch.dtype) -> torch.dtype | None:
 
 @functools.cache
 def _float8_carrier(dtype: torch.dtype) -> torch.dtype | None:
-    # torch and jax learnt each of these with another release: ask them, both ways.
+    # torch and jax learnt each of these with another release, so both are asked.
     probe = torch.zeros(1, dtype=torch.uint8).view(dtype)
     try:
         array = jax.dlpack.from_dlpack(probe)
