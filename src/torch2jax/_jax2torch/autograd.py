@@ -8,9 +8,9 @@ NOTE [Residuals]. An application that a gradient is asked of runs the program's 
 residuals are further results of it, without derivatives, and are saved like all tensors: hooks
 (``torch.utils.checkpoint``, ``save_on_cpu``) see them, operands and results among them keep
 PyTorch's version check, and a backward pass frees them. Where nothing but autograd looks on,
-``Direct`` keeps them as arrays, which spares the way to tensors and back: 4 µs each.
+``Direct`` keeps them as arrays, which spares the way to tensors and back, 4 µs each.
 
-NOTE [Memory]. An operand is a view of a tensor: on a CPU the results are computed when the call
+NOTE [Memory]. An operand is a view of a tensor. On a CPU the results are computed when the call
 returns, so the tensor may be written to from then on. A small leaf's view is kept for the next call
 (NOTE [Leaves] in cpp/jax2torch/leaves.h). The operands of a later backward pass are imported again
 from the saved tensors. Results are buffers that JAX has no more references to.
@@ -48,7 +48,7 @@ Tensor = torch.Tensor
 
 
 class Call:
-    """One application of a program: it knows what it is told, and the facts of its trace."""
+    """A call is one application of a program: it knows what it is told, and its trace's facts."""
 
     __slots__ = ("facts", "kept", "n_primals", "program", "x64")
     facts: Facts
@@ -129,14 +129,14 @@ def _emit(call: Call, wrt: Indices) -> None:
 def _as_in_forward(rule: Callable[..., Any], ctx: Any, *args: Any) -> Any:
     """Run a rule with 64-bit types on or off as they were in the forward pass.
 
-    That is a setting of the thread, and PyTorch may run the rule on a thread of its own.
+    They are a setting of the thread, and PyTorch may run the rule on a thread of its own.
     """
     with precision(ctx.call.x64):
         return rule(ctx, *args)
 
 
 class ApplyProgram(torch.autograd.Function):
-    """See NOTE [One Function]."""
+    """``ApplyProgram`` applies any program to tensors. See NOTE [One Function]."""
 
     @staticmethod
     def forward(call: Call, *operands: Any) -> tuple[Tensor, ...]:
@@ -201,15 +201,14 @@ class ApplyProgram(torch.autograd.Function):
         batched = call.another(program, call.n_primals)
         rows = _apply(batched, operands)
         call.facts = batched.facts
-        if (
-            batched.program is not program
-        ):  # what was applied below asked for residuals, which stay there
+        if batched.program is not program:
+            # What was applied below asked for residuals, which stay there.
             rows = rows[: batched.facts.n_out]
         return tuple(rows), (0,) * len(rows)
 
 
 class Direct(torch.autograd.Function):
-    """``ApplyProgram`` of an emission where nothing but autograd looks on. See NOTE [Residuals]."""
+    """``Direct`` applies an emission where nothing but autograd looks on. See NOTE [Residuals]."""
 
     @staticmethod
     def forward(ctx: Any, call: Call, *operands: Any) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""``jax2torch(fn)`` is a PyTorch function: the other direction."""
+"""``jax2torch(fn)`` is a PyTorch function, in the other direction than ``torch2jax``."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class _Entry:
 
 
 class JaxFunction:
-    """A JAX function as a PyTorch function; ``jax2torch`` makes it."""
+    """A ``JaxFunction`` is a JAX function as a PyTorch function; ``jax2torch`` makes it."""
 
     def __init__(
         self,
@@ -222,15 +222,15 @@ def jax2torch(
     Args:
       fn: a function that ``jax.jit`` takes: pure, from arrays to arrays. Arguments and results are
         pytrees of any structure, keyword arguments included. A tensor of any shape and strides
-        reaches ``fn`` as a traced array of the dtype of the same name; a Python number as a
-        weakly typed scalar; NumPy and JAX arrays as they are; None passes. ``fn`` is traced once
-        for each structure, shapes, dtypes and set of arguments that ask for a gradient.
-      nondiff_argnums: positional arguments that never get a gradient: as if they were detached.
+        reaches ``fn`` as a traced array of the dtype of the same name, a Python number as a
+        weakly typed scalar; NumPy and JAX arrays and None reach it as they are. ``fn`` is traced
+        once for each structure, shapes, dtypes and set of arguments that ask for a gradient.
+      nondiff_argnums: positional arguments that never get a gradient, as if they were detached.
       static_argnums: positional arguments passed as Python values, as in ``jax.jit``.
       static_argnames: keyword arguments passed as Python values.
-      device: where ``fn`` runs. None: where its tensors are, or without any on PyTorch's default
-        device. A tensor on another device is an error.
-      name: name of the computation in HLO and profiles; otherwise that of ``fn``.
+      device: where ``fn`` runs. With None it runs where its tensors are, or on PyTorch's default
+        device if there are none. A tensor on another device is an error.
+      name: name of the computation in HLO and profiles; by default it is that of ``fn``.
 
     Returns:
       A function of tensors. Its results are new tensors on the arguments' device: each is JAX's
@@ -272,7 +272,7 @@ def jax2torch(
 
 
 def _checked(result: Any, label: str) -> Any:
-    """Return the result, or raise where a leaf is nothing that a tensor can be made of."""
+    """Return the result, or raise where no tensor can be made of a leaf."""
     for path, x in tree_flatten_with_path(result)[0]:
         where = f"result{keystr(path)} of {label}"
         if not isinstance(x, (jax.Array, *_NUMBERS)):

@@ -1,12 +1,12 @@
 """One custom operator applies all programs of JAX in graphs of ``torch.compile``.
 
 In a compiled function a call becomes ``torch2jax::apply(tensors, floats, ints, program)``, with the
-name of the program. Its fake kernel asks JAX for shapes, its gradient is an ``apply`` of the
-pullback, its batch one of the batched program. Eager calls and ``torch.func`` do not come here: a
-custom operator has silently no tangents in forward mode. This module is imported when
+name of the program. Its fake kernel asks JAX for shapes. Its gradient is an ``apply`` of the
+pullback, and its batch is one of the batched program. Eager calls and ``torch.func`` do not come
+here: a custom operator has silently no tangents in forward mode. This module is imported when
 ``torch.compile`` first meets a call, since ``torch._dynamo`` takes a second to load.
 
-NOTE [Names of programs]. PyTorch keeps compiled graphs on disk; a name must not mean another
+NOTE [Names of programs]. PyTorch keeps compiled graphs on disk. A name must not mean another
 function in another process, so it holds a number drawn for this one.
 """
 
@@ -50,7 +50,7 @@ def apply_in_graph(program: JaxProgram, operands: Sequence[Any]) -> Any:
 
 
 class GraphCall(Call):
-    """An application below ``torch.func`` in a graph, where the node runs at the bottom."""
+    """A ``GraphCall`` is one below ``torch.func`` in a graph, where the node runs at the bottom."""
 
     __slots__ = ()
 
@@ -135,7 +135,7 @@ def _backward(ctx: Any, cotangents: Sequence[Tensor | None]) -> Any:
         found = _call(pullback, [*operands, *(cotangents[j] for j in of), *held])
         for i, grad in zip(wrt, found, strict=True):
             grads[site.tensors.index(i)] = grad
-    # custom_op wants it so: an empty list has a structure, a list of numbers is one leaf.
+    # custom_op wants it so: an empty list has a structure, and a list of numbers is one leaf.
     return grads, None if ctx.floats else [], None if ctx.ints else [], None
 
 

@@ -30,10 +30,11 @@ _sites: weakref.WeakValueDictionary[str, Site] = weakref.WeakValueDictionary()
 
 
 class Site:
-    """A program and the kinds of its operands. The program keeps it alive; graphs hold its name.
+    """A site is a program with the kinds of its operands.
 
-    ``kinds``: "tensor", "float", "int", or a tuple of one value that is a part of the graph.
-    ``n_primals``: the operands after them are cotangents, and at the end ``n_held`` held values.
+    The program keeps the site alive, and graphs hold its name. ``kinds`` are "tensor", "float",
+    "int", or a tuple of one value that is a part of the graph. The operands after the first
+    ``n_primals`` are cotangents, and at the end there are ``n_held`` held values.
     """
 
     def __init__(
@@ -93,7 +94,7 @@ def kind_of(x: Any) -> Any:
 
 
 class _Constant(tuple):
-    """An operand that is a part of the graph: ``(value,)``, equal by value or by identity."""
+    """A constant is an operand in the graph itself: ``(value,)``, equal by value or by identity."""
 
     def __new__(cls, value: Any) -> _Constant:
         return super().__new__(cls, (value,))

@@ -1,4 +1,4 @@
-"""A JAX model as a ``torch.nn.Module``."""
+"""A JAX model becomes a ``torch.nn.Module``."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def jax_module(
         bool arrays into buffers; every other leaf (functions, numbers, random keys) is a constant.
         In ``state_dict`` their names are their paths in the tree: ``params.Dense_0.kernel``.
       trainable: says of a name whether it is a parameter; the others are buffers, without a
-        gradient. ``lambda name: not name.startswith("batch_stats")``, for example.
-      **options: of ``jax2torch``; ``static_argnums`` and ``nondiff_argnums`` count from the first
-        argument after ``params``.
+        gradient. An example is ``lambda name: not name.startswith("batch_stats")``.
+      **options: options of ``jax2torch``; ``static_argnums`` and ``nondiff_argnums`` count from the
+        first argument after ``params``.
 
     Returns:
       A module; ``module(*args, **kwargs)`` is ``apply`` with its tensors as ``params``. Its
@@ -57,7 +57,7 @@ def jax_module(
 
 
 class JaxModule(torch.nn.Module):
-    """A JAX model as a module; ``jax_module`` makes it."""
+    """A ``JaxModule`` is a JAX model as a module; ``jax_module`` makes it."""
 
     def __init__(
         self,
@@ -119,7 +119,7 @@ class _Branch(torch.nn.Module):
 
 
 class _Applied:
-    """``apply`` as a function of the arrays among the leaves of its parameters."""
+    """``_Applied`` is ``apply`` as a function of the arrays among the leaves of its parameters."""
 
     def __init__(self, apply: Callable[..., Any], treedef: Any, constants: dict[int, Any]) -> None:
         self._apply, self._treedef, self._constants = apply, treedef, constants

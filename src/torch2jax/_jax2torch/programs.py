@@ -1,7 +1,7 @@
-"""A JAX function on flat arrays, and the functions derived from it. It never imports torch.
+"""Programs are a JAX function on flat arrays, and the functions derived from it.
 
-A *program* maps arrays to a tuple of arrays. With operands ``x``, tangents ``t`` of the operands
-``S`` and cotangents ``c`` of the results ``D``,
+This file never imports torch. A *program* maps arrays to a tuple of arrays. With operands ``x``,
+tangents ``t`` of the operands ``S`` and cotangents ``c`` of the results ``D``,
 
     Pushforward(f, S):  (x, t) -> ∂f/∂x_S(x) · t
     Pullback(f, S, D):  (x, c) -> (∂f_D/∂x_S(x))ᴴ · c
@@ -10,10 +10,9 @@ A *program* maps arrays to a tuple of arrays. With operands ``x``, tangents ``t`
 
 are programs again, so derivatives of any order are calls of programs.
 
-NOTE [Two forms]. ``math`` is what derivatives are made of; ``run``, which is compiled, has the
-same values and may use residuals: it then ignores ``x`` but for what the residuals name, and a
-derivative of it would miss terms. ``Pullback(f, S, D, recipe)`` takes ``(x, c, r)``; its ``math``
-ignores ``r``.
+NOTE [Two forms]. Derivatives are made of ``math``. ``run``, which is compiled, has the same values
+and may use residuals: it then ignores ``x`` but for what the residuals name, and a derivative of it
+would miss terms. ``Pullback(f, S, D, recipe)`` takes ``(x, c, r)``; its ``math`` ignores ``r``.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ class Formula:
     """A formula says what a program computes, in two forms; it does not know its derivatives."""
 
     emits = True
-    """Whether it can emit residuals: not where ``run`` already differs from ``math``."""
+    """Whether it can emit residuals: it cannot where ``run`` already differs from ``math``."""
 
     reads: frozenset[int] | None = None
     """The operands that ``run`` reads; None means all."""
@@ -58,7 +57,7 @@ class Formula:
 
 
 class Function(Formula):
-    """The user's function: ``call`` returns its results as a tree."""
+    """A ``Function`` is the user's function: ``call`` returns its results as a tree."""
 
     def __init__(self, call: Callable[..., Any], check: Callable[[Any], Any], name: str) -> None:
         super().__init__(name)
@@ -70,7 +69,7 @@ class Function(Formula):
 
 
 class WithResiduals(Formula):
-    """``x -> f(x), r``."""
+    """A ``WithResiduals`` is ``x -> f(x), r``."""
 
     emits = False
 
@@ -90,7 +89,10 @@ class WithResiduals(Formula):
 
 
 class Pullback(Formula):
-    """``(x, c, r) -> Jᴴ c``. See NOTE [Two forms], and NOTE [Conjugates] in ``cotangents.py``."""
+    """A ``Pullback`` is ``(x, c, r) -> Jᴴ c``.
+
+    See NOTE [Two forms], and NOTE [Conjugates] in ``cotangents.py``.
+    """
 
     def __init__(
         self, parent: Formula, n: int, wrt: Indices, of: Indices, recipe: PullbackRecipe | None
@@ -130,7 +132,7 @@ class Pullback(Formula):
 
 
 class Pushforward(Formula):
-    """``(x, t) -> J t``, of the results of inexact dtype."""
+    """A ``Pushforward`` is ``(x, t) -> J t``, of the results of inexact dtype."""
 
     def __init__(self, parent: Formula, n: int, wrt: Indices) -> None:
         super().__init__(f"{parent.name.removesuffix('_with_residuals')}_pushforward")
@@ -145,7 +147,7 @@ class Pushforward(Formula):
 
 
 class Batch(Formula):
-    """``f`` on every row."""
+    """A ``Batch`` is ``f`` on every row."""
 
     def __init__(self, parent: Formula, dims: Dims) -> None:
         super().__init__(f"{parent.name}_vmap")
@@ -160,12 +162,12 @@ class Batch(Formula):
 
 
 class JaxProgram:
-    """A formula, compiled, and the programs derived from it, each made once.
+    """A JaxProgram is a compiled formula with the programs derived from it, each made once.
 
     NOTE [No cycles]. Derived programs refer to formulas, never to programs, and what JAX's caches
-    hold (recipes) to neither: all that is compiled goes when the last reference to a program goes.
-    Left to the garbage collector, jitted functions would be collected inside of JAX's own tracing,
-    which up to jaxlib 0.10 can crash (jax pull request 38281).
+    hold (recipes) refers to neither. So all that is compiled goes with the last reference to a
+    program. Left to the garbage collector, jitted functions would be collected inside of JAX's own
+    tracing, which up to jaxlib 0.10 can crash (jax pull request 38281).
     """
 
     def __init__(self, formula: Formula) -> None:
@@ -197,9 +199,10 @@ class JaxProgram:
         return self._derive(Pullback, n, wrt, of, recipe)
 
     def asked(self, needs: Flags, missing: Flags, recipe: PullbackRecipe) -> Asked:
-        """Return the pullback that a backward pass asks for, None where it is zero; its wrt and of.
+        """Return the pullback that a backward pass asks for (None where it is zero), wrt and of.
 
-        ``needs``: which operands need a gradient; ``missing``: which cotangents there are not.
+        ``needs`` says which operands need a gradient, and ``missing`` which cotangents are not
+        there.
         """
         key = (needs, missing, recipe)
         return self._asked.get(key) or self._asked.setdefault(key, self._ask(*key))

@@ -35,9 +35,8 @@ class Traced:
 
 
 def unflatten(facts: Facts, children: Any, make: Any = object.__new__) -> Traced:
-    traced = make(
-        Traced
-    )  # it runs at every call, and __init__ would be a second function of Python
+    # It runs at every call, and __init__ would be a second function of Python.
+    traced = make(Traced)
     traced.outs, traced.residuals = children
     traced.facts = facts
     return traced
@@ -47,7 +46,7 @@ class PullbackRecipe:
     """A recipe puts a pullback together: a leaf is an operand, a held value or a constant.
 
     Residuals that are operands or results of the forward program are not returned a second time:
-    whoever calls it has them. *Held* are the results at ``kept``, then the new residuals.
+    whoever calls it has them. *Held* are first the results at ``kept``, then the new residuals.
     """
 
     def __init__(self, wrt: Indices, primals: Sequence[Any], traced: Traced, pull: Any) -> None:
@@ -56,7 +55,7 @@ class PullbackRecipe:
         self.avals = [(out.shape, out.dtype) for out in traced.outs]
         leaves, self.treedef = jax.tree.flatten(pull)
         self.constants: list[Any] = []
-        self.residuals: list[Any] = []  # tracers, which the emission takes out, once
+        self.residuals: list[Any] = []  # the emission takes these tracers out, once
         found: dict[int, tuple[str, int]] = {}
         for kind, values in (("operand", primals), ("out", traced.outs)):
             for i, x in enumerate(values):

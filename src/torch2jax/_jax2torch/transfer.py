@@ -35,8 +35,8 @@ _is_pinned = torch.Tensor.is_pinned if torch.cuda.is_available() else None
 def to_arrays(operands: Sequence[Any], x64: bool) -> tuple[list[Any], int, bool]:
     """Return the operands as JAX takes them: tensors as arrays, other values as they are.
 
-    Return also how many tensors there are, and whether results will be in a CPU's memory: that is
-    known where there are tensors, and all are there.
+    Return also how many tensors there are, and whether results will be in a CPU's memory. That is
+    known where there are tensors, and all of them are there.
     """
     check_may_call_jax("a jax2torch function")
     return extension.to_arrays(operands, x64, import_capsule, cpu_device(), _is_pinned, _array)
