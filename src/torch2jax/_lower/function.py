@@ -33,7 +33,7 @@ __all__ = ["LoweredFunction"]
 
 
 class LoweredFunction(TorchFunction):
-    """A PyTorch function as a JAX program; ``torch2jax(fn, lower=True)`` makes it."""
+    """This is a PyTorch function as a JAX program; ``torch2jax(fn, lower=True)`` makes it."""
 
     def __init__(
         self, fn: Callable[..., Any], run: Callable[..., Any], label: str, options: Options
@@ -80,13 +80,13 @@ class LoweredFunction(TorchFunction):
         narrow = by_operand.narrow([a.dtype for a in avals])
         if not narrow:
             return attempt(casts)
-        # Without x64 PyTorch's int64 comes as int32: the arrays are the same, and say int64.
+        # Without x64 PyTorch's int64 comes as int32. The arrays stay, and their tensors say int64.
         try:
             return attempt(widened(casts, narrow))
         except Torch2JaxError:
             raise
         except Exception as error:
-            try:  # fn may mean int32: an update of a tensor that is int32, say
+            try:  # fn may mean int32, as when it updates a tensor of int32
                 return attempt(casts)
             except Exception:
                 raise error from None
@@ -131,7 +131,7 @@ class LoweredFunction(TorchFunction):
 
 
 def _apply_hooks(layout: Layout, variables: Any) -> None:
-    """The hooks that the module's own parameters have."""
+    """Apply the hooks that the module's own parameters have."""
     for group, tensors in layout.tensors.items():
         for name, x in tensors.items():
             if name in variables.get(group, {}):

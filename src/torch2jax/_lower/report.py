@@ -17,7 +17,7 @@ from .function import LoweredFunction
 
 @dataclass(frozen=True)
 class Report:
-    """This says what became of the operators of a function; ``print`` shows it as a table.
+    """A report says what became of a function's operators; ``print`` shows it as a table.
 
     Each field is ``{(operator, line of the user's code): count}``.
     """
@@ -46,7 +46,7 @@ def lowering_report(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report
       fn: a PyTorch function or module, or what ``torch2jax(..., lower=True)`` returned, or an
         ``apply`` of ``from_module(..., lower=True)``.
       *args: arrays, ``jax.ShapeDtypeStruct``s or pytrees of them, as ``fn`` takes them.
-      **kwargs: the same by keyword. ``rng=`` where random numbers are drawn.
+      **kwargs: the same by keyword, with ``rng=`` where random numbers are drawn.
 
     Returns:
       A ``Report`` with the operators that have a lowering (``native``), that go through PyTorch's

@@ -20,7 +20,7 @@ __all__ = ["backend"]
 def backend(graph: torch.fx.GraphModule, examples: list[torch.Tensor]) -> Callable[..., Any]:
     """Compile a graph; ``torch.compile(..., backend="torch2jax")`` calls it once for each.
 
-    Forward and backward graphs become programs of their own, for tensors of any device; tensors are
+    Forward and backward graphs become programs of their own, for tensors of any device. Tensors are
     shared with JAX where their memory allows, as in ``t2j``.
     """
     from torch._dynamo.backends.common import aot_autograd
@@ -29,7 +29,7 @@ def backend(graph: torch.fx.GraphModule, examples: list[torch.Tensor]) -> Callab
 
 
 class _OfTensors:
-    """A graph as a function of its tensors alone, for certain numbers among its arguments."""
+    """``_OfTensors`` is a graph as a function of its tensors alone, for certain other arguments."""
 
     def __init__(self, graph: torch.fx.GraphModule, arguments: Sequence[Any]) -> None:
         self._graph, self._arguments = graph, arguments
@@ -66,7 +66,7 @@ def _compiled(graph: torch.fx.GraphModule, examples: list[Any]) -> Callable[...,
             programs[arguments, given] = wrapped(LoweredFunction, fn, label, options), fn
         program, fn = programs[arguments, given]
         arrays = [x.jax() if isinstance(x, Tensor) else t2j(x) for x in tensors]
-        # XLA reads shared memory later than the call returns, so the results are awaited.
+        # XLA may read shared memory after the call returns, so the results are awaited.
         results = iter(jax.block_until_ready(program(*arrays)))
         return [None if d is None else as_tensor(next(results), d) for d in fn.dtypes]
 
