@@ -1,4 +1,4 @@
-"""PyTorch functions as JAX functions. See ``torch2jax``."""
+"""This package makes JAX functions of PyTorch functions. See ``torch2jax``."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -65,7 +65,7 @@ if TYPE_CHECKING:
 else:
 
     def __getattr__(name: str) -> Any:
-        # Imported on use: libraries that are optional, and what only lower=True and device need.
+        # Optional libraries are imported on use, and so is what only lower=True and device need.
         if name in ("device", "equinox", "flax", "torchax"):
             return importlib.import_module(f".{name}", __name__)
         if name == "lowering_report":

@@ -1,4 +1,4 @@
-"""``python -m torch2jax``: what was found here, and a proof that it works."""
+"""``python -m torch2jax`` shows what it finds here, and proves that it works."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""What torch2jax raises and warns with."""
+"""torch2jax raises these errors, and warns with one category."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = [
 
 
 class Torch2JaxError(Exception):
-    """Base of every error here; raised itself for values that are gone or out of reach."""
+    """Every error here has this base; it is raised itself for values gone or out of reach."""
 
 
 class SignatureError(Torch2JaxError, TypeError):
@@ -31,9 +31,9 @@ class DifferentiationError(Torch2JaxError, TypeError):
 class TorchCallError(Torch2JaxError, RuntimeError):
     """The PyTorch function raised during an eager call; `__cause__` is its exception.
 
-    Not for `KeyboardInterrupt` and `SystemExit`, which an eager call lets through.
+    It does not wrap `KeyboardInterrupt` and `SystemExit`, which an eager call lets through.
     """
 
 
 class Torch2JaxWarning(UserWarning):
-    """Category of every warning of torch2jax, so that one filter governs them all."""
+    """Every warning of torch2jax has this category, so that one filter governs them all."""

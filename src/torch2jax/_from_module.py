@@ -28,7 +28,7 @@ Variables = dict[str, dict[str, Any]]
 
 
 class Apply:
-    """A module's forward pass as a function of its variables; ``from_module`` makes it."""
+    """``Apply`` is a module's forward pass as a function of variables; ``from_module`` makes it."""
 
     def __init__(
         self,
@@ -130,23 +130,24 @@ def from_module(
       module: any ``torch.nn.Module``. It is never changed, and it may be used from several threads:
         a call works on a replica of its structure.
       *example_args: arrays or tensors. A module with lazy parameters is run once with them, on a
-        copy; on the module itself where it cannot be copied (lazy buffers). A module that asks for
+        copy. A module that cannot be copied (lazy buffers) is run itself. A module that asks for
         values, with ``.item()`` or ``if x.any()``, runs on theirs where results are inferred for
         arguments of their shapes. Integer tensors of 64 bits say that it takes int64.
       kwargs: True where the module's forward has keywords named ``train``, ``rng`` or ``kwargs``:
         ``apply`` then takes all of the module's keywords as ``apply(..., kwargs={...})``.
-      **options: of ``torch2jax``: ``depth``, ``vmap_method``, ``residuals``, ``name`` and so on.
+      **options: options of ``torch2jax``: ``depth``, ``vmap_method``, ``residuals``, ``name``...
 
     Returns:
       ``(apply, variables)``. ``variables`` is ``{"params": {name: array}, "frozen": {...},
-      "buffers": {...}}`` with the names of ``state_dict()``; "frozen" are the parameters with
+      "buffers": {...}}`` with the names of ``state_dict()``; "frozen" holds the parameters with
       ``requires_grad=False``, which get no gradient work. Tied weights are one leaf, under the
       first of their names. The arrays are copies; 64-bit integers are int32 with x64 off.
 
-      ``apply(variables, *args, train=False, rng=None, **keywords)`` returns the output, with
-      ``train=True`` ``(output, new_buffers)``: BatchNorm's statistics move in ``new_buffers``,
-      which belong into ``{**variables, "buffers": new_buffers}``. ``rng`` is a JAX key for modules
-      that draw random numbers; drawing without one is an error, a key that is not needed is not.
+      ``apply(variables, *args, train=False, rng=None, **keywords)`` returns the output. With
+      ``train=True`` it returns ``(output, new_buffers)``: BatchNorm's statistics move in
+      ``new_buffers``, which belong into ``{**variables, "buffers": new_buffers}``. ``rng`` is a JAX
+      key for modules that draw random numbers. To draw without a key is an error; to pass one that
+      is not needed is not.
 
     Raises:
       SignatureError: for lazy parameters without examples, clashing keywords, or variables that are
@@ -191,11 +192,11 @@ def to_state_dict(
     """Return variables as a ``state_dict``, for ``module.load_state_dict``.
 
     Args:
-      variables: as ``from_module`` returns them, or as training left them.
-      module: the module or its ``apply``, which belongs here whenever it is at hand: then tied
-        weights come under all of their names, as ``load_state_dict`` wants them, and every tensor
-        in the module's dtype. Variables do not know their ties. Without it integer buffers come as
-        int64, PyTorch's own.
+      variables: the variables as ``from_module`` returns them, or as training left them.
+      module: the module or its ``apply``. Pass it whenever it is at hand: variables do not know
+        their ties. With it tied weights come under all of their names, as ``load_state_dict`` wants
+        them, and every tensor in the module's dtype. Without it integer buffers come as int64,
+        PyTorch's own.
 
     Returns:
       Names and CPU tensors, which share no memory with the arrays.
@@ -304,9 +305,9 @@ def _check_keywords(module: torch.nn.Module, given: bool) -> None:
 
 
 def _keywords(forward: Any) -> set[str]:
-    """The names of a forward's parameters, without that of ``**keywords``."""
+    """Return the names of a forward's parameters, without that of ``**keywords``."""
     try:
         parameters = inspect.signature(forward).parameters.values()
-    except ValueError:  # TorchScript's
+    except ValueError:  # TorchScript's forward has none
         return {argument.name for argument in forward.schema.arguments}
     return {p.name for p in parameters if p.kind is not p.VAR_KEYWORD}

@@ -1,4 +1,4 @@
-"""The public function: ``torch2jax(fn)`` is a JAX function."""
+"""``torch2jax(fn)``, the public function, is a JAX function."""
 
 from __future__ import annotations
 
@@ -53,30 +53,30 @@ def torch2jax(
 
     The result jits, differentiates in both modes to any order, batches and scans like a function
     written in ``jax.numpy``. ``fn`` runs in PyTorch, on tensors that view XLA's memory: operands
-    are not copied, results are copied once, into XLA's buffers (none with ``out_arg``).
+    are not copied, and results are copied once, into XLA's buffers (with ``out_arg`` not at all).
 
     Args:
       fn: a function, module or any callable from tensors to tensors. Arguments and results are
         pytrees of any structure; among the arguments bool, str, None, dtypes, devices, slices and
-        enums are static by themselves, ints and floats are 0-d operands. It must not change state
-        that outlives the call, but see ``inplace_argnums`` and ``side_effects``.
+        enums are static by themselves, and ints and floats are 0-d operands. ``fn`` must not change
+        state that outlives the call, but see ``inplace_argnums`` and ``side_effects``.
       *example_args: tensors, arrays, ``jax.ShapeDtypeStruct``s, tracers or pytrees of them. They
-        fix the structure of the arguments and the dtypes that ``fn`` sees (an int64 example with
-        x64 off: ``fn`` gets int64), not shapes: those are read at every trace.
+        fix the structure of the arguments and the dtypes that ``fn`` sees (with x64 off
+        ``fn`` gets int64 for an int64 example). Shapes are read at every trace instead.
       example_kw: example keyword arguments. Keyword arguments always work, with gradients.
-      output_shapes: pytree of ``jax.ShapeDtypeStruct``, arrays, tensors or ``torch.Size``. Given,
-        ``fn`` is never evaluated to infer its result, and a result that differs is an error; a
-        list and a tuple do not.
+      output_shapes: pytree of ``jax.ShapeDtypeStruct``, arrays, tensors or ``torch.Size``. Where
+        it is given, ``fn`` is never evaluated to infer its result, and a result that differs is an
+        error; a list and a tuple count as equal.
       depth: None for derivatives of any order; ``k >= 1`` for ``k`` orders at most, in both modes;
         0 for none.
       nondiff_argnums: positional arguments that get zero cotangents without torch work.
       nondiff_mask: the same, as a tree of bools with the structure of the arguments or of a prefix.
-      residuals: "tape": a differentiated call keeps PyTorch's autograd graph for its backward pass
-        (see ``tape_info``); "recompute": the backward pass runs the forward pass again.
+      residuals: with "tape" a differentiated call keeps PyTorch's autograd graph for its backward
+        pass (see ``tape_info``); with "recompute" the backward pass runs the forward pass again.
       vmap_method: "auto", "torch", "sequential", "sequential_unrolled", "expand_dims",
         "broadcast_all" or "legacy_vectorized".
       arg_dtypes: torch dtypes in which arguments reach ``fn``: a tree with the structure of the
-        arguments or of a prefix (None: as it comes), or a dict by argument name.
+        arguments or of a prefix (None leaves an argument as it comes), or a dict by argument name.
       inplace_argnums: arguments that ``fn`` updates in place. The JAX function then returns
         ``(result, updated)``, or ``updated`` alone where ``fn`` returns None; ``updated`` is one
         argument for an int, else a tuple. A donated argument is updated without a copy.
@@ -86,24 +86,25 @@ def torch2jax(
       stochastic: the wrapped function takes ``rng=``, a JAX key, from which PyTorch's generators
         are seeded for that call alone: the same key gives the same numbers, forward and backward,
         in jit, scan and vmap. Without it a function that draws takes its seed from PyTorch's own
-        generator at each call, and cannot be used under ``jax.checkpoint``.
+        generator at each call, and it cannot be used under ``jax.checkpoint``.
       side_effects: the call is never dropped or merged with an equal one.
       lock: a context manager held around every call of ``fn``; True for one shared by the process.
       in_specs: how arguments are sharded, for ``out_specs``: ``jax.P``s, a tree with the structure
-        of the arguments or of a prefix, or a dict by argument name; None: as their types say (mesh
-        axes that are explicit).
+        of the arguments or of a prefix, or a dict by argument name. None says that their types tell
+        (mesh axes that are explicit).
       out_specs: how the result is sharded, as in ``jax.shard_map``: ``fn`` runs on every shard of
         its arguments, and nothing is gathered. ``output_shapes`` are those of the whole result.
         Without it, call the function inside ``jax.shard_map``, or on arguments that are whole.
-      mesh: the mesh of the specs; None: that of the arguments' types, or of ``jax.set_mesh``.
+      mesh: the mesh of the specs; None stands for that of the arguments' types, or of
+        ``jax.set_mesh``.
       output_sharding_spec: deprecated name of ``out_specs``.
-      lower: ``fn`` becomes a JAX program, operator by operator, instead of running in PyTorch:
-        plain JAX, compiled by XLA for any hardware, with JAX's own derivatives.
+      lower: ``fn`` becomes a JAX program, operator by operator, instead of running in PyTorch. That
+        is plain JAX, compiled by XLA for any hardware, with JAX's own derivatives.
         ``lowering_report`` says what becomes of each operator; one without a lowering goes through
         the bridge. Tensors that ``fn`` closes over are constants. Options that only concern the
-        bridge are without effect.
-      name: stable name of the call in HLO, profiles, caches and exports; otherwise the qualified
-        name of ``fn`` and a counter.
+        bridge have no effect.
+      name: stable name of the call in HLO, profiles, caches and exports; by default it is the
+        qualified name of ``fn`` and a counter.
       use_torch_vjp: accepted for compatibility with older bridges, without effect.
       use_zeros: accepted for compatibility with older bridges, without effect.
 
@@ -181,7 +182,7 @@ def torch2jax(
         return fn.__wrapped__  # type: ignore[return-value]  # it is the JAX function that it was
     if not lower:
         return wrapped(TorchFunction, fn, label, options)
-    from ._lower.function import LoweredFunction  # imported on use, as the bridge does not need it
+    from ._lower.function import LoweredFunction  # the bridge does not need it
 
     return wrapped(LoweredFunction, fn, label, options)
 

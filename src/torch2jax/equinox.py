@@ -1,4 +1,4 @@
-"""PyTorch modules as Equinox modules: ``from torch2jax.equinox import TorchModule``.
+"""PyTorch modules become Equinox modules: ``from torch2jax.equinox import TorchModule``.
 
 This module alone imports Equinox; the package itself never does.
 """
@@ -26,21 +26,24 @@ __all__ = ["TorchModule", "trainable"]
 
 
 class TorchModule(eqx.nn.StatefulLayer):
-    """A PyTorch module as an ``eqx.Module``, whose leaves are its tensors as JAX arrays.
+    """A ``TorchModule`` is a PyTorch module as an ``eqx.Module``.
 
-    It is used like any other: alone or inside other modules and ``eqx.nn.Sequential``, under
-    ``eqx.filter_jit``, ``eqx.filter_grad``, ``eqx.filter_vmap`` and ``jax.vmap``, with
-    ``eqx.tree_at`` and ``eqx.tree_serialise_leaves``. The PyTorch module is copied, never changed.
+    Its leaves are the module's tensors as JAX arrays. It is used like any other: alone or inside
+    other modules and ``eqx.nn.Sequential``, under ``eqx.filter_jit``, ``eqx.filter_grad``,
+    ``eqx.filter_vmap`` and ``jax.vmap``, with ``eqx.tree_at`` and ``eqx.tree_serialise_leaves``.
+    The PyTorch module is copied and never changed.
 
     A module with buffers (BatchNorm's statistics) is a stateful layer as ``eqx.nn.BatchNorm`` is:
     make it with ``eqx.nn.make_with_state``, and a call takes the state and returns it updated.
     Without buffers there is no state: ``model(x)`` returns the output. Unlike ``eqx.nn``'s own
-    layers it takes a whole batch where the PyTorch module does: no ``jax.vmap``, no ``axis_name``.
+    layers it takes a whole batch where the PyTorch module does; it needs no ``jax.vmap`` and no
+    ``axis_name``.
 
     Attributes:
       params: ``{name: array}``, with the names of ``state_dict()``; tied weights are one.
-      frozen: those with ``requires_grad=False``. Their gradients are zeros that cost nothing, but
-        ``eqx.is_inexact_array`` selects them: give optimizers what ``trainable`` selects.
+      frozen: the parameters with ``requires_grad=False``. Their gradients are zeros that cost
+        nothing, but ``eqx.is_inexact_array`` selects them: give optimizers what ``trainable``
+        selects.
       buffers: the index of the buffers in the state, or None.
       inference: True in evaluation mode. It begins as the PyTorch module is and changes with
         ``eqx.nn.inference_mode``.
@@ -53,7 +56,7 @@ class TorchModule(eqx.nn.StatefulLayer):
       >>> eqx.filter_grad(lambda model, x: model(x).sum())(model, jnp.ones((5, 3))).params["bias"]
       Array([5., 5.], dtype=float32)
 
-      With buffers:
+      A module with buffers has a state:
 
       >>> model, state = eqx.nn.make_with_state(TorchModule)(torch.nn.BatchNorm1d(3))
       >>> out, state = eqx.filter_jit(model)(jnp.ones((5, 3)), state)
@@ -74,12 +77,12 @@ class TorchModule(eqx.nn.StatefulLayer):
         Args:
           module: any ``torch.nn.Module``.
           *example_args: tensors with which a module with lazy parameters is run once, on a copy.
-          **options: of ``torch2jax``: ``depth``, ``vmap_method``, ``residuals``, ``name``...
+          **options: options of ``torch2jax``: ``depth``, ``vmap_method``, ``residuals``...
 
         Raises:
-          SignatureError: if ``module`` is none, or has lazy parameters and no examples are given.
+          SignatureError: if ``module`` is no module, or is lazy and no examples are given.
         """
-        # The module's keywords travel in a dict: whatever their names, none clashes with apply's.
+        # The module's keywords travel in a dict, so that none of their names clashes with apply's.
         apply, variables = from_module(module, *example_args, kwargs=True, **options)
         self.apply = apply
         self.params, self.frozen = variables["params"], variables["frozen"]
@@ -98,9 +101,9 @@ class TorchModule(eqx.nn.StatefulLayer):
         Args:
           *args: what the module's ``forward`` takes: JAX arrays, trees of them, static values.
             A module with buffers takes the ``eqx.nn.State`` after them, or as ``state=``.
-          key: for dropout and the like.
+          key: a JAX key, for dropout and the like.
           inference: True or False instead of ``self.inference``.
-          **keywords: of the module's ``forward``.
+          **keywords: keywords of the module's ``forward``.
 
         Returns:
           What ``forward`` returns, as JAX arrays; with buffers ``(output, state)``, where the

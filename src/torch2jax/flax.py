@@ -1,4 +1,4 @@
-"""PyTorch modules as Flax modules: ``from torch2jax.flax import TorchModule``.
+"""PyTorch modules become Flax modules: ``from torch2jax.flax import TorchModule``.
 
 This module alone imports Flax; the package itself never does.
 """
@@ -26,15 +26,18 @@ __all__ = ["Buffer", "Frozen", "TorchModule"]
 
 
 class Frozen(nnx.Variable):
-    """A parameter with ``requires_grad=False``: no ``nnx.Param``, so that no optimizer meets it."""
+    """A frozen parameter has ``requires_grad=False``.
+
+    It is no ``nnx.Param``, so that no optimizer meets it.
+    """
 
 
 class Buffer(nnx.BatchStat):
-    """A module's buffer, which ``nnx.BatchStat`` selects together with Flax's own statistics."""
+    """A buffer of a module is selected by ``nnx.BatchStat``, as Flax's own statistics are."""
 
 
 class TorchModule(nnx.Module):
-    """A PyTorch module as an ``nnx.Module``, which holds its tensors as JAX arrays.
+    """A ``TorchModule`` is a PyTorch module as an ``nnx.Module``, with tensors as JAX arrays.
 
     It is used like any other: alone or inside other modules, under ``nnx.jit``, ``nnx.grad``,
     ``nnx.vmap`` and ``nnx.scan``, with ``nnx.Optimizer``, ``nnx.split`` and ``nnx.merge``. The
@@ -42,12 +45,13 @@ class TorchModule(nnx.Module):
 
     Attributes:
       params: ``{name: nnx.Param}``, with the names of ``state_dict()``; tied weights are one.
-      frozen: ``{name: Frozen}``, the parameters with ``requires_grad=False``: no gradient work.
+      frozen: ``{name: Frozen}``, the parameters with ``requires_grad=False``, which get no gradient
+        work.
       buffers: ``{name: Buffer}``. In training mode a call updates them in place, as
         ``nnx.BatchNorm`` does.
       deterministic: False in training mode. It begins as the PyTorch module is and changes with
-        ``train()`` and ``eval()``, those of a module around it, or in ``nnx.view``. One switch
-        for dropout and BatchNorm, as in PyTorch.
+        ``train()`` and ``eval()``, those of a module around it, or in ``nnx.view``. It is one
+        switch for dropout and BatchNorm, as in PyTorch.
 
     Examples:
       >>> import jax.numpy as jnp, torch
@@ -81,14 +85,14 @@ class TorchModule(nnx.Module):
           module: any ``torch.nn.Module``.
           *example_args: tensors with which a module with lazy parameters is run once, on a copy.
           rngs: where calls in training mode get their keys, for dropout and the like. The stream
-            ``rng_collection`` is forked, as ``nnx.Dropout`` does.
+            ``rng_collection`` is forked, as in ``nnx.Dropout``.
           rng_collection: name of the stream.
-          **options: of ``torch2jax``: ``depth``, ``vmap_method``, ``residuals``, ``name``...
+          **options: options of ``torch2jax``: ``depth``, ``vmap_method``, ``residuals``...
 
         Raises:
-          SignatureError: if ``module`` is none, or has lazy parameters and no examples are given.
+          SignatureError: if ``module`` is no module, or is lazy and no examples are given.
         """
-        # The module's keywords travel in a dict: whatever their names, none clashes with apply's.
+        # The module's keywords travel in a dict, so that none of their names clashes with apply's.
         apply, variables = from_module(module, *example_args, kwargs=True, **options)
         self.apply = nnx.static(apply)
         self.params = nnx.data({k: nnx.Param(x) for k, x in variables["params"].items()})
@@ -113,7 +117,7 @@ class TorchModule(nnx.Module):
           rngs: a key, or where to get one; otherwise the ``rngs`` of the constructor are asked,
             in training mode. A module that draws in evaluation mode (one that samples) needs it
             here.
-          **keywords: of the module's ``forward``.
+          **keywords: keywords of the module's ``forward``.
 
         Returns:
           What ``forward`` returns, as JAX arrays. In training mode ``buffers`` are updated.
@@ -149,7 +153,8 @@ class TorchModule(nnx.Module):
         """Change the mode; ``nnx.view`` calls it.
 
         Args:
-          deterministic: if True, evaluation mode: no dropout, BatchNorm's running statistics.
+          deterministic: True for evaluation mode, without dropout and with BatchNorm's running
+            statistics; False for training mode.
         """
         if deterministic is not None:
             self.deterministic = deterministic
