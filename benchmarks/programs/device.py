@@ -135,11 +135,12 @@ def main() -> None:
         recorder.on = True
         recorded()
         recorder.on = False
-    from torch2jax.device import chains, dispatch
+    from torch2jax.device.operators import dispatch
+    from torch2jax.device.tensors import view_chains
 
     dispatch.forget()
-    chains.ROOT._next.clear()
-    chains.ROOT.pattern._next.clear()
+    view_chains.ROOT._next.clear()
+    view_chains.ROOT.pattern._next.clear()
     step = mlp_step()
     compiled = device.jit(mlp_step())
 
