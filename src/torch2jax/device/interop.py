@@ -13,7 +13,7 @@ from .._conversions.dtypes import dtype_j2t
 from .._errors import SignatureError
 from .operators.jax_function import apply_jax
 from .setup.enable import enable
-from .tensors.tensor import Tensor, read, wrap
+from .tensors.tensor import Tensor, wrap
 from .tracing.scope import running
 
 __all__ = [
@@ -54,7 +54,7 @@ def _array(x: Any) -> Any:
         return x
     if not isinstance(x, Tensor):
         raise SignatureError(f'a tensor on {x.device} is not on device jax: use tensor.to("jax").')
-    return read(x)
+    return x.jax()
 
 
 def torch_view(tree: Any) -> Any:

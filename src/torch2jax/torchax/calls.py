@@ -14,6 +14,7 @@ from .. import device as _device
 from .._compat.jax import trace_state_clean
 from .._conversions.dtypes import canonical, dtype_j2t
 from ..device import random_streams
+from ..device.tensors.tensor import Tensor, wrap
 from ..device.tracing.scope import running
 from .environment import default_env
 
@@ -26,52 +27,55 @@ def jax_view(tree: Any) -> Any:
     Tensors on device jax become arrays, PyTorch's dtypes become JAX's, and functions of tensors
     become functions of arrays.
     """
+    return jax.tree.map(_to_jax, tree)
 
-    def view(x: Any) -> Any:
-        if isinstance(x, torch.dtype):
-            return canonical(x)
-        if isinstance(x, torch.Tensor):
-            return _device.jax_view(x)
-        if callable(x) and not isinstance(x, torch.nn.Module):
-            return functools.partial(call_torch, x)
+
+def _to_jax(x: Any) -> Any:
+    if isinstance(x, Tensor):
+        return x.jax()
+    if isinstance(x, _PLAIN):
         return x
-
-    return jax.tree.map(view, tree, is_leaf=torch.is_tensor)
+    if isinstance(x, torch.dtype):
+        return canonical(x)
+    if isinstance(x, torch.Tensor):
+        return _device.jax_view(x)  # it says what is wrong
+    if callable(x) and not isinstance(x, torch.nn.Module):
+        return functools.partial(call_torch, x)
+    return x
 
 
 def torch_view(tree: Any) -> Any:
-    """Turn what JAX has in a pytree into what PyTorch has.
+    """Turn what JAX has in a pytree into what PyTorch has, without a copy.
 
-    It is the inverse of ``jax_view``, except that JAX's keys stay as they are.
+    It is the inverse of ``jax_view``, except that JAX's keys stay as they are. Tensors have no
+    autograd graph, and neither have results of a function that it returns: ``j2t_autograd`` gives
+    a function JAX's derivative.
     """
+    return jax.tree.map(_to_torch, tree)
 
-    def view(x: Any) -> Any:
-        if isinstance(x, jax.Array):
-            is_key = jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
-            return x if is_key else _device.tensor(x)
-        if isinstance(x, np.dtype):
-            return dtype_j2t(x)
-        if callable(x) and not isinstance(x, torch.nn.Module):
-            return functools.partial(call_jax, x)
+
+def _to_torch(x: Any) -> Any:
+    if isinstance(x, jax.Array):
+        is_key = jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+        return x if is_key else wrap(x, dtype_j2t(x.dtype))
+    if isinstance(x, (*_PLAIN, torch.Tensor)):
         return x
+    if isinstance(x, np.dtype):
+        return dtype_j2t(x)
+    if callable(x) and not isinstance(x, torch.nn.Module):
+        return functools.partial(call_jax, x)
+    return x
 
-    return jax.tree.map(view, tree, is_leaf=torch.is_tensor)
+
+_PLAIN = (bool, int, float, complex, str, bytes, np.ndarray, jax.Array)
 
 
 def call_jax(jax_func: Function, *args: Any, **kwargs: Any) -> Any:
     """Call a JAX function with tensors on device jax, and with functions of tensors.
 
-    Where a tensor among the arguments requires a gradient, ``backward()`` goes through the call
-    with JAX's derivative.
+    PyTorch's autograd does not see the call, so results have no graph. ``j2t_autograd`` and
+    ``torch2jax.device.call_jax`` give them one.
     """
-    leaves = jax.tree.leaves((args, kwargs), is_leaf=torch.is_tensor)
-    if torch.is_grad_enabled() and any(torch.is_tensor(x) and x.requires_grad for x in leaves):
-        args, kwargs = jax.tree.map(
-            lambda x: x if torch.is_tensor(x) else jax_view(x),
-            (args, kwargs),
-            is_leaf=torch.is_tensor,
-        )
-        return _device.call_jax(jax_func, *args, **kwargs)
     args, kwargs = jax_view((args, kwargs))
     return torch_view(jax_func(*args, **kwargs))
 

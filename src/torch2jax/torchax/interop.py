@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import torch
 
+from .. import device as _device
 from .calls import Function, call_jax, call_torch, jax_jit, jax_view, torch_view, wrap_jax_jit
 from .jittable import JittableModule, extract_all_buffers, set_all_buffers
 
@@ -30,11 +31,24 @@ __all__ = [
 
 
 def j2t_autograd(fn: Function, call_jax: Function = call_jax) -> Function:
-    """Turn a JAX function into one of tensors with JAX's derivative, as ``torch_view`` does."""
+    """Turn a JAX function into one of tensors through which ``backward()`` goes, by ``jax.vjp``.
+
+    Args:
+      fn: a function of pytrees of arrays.
+      call_jax: what calls ``fn`` where no gradient is wanted.
+    """
 
     @functools.wraps(fn)
     def inner(*args: Any, **kwargs: Any) -> Any:
-        return call_jax(fn, *args, **kwargs)
+        leaves = jax.tree.leaves((args, kwargs))
+        if not torch.is_grad_enabled() or not any(
+            isinstance(x, torch.Tensor) and x.requires_grad for x in leaves
+        ):
+            return call_jax(fn, *args, **kwargs)
+        args, kwargs = jax.tree.map(
+            lambda x: x if isinstance(x, torch.Tensor) else jax_view(x), (args, kwargs)
+        )
+        return _device.call_jax(fn, *args, **kwargs)
 
     return inner
 
@@ -57,13 +71,8 @@ def jax_value_and_grad(
     torch_function: Function, kwargs_for_value_and_grad: dict[str, Any] | None = None
 ) -> Function:
     """Apply ``jax.value_and_grad`` to a function of tensors on device jax."""
-    inner = jax.value_and_grad(jax_view(torch_function), **(kwargs_for_value_and_grad or {}))
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with torch.no_grad():  # JAX differentiates it, not backward()
-            return call_jax(inner, *args, **kwargs)
-
-    return call
+    options = kwargs_for_value_and_grad or {}
+    return torch_view(jax.value_and_grad(jax_view(torch_function), **options))
 
 
 def gradient_checkpoint(torch_function: Function, kwargs: dict[str, Any] | None = None) -> Function:

@@ -47,9 +47,8 @@ def make_train_step(
 
     def step(weights: Any, buffers: Any, opt_state: Any, args: Any, label: Any) -> Any:
         value, grads = gradient(weights, buffers, args, label)
-        with torch.no_grad():
-            updates, opt_state = call_jax(optax_optimizer.update, grads, opt_state, weights)
-            return value, call_jax(apply, weights, updates), opt_state
+        updates, opt_state = call_jax(optax_optimizer.update, grads, opt_state, weights)
+        return value, call_jax(apply, weights, updates), opt_state
 
     return step
 

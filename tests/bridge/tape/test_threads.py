@@ -135,7 +135,7 @@ def test_one_call_does_not_decide_for_another(monkeypatch: pytest.MonkeyPatch) -
     assert torch.equal(out, torch.ones(3).sin())
     assert len(views) == 1
     assert graph is None
-    assert len(found) == 1
+    assert found[0] is not None
     again = keep.forward((torch.ones(3),))[1]
     assert again is not None
     assert again.owned  # what was learnt is not forgotten

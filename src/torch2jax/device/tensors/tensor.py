@@ -102,6 +102,8 @@ class Tensor(torch.Tensor):
         In-place operations on the tensor do not change the array. While x64 is off the array of an
         int64 tensor is int32. A tensor under a trace returns its tracer.
         """
+        for capture in captures:
+            capture.read(self)
         return read(self)
 
 
