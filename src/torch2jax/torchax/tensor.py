@@ -24,7 +24,7 @@ def apply_jax(self: Tensor, fn: Callable[..., Any], *args: Any, **kwargs: Any) -
 def apply_jax_(self: Tensor, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Replace the tensor's values, shape, dtype and devices by those of ``fn(array, ...)``."""
     with torch.no_grad():
-        new = fn(read(self), *args, **kwargs)
+        new = fn(self.jax(), *args, **kwargs)
         if new.shape == self.shape and new.dtype == read(self).dtype:
             write(self, new)
             torch.autograd.graph.increment_version(self)

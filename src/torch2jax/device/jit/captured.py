@@ -6,6 +6,9 @@ not among its arguments: a module's parameters, an optimizer's state. While it i
 becomes an output, and so does memory that was made in the trace and outlives it. After each call
 the outputs are put into their cells. The first call runs step by step, so that state that is made
 lazily (an optimizer's) is there when the second one is traced.
+
+Code may ask for the values of such memory (``w.item()``, a mask as index). It gets them, and the
+program holds while the memory has these values.
 """
 
 from __future__ import annotations
@@ -23,22 +26,19 @@ from torch.utils import _pytree as torch_tree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..._errors import Torch2JaxError
-from ..tensors.tensor import Cell, Tensor, captures
+from ..tensors.tensor import Cell, Observer, Tensor, captures
 from ..thread_state import state
 
 __all__ = ["Watch", "capturing", "noting_leaves"]
 
 
-class Leaves:
+class Leaves(Observer):
     """An instance collects the leaves from before a call that a function uses on this thread."""
 
     def __init__(self) -> None:
         self.thread = threading.get_ident()
         self.started = Cell(None).serial
         self.leaves: dict[int, weakref.ref[Tensor]] = {}
-
-    def born(self, cell: Cell) -> None:
-        pass
 
     def read(self, x: Tensor) -> None:
         self.seen(x)
@@ -53,11 +53,18 @@ class Leaves:
 
 
 class Capture(Leaves):
-    """A capture collects the memory that one trace reads, writes and makes on its thread."""
+    """A capture collects the memory that one trace reads, writes and makes on its thread.
 
-    def __init__(self, inputs: Sequence[Cell]) -> None:
+    ``inputs`` are known to be read and hold tracers; ``before`` are the arrays that they held.
+    """
+
+    def __init__(self, inputs: Sequence[Cell], before: Sequence[Any]) -> None:
         super().__init__()
         self.known = set(map(id, inputs))
+        self.held = {id(c): (c.array, a) for c, a in zip(inputs, before, strict=True)}
+        """What a cell from before the trace holds until it is written to, and what it held."""
+        self.constants: dict[int, tuple[Cell, Any]] = {}
+        """Cells whose values decide what the trace does, with their arrays."""
         self.found: dict[int, tuple[Cell, Any]] = {}
         """Cells from before the trace that were not known before, with their arrays."""
         self.made: list[weakref.ref[Cell]] = []
@@ -76,6 +83,16 @@ class Capture(Leaves):
         self.found[id(cell)] = (cell, cell.array)
         # The cell holds a tracer, so that whatever depends on it is traced.
         cell.array = jax.lax.optimization_barrier(cell.array)
+        self.held[id(cell)] = (cell.array, self.found[id(cell)][1])
+
+    def known_array(self, cell: Cell, array: Any) -> Any:
+        if cell.serial > self.started or threading.get_ident() != self.thread:
+            return array
+        stand_in, before = self.held.get(id(cell), (array, array))
+        if array is not stand_in or isinstance(before, Tracer):
+            return array
+        self.constants[id(cell)] = (cell, before)
+        return before
 
     def survivors(self) -> list[Cell]:
         cells = [ref() for ref in self.made]
@@ -93,8 +110,8 @@ def noting_leaves() -> Iterator[Leaves]:
 
 
 @contextlib.contextmanager
-def capturing(inputs: Sequence[Cell]) -> Iterator[Capture]:
-    capture = Capture(inputs)
+def capturing(inputs: Sequence[Cell], before: Sequence[Any]) -> Iterator[Capture]:
+    capture = Capture(inputs, before)
     captures.append(capture)
     try:
         yield capture

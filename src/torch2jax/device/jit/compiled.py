@@ -11,6 +11,7 @@ what it gets there is added after the call.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -27,6 +28,7 @@ from ..setup.changes_of_pytorch import compiling, replacing
 from ..tensors.tensor import Cell, Tensor, become, wrap, write
 from ..tracing.scope import differentiated
 from .captured import Watch, capturing
+from .known_values import KnownValues, warn_of_changes
 from .results import TENSOR, flatten_result
 from .surroundings import Change, Surroundings
 
@@ -75,6 +77,8 @@ class CompiledCall:
         """Leaves whose gradient is another after the call, with its dtype, or None without one."""
         self.argument_grads: list[tuple[int, torch.dtype]] = []
         self.argument_writes: list[int] = []
+        self.known = KnownValues()
+        self.renewed = 0  # as often known values have changed
         self.others: dict[Any, CompiledCall] = {}
         self.out: Any = None
         self.grad = torch.is_grad_enabled()
@@ -82,20 +86,16 @@ class CompiledCall:
         self.draws = True
         self.ran = False
         self.ready = False
-        donate = (1,) if options.pop("donate_state", False) else ()
-        self.options = {**options, "donate_argnums": donate} if donate else options
+        donate = {"donate_argnums": (1,)} if options.pop("donate_state", False) else {}
+        self.options = {**options, **donate}
 
     def copy(self) -> CompiledCall:
         """Return the same call, not yet compiled, for other surroundings or gradients."""
         options = dict(self.options)
         compiled = CompiledCall(self.fn, self.spec, self.statics, self.metas, options, self.around)
         compiled.stands_for, compiled.statics = self.stands_for, self.statics
-        compiled.grad, compiled.differentiable, compiled.ran = (
-            self.grad,
-            self.differentiable,
-            self.ran,
-        )
-        compiled.leaves = self.leaves
+        compiled.grad, compiled.differentiable = self.grad, self.differentiable
+        compiled.ran, compiled.leaves = self.ran, self.leaves
         return compiled
 
     def release(self) -> None:
@@ -113,6 +113,13 @@ class CompiledCall:
             if number is not None:
                 self.inputs[i] = tensors[number]._cell
         self.generation = self.around.generation
+
+    def renew(self) -> None:
+        """Trace the function again at the next call."""
+        self.ready, self.of_grads = False, []
+        self.renewed += 1
+        if self.renewed == 3:
+            warn_of_changes(getattr(self.fn, "__name__", type(self.fn).__name__))
 
     def lost(self) -> bool:
         """Say whether a leaf is gone, so that gradients belong to other leaves now."""
@@ -191,7 +198,7 @@ class CompiledCall:
         try:
             for cell, array in zip(self.inputs, state, strict=True):
                 cell.array = array
-            with capturing(self.inputs) as capture:
+            with capturing(self.inputs, before) as capture:
                 # A trace may start inside a forward pass of autograd, where gradients are off.
                 grad = torch.enable_grad if self.grad else torch.no_grad
                 key = random_streams.drawing_from(words, True, draws)
@@ -226,6 +233,7 @@ class CompiledCall:
                 del outs
                 made = [] if found else capture.survivors()
                 new_made = [c.array for c in made]
+                known = [*capture.constants.values()]
         finally:
             for x, was in grads:
                 x.grad = was
@@ -234,6 +242,7 @@ class CompiledCall:
         if found or set(draws.counts) != {g._cdata for g in sources}:
             raise _MoreInputs(found, draws)
         self.written, self.made = changed, made
+        self.known = KnownValues(known, self.around.numbers() if known else None)
         return results, new_state, (new_made, new_grads, new_arguments)
 
     def _check_seeds(self, generators: Sequence[Any], before: Sequence[Any]) -> None:
@@ -303,16 +312,17 @@ class CompiledCall:
 
     def prepare(self, arrays: Any) -> None:
         """Trace the function until no more is found that it closes over."""
+        run = functools.partial(self.run)  # JAX looks up traces by function
         no_words = random_streams.NO_WORDS
         while True:
             state = [c.array for c in self.inputs]
             drawn = [np.zeros((count, 2), np.uint32) for _, count in self.generators]
             try:
-                jax.eval_shape(self.run, arrays, state, no_words, drawn)
+                jax.eval_shape(run, arrays, state, no_words, drawn)
                 break
             except _MoreInputs as more:
                 self.inputs += more.cells
-                numbers = {id(t._cell): n for n, t in reversed([*enumerate(self.around.tensors)])}
+                numbers = self.around.numbers()
                 self.numbers += [numbers.get(id(c)) for c in more.cells]
                 known = {g._cdata: ("place", n) for n, g in enumerate(self.around.generators)}
                 known |= {which: ("argument", i) for which, i in self.stands_for.items()}
@@ -327,8 +337,8 @@ class CompiledCall:
             cell = None if x.grad is None else x.grad._cell  # type: ignore[attr-defined]
             if cell is not None and id(cell) in places:
                 self.of_grads.append((places[id(cell)], weakref.ref(x)))
-        self.jitted = jax.jit(self.run, **self.options)
-        self.pulled = jax.jit(self._with_pullback)
+        self.jitted = jax.jit(run, **self.options)
+        self.pulled = jax.jit(functools.partial(self._with_pullback))
         self.ready = True
 
     def _with_pullback(self, arrays: Any, state: Any, words: Any, drawn: Any) -> Any:

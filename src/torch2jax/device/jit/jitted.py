@@ -88,6 +88,8 @@ class JittedFunction:
             return self._run_first(key, calls, spec, statics, metas, tensors, args, kwargs)
         arrays = [x._cell.array if x._chain is None else x.jax() for x in tensors]
         compiled = compiled.here()
+        if compiled.known and not compiled.known.hold(self._around.tensors):
+            compiled.renew()
         if not compiled.ready:
             compiled.prepare(arrays)
         words = random_streams.next_words() if compiled.draws else random_streams.NO_WORDS

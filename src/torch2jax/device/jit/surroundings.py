@@ -110,6 +110,10 @@ class Surroundings:
             and (not self._foreign or list(map(_version, self._foreign)) == self._versions)
         )
 
+    def numbers(self) -> dict[int, int]:
+        """Return the numbers of the tensors by the addresses of their memory."""
+        return {id(t._cell): n for n, t in reversed([*enumerate(self.tensors)])}
+
     # --- what happens to it while a function is traced, or runs
 
     def save(self) -> list[Any]:

@@ -28,9 +28,11 @@ from .view_chains import Chain
 
 __all__ = [
     "Cell",
+    "Observer",
     "Tensor",
     "become",
     "from_torch",
+    "known",
     "read",
     "refuse_overlap",
     "replace",
@@ -46,9 +48,26 @@ OPTIONS = {"device": LAZY, "_extra_dispatch_keys": torch._C.DispatchKeySet(AUTOC
 make = torch.Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
 
 
+class Observer:
+    """An observer is told of memory that is made and read, on any thread."""
+
+    def born(self, cell: Cell) -> None:
+        pass
+
+    def read(self, x: Tensor) -> None:
+        pass
+
+    def seen(self, x: Tensor) -> None:
+        pass
+
+    def known_array(self, cell: Cell, array: Any) -> Any:
+        """Return the values of a cell that holds ``array``, where its tracer stands for them."""
+        return array
+
+
 _serials = itertools.count()
-captures: list[Any] = []
-"""The traces of ``device.jit`` under way on all threads; see ``captured``."""
+captures: list[Observer] = []
+"""The traces of ``device.jit`` under way on all threads, and others; see ``captured``."""
 
 
 def note_born(cell: Cell) -> None:
@@ -219,9 +238,20 @@ class ValueNeeded(Torch2JaxError):
     """Code asks for the Python value of a tensor that is being traced."""
 
 
+def known(t: Tensor) -> Any:
+    """Return the values of a tensor where a trace may use them, or else its tracer.
+
+    ``device.jit`` traces again once the values are others that a tensor from before the trace has.
+    """
+    array = t._cell.array
+    for capture in captures:
+        array = capture.known_array(t._cell, array)
+    return read_cell(t, array)
+
+
 def concrete(t: Tensor, what: str) -> jax.Array:
     """Return the values of a tensor, or raise ``ValueNeeded`` where it is being traced."""
-    array = read(t)
+    array = known(t)
     if type(array) is not ArrayImpl and not isinstance(array, ArrayImpl):
         raise ValueNeeded(
             f"{what} asks for the values of a tensor that is being traced ({array.aval}): they are "

@@ -14,12 +14,12 @@ import weakref
 from collections.abc import Iterator
 
 from ..._bridge.torch_side.preserving import take_out
-from ..tensors.tensor import Cell, Tensor, captures
+from ..tensors.tensor import Cell, Observer, Tensor, captures
 
 __all__ = ["nothing_kept"]
 
 
-class _Made:
+class _Made(Observer):
     """It collects the memory that this thread makes."""
 
     def __init__(self) -> None:
@@ -29,11 +29,6 @@ class _Made:
     def born(self, cell: Cell) -> None:
         if threading.get_ident() == self.thread:
             self.cells.append(weakref.ref(cell))
-
-    def read(self, x: Tensor) -> None:
-        """Take no note of what is read."""
-
-    seen = read
 
     def alive(self) -> list[Cell]:
         return [c for ref in self.cells if (c := ref()) is not None]

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from ...._errors import Torch2JaxError
-from ...tensors.tensor import Tensor, become, read, wrap
+from ...tensors.tensor import Tensor, become, wrap
 from .table import aten, special
 
 
@@ -32,7 +32,7 @@ def _resize_(args: Any, kwargs: Any) -> Any:
     if tuple(x.shape) == size:
         return x
     count = int(np.prod(size))
-    flat = read(x).reshape(-1)
+    flat = x.jax().reshape(-1)
     if count > flat.size:
         flat = jax.numpy.concatenate([flat, jax.numpy.zeros(count - flat.size, flat.dtype)])
     return become(x, wrap(flat[:count].reshape(size), x.dtype))

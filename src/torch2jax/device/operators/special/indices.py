@@ -11,7 +11,7 @@ from jax.core import Tracer
 
 from ...._compat.jax import trace_state_clean
 from ....lowerings.registry import TABLE, DataDependentShape
-from ...tensors.tensor import Tensor, read, wrap
+from ...tensors.tensor import Tensor, known, wrap
 from ...thread_state import other_devices_allowed
 from ..operands import from_other_device
 from .table import aten, ordinary_way, special
@@ -26,9 +26,10 @@ def _without_masks(x: Tensor, indices: Any, what: str) -> list[Any]:
             continue
         index = from_other_device(index) if type(index) is not Tensor else index
         if index.dtype in (torch.bool, torch.uint8):
-            if isinstance(read(index), Tracer):
+            mask = known(index)
+            if isinstance(mask, Tracer):
                 raise DataDependentShape(what)
-            places = np.nonzero(np.asarray(read(index)))
+            places = np.nonzero(np.asarray(mask))
             found += [wrap(jax.numpy.asarray(p, np.int32), torch.int64) for p in places]
         else:
             found.append(index)
@@ -81,7 +82,7 @@ def index_put(func: Any) -> Any:
             whole = len(only) == 1 and indices[0] is not None and only[0].dtype is torch.bool
             if whole and not accumulate and values.numel() == 1:
                 return _masked(func, x, _beside(only[0]), values)
-            if whole and isinstance(read(_beside(only[0])), Tracer):
+            if whole and isinstance(known(_beside(only[0])), Tracer):
                 return _masked_rows(func, x, _beside(only[0]), values, accumulate)
             indices = _without_masks(x, indices, "an index that is a mask")
         indices = [i if i is None else _beside(i) for i in indices]

@@ -11,7 +11,7 @@ from jax.core import Tracer
 
 from ...._errors import Torch2JaxError
 from ....lowerings.losses import ctc_loss
-from ...tensors.tensor import Tensor, read, to_torch, wrap
+from ...tensors.tensor import Tensor, known, to_torch, wrap
 from ...thread_state import state
 from ..operands import NO_NESTED
 from .table import aten, ordinary_way, special
@@ -89,11 +89,12 @@ def _ctc_loss(func: Any) -> None:
     @special(func)
     def handler(args: Any, kwargs: Any) -> Any:
         scores, targets, steps, sizes, *rest = args
-        given = [x for x in (scores, targets, steps, sizes) if type(x) is Tensor]
-        if not any(isinstance(read(x), Tracer) for x in given):
+        given = [x for x in (targets, steps, sizes) if type(x) is Tensor]
+        arrays = [scores.jax(), *map(known, given)]
+        if not any(isinstance(x, Tracer) for x in arrays):
             return plain(args, kwargs)
         operands = [_integers(x) for x in (targets, steps, sizes)]
-        losses, alphas = ctc_loss(read(scores), *operands, *rest, **kwargs)
+        losses, alphas = ctc_loss(scores.jax(), *operands, *rest, **kwargs)
         if state.lowering and not torch.is_grad_enabled():
             losses, alphas = jax.lax.stop_gradient((losses, alphas))
         return wrap(losses, scores.dtype), wrap(alphas, scores.dtype)
@@ -102,7 +103,7 @@ def _ctc_loss(func: Any) -> None:
 def _integers(x: Any) -> Any:
     """Return an array, which is NumPy's where the values are known."""
     if isinstance(x, torch.Tensor):
-        x = read(x) if type(x) is Tensor else x.numpy()
+        x = known(x) if type(x) is Tensor else x.numpy()
     return x if isinstance(x, Tracer) else np.asarray(x, np.int32)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from jax.core import Tracer
 
-from ...tensors.tensor import Tensor, ValueNeeded, concrete, read, wrap
+from ...tensors.tensor import Tensor, ValueNeeded, concrete, known, read, wrap
 from ...thread_state import state
 from .table import aten, ordinary_way, special
 
@@ -55,7 +55,7 @@ def _is_pinned(args: Any, kwargs: Any) -> Any:
     getattr(aten._assert_async, "msg", None),
 )
 def _assert_async(args: Any, kwargs: Any) -> Any:
-    value = read(args[0])
+    value = known(args[0])
     if not isinstance(value, Tracer) and not bool(value):
         raise RuntimeError(
             args[1] if len(args) > 1 else "Expected Tensor with single nonzero value"

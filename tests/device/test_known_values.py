@@ -1,0 +1,135 @@
+"""A compiled function asks for values of tensors that it closes over; they may change later."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from torch2jax import Torch2JaxError, Torch2JaxWarning, device
+from torch2jax.device import jit
+from torch2jax.torchax import interop
+
+device.enable()
+
+ASKING: dict[str, Callable[[Any, Any], Any]] = {
+    "item": lambda x, w: x * w[0].item(),
+    "float": lambda x, w: x * float(w[1]),
+    "int": lambda x, w: x + sum(range(int(w[0]) + 2)),
+    "tolist": lambda x, w: x * w.tolist()[0],
+    "numpy": lambda x, w: x * float(w.numpy()[0]),
+    "asarray": lambda x, w: x * float(np.asarray(w)[0]),
+    "cpu": lambda x, w: x * float(w.cpu()[0]),
+    "to cpu and back": lambda x, w: x * w.to("cpu").to("jax"),
+    "format": lambda x, w: x * float(f"{w[0]:.3f}"),
+    "torch.tensor of elements": lambda x, w: x * torch.tensor([*w], device="jax"),
+    "jax()": lambda x, w: device.tensor(x.jax() * w.jax()),
+    "jax_view": lambda x, w: device.torch_view(device.jax_view(x) * device.jax_view(w)),
+    "call_jax": lambda x, w: device.call_jax(jnp.multiply, x, w),
+    "torchax's call_jax": lambda x, w: interop.call_jax(jnp.multiply, x, w),
+    "deepcopy": lambda x, w: x * copy.deepcopy(w),
+    "read before": lambda x, w: x * w * w[2].item(),
+    "view read before": lambda x, w: x * w[1] * w[1].item(),
+}
+
+
+@pytest.mark.parametrize("name", ASKING)
+def test_values_that_change_later_count(name: str) -> None:
+    x, w = torch.arange(1.0, 4.0, device="jax"), torch.ones(3, device="jax")
+    compiled = jit(lambda x: ASKING[name](x, w))
+    for value in (1.0, 1.0, 2.0, 2.0):
+        w.fill_(value)
+        expected = ASKING[name](x, w)
+        assert compiled(x).tolist() == expected.tolist() == compiled(x).tolist()
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [lambda x, m: x[m], lambda x, m: x.index_put((m,), torch.zeros((), device="jax"))],
+    ids=["index", "index_put"],
+)
+def test_a_mask_that_changes_later(fn: Callable[[Any, Any], Any]) -> None:
+    x, mask = torch.arange(3.0, device="jax"), torch.tensor([True, False, True], device="jax")
+    compiled = jit(lambda x: fn(x, mask))
+    for _ in range(3):
+        assert compiled(x).tolist() == fn(x, mask).tolist()
+    mask.fill_(True)
+    assert compiled(x).tolist() == fn(x, mask).tolist()
+
+
+def test_the_same_values_compile_nothing_again() -> None:
+    x, w = torch.ones(3, device="jax"), torch.ones((), device="jax")
+    f: Any = jit(lambda x: x * w.item())
+    f(x), f(x)
+    (call,) = f._around.current.calls.values()
+    w.fill_(1.0)  # another array with the same values
+    f(x), f(x)
+    assert call.renewed == 0
+    w.fill_(2.0)
+    assert f(x).tolist() == [2.0] * 3
+    assert call.renewed == 1
+
+
+def test_a_value_with_a_gradient() -> None:
+    x = torch.ones(3, device="jax")
+    w = torch.tensor([3.0, 1.0, 1.0], device="jax", requires_grad=True)
+    compiled = jit(lambda x: x * w * w[0].item())
+    for factor in (3.0, 3.0, 3.0, 6.0):
+        w.grad = None
+        with torch.no_grad():
+            w[0] = factor
+        compiled(x).sum().backward()
+        assert w.grad is not None
+        assert w.grad.tolist() == [factor] * 3
+
+
+def test_a_value_of_a_replaced_attribute() -> None:
+    class Scaled(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = torch.ones((), device="jax")
+
+        def forward(self, x: Any) -> Any:
+            return x * self.scale.item()
+
+    module, x = Scaled(), torch.ones(2, device="jax")
+    compiled = jit(lambda x: module(x))
+    assert compiled(x).tolist() == compiled(x).tolist() == [1.0, 1.0]
+    module.scale = torch.full((), 5.0, device="jax")
+    assert compiled(x).tolist() == [5.0, 5.0]
+
+
+def test_a_value_that_changes_at_each_call_is_named() -> None:
+    x, count = torch.ones(2, device="jax"), torch.zeros((), device="jax")
+
+    @jit
+    def counted(x: Any) -> Any:
+        out = x + count.item()
+        count.add_(1)
+        return out
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", Torch2JaxWarning)
+        assert [counted(x)[0].item() for _ in range(6)] == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
+    assert [str(w.message).partition(",")[0] for w in caught] == ["counted"]
+
+
+def test_a_value_that_the_function_has_computed_is_not_known() -> None:
+    x, w = torch.ones(2, device="jax"), torch.zeros((), device="jax")
+
+    def written(x: Any) -> Any:
+        w.add_(1)
+        return x * w.item()
+
+    for fn in (written, lambda x: x * w.sin().item(), lambda x: x * x[0].item()):
+        compiled = jit(fn)
+        compiled(x)
+        with pytest.raises(Torch2JaxError, match="item"):
+            compiled(x)
+    assert w.item() in (1.0, 2.0)  # the failed trace leaves no tracer behind
