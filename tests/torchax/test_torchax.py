@@ -39,19 +39,21 @@ def test_running_a_model() -> None:
         res = m(inputs)
         assert type(res) is torchax.tensor.Tensor
         assert res.jax().shape == (9, 10)
-        assert torch.ones(2).device.type == "jax"
+        assert torch.ones(2).device.type == "cpu"
         with torchax.disable_temporarily():
-            assert torch.ones(2).device.type == "cpu"
+            assert not torchax.default_env().enabled
+        assert torchax.default_env().enabled
     finally:
         torchax.disable_globally()
-    assert torch.ones(2).device.type == "cpu"
+    assert not torchax.default_env().enabled
+    torchax.disable_globally()  # once more is no error
 
 
 def test_environment_and_to_xla() -> None:
     env = torchax.default_env()
     with env:
-        inputs = torch.randn(3, 3, 28, 28)
-        res = MyModel()(inputs)
+        inputs = torch.randn(3, 3, 28, 28, device="jax")
+        res = MyModel().to("jax")(inputs)
     assert isinstance(res, torchax.tensor.Tensor)
     m, x = MyModel(), torch.randn(2, 784)
     expected = m(x).detach()
@@ -74,9 +76,7 @@ def test_jitted() -> None:
     ):
         got = run()
         torch.testing.assert_close(got.cpu(), expected.cpu(), rtol=1e-4, atol=1e-4)
-    jitted = torchax.interop.JittableModule(m)
-    jitted(x).sum().backward()
-    assert m.fc1.weight.grad is not None
+    assert not torchax.interop.JittableModule(m)(x).requires_grad
 
 
 def test_extract_jax_and_calls() -> None:
@@ -168,13 +168,11 @@ def test_environment_as_a_decorator_and_its_properties() -> None:
     env = torchax.Environment()
 
     @env
-    def made() -> tuple[torch.Tensor, bool]:
-        return torch.ones(2), env.enabled
+    def entered() -> bool:
+        return env.enabled
 
-    tensor, enabled = made()
-    assert enabled
+    assert entered()
     assert not env.enabled
-    assert tensor.device.type == "jax"
     with env.override_property(mesh="a mesh", autocast_dtype=torch.bfloat16):
         assert (env.param.mesh, env.param.autocast_dtype) == ("a mesh", torch.bfloat16)
         assert (torch.ones(2, 2, device="jax") @ torch.ones(2, 2, device="jax")).dtype == (
@@ -198,12 +196,108 @@ def test_environment_as_a_decorator_and_its_properties() -> None:
 def test_printed_operators(capsys: pytest.CaptureFixture[str]) -> None:
     env = torchax.Environment(torchax.config.Configuration(debug_print_each_op=True))
     with env:
-        _ = torch.ones(2, 3) + 1
+        _ = torch.ones(2, 3, device="jax") + 1
     assert "aten.add.Tensor" in capsys.readouterr().err
     env.config.debug_print_each_op_operands = True
     with env:
-        _ = torch.ones(2, 3) + 1
+        _ = torch.ones(2, 3, device="jax") + 1
     assert "aten.add.Tensor torch.float32[2, 3], 1" in capsys.readouterr().err
+
+
+def test_autograd_does_not_see_torchax_calls() -> None:
+    """A loop whose weights come from ``named_parameters`` would keep one graph for each step."""
+    interop = torchax.interop
+    w: Any = torch.ones(3, device="jax", requires_grad=True)
+    compiled = jax.jit(jnp.sin).lower(jnp.ones(3)).compile()
+    for out in (
+        interop.call_jax(jnp.sin, w),
+        interop.torch_view(jnp.sin)(w),
+        interop.torch_view(compiled)(w),
+        interop.jax_jit(torch.sin)(w),
+        interop.wrap_jax_jit(torch.sin)(w),
+        interop.jax_value_and_grad(lambda w: w.sum())(w)[1],
+        interop.JittableModule(nn.Linear(3, 2).to("jax"))(w),
+    ):
+        assert not out.requires_grad
+        assert out.grad_fn is None
+    assert interop.j2t_autograd(jnp.sin)(w).requires_grad
+    with torch.no_grad():
+        assert not interop.j2t_autograd(jnp.sin)(w).requires_grad
+
+
+def test_a_training_loop_keeps_nothing() -> None:
+    import gc
+
+    model = nn.Linear(4, 4).to("jax")
+    weights, x = dict(model.named_parameters()), torch.ones(2, 4, device="jax")
+    optimizer = optax.adam(1e-3)
+    state = torchax.interop.call_jax(optimizer.init, weights)
+    step = torchax.train.make_train_step(
+        lambda w, b, x: torch.func.functional_call(model, {**w, **b}, x), F.mse_loss, optimizer
+    )
+    step = torchax.interop.jax_jit(step)
+    alive = []
+    for i in range(1000):
+        _, weights, state = step(weights, {}, state, x, x)
+        if i in (20, 999):
+            gc.collect()
+            alive.append(len(jax.live_arrays()))
+    assert alive[0] == alive[1]
+
+
+def test_an_environment_promotes_as_torchax_does() -> None:
+    env = torchax.Environment()
+    x, cpu = torch.ones(2, 2, device="jax"), torch.ones(2, 2)
+    half, index = x.bfloat16(), torch.tensor([[0], [1]], dtype=torch.int32, device="jax")
+    with env:
+        assert F.one_hot(index[:, 0], 2).tolist() == [[1, 0], [0, 1]]
+        assert torch.take_along_dim(x, index, 1).tolist() == [[1.0], [1.0]]
+        assert x.take_along_dim(index, 1).tolist() == [[1.0], [1.0]]
+        for product in (
+            x @ half, half @ x, torch.mm(x, half), F.linear(half, x), torch.matmul(half, x),
+            F.scaled_dot_product_attention(x[None], half[None], half[None]),
+            torch.einsum("ij,jk->ik", x, half), F.linear(half, x, bias=x[0]),
+        ):  # fmt: skip
+            assert product.dtype is torch.float32
+        assert (x + torch.tensor([2.0])).tolist() == [[3.0, 3.0], [3.0, 3.0]]
+        with pytest.raises(RuntimeError, match="same device"):
+            _ = cpu + x
+        assert torch.zeros(2, device="cuda").device.type == "jax"
+        assert cpu.cuda().device.type == cpu.to("cuda").device.type == "jax"
+        assert cpu.to(torch.device("cuda:0"), torch.int32).device.type == "jax"
+        env.config.treat_cuda_as_jax_device = False
+        assert torch.zeros(2, device="meta").device.type == "meta"
+        kept = torch.zeros(3)
+        kept.numpy()[0] = 5
+        assert kept.tolist() == [5.0, 0.0, 0.0]
+    with pytest.raises(RuntimeError, match="same dtype"):
+        _ = x @ half
+
+
+def test_functions_under_torch_compile_run_as_they_are() -> None:
+    import torch._dynamo
+
+    @torch.compile
+    def compiled(x: torch.Tensor) -> torch.Tensor:
+        return x.sin() + 1
+
+    x = torch.zeros(2, device="jax")
+    with torchax.default_env():
+        assert compiled(x).tolist() == [1.0, 1.0]
+        assert torch.compile(nn.Linear(2, 3).to("jax"))(x).shape == (3,)
+    assert torchax.interop.jax_jit(compiled)(x).tolist() == [1.0, 1.0]
+
+
+def test_a_function_is_overridden_in_an_environment_that_is_entered_already() -> None:
+    env = torchax.enable_globally()
+    x = torch.ones(2, device="jax")
+    try:
+        env.override_op_definition(F.hardswish, lambda x, inplace=False: x * 100)
+        assert F.hardswish(x).tolist() == [100.0, 100.0]
+    finally:
+        env._definitions.pop(F.hardswish)
+        torchax.disable_globally()
+    assert F.hardswish(x).tolist() != [100.0, 100.0]
 
 
 def test_overridden_operators() -> None:
@@ -250,8 +344,9 @@ def test_transforms_take_the_options_as_a_dict() -> None:
     (value, aux), grad = f(x, x)
     assert (value.item(), aux.tolist()) == (14.0, grad.tolist())
     assert not value.requires_grad
-    interop.gradient_checkpoint(torch.sin, {"prevent_cse": False})(x).sum().backward()
-    torch.testing.assert_close(x.grad.cpu(), x.detach().cpu().cos())
+    again = interop.gradient_checkpoint(torch.sin, {"prevent_cse": False})
+    total = interop.jax_value_and_grad(lambda x: again(x).sum())
+    torch.testing.assert_close(total(x)[1].cpu(), x.detach().cpu().cos())
     y = x.detach().requires_grad_()
     interop.j2t_autograd(jnp.square)(y).sum().backward()
     assert y.grad is not None
@@ -333,9 +428,11 @@ def test_layers_as_a_scan() -> None:
     assert set(scanned.state_dict()) == {"params.0___weight", "params.0___bias"}
     out = scanned(x.to("jax"))
     torch.testing.assert_close(out.cpu(), expected, rtol=1e-4, atol=1e-4)
-    out.sum().backward()
+    grads = torchax.interop.jax_value_and_grad(
+        lambda p, x: torch.func.functional_call(scanned, p, x).sum()
+    )(dict(scanned.named_parameters()), x.to("jax"))[1]
     grad = torch.stack([layer[0].weight.grad for layer in layers])  # pyright: ignore
-    torch.testing.assert_close(scanned.params["0___weight"].grad.cpu(), grad, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(grads["params.0___weight"].cpu(), grad, rtol=1e-4, atol=1e-4)
     again = torchax.interop.jax_jit(lambda p, x: torch.func.functional_call(scanned, p, x))
     torch.testing.assert_close(
         again(dict(scanned.named_parameters()), x.to("jax")).cpu(), out.cpu()
@@ -360,13 +457,13 @@ def test_a_flax_module() -> None:
     }
     out = module(torch.ones(4, 5, device="jax"), scale=2.0)
     np.testing.assert_allclose(out.jax(), Net().apply(variables, x, scale=2.0), rtol=1e-5)
-    out.sum().backward()
     expected = jax.grad(lambda v: Net().apply(v, x, scale=2.0).sum())(variables)
-    for name, p in module.named_parameters():
+    grads = torchax.interop.jax_value_and_grad(
+        lambda p, x: torch.func.functional_call(module, p, (x,), {"scale": 2.0}).sum()
+    )(dict(module.named_parameters()), torch.ones(4, 5, device="jax"))[1]
+    for name, g in grads.items():
         *_, layer, kind = name.split(".")
-        assert p.grad is not None
-        want = expected["params"][layer][kind]
-        np.testing.assert_allclose(p.grad.cpu(), want, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(g.cpu(), expected["params"][layer][kind], rtol=1e-5, atol=1e-6)
 
 
 def test_tensors_made_and_changed() -> None:

@@ -1,9 +1,8 @@
 """Programs written for torchax and torch_xla2 find their names here.
 
 A program says ``import torch2jax.torchax as torchax``, or it calls ``torch2jax.torchax.install()``
-before an unchanged ``import torchax``. Importing this module enables the device "jax". Only this
-module changes PyTorch's default device: ``enable_globally`` does until ``disable_globally``, and
-``with default_env():`` does until the context is left.
+before an unchanged ``import torchax``. Importing this module enables the device "jax". As in
+torchax, PyTorch's default device stays the CPU.
 """
 
 from __future__ import annotations
@@ -56,22 +55,27 @@ __all__ = [
 
 
 def enable_globally() -> Environment:
-    """Make jax PyTorch's default device, until ``disable_globally``."""
+    """Enter the default environment on this thread, until ``disable_globally``."""
     env = default_env()
-    torch.set_default_device("jax")
+    env.enable_torch_modes()
     return env
 
 
 def disable_globally() -> None:
-    """Make the CPU PyTorch's default device again."""
-    torch.set_default_device(None)
+    """Leave the default environment again."""
+    default_env().disable_torch_modes()
 
 
 @contextlib.contextmanager
 def disable_temporarily() -> Iterator[None]:
-    """Make the CPU PyTorch's default device in this context."""
-    with torch.device("cpu"):
+    """Leave the default environment in this context."""
+    env = default_env()
+    depth = env.leave()
+    try:
         yield
+    finally:
+        for _ in range(depth):
+            env.enable_torch_modes()
 
 
 def enable_accuracy_mode() -> None:

@@ -89,7 +89,7 @@ def call_torch(torch_func: Function, *args: Any, **kwargs: Any) -> Any:
             return jax_view(torch_func(*args, **kwargs))
     stream = random_streams.current()
     key = None if stream is None else stream.next()
-    with running(torch.get_default_dtype(), key), env.definitions():
+    with running(torch.get_default_dtype(), key), env.functions():
         return jax_view(torch_func(*args, **kwargs))
 
 

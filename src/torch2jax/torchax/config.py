@@ -12,8 +12,10 @@ class Configuration:
     """A program may set these fields in ``default_env().config``.
 
     ``debug_print_each_op`` prints each operator to stderr; ``debug_print_each_op_operands`` adds
-    its operands. The other fields choose among ways to compute in torchax and have no effect here:
-    views share memory, and results have PyTorch's dtypes.
+    its operands. Under ``treat_cuda_as_jax_device`` the device "cuda" means jax within the
+    environment, and under ``allow_mixed_math_with_scalar_tensor`` a CPU tensor of one element may
+    stand beside tensors on device jax. The other fields choose among ways to compute in torchax and
+    have no effect here: views share memory, and results have PyTorch's dtypes.
     """
 
     debug_print_each_op: bool = False
@@ -24,7 +26,7 @@ class Configuration:
     allow_mixed_math_with_scalar_tensor: bool = True
     force_materialize_views: bool = False
     use_dlpack_for_data_conversion: bool = False
-    treat_cuda_as_jax_device: bool = False
+    treat_cuda_as_jax_device: bool = True
     internal_respect_torch_return_dtypes: bool = True
     use_tpu_flash_attention: bool = False
     shmap_flash_attention: bool = False

@@ -22,6 +22,7 @@ from ..device.operators import dispatch
 from ..device.operators.special import table
 from ..device.tensors.tensor import Tensor, from_torch, read
 from .config import Configuration
+from .promotions import on_jax, promoted
 
 __all__ = ["Environment", "Properties", "default_env", "words_of"]
 
@@ -40,16 +41,26 @@ class _Thread(threading.local):
         self.mesh: Any = None
 
 
-class _Overrides(TorchFunctionMode):
-    """This mode calls a user's definition in place of a function of PyTorch."""
+class _Mode(TorchFunctionMode):
+    """This mode calls PyTorch's functions as torchax does.
 
-    def __init__(self, definitions: dict[Any, Callable[..., Any]]) -> None:
+    A user's definition replaces a function, device "cuda" means jax where the configuration says
+    so, and what PyTorch refuses is promoted; see ``promotions``.
+    """
+
+    def __init__(self, env: Environment) -> None:
         super().__init__()
-        self.definitions = definitions
+        self.env = env
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        definition: Any = self.definitions.get(func, func)
-        return definition(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        definition = self.env._definitions.get(func)
+        if definition is not None:
+            return definition(*args, **kwargs)
+        if self.env.config.treat_cuda_as_jax_device:
+            func, args, kwargs = on_jax(func, args, kwargs)
+        args, kwargs = promoted(func, args, kwargs, self.env.config)
+        return func(*args, **kwargs)
 
 
 class _Printer(TorchDispatchMode):
@@ -72,14 +83,16 @@ def _described(x: Any) -> str:
 
 
 class Environment(contextlib.ContextDecorator):
-    """An environment makes jax PyTorch's default device; ``default_env`` is the process's.
+    """An environment holds how PyTorch's functions behave within it, and random numbers.
+
+    PyTorch's default device stays what it is. ``default_env`` is the process's environment.
 
     Args:
       configuration: the settings, by default a fresh ``Configuration``.
 
     >>> import torch, torch2jax.torchax as torchax
     >>> with torchax.default_env():
-    ...     torch.ones(2)
+    ...     torch.ones(2, device="jax")
     tensor([1., 1.], device='jax:0')
     """
 
@@ -89,17 +102,16 @@ class Environment(contextlib.ContextDecorator):
         self._definitions: dict[Any, Callable[..., Any]] = {}
         self._thread = _Thread()
 
-    # --- default device
+    # --- the environment as a context
 
     @property
     def enabled(self) -> bool:
-        """Say whether jax is the default device of this thread."""
-        return torch.get_default_device().type == "jax"
+        """Say whether this thread is in the environment."""
+        return bool(self._thread.entered)
 
     def __enter__(self) -> Environment:
         stack = contextlib.ExitStack()
-        stack.enter_context(torch.device("jax"))
-        stack.enter_context(self.definitions())
+        stack.enter_context(self.functions())
         if self.config.debug_print_each_op:
             stack.enter_context(_Printer(self.config.debug_print_each_op_operands))
         self._thread.entered.append(stack)
@@ -113,7 +125,16 @@ class Environment(contextlib.ContextDecorator):
         self.__enter__()
 
     def disable_torch_modes(self, *error: Any) -> None:
-        self.__exit__(*(error or (None, None, None)))
+        """Leave the environment, if this thread is in it."""
+        if self._thread.entered:
+            self.__exit__(*(error or (None, None, None)))
+
+    def leave(self) -> int:
+        """Leave the environment entirely; return how often it was entered."""
+        depth = len(self._thread.entered)
+        for _ in range(depth):
+            self.__exit__(None, None, None)
+        return depth
 
     # --- operators
 
@@ -125,8 +146,8 @@ class Environment(contextlib.ContextDecorator):
         Args:
           op_to_override: an operator of ``torch.ops``, or a function such as
             ``torch.nn.functional.scaled_dot_product_attention``. An operator is overridden from
-            now on for all tensors on device jax. A function is overridden within ``with env`` that
-            is entered later, and in what ``interop`` compiles.
+            now on for all tensors on device jax. A function is overridden within ``with env``,
+            after ``enable_globally()``, and in what ``interop`` compiles.
           op_impl: a function that takes and returns what the overridden one does. The derivative of
             an operator stays PyTorch's. That of a function is the derivative of ``op_impl``.
           is_view_op: has no effect: results share memory where ``op_impl`` makes them share it.
@@ -140,9 +161,17 @@ class Environment(contextlib.ContextDecorator):
         else:
             self._definitions[op_to_override] = op_impl
 
-    def definitions(self) -> contextlib.AbstractContextManager[Any]:
-        """Return a context in which overridden functions are what the user has defined."""
-        return _Overrides(self._definitions) if self._definitions else contextlib.nullcontext()
+    @contextlib.contextmanager
+    def functions(self) -> Iterator[None]:
+        """Let PyTorch's functions be those of the environment in this context.
+
+        Functions under ``torch.compile`` run as they are, in the whole process.
+        """
+        with contextlib.ExitStack() as stack:
+            if "torch._dynamo" in sys.modules:  # loading it takes seconds
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(_Mode(self))
+            yield
 
     # --- random numbers and other properties
 

@@ -33,14 +33,14 @@ def register_torch_dispatch_op(
       is_view_op: has no effect: results share memory where ``impl_callable`` makes them share it.
 
     Returns:
-      ``aten_op``.
+      ``impl_callable``.
     """
     impl = _with_env(impl_callable, needs_env)
     if is_jax_function:
         _device.register_lowering(aten_op, impl)
     else:
         default_env().override_op_definition(aten_op, impl)
-    return aten_op
+    return impl_callable
 
 
 def register_torch_function_op(
@@ -57,13 +57,13 @@ def register_torch_function_op(
     ``interop`` compiles. The arguments are those of ``register_torch_dispatch_op``.
 
     Returns:
-      ``torch_func``.
+      ``impl_callable``.
     """
     impl = _with_env(impl_callable, needs_env)
     if is_jax_function:
         impl = functools.partial(call_jax, impl)
     default_env().override_op_definition(torch_func, impl)
-    return torch_func
+    return impl_callable
 
 
 def _with_env(impl: Callable[..., Any], needs_env: bool) -> Callable[..., Any]:
