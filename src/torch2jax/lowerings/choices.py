@@ -92,6 +92,8 @@ def addcdiv(self: Any, tensor1: Any, tensor2: Any, *, value: Any = 1) -> Any:
 
 @lowering("complex")
 def complex_(real: Any, imag: Any) -> Any:
+    if real.dtype != imag.dtype:
+        raise RuntimeError(f"complex expects parts of one dtype, got {real.dtype} and {imag.dtype}")
     return lax.complex(*jnp.broadcast_arrays(*promote(real, imag)))
 
 

@@ -27,6 +27,8 @@ def convolution(
     output_padding: Any,
     groups: int,
 ) -> Any:
+    if any(p < 0 for p in padding):
+        raise RuntimeError("negative padding is not supported")
     single = input.ndim == weight.ndim - 1  # it is one sample without a batch dimension
     x = input[None] if single else input
     out = _convolve(x, weight, stride, padding, dilation, transposed, output_padding, groups)

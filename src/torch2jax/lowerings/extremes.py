@@ -163,6 +163,10 @@ def _at_places(x: Any, places: Any, dim: int, keepdim: bool) -> Any:
 
 @lowering("median")
 def median(self: Any) -> Any:
+    if not self.size:
+        if self.dtype == bool:
+            return jnp.ones((), bool)
+        return jnp.full((), jnp.nan if is_inexact(self) else jnp.iinfo(self.dtype).min, self.dtype)
     return _middle(self, median_dim)
 
 
@@ -179,6 +183,8 @@ def nanmedian_dim(self: Any, dim: int, keepdim: bool = False) -> Any:
 
 @lowering("nanmedian")
 def nanmedian(self: Any) -> Any:
+    if not self.size:
+        return median(self)
     return _middle(self, nanmedian_dim)
 
 

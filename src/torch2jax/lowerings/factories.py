@@ -135,6 +135,8 @@ def arange(*bounds: Any, dtype: Any = None, **_: Any) -> Any:
 
 def _known(values: torch.Tensor, dtype: torch.dtype | None) -> Any:
     """Return a constant of a few values that PyTorch has computed."""
+    if values.is_complex() and dtype is None:
+        dtype = values.dtype
     if values.is_floating_point():
         values = values.to(torch.float64)
     return jnp.asarray(values.numpy().astype(of_dtype(dtype)))

@@ -52,6 +52,8 @@ def index_put_impl(
 
 @lowering("index_select")
 def index_select(self: Any, dim: int, index: Any) -> Any:
+    if index.ndim > 1:
+        raise IndexError("index_select(): Index is supposed to be a vector")
     if self.ndim == 0:
         return self
     return jnp.take(self, index.reshape(-1), axis=dim)
@@ -149,6 +151,15 @@ def scatter_reduce(
 
 @lowering("index_add", scalars=("alpha",))
 def index_add(self: Any, dim: int, index: Any, source: Any, *, alpha: Any = 1) -> Any:
+    if self.ndim and source.ndim:
+        at = dim % self.ndim
+        expected = (*self.shape[:at], index.size, *self.shape[at + 1 :])
+        if source.shape != expected:
+            raise RuntimeError(
+                "source tensor shape must match self tensor shape, excluding the specified "
+                f"dimension. Got self.shape = {list(self.shape)} source.shape = "
+                f"{list(source.shape)}, index.numel() = {index.size}"
+            )
     return _along_dim(self, dim, index, cast(source, self.dtype) * cast(alpha, self.dtype), "add")
 
 
@@ -172,6 +183,8 @@ def _along_dim(self: Any, dim: int, index: Any, source: Any, how: str) -> Any:
 
 @lowering("masked_scatter")
 def masked_scatter(self: Any, mask: Any, source: Any) -> Any:
+    if mask.dtype != bool:
+        raise RuntimeError("masked_scatter_ only supports boolean masks")
     mask, x = jnp.broadcast_arrays(mask, self)
     places = jnp.cumsum(mask.reshape(-1)) - 1
     taken = source.reshape(-1)[jnp.clip(places, 0, max(source.size - 1, 0))] if source.size else 0

@@ -172,6 +172,10 @@ def geometric(words: Any, self: Any, p: float) -> Any:
 
 @lowering("random", random=True)
 def random(words: Any, self: Any) -> Any:
+    if self.dtype == bool:
+        return jax.random.bernoulli(_key(words), 0.5, self.shape)
+    if category(self.dtype) == 3:
+        raise NotImplementedError(f"random_ is not implemented for {self.dtype}")
     high = 2 ** (jnp.finfo(self.dtype).nmant + 1) if is_inexact(self) else jnp.iinfo(self.dtype).max
     return _randint(words, self.shape, 0, min(high, 2**31 - 1), self.dtype)
 

@@ -145,15 +145,20 @@ def std_mean(self: Any, dim: Any = None, *, correction: Any = None, keepdim: boo
     return cast(_deviation(v), real_of(self.dtype)), cast(m, self.dtype)
 
 
+def _some_dims(x: Any, dim: Any) -> tuple[int, ...]:
+    """Return the axes of ``dim=`` for ``all`` and ``any``, to which empty means none."""
+    return () if isinstance(dim, list | tuple) and not dim else dims_of(x, dim)
+
+
 @lowering("all", "all.dim", "all.dims")
 def all_(self: Any, dim: Any = None, keepdim: bool = False) -> Any:
-    out = jnp.all(self != 0, dims_of(self, dim), keepdims=keepdim)
+    out = jnp.all(self != 0, _some_dims(self, dim), keepdims=keepdim)
     return out.astype(np.uint8) if self.dtype == np.uint8 else out
 
 
 @lowering("any", "any.dim", "any.dims")
 def any_(self: Any, dim: Any = None, keepdim: bool = False) -> Any:
-    out = jnp.any(self != 0, dims_of(self, dim), keepdims=keepdim)
+    out = jnp.any(self != 0, _some_dims(self, dim), keepdims=keepdim)
     return out.astype(np.uint8) if self.dtype == np.uint8 else out
 
 

@@ -20,6 +20,7 @@ from ..tensors.tensor import Tensor, captures, refuse_overlap, to_torch
 from ..thread_state import state
 from .constants import is_large
 from .operands import cells_of, items_meet, note_read, read_argument
+from .parameters import refuse_parameters
 from .program import NoDecompositionHere, OperatorProgram
 from .route import Route
 from .runners import Call, Compiled, Decomposed, Runner, Uncompiled
@@ -109,6 +110,7 @@ class Operator:
             arrays.append(a)
         call = Call(args, kwargs, operands, arrays)
         if route.random:
+            refuse_parameters(self.func, args, kwargs)
             call.words = random_streams.next_words(kwargs.get("generator"))
             traced = traced or isinstance(call.words, Tracer)
             arrays.append(call.words)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from ...lowerings.registry import DataDependentShape
 from ...lowerings.vision import SHAPES_DEPEND_ON_VALUES
 from ..tensors.tensor import Tensor, from_torch, wrap
 from ..thread_state import state
+from . import meta
 from .constants import value_of
 from .operands import cells_of, fill
 from .route import Route
@@ -61,6 +63,7 @@ class OperatorProgram:
         self.torch_dtypes: list[torch.dtype] = []
         self._way = getattr(self, _WAYS[route.kind])
         self.jitted = jax.jit(self.run)
+        self._checked: set[Any] = set()
 
     def values(self, arrays: Sequence[Any]) -> list[Any]:
         return [a if p is None else p.get(a) for a, p in zip(arrays, self.patterns, strict=True)]
@@ -126,6 +129,7 @@ class OperatorProgram:
         lowered = self.route.lowered
         args, kwargs = self._arguments(values)
         given = {k: v for k, v in kwargs.items() if k not in _IGNORED and k != "device"}
+        self._refuse_as_pytorch(values)
         try:
             out = lowered.fn(key, *args, **given) if lowered.random else lowered.fn(*args, **given)
         except (TypeError, ValueError) as error:
@@ -136,6 +140,21 @@ class OperatorProgram:
             raise RuntimeError(f"{self.route.func} of {', '.join(kinds)}: {error}") from error
         self.torch_dtypes = self._dtypes_of(out, args, kwargs, values)
         return out, None
+
+    def _refuse_as_pytorch(self, values: Sequence[Any]) -> None:
+        """Raise PyTorch's error where it refuses operands of these shapes."""
+        shapes = tuple(
+            [None if d is None else v.shape for v, d in zip(values, self.dtypes, strict=True)]
+        )
+        if self.outs or shapes in self._checked:
+            return
+        with contextlib.suppress(meta.Unknown):
+            meta.results_for(self.route.func, values, self.dtypes, self._all_arguments)
+        self._checked.add(shapes)
+
+    def _all_arguments(self, values: Sequence[Any]) -> tuple[list[Any], dict[str, Any]]:
+        kwargs = {k: fill(v, values) for k, v in self.kwargs.items()}
+        return [fill(a, values) for a in self.args], kwargs
 
     def _decomposed(self, values: list[Any], key: Any) -> tuple[Any, list[Any] | None]:
         """Call the decomposition, a function of tensors, with tensors that hold the values."""
@@ -176,7 +195,7 @@ class OperatorProgram:
             if "device" in kwargs:
                 kwargs["device"] = "cpu"
             out = route.target(*args, **kwargs)
-            if route.returns_mutated:
+            if route.returns_mutated and not pure:
                 out = None
             seen.append([x.dtype for x in torch_tree.tree_leaves(out) if x is not None])
             return out if pure else (out, [full[slot] for slot in self.mutated])
@@ -223,18 +242,9 @@ class OperatorProgram:
 
     def _asked(self, values: Any) -> list[torch.dtype] | None:
         """Ask PyTorch for the dtypes of the results, with meta tensors."""
-        metas = [
-            v if d is None else torch.empty(v.shape, dtype=d, device="meta")
-            for v, d in zip(values, self.dtypes, strict=True)
-        ]
-        metas = [0 if isinstance(v, Tracer) else v for v in metas]  # any number will do
-        args, kwargs = self._arguments(metas)
-        if "device" in kwargs:
-            kwargs["device"] = "meta"
         try:
-            with _disable_current_modes():
-                out = self.route.target(*args, **kwargs)
-        except Exception:  # it has no kernel for meta tensors
+            out = meta.results_for(self.route.target, values, self.dtypes, self._arguments)
+        except Exception:
             return None
         return [x.dtype for x in torch_tree.tree_leaves(out) if isinstance(x, torch.Tensor)]
 

@@ -143,6 +143,13 @@ def _set_data(self: Tensor, other: Any) -> None:
     become(self, new)
 
 
+def _type(self: Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+    if dtype is not None:
+        return torch.Tensor.type(self, dtype, *args, **kwargs)
+    there = torch.empty(0, dtype=self.dtype, device="cpu").type()
+    return there.replace("torch.", "torch.jax.", 1)
+
+
 def _exported(self: Tensor) -> Any:
     return concrete(self, "__dlpack__")
 
@@ -206,6 +213,7 @@ def install() -> None:
         ("cpu", _cpu),
         ("to", _to),
         ("contiguous", _contiguous),
+        ("type", _type),
         ("__deepcopy__", _deepcopy),
         ("__reduce_ex__", _reduce),
         ("__dlpack__", _dlpack),

@@ -6,9 +6,10 @@ from typing import Any
 
 import jax
 import numpy as np
+import torch
 
 from ...._errors import Torch2JaxError
-from ...tensors.tensor import Tensor, become, wrap
+from ...tensors.tensor import Tensor, become, replace, wrap
 from .table import aten, special
 
 
@@ -19,7 +20,28 @@ def _set_(args: Any, kwargs: Any) -> Any:
     return become(args[0], args[1])
 
 
-@special(aten.set_.source_Storage, aten.set_.default)
+@special(aten.set_.default)
+def _set_to_nothing(args: Any, kwargs: Any) -> Any:
+    x = args[0]
+    return become(x, wrap(jax.numpy.zeros((0,), x._cell.array.dtype), x.dtype))
+
+
+@special(aten.is_set_to.default)
+def _is_set_to(args: Any, kwargs: Any) -> Any:
+    x, other = args
+    return x._cell is other._cell and _place(x) == _place(other)
+
+
+def _place(x: Tensor) -> Any:
+    return x.shape, x.stride(), x.storage_offset()
+
+
+@special(aten.resize_as_.default)
+def _resize_as_(args: Any, kwargs: Any) -> Any:
+    return _resize_((args[0], args[1].shape), {})
+
+
+@special(aten.set_.source_Storage)
 def refuse_storage(args: Any, kwargs: Any) -> Any:
     raise Torch2JaxError(
         "set_ on device jax takes a tensor on device jax: a JAX array has no storage to share."
@@ -36,6 +58,30 @@ def _resize_(args: Any, kwargs: Any) -> Any:
     if count > flat.size:
         flat = jax.numpy.concatenate([flat, jax.numpy.zeros(count - flat.size, flat.dtype)])
     return become(x, wrap(flat[:count].reshape(size), x.dtype))
+
+
+def _drawn_to_out(name: str, overload: str) -> None:
+    """Draw in the way of the operator without ``out=``, which has a key of its own."""
+    packet = getattr(aten, name)
+    plain = getattr(packet, overload.removesuffix("out").removesuffix("_") or "default")
+
+    @special(getattr(packet, overload))
+    def handler(args: Any, kwargs: Any) -> Any:
+        out = kwargs["out"]
+        rest = {k: v for k, v in kwargs.items() if k != "out"}
+        replace(out, plain(*args, **rest, dtype=out.dtype, device=torch.device("jax")).jax())
+        return out
+
+
+for _name, _overloads in (
+    ("rand", ("out", "generator_out")),
+    ("randn", ("out", "generator_out")),
+    ("randint", ("out", "generator_out", "low_out", "low_generator_out")),
+    ("randperm", ("out", "generator_out")),
+    ("normal", ("float_float_out",)),
+):
+    for _overload in _overloads:
+        _drawn_to_out(_name, _overload)
 
 
 def in_place_view(name: str) -> Any:

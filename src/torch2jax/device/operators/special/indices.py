@@ -20,12 +20,16 @@ from .table import aten, ordinary_way, special
 def _without_masks(x: Tensor, indices: Any, what: str) -> list[Any]:
     """Return the indices, with each mask replaced by the places at which it is true."""
     found: list[Any] = []
+    at = 0
     for index in indices:
         if index is None:
             found.append(None)
+            at += 1
             continue
         index = from_other_device(index) if type(index) is not Tensor else index
         if index.dtype in (torch.bool, torch.uint8):
+            _refuse_mask(x, index, at)
+            at += index.ndim
             mask = known(index)
             if isinstance(mask, Tracer):
                 raise DataDependentShape(what)
@@ -33,7 +37,18 @@ def _without_masks(x: Tensor, indices: Any, what: str) -> list[Any]:
             found += [wrap(jax.numpy.asarray(p, np.int32), torch.int64) for p in places]
         else:
             found.append(index)
+            at += 1
     return found
+
+
+def _refuse_mask(x: Any, mask: Any, at: int) -> None:
+    """Raise PyTorch's error where a mask is not as large as the dimensions that it stands for."""
+    for i, size in enumerate(mask.shape):
+        if at + i >= x.ndim or x.shape[at + i] != size:
+            raise IndexError(
+                f"The shape of the mask {list(mask.shape)} at index {i} does not match the shape "
+                f"of the indexed tensor {list(x.shape)} at index {at + i}"
+            )
 
 
 def _has_mask(indices: Any) -> bool:
@@ -91,8 +106,30 @@ def index_put(func: Any) -> Any:
     return handler
 
 
+def _masked_scatter(func: Any) -> None:
+    plain = ordinary_way(func)
+
+    @special(func)
+    def handler(args: Any, kwargs: Any) -> Any:
+        x, mask, source = args
+        if type(mask) is Tensor and source.numel() < mask.numel():
+            there = known(mask)
+            if not isinstance(there, Tracer):
+                mask_of_all = np.broadcast_to(
+                    np.asarray(there), np.broadcast_shapes(x.shape, mask.shape)
+                )
+                if np.count_nonzero(mask_of_all) > source.numel():
+                    raise RuntimeError("Number of elements of source < number of ones in mask")
+        return plain(args, kwargs)
+
+
+_masked_scatter(aten.masked_scatter.default)
+_masked_scatter(aten.masked_scatter_.default)
+
+
 def _masked(func: Any, x: Any, mask: Any, values: Any) -> Any:
     """Compute ``x[mask] = number``, which needs no places, so it works on tracers as well."""
+    _refuse_mask(x, mask, 0)
     mask = mask.view(*mask.shape, *[1] * (x.ndim - mask.ndim))
     number = values.reshape(()).to(x.dtype)
     if func._schema.is_mutable:
@@ -102,6 +139,7 @@ def _masked(func: Any, x: Any, mask: Any, values: Any) -> Any:
 
 def _masked_rows(func: Any, x: Any, mask: Any, values: Any, accumulate: bool) -> Any:
     """Compute ``x[mask] = values``: the k-th true place takes row k, or all take the only row."""
+    _refuse_mask(x, mask, 0)
     places = aten.cumsum.default(mask.reshape(-1), 0) - 1
     row = x.shape[mask.ndim :]
     rows = values.expand(-1 if values.ndim > len(row) else 1, *row)

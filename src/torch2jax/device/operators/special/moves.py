@@ -70,6 +70,8 @@ def _copy_(args: Any, kwargs: Any) -> Any:
     target, source = args[0], args[1]
     if type(target) is not Tensor:
         return target.copy_(to_torch(source, "copy_ into a CPU tensor"))
+    if not isinstance(source, torch.Tensor):
+        return aten.fill_.Scalar(target, source)
     if type(source) is not Tensor:
         if torch.nn.parameter.is_lazy(source):
             raise Torch2JaxError(

@@ -1,0 +1,61 @@
+"""PyTorch's kernels for meta tensors say what an operator returns for shapes, and what it refuses.
+
+JAX broadcasts, clips and wraps where PyTorch raises an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from jax.core import Tracer
+from torch.utils._python_dispatch import _disable_current_modes
+
+__all__ = ["Unknown", "results_for"]
+
+
+class Unknown(Exception):
+    """PyTorch has no kernel for meta tensors here."""
+
+
+def results_for(
+    func: Any,
+    values: Sequence[Any],
+    dtypes: Sequence[torch.dtype | None],
+    arguments: Callable[[Sequence[Any]], tuple[list[Any], dict[str, Any]]],
+) -> Any:
+    """Return what an operator returns for meta tensors.
+
+    Args:
+      func: the operator.
+      values: its operands: arrays, and numbers, which may be tracers.
+      dtypes: PyTorch's dtypes of the operands, None for numbers.
+      arguments: makes the operator's arguments of operands.
+
+    Raises:
+      Unknown: there is no such kernel, or it asks for values.
+      Exception: PyTorch's own error, where it refuses such operands.
+    """
+    metas: list[Any] = []
+    for v, d in zip(values, dtypes, strict=True):
+        if d is None:
+            metas.append(1 if isinstance(v, Tracer) else v)  # any number will do
+        elif all(type(n) is int for n in v.shape):
+            metas.append(torch.empty(v.shape, dtype=d, device="meta"))
+        else:
+            raise Unknown
+    args, kwargs = arguments(metas)
+    if "device" in kwargs:
+        kwargs["device"] = "meta"
+    try:
+        with _disable_current_modes():
+            return func(*args, **kwargs)
+    except NotImplementedError as error:
+        raise Unknown from error
+    except (AssertionError, ValueError) as error:  # PyTorch's code in Python for such tensors
+        raise RuntimeError(str(error)) from error
+    except RuntimeError as error:
+        if "meta" in str(error):
+            raise Unknown from error
+        raise

@@ -1,0 +1,82 @@
+"""Parameters of distributions are refused as PyTorch refuses them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from jax.core import Tracer
+
+from ..tensors.tensor import Tensor, known
+
+__all__ = ["refuse_parameters"]
+
+
+def refuse_parameters(func: Any, args: Any, kwargs: Any) -> None:
+    """Raise PyTorch's error where an operator that draws gets parameters that it refuses.
+
+    Values of tensors are looked at where they are known.
+    """
+    rule = _RULES.get(func._opname)
+    if rule is not None:
+        given = dict(zip((a.name for a in func._schema.arguments), args, strict=False))
+        defaults = {
+            a.name: a.default_value for a in func._schema.arguments if a.has_default_value()
+        }
+        rule({**defaults, **given, **kwargs})
+
+
+def _normal(p: Any) -> None:
+    std = p.get("std")
+    if _is_number(std) and std < 0:
+        raise RuntimeError(f"normal expects std >= 0.0, but found std {std}")
+
+
+def _uniform(p: Any) -> None:
+    low, high = p.get("from"), p.get("to")
+    if _is_number(low) and _is_number(high) and low > high:
+        raise RuntimeError(
+            f"uniform_ expects to return a [from, to) range, but found from={low} > to={high}"
+        )
+
+
+def _bernoulli(p: Any) -> None:
+    probability = p.get("p")
+    if _is_number(probability) and not 0 <= probability <= 1:
+        raise RuntimeError(f"bernoulli_ expects p to be in [0, 1], but got p={probability}")
+
+
+def _random(p: Any) -> None:
+    low, high = p.get("from", 0), p.get("to")
+    if _is_number(low) and _is_number(high) and low >= high:
+        raise RuntimeError(
+            f"random_ expects 'from' to be less than 'to', but got from={low} >= to={high}"
+        )
+
+
+def _multinomial(p: Any) -> None:
+    weights = p["self"]
+    if p["num_samples"] <= 0:
+        raise RuntimeError("cannot sample n_sample <= 0 samples")
+    values = known(weights) if type(weights) is Tensor else None
+    if values is None or isinstance(values, Tracer) or not values.size:
+        return
+    host = np.asarray(values).astype(np.float64)
+    if not np.isfinite(host).all() or (host < 0).any():
+        raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
+    if (host.sum(-1) <= 0).any():
+        raise RuntimeError("invalid multinomial distribution (sum of probabilities <= 0)")
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, int | float)
+
+
+_RULES: dict[str, Callable[[Any], None]] = {
+    **dict.fromkeys(("normal", "normal_", "normal_functional"), _normal),
+    **dict.fromkeys(("uniform", "uniform_"), _uniform),
+    **dict.fromkeys(("bernoulli", "bernoulli_"), _bernoulli),
+    **dict.fromkeys(("random", "random_"), _random),
+    "multinomial": _multinomial,
+}
