@@ -9,6 +9,7 @@ cast, a move), and not where it is used.
 
 from __future__ import annotations
 
+import math
 import sys
 import warnings
 from types import FrameType, TracebackType
@@ -19,7 +20,10 @@ from .._errors import Torch2JaxWarning, UnsupportedDtypeError
 from .dtypes import x64_enabled
 from .narrowed import NARROWED
 
-__all__ = ["WIDE_FLOATS", "admit", "is_carried", "narrow_floats", "strict_float64"]
+__all__ = [
+    "WIDE_FLOATS", "admit", "is_carried", "narrow_floats", "narrow_number",
+    "strict_float64",
+]  # fmt: skip
 
 WIDE_FLOATS = frozenset(d for d in NARROWED if d.is_floating_point or d.is_complex)
 """These are float64 and complex128."""
@@ -27,7 +31,7 @@ WIDE_FLOATS = frozenset(d for d in NARROWED if d.is_floating_point or d.is_compl
 _strict = False
 
 
-class strict_float64:  # noqa: N801  it is used as a function, as torch.set_grad_enabled is
+class strict_float64:
     """Refuse 64-bit floats while x64 is off; by default they are carried in 32 bits.
 
     It counts on device "jax", under ``lower=True`` and for the names of torchax, on all threads. A
@@ -97,7 +101,36 @@ def admit(dtype: torch.dtype | None) -> None:
 
 def narrow_floats(x: torch.Tensor) -> torch.Tensor:
     """Return a tensor of 64-bit floats in 32 bits while x64 is off, and others as they are."""
-    return x.to(NARROWED[x.dtype]) if is_carried(x.dtype) else x
+    if not is_carried(x.dtype):
+        return x
+    narrow = x.to(NARROWED[x.dtype])
+    beyond = narrow.isinf() & x.isfinite()
+    if x.is_complex() or not beyond.any():
+        return narrow
+    return torch.where(beyond, narrow.sign() * _MOST, narrow)
+
+
+def narrow_number(x: float) -> float:
+    """Return the number for float32 that has the meaning of one for float64.
+
+    A finite one stays finite, one that is not 0 stays that, and one below 1 stays below. So
+    ``torch.finfo(torch.float64)`` gives bounds that are good for float32: its ``max`` becomes that
+    of float32, its ``tiny`` as well, and ``1 - eps`` the number before 1.
+    """
+    size = abs(x)
+    if _BEFORE_ONE < size < 1:
+        size = _BEFORE_ONE
+    elif _MOST < size < math.inf:
+        size = _MOST
+    elif 0 < size < _LEAST:
+        size = _LEAST
+    else:
+        return x
+    return math.copysign(size, x)
+
+
+_MOST, _LEAST = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny
+_BEFORE_ONE = 1 - torch.finfo(torch.float32).eps / 2
 
 
 _NOT_THE_USERS = {__name__.split(".")[0], "torch", "jax", "jaxlib", "contextlib", "functools"}

@@ -15,7 +15,7 @@ from jax.core import Tracer
 from ..._compat.jax import ArrayImpl
 from ..._compat.torch import in_backward_pass
 from ..._conversions.dtypes import x64_enabled
-from ..._conversions.float64 import admit
+from ..._conversions.float64 import admit, narrow_number
 from ..._errors import Torch2JaxError
 from .. import random_streams
 from ..tensors.tensor import Tensor, captures, refuse_overlap, to_torch
@@ -97,6 +97,8 @@ class Operator:
             refuse_overlap(operands[slot], route.fills)
         if captures:
             note_read(operands)
+        if program.asks_numbers:
+            operands = [narrow_number(x) if type(x) is float else x for x in operands]
         traced = False
         arrays = []
         for x in operands:
@@ -164,6 +166,8 @@ class Operator:
         program = runner.program
         if not program.wide and program.makes_wide() is not None:
             return None  # each line that makes float64 of something else gets its warning
+        if program.asks_numbers:
+            return None
         if self._in_lists and len(set(program.cells)) < len(operands):
             return None  # each call has to ask whether items meet
         returned = -1  # it returns the program's results

@@ -63,6 +63,11 @@ class OperatorProgram:
         self.views_written = [slot for slot in self.mutated if chains[slot] is not None]
         self.torch_dtypes: list[torch.dtype] = []
         self.wide = x64_enabled() or not WIDE_FLOATS.isdisjoint(self.dtypes)
+        said = [d for d in (*args, *kwargs.values()) if isinstance(d, torch.dtype)]
+        wide = self.wide or not WIDE_FLOATS.isdisjoint((*said, torch.get_default_dtype()))
+        self.carries = wide and not x64_enabled()
+        """Whether arrays of 32 bits may stand for 64-bit floats."""
+        self.asks_numbers = self.carries and any(type(x) is float for x in operands)
         self._way = getattr(self, _WAYS[route.kind])
         self.jitted = jax.jit(self.run)
 
@@ -216,8 +221,8 @@ class OperatorProgram:
         found = [dtype_j2t(x.dtype) for x in leaves]
         if x64_enabled():
             return found
-        said = [d for d in (*args, *kwargs.values()) if isinstance(d, torch.dtype)]
-        if self.wide or torch.get_default_dtype() in WIDE_FLOATS or WIDE_FLOATS & {*said}:
+        if self.carries:
+            said = [d for d in (*args, *kwargs.values()) if isinstance(d, torch.dtype)]
             found = self._floats_of(found, said, values)
         return self._integers_of(found, args, kwargs, values) if torch.int32 in found else found
 
