@@ -20,7 +20,7 @@ import torch
 from harness import close, default_dtype, precision
 from torch import nn
 
-from torch2jax import Torch2JaxWarning, UnsupportedDtypeError, device
+from torch2jax import Torch2JaxError, Torch2JaxWarning, UnsupportedDtypeError, device
 from torch2jax import torchax as tx
 
 device.enable()
@@ -433,6 +433,15 @@ def test_strict(name: str) -> None:
     with device.strict_float64(), pytest.raises(UnsupportedDtypeError, match="jax_enable_x64") as e:
         LINES[name]()
     assert str(dtype) in str(e.value)
+
+
+def test_strict_about_results_of_operators() -> None:
+    ints = torch.arange(3, device="jax")
+    with device.strict_float64(), default_dtype(torch.float64):
+        with pytest.raises(Torch2JaxError, match="strict_float64"):
+            ints / 2
+        with pytest.raises(UnsupportedDtypeError, match="strict_float64"):
+            torch.ones(3, device="jax")
 
 
 def test_strict_as_a_statement() -> None:

@@ -15,7 +15,7 @@ from harness import close
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from torch2jax import Torch2JaxError, device, from_module, torch2jax
+from torch2jax import Torch2JaxError, Torch2JaxWarning, device, from_module, torch2jax
 
 device.enable()
 

@@ -16,7 +16,7 @@ from types import FrameType, TracebackType
 
 import torch
 
-from .._errors import Torch2JaxWarning, UnsupportedDtypeError
+from .._errors import Torch2JaxError, Torch2JaxWarning, UnsupportedDtypeError
 from .dtypes import x64_enabled
 from .narrowed import NARROWED
 
@@ -72,17 +72,22 @@ def is_carried(dtype: torch.dtype | None) -> bool:
     return dtype in WIDE_FLOATS and not x64_enabled()
 
 
-def admit(dtype: torch.dtype | None) -> None:
+def admit(dtype: torch.dtype | None, asked: bool = True) -> None:
     """Warn that a new tensor of ``dtype`` has 32 bits, once for each line of the user's code.
+
+    ``asked`` says that the code names the dtype, in a factory, a cast or a move.
 
     Raises:
         UnsupportedDtypeError: in strict mode.
+        Torch2JaxError: the same where the dtype comes of operands. A TypeError in a + b would make
+            Python try b's way.
     """
     if dtype is None or not is_carried(dtype):
         return
     narrow, on = NARROWED[dtype], 'jax.config.update("jax_enable_x64", True)'
     if _strict:
-        raise UnsupportedDtypeError(
+        kind = UnsupportedDtypeError if asked else Torch2JaxError
+        raise kind(
             f"{dtype} needs 64-bit values, which JAX has switched off. Switch them on, {on}, or "
             f"use {narrow}. (device.strict_float64() forbids to carry it as {narrow}.)"
         )

@@ -122,7 +122,7 @@ def from_other_device(x: torch.Tensor) -> Tensor:
             f'and {x.device}. Move the other one: tensor.to("jax").'
         )
     if x.ndim:  # PyTorch makes numbers of float64 by itself, and tensors decide the dtype
-        admit(x.dtype)
+        admit(x.dtype, asked=False)
     if not state.lowering:
         return wrap(from_torch(x), x.dtype)
     # One trace makes one constant of a tensor, however often it is used. The tensor is kept, so

@@ -122,7 +122,7 @@ class Operator:
         if not (program.wide or state.composite):
             wide = program.makes_wide()
             if wide is not None and not in_backward_pass():  # a gradient only follows its tensor
-                admit(wide)
+                admit(wide, program.names_dtype)
         return result
 
     def read(self, args: Any, kwargs: Any) -> tuple[Any, list[Any], list[Any], dict[str, Any]]:

@@ -65,6 +65,7 @@ class OperatorProgram:
         self.wide = x64_enabled() or not WIDE_FLOATS.isdisjoint(self.dtypes)
         said = [d for d in (*args, *kwargs.values()) if isinstance(d, torch.dtype)]
         wide = self.wide or not WIDE_FLOATS.isdisjoint((*said, torch.get_default_dtype()))
+        self.names_dtype = bool(said) or not self.has_tensors
         self.carries = wide and not x64_enabled()
         """Whether arrays of 32 bits may stand for 64-bit floats."""
         self.asks_numbers = self.carries and any(type(x) is float for x in operands)
