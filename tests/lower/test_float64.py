@@ -292,4 +292,7 @@ def rt_detr() -> Any:
         decoder_in_channels=[16, 16, 16], num_denoising=0, dropout=0.0, anchor_image_size=None,
         eval_size=None, hidden_expansion=0.5, num_feature_levels=3, decoder_n_points=2,
     )  # fmt: skip
-    return transformers.RTDetrForObjectDetection(config)
+    model = transformers.RTDetrForObjectDetection(config)
+    for p in model.parameters():  # as they are made all scores are equal, and top-k has ties
+        nn.init.normal_(p, std=0.3)
+    return model
