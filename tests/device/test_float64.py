@@ -478,3 +478,67 @@ def test_traced_arrays_have_32_bits() -> None:
     with pytest.warns(Torch2JaxWarning, match=WIDE):
         jaxpr = jax.make_jaxpr(device.jax_view(lambda x: x.double() + 1))(jnp.ones(2))
     assert "f64" not in str(jaxpr)
+
+
+# --- programs ------------------------------------------------------------------------------------
+
+
+class Rotary(nn.Module):
+    """Embed positions as FLUX and Wan do: angles of float64, turned as complex numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries, self.keys = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        positions = torch.arange(x.shape[0], device=x.device).double()
+        scale = torch.arange(0, 8, 2, dtype=torch.float64, device=x.device) / 8
+        angles = torch.outer(positions, 1.0 / (10000.0**scale))
+        turns = torch.polar(torch.ones_like(angles), angles)
+
+        def turned(y: torch.Tensor) -> torch.Tensor:
+            pairs = torch.view_as_complex(y.double().unflatten(-1, (-1, 2)))
+            return torch.view_as_real(pairs * turns).flatten(-2).type_as(y)
+
+        scores = turned(self.queries(x)) @ turned(self.keys(x)).mT
+        return scores.softmax(-1) @ x
+
+
+class Solver(nn.Module):
+    """Solve an ODE as solvers do: times and steps are float64, states are not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.field = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        times = torch.linspace(0, 1, 6, dtype=torch.float64, device=x.device)
+        for t, dt in zip(times, times.diff(), strict=False):
+            assert dt.dtype == torch.float64
+            x = x + dt * self.field(x) * torch.exp(-t)
+        return x
+
+
+MODELS: dict[str, Any] = {"rotary": (Rotary, (6, 8)), "solver": (Solver, (4, 3))}
+
+
+@pytest.mark.usefixtures("quiet")
+@pytest.mark.parametrize("name", MODELS)
+def test_models(name: str) -> None:
+    make, shape = MODELS[name]
+    torch.manual_seed(0)
+    there = make()
+    here = copy.deepcopy(there).to("jax")
+    compiled: Any = device.jit(here)
+    x = torch.randn(shape)
+    expected = there(x)
+    expected.square().sum().backward()
+    compiled(x.to("jax"))
+    for model in (here, compiled):
+        out = model(x.to("jax"))
+        assert out.dtype is torch.float32
+        close(out, expected)
+        here.zero_grad()
+        out.square().sum().backward()
+        for a, b in zip(here.parameters(), there.parameters(), strict=True):
+            close(a.grad, b.grad, 1e-4)

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from harness import close, default_dtype, precision
-from lowered_models import wave
+from lowered_models import agrees, wave
 from torch import nn
 
 from torch2jax import (
@@ -296,3 +296,9 @@ def rt_detr() -> Any:
     for p in model.parameters():  # as they are made all scores are equal, and top-k has ties
         nn.init.normal_(p, std=0.3)
     return model
+
+
+@pytest.mark.usefixtures("quiet")
+def test_rt_detr() -> None:
+    torch.manual_seed(0)
+    agrees(rt_detr(), {"pixel_values": wave(1, 3, 64, 64)}, train=False)
