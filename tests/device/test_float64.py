@@ -34,20 +34,20 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def single(x: Any) -> torch.Tensor:
+def single(x: Any) -> Any:
     return torch.tensor([0.5, 1.5, 2.5], device=x)
 
 
-def double(x: Any) -> torch.Tensor:
+def double(x: Any) -> Any:
     return single(x).double()
 
 
-def square(p: Any) -> torch.Tensor:
+def square(p: Any) -> Any:
     a = torch.arange(9.0, device=p).reshape(3, 3).sin() + 3 * torch.eye(3, device=p)
     return a.double()
 
 
-def cplx(p: Any) -> torch.Tensor:
+def cplx(p: Any) -> Any:
     return torch.complex(double(p), -double(p))
 
 
@@ -192,7 +192,7 @@ def test_the_default_dtype() -> None:
 
 @pytest.mark.usefixtures("quiet")
 def test_values_on_the_way_out() -> None:
-    x = torch.tensor([0.1, 1.5], dtype=torch.float64, device="jax")
+    x: Any = torch.tensor([0.1, 1.5], dtype=torch.float64, device="jax")
     assert x[1].item() == 1.5
     assert type(x[1].item()) is float
     assert x.tolist() == [np.float32(0.1), 1.5]
@@ -419,7 +419,7 @@ def test_with_x64_nothing_is_said() -> None:
     with precision(True):
         for run in LINES.values():
             run()
-        x = torch.ones(2, dtype=torch.float64, device="jax")
+        x: Any = torch.ones(2, dtype=torch.float64, device="jax")
         assert x.jax().dtype == jnp.float64
         assert (x / 3).cpu().equal(torch.ones(2, dtype=torch.float64) / 3)
 
@@ -439,7 +439,7 @@ def test_strict_about_results_of_operators() -> None:
     ints = torch.arange(3, device="jax")
     with device.strict_float64(), default_dtype(torch.float64):
         with pytest.raises(Torch2JaxError, match="strict_float64"):
-            ints / 2
+            _ = ints / 2
         with pytest.raises(UnsupportedDtypeError, match="strict_float64"):
             torch.ones(3, device="jax")
 
