@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import torchdiffeq
 from harness import close, default_dtype, precision
 from torch import nn
 
@@ -542,3 +543,21 @@ def test_models(name: str) -> None:
         out.square().sum().backward()
         for a, b in zip(here.parameters(), there.parameters(), strict=True):
             close(a.grad, b.grad, 1e-4)
+
+
+@pytest.mark.usefixtures("quiet")
+def test_torchdiffeq() -> None:
+    """Its solvers with adaptive steps keep the time in float64."""
+    torch.manual_seed(0)
+    there = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 2))
+    here = copy.deepcopy(there).to("jax")
+    found = []
+    for where, field in (("cpu", there), ("jax", here)):
+        x = torch.tensor([0.5, -1.0], device=where)
+        times = torch.linspace(0, 1, 3, device=where)
+        path = torchdiffeq.odeint(lambda t, y, f=field: f(y), x, times, rtol=1e-4, atol=1e-5)
+        assert path.dtype is torch.float32
+        path.square().sum().backward()
+        found.append([path, *[p.grad for p in field.parameters()]])
+    for a, b in zip(found[1], found[0], strict=True):
+        close(a, b, 1e-3)
