@@ -21,6 +21,7 @@ from ._bridge.calls.function import TorchFunction
 from ._bridge.torch_side.modules.forward import Forward
 from ._bridge.torch_side.modules.replica import Layout
 from ._conversions.convert import j2t, t2j
+from ._conversions.float64 import admit, narrow_floats
 from ._errors import SignatureError
 from ._torch2jax import torch2jax
 
@@ -141,7 +142,8 @@ def from_module(
       ``(apply, variables)``. ``variables`` is ``{"params": {name: array}, "frozen": {...},
       "buffers": {...}}`` with the names of ``state_dict()``; "frozen" holds the parameters with
       ``requires_grad=False``, which get no gradient work. Tied weights are one leaf, under the
-      first of their names. The arrays are copies; 64-bit integers are int32 with x64 off.
+      first of their names. The arrays are copies; with x64 off 64-bit integers are int32, and
+      float64 is float32, with a warning. The module computes in its own dtypes.
 
       ``apply(variables, *args, train=False, rng=None, **keywords)`` returns the output. With
       ``train=True`` it returns ``(output, new_buffers)``: BatchNorm's statistics move in
@@ -179,6 +181,8 @@ def from_module(
     inner = _initialised(inner, example_args)
     _check_keywords(inner, kwargs)
     layout = Layout(inner)
+    for dtype in {t.dtype for tensors in layout.tensors.values() for t in tensors.values()}:
+        admit(dtype)
     variables: Variables = {
         group: {name: _copy(t) for name, t in layout.tensors[group].items()} for group in _GROUPS
     }
@@ -249,7 +253,7 @@ def _verbatim(wrap: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def _copy(t: torch.Tensor) -> jax.Array:
-    array = t2j(t.detach().clone())
+    array = t2j(narrow_floats(t.detach()).clone())
     if jax.default_backend() == "cpu":
         # The CPU is the only place, so the array is bound to none and joins others on a mesh.
         return jnp.array(np.asarray(array))

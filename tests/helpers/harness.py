@@ -60,6 +60,17 @@ def precision(x64: bool) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """PyTorch's default dtype, for this block alone."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 # Compiling the twins would take most of the suite's time: with these, a quarter of it.
 QUICK_COMPILE = {
     "xla_backend_optimization_level": 0,

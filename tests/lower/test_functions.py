@@ -185,11 +185,6 @@ def test_int64_is_carried_as_int32() -> None:
     assert f(jnp.arange(3)).dtype == jnp.int32
 
 
-def test_float64_says_how() -> None:
-    with pytest.raises(TypeError, match="jax_enable_x64"):
-        torch2jax(lambda x: x.double(), lower=True)(jnp.ones(3))
-
-
 def test_in_place_and_views() -> None:
     def fn(x: torch.Tensor) -> torch.Tensor:
         y = x.clone()

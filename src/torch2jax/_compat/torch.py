@@ -201,6 +201,11 @@ def is_legacy_batched(x: Any) -> bool:
 _BATCHED: Any = torch._C._parse_dispatch_key("Batched")
 
 
+def in_backward_pass() -> bool:
+    """Say whether a backward pass of autograd runs on this thread."""
+    return torch._C._current_graph_task_id() >= 0
+
+
 keeps_graph: Any = _autograd._get_current_graph_task_keep_graph
 """This returns whether the backward pass that runs now leaves the graph for another one."""
 

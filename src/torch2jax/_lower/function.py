@@ -20,6 +20,8 @@ from .._bridge.torch_side.modules import loans
 from .._bridge.torch_side.modules.forward import Forward
 from .._bridge.torch_side.modules.replica import Layout
 from .._conversions.dtypes import canonical, dtype_j2t
+from .._conversions.float64 import admit, is_carried
+from .._conversions.narrowed import NARROWED
 from .._errors import SignatureError, Torch2JaxError
 from .._refusals import refuse_symbolic
 from ..device.operators.constants import value_of
@@ -103,6 +105,7 @@ class LoweredFunction(TorchFunction):
         args, kwargs = arguments.unflatten(tensors)
         with running(self._options.default_dtype, key):
             if isinstance(self._run, Forward):
+                _say_wide(self._run.layout, args[0])
                 _apply_hooks(self._run.layout, args[0])
             out = loans.scoped(lambda: self._run(*args, **kwargs))()
             if inplace and out is None:
@@ -130,6 +133,15 @@ class LoweredFunction(TorchFunction):
             )
 
 
+def _say_wide(layout: Layout, variables: Any) -> None:
+    """Let variables that JAX carries as float32 be float64 to the module, as its own are."""
+    for group in variables.values():
+        for name, x in group.items():
+            own = layout.dtypes.get(name)
+            if own is not None and is_carried(own) and x.dtype is NARROWED[own]:
+                group[name] = wrap(value_of(x), own)
+
+
 def _apply_hooks(layout: Layout, variables: Any) -> None:
     """Apply the hooks that the module's own parameters have."""
     for group, tensors in layout.tensors.items():
@@ -147,6 +159,8 @@ def _on_replica(module: torch.nn.Module) -> Callable[..., Any]:
 
     def run(*args: Any, **kwargs: Any) -> Any:
         layout = Layout(module)
+        for dtype in {x.dtype for tensors in layout.tensors.values() for x in tensors.values()}:
+            admit(dtype)
         variables: dict[str, dict[str, torch.Tensor]] = {
             group: {k: wrap(from_torch(x), x.dtype) for k, x in tensors.items()}
             for group, tensors in layout.tensors.items()

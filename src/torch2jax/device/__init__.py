@@ -18,6 +18,7 @@ Each of these parts imports only what stands above it:
 
 from typing import TYPE_CHECKING, Any
 
+from .._conversions.float64 import strict_float64
 from .checkpoints import load_checkpoint, save_checkpoint
 from .extract import extract
 from .interop import call_jax, call_torch, checkpoint, jax_view, tensor, torch_view, value_and_grad
@@ -50,6 +51,7 @@ __all__ = [
     "shard_map",
     "shard_module",
     "sharded_init",
+    "strict_float64",
     "tensor",
     "torch_view",
     "value_and_grad",

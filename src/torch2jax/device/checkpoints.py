@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import torch
 
+from .._conversions.float64 import admit
 from .._errors import SignatureError
 from .interop import jax_view, torch_view
 from .setup.enable import enable
@@ -85,6 +86,8 @@ def load_checkpoint(path: str | os.PathLike[str], like: Any = None) -> Any:
     if path.endswith(WEIGHTS):
         found: dict[str, torch.Tensor] = _safetensors().load_file(path)
         if like is None:
+            for dtype in {x.dtype for x in found.values()}:
+                admit(dtype)
             return {name: wrap(from_torch(x), x.dtype) for name, x in found.items()}
         return {name: _as(name, found.get(name), like.get(name)) for name in {**found, **like}}
     target = None if like is None else jax.tree.map(jax.numpy.asarray, jax_view(like))

@@ -18,6 +18,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as torch_tree
 
 from .. import lowerings  # noqa: F401  the import fills the table
+from .._conversions.float64 import admit
 from .._errors import SignatureError, Torch2JaxError
 from ..lowerings.promotion import array_dtype, cast
 from ..lowerings.registry import lowering_of
@@ -46,6 +47,8 @@ def extract_exported(program: ExportedProgram) -> tuple[dict[str, Any], Callable
         name = spec.target
         if name is not None and isinstance(tensors.get(name), torch.Tensor):
             x = tensors[name]
+            if not isinstance(x, Tensor):
+                admit(x.dtype)
             state[name] = read(x) if isinstance(x, Tensor) else from_torch(x)
     calls: Any = core.call_spec
     in_spec, out_spec = calls.in_spec, calls.out_spec
@@ -152,6 +155,7 @@ class _Interpreter(torch.fx.Interpreter):
             return GETTERS[target](*args, **kwargs)
         if target is aten._to_copy.default:
             dtype = kwargs.get("dtype")
+            admit(dtype)
             return args[0] if dtype is None else cast(args[0], array_dtype(dtype))
         lowered = lowering_of(target)
         if lowered is not None and not lowered.eager:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from .._conversions.float64 import admit
 from .._errors import SignatureError
 from .interop import call_torch
 from .setup.enable import enable
@@ -41,6 +42,8 @@ def extract(module: torch.nn.Module | torch.export.ExportedProgram) -> tuple[Any
             f"extract takes a module or a program of torch.export, got {type(module).__name__}."
         )
     found = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    for dtype in {x.dtype for x in found.values() if not isinstance(x, Tensor)}:
+        admit(dtype)
     state = {k: read(x) if isinstance(x, Tensor) else from_torch(x) for k, x in found.items()}
     dtypes = {k: x.dtype for k, x in found.items()}
     # Tied tensors have many places; PyTorch's own search fails to restore a part with two names.

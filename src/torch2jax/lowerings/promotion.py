@@ -10,25 +10,22 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from .._conversions.dtypes import canonical, dtype_j2t, needs_x64
-from .._conversions.narrowed import NARROWED
+from .._conversions.dtypes import canonical, dtype_j2t, x64_enabled
 from .._errors import UnsupportedDtypeError
 
 # --- dtypes --------------------------------------------------------------------------------------
 
 
 def array_dtype(dtype: torch.dtype) -> np.dtype[Any]:
-    """Return the array's dtype for a tensor's dtype; int32 for int64 while x64 is off.
+    """Return the array's dtype for a tensor's dtype, which has 32 bits for 64 while x64 is off.
 
     Raises:
-        UnsupportedDtypeError: for float64, complex128 and uint64 while x64 is off, and for dtypes
-            that JAX lacks.
+        UnsupportedDtypeError: for uint64 while x64 is off, and for dtypes that JAX lacks.
     """
-    if needs_x64(dtype):
-        other = torch.int64 if dtype is torch.uint64 else NARROWED[dtype]
+    if dtype is torch.uint64 and not x64_enabled():
         raise UnsupportedDtypeError(
             f"a tensor of {dtype} on device jax needs 64-bit values, which JAX has switched off. "
-            f'Switch them on, jax.config.update("jax_enable_x64", True), or use {other}.'
+            'Switch them on, jax.config.update("jax_enable_x64", True), or use torch.int64.'
         )
     return canonical(dtype)
 

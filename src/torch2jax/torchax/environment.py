@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import device as _device
 from .._conversions.convert import j2t
+from .._conversions.float64 import admit
 from ..device import random_streams
 from ..device.operators import dispatch
 from ..device.operators.special import table
@@ -260,7 +261,10 @@ class Environment(contextlib.ContextDecorator):
         """Return tensors of any device as arrays."""
 
         def array(x: Any) -> Any:
-            return read(x) if isinstance(x, Tensor) else from_torch(x) if torch.is_tensor(x) else x
+            if isinstance(x, Tensor) or not torch.is_tensor(x):
+                return read(x) if isinstance(x, Tensor) else x
+            admit(x.dtype)
+            return from_torch(x)
 
         return jax.tree.map(array, tree, is_leaf=torch.is_tensor)
 

@@ -72,8 +72,9 @@ class Walk:
         elif isinstance(x, enum.Enum):
             self.key += (t, x.name)
         elif isinstance(x, tuple):
-            self.key += (t, len(x))
-            for y in x:
+            items = tuple.__iter__(x)  # the class may have a meaning of its own for len and iter
+            self.key += (t, tuple.__len__(x))
+            for y in items:
                 self.value(y, depth + 1)
         elif t is Tensor:
             if self.first(id(x)):

@@ -14,6 +14,7 @@ from jax.core import Tracer
 
 from ..._conversions.cotangents import cotangents_of, gradient_of
 from ..._conversions.dtypes import dtype_j2t
+from ..._conversions.narrowed import WIDENED
 from ..tensors.tensor import Tensor, captures, wrap
 from ..thread_state import state
 from .constants import value_of
@@ -22,8 +23,10 @@ from .operands import note_read
 __all__ = ["apply_jax"]
 
 
-def apply_jax(fn: Callable[[list[Any]], Any], tensors: Sequence[Tensor]) -> Any:
+def apply_jax(fn: Callable[[list[Any]], Any], tensors: Sequence[Tensor], wide: bool = False) -> Any:
     """Call ``fn`` with the arrays of tensors on device jax, and return its arrays as tensors.
+
+    With ``wide`` float32 results are said to be float64, which JAX carries as float32.
 
     In a trace that JAX differentiates, JAX differentiates the call too, unless PyTorch's autograd
     is at work.
@@ -36,8 +39,8 @@ def apply_jax(fn: Callable[[list[Any]], Any], tensors: Sequence[Tensor]) -> Any:
         out = jax.tree.map(jax.numpy.asarray, fn([value_of(x) for x in tensors]))
         if not graph:
             out = jax.tree.map(jax.lax.stop_gradient, out)
-        return jax.tree.map(_tensor, out)
-    box: list[Any] = []
+        return jax.tree.map(lambda x: _tensor(x, wide), out)
+    box: list[Any] = [wide]
     outs = _JaxFunction.apply(fn, box, *tensors)
     return box[0].unflatten(outs)
 
@@ -56,11 +59,12 @@ class _JaxFunction(torch.autograd.Function):
         else:
             out = of()
         leaves, structure = jax.tree.flatten(out)
+        wide = box[0]
         box[:] = [structure]
         ctx.fn, ctx.places, ctx.structure = fn, places, structure
         ctx.out = [jax.typeof(x) for x in leaves]
         ctx.save_for_backward(*tensors)
-        outs = tuple(_tensor(jax.numpy.asarray(x)) for x in leaves)
+        outs = tuple(_tensor(jax.numpy.asarray(x), wide) for x in leaves)
         ctx.mark_non_differentiable(
             *[x for x in outs if not (x.is_floating_point() or x.is_complex())]
         )
@@ -109,5 +113,6 @@ def _counts(gradient: Any, aval: Any) -> bool:
     return gradient is not None and jax.numpy.issubdtype(aval.dtype, jax.numpy.inexact)
 
 
-def _tensor(array: Any) -> Tensor:
-    return wrap(array, dtype_j2t(array.dtype))
+def _tensor(array: Any, wide: bool) -> Tensor:
+    dtype = dtype_j2t(array.dtype)
+    return wrap(array, WIDENED[dtype] if wide and dtype is torch.float32 else dtype)

@@ -40,7 +40,8 @@ def results_for(
     metas: list[Any] = []
     for v, d in zip(values, dtypes, strict=True):
         if d is None:
-            metas.append(1 if isinstance(v, Tracer) else v)  # any number will do
+            # Any number of the same type will do.
+            metas.append(v.dtype.type(1).item() if isinstance(v, Tracer) else v)
         elif all(type(n) is int for n in v.shape):
             metas.append(torch.empty(v.shape, dtype=d, device="meta"))
         else:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..._conversions.dtypes import x64_enabled
+from ..._conversions.float64 import admit
 from ..._errors import Torch2JaxError
 from ..tensors.tensor import Tensor, captures, from_torch, wrap
 from ..thread_state import state
@@ -121,9 +121,8 @@ def from_other_device(x: torch.Tensor) -> Tensor:
             "Expected all tensors to be on the same device, but found at least two devices, jax:0 "
             f'and {x.device}. Move the other one: tensor.to("jax").'
         )
-    if x.ndim == 0 and x.dtype in (torch.float64, torch.complex128) and not x64_enabled():
-        # PyTorch makes such numbers by itself. Beside tensors they do not decide the dtype.
-        x = x.detach().to(torch.float32 if x.dtype is torch.float64 else torch.complex64)
+    if x.ndim:  # PyTorch makes numbers of float64 by itself, and tensors decide the dtype
+        admit(x.dtype, asked=False)
     if not state.lowering:
         return wrap(from_torch(x), x.dtype)
     # One trace makes one constant of a tensor, however often it is used. The tensor is kept, so

@@ -13,7 +13,9 @@ import torch
 from jax.core import Tracer
 
 from ..._compat.jax import ArrayImpl
+from ..._compat.torch import in_backward_pass
 from ..._conversions.dtypes import x64_enabled
+from ..._conversions.float64 import admit, narrow_number
 from ..._errors import Torch2JaxError
 from .. import random_streams
 from ..tensors.tensor import Tensor, captures, refuse_overlap, to_torch
@@ -96,6 +98,8 @@ class Operator:
             refuse_overlap(operands[slot], route.fills)
         if captures:
             note_read(operands)
+        if program.asks_numbers:
+            operands = [narrow_number(x) if type(x) is float else x for x in operands]
         traced = False
         arrays = []
         for x in operands:
@@ -116,7 +120,12 @@ class Operator:
             arrays.append(call.words)
         elif state.factories_traced and not program.has_tensors:
             traced = is_large(program, operands)
-        return runner.trace(call) if traced else runner.run(call)
+        result = runner.trace(call) if traced else runner.run(call)
+        if not (program.wide or state.composite):
+            wide = program.makes_wide()
+            if wide is not None and not in_backward_pass():  # a gradient only follows its tensor
+                admit(wide, program.names_dtype)
+        return result
 
     def read(self, args: Any, kwargs: Any) -> tuple[Any, list[Any], list[Any], dict[str, Any]]:
         """Return the key of a call's program, its operands, and the templates of its arguments."""
@@ -157,6 +166,10 @@ class Operator:
         if runner is None or runner.program.outs:
             return None
         program = runner.program
+        if not program.wide and program.makes_wide() is not None:
+            return None  # each line that makes float64 of something else gets its warning
+        if program.asks_numbers:
+            return None
         if self._in_lists and len(set(program.cells)) < len(operands):
             return None  # each call has to ask whether items meet
         returned = -1  # it returns the program's results

@@ -18,6 +18,8 @@ from ..._bridge.calls.options import Options
 from ..._bridge.wrapping import wrapped
 from ..._conversions.convert import j2t
 from ..._conversions.dtypes import dtype_j2t, x64_enabled
+from ..._conversions.float64 import WIDE_FLOATS
+from ..._conversions.narrowed import NARROWED, WIDENED
 from ...lowerings.registry import DataDependentShape
 from ...lowerings.vision import SHAPES_DEPEND_ON_VALUES
 from ..tensors.tensor import Tensor, from_torch, wrap
@@ -46,7 +48,8 @@ class OperatorProgram:
     ``args`` and ``kwargs`` are templates: they have a ``Slot`` in the place of each operand.
     ``patterns`` (of their chains) and ``dtypes`` are those of the operands, None for numbers. A
     view comes as ``Chain.operand`` returns it. ``mutated`` says which operands are written to.
-    ``torch_dtypes`` are those of the results, which are known once it has run.
+    ``torch_dtypes`` are those of the results, which are known once it has run. ``wide`` says that
+    there may be 64-bit floats: x64 is on, or an operand is said to be one.
     """
 
     def __init__(self, route: Route, args: Any, kwargs: Any, operands: Sequence[Any]) -> None:
@@ -61,6 +64,13 @@ class OperatorProgram:
         self.cells = cells_of(operands)
         self.views_written = [slot for slot in self.mutated if chains[slot] is not None]
         self.torch_dtypes: list[torch.dtype] = []
+        self.wide = x64_enabled() or not WIDE_FLOATS.isdisjoint(self.dtypes)
+        said = [d for d in (*args, *kwargs.values()) if isinstance(d, torch.dtype)]
+        wide = self.wide or not WIDE_FLOATS.isdisjoint((*said, torch.get_default_dtype()))
+        self.names_dtype = bool(said) or not self.has_tensors
+        self.carries = wide and not x64_enabled()
+        """Whether arrays of 32 bits may stand for 64-bit floats."""
+        self.asks_numbers = self.carries and any(type(x) is float for x in operands)
         self._way = getattr(self, _WAYS[route.kind])
         self.jitted = jax.jit(self.run)
         self._checked: set[Any] = set()
@@ -221,12 +231,40 @@ class OperatorProgram:
 
     # --- PyTorch's dtypes of the results
 
+    def makes_wide(self) -> torch.dtype | None:
+        """Return the dtype of a result that is float64 or complex128."""
+        return next((d for d in self.torch_dtypes if d in WIDE_FLOATS), None)
+
     def _dtypes_of(self, out: Any, args: Any, kwargs: Any, values: Any) -> list[torch.dtype]:
-        """Return PyTorch's dtypes. An int32 array stands for int64 too while x64 is off."""
+        """Return PyTorch's dtypes. While x64 is off arrays of 32 bits stand for 64 too."""
         leaves = [x if hasattr(x, "dtype") else np.asarray(x) for x in jax.tree.leaves(out)]
         found = [dtype_j2t(x.dtype) for x in leaves]
-        if x64_enabled() or torch.int32 not in found:
+        if x64_enabled():
             return found
+        if self.carries:
+            said = [d for d in (*args, *kwargs.values()) if isinstance(d, torch.dtype)]
+            found = self._floats_of(found, said, values)
+        return self._integers_of(found, args, kwargs, values) if torch.int32 in found else found
+
+    def _floats_of(
+        self, found: list[torch.dtype], said: list[torch.dtype], values: Any
+    ) -> list[torch.dtype]:
+        """Return dtypes with float64 and complex128 where PyTorch's results have them."""
+        if self.has_tensors:
+            asked = self._asked(values)
+            if asked is not None and len(asked) == len(found):
+                return [
+                    a if a in WIDE_FLOATS and NARROWED[a] is d else d
+                    for a, d in zip(asked, found, strict=True)
+                ]
+        if said and not WIDE_FLOATS & {*said}:
+            return found
+        return [WIDENED[d] if WIDENED.get(d) in WIDE_FLOATS else d for d in found]
+
+    def _integers_of(
+        self, found: list[torch.dtype], args: Any, kwargs: Any, values: Any
+    ) -> list[torch.dtype]:
+        """Return dtypes with int64 where PyTorch's results have it."""
         narrow = torch.int64
         if self.route.lowered.int32 or torch.int32 in (*args, *kwargs.values()):
             narrow = torch.int32

@@ -16,6 +16,7 @@ from jax.core import Tracer
 
 from ..._compat.torch import dispatch_modes, eager
 from ..._conversions.dtypes import canonical
+from ..._conversions.float64 import is_carried
 from ...lowerings import recurrent
 from ..tensors.tensor import Tensor, captures
 from ..thread_state import state
@@ -55,11 +56,17 @@ def _scanned(kind: str) -> dict[str, Callable[..., Any]]:
             )
         _note(packet.data)
         each = sizes.tolist()
-        steps = apply_jax(lambda a: recurrent.pad(a[0], each, len(each)), [data])
+        steps = apply_jax(
+            lambda a: recurrent.pad(a[0], each, len(each)), [data], is_carried(data.dtype)
+        )
         out, ends = _stack(kind, steps, states, params, biases, layers, dropout, train, both, each)
-        return (apply_jax(lambda a: recurrent.pack(a[0], each), [out]), *ends)
+        return (_packed(out, each), *ends)
 
     return {f"{kind}.input": of_padded, f"{kind}.data": of_packed}
+
+
+def _packed(out: Any, sizes: Any) -> Any:
+    return apply_jax(lambda a: recurrent.pack(a[0], sizes), [out], is_carried(out.dtype))
 
 
 def _stack(
@@ -86,7 +93,8 @@ def _stack(
                     biases=biases, reverse=reverse, sizes=sizes, cast=cast,
                 )  # fmt: skip
 
-            out, end = apply_jax(run, [from_other_device(a) for a in operands])
+            wide = is_carried(x.dtype) and cast is None
+            out, end = apply_jax(run, [from_other_device(a) for a in operands], wide)
             found.append(out)
             ends.append(end)
         x = torch.cat(found, -1) if both else found[0]
@@ -101,7 +109,9 @@ def _pad_packed(data: Any, sizes: Any, batch_first: bool, filling: Any, total: i
         return aten._pad_packed_sequence.default.decompose(data, sizes, batch_first, filling, total)
     each = sizes.tolist()
     steps = max(total, len(each))
-    out = apply_jax(lambda a: recurrent.pad(a[0], each, steps, filling), [data])
+    out = apply_jax(
+        lambda a: recurrent.pad(a[0], each, steps, filling), [data], is_carried(data.dtype)
+    )
     lengths = (sizes[:, None] > torch.arange(each[0], device="cpu")).sum(0)
     return out.transpose(0, 1) if batch_first else out, lengths
 

@@ -8,7 +8,9 @@ import torch
 from jax.core import Tracer
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ..._errors import Torch2JaxError
+from ..._conversions.float64 import WIDE_FLOATS, is_carried
+from ..._conversions.narrowed import NARROWED
+from ..._errors import Torch2JaxError, UnsupportedDtypeError
 from ...lowerings.views import OTHER_ELEMENTS, OTHER_VALUES
 from ..tensors.tensor import Tensor, captures, wrap_view
 from ..tensors.view_chains import ROOT
@@ -90,6 +92,8 @@ class ViewOperator:
     def _found(
         self, x: Tensor, chain: Any, dtype: Any, size: Any, stride: Any, offset: Any, rest: Any
     ) -> Any:
+        if self.func is torch.ops.aten.view.dtype:
+            _check_bits(dtype, rest[0])
         found = geometry(self.func, rest, dtype, size, stride, offset)
         if self.strided:
             return self._as_strided(x, rest, found)
@@ -124,6 +128,16 @@ class ViewOperator:
                 "the view first."
             )
         return (ROOT.then((), self.func, (rest[0], rest[1], offset)), *found)
+
+
+def _check_bits(old: torch.dtype, new: torch.dtype) -> None:
+    for dtype, other in ((old, new), (new, old)):
+        if is_carried(dtype) and other is not dtype and other not in WIDE_FLOATS:
+            raise UnsupportedDtypeError(
+                f"a view of {old} as {new} would show bits of {dtype}, which device jax carries as "
+                f"{NARROWED[dtype]} while 64-bit values are switched off in JAX. Switch them on, "
+                'jax.config.update("jax_enable_x64", True), or view it on the CPU.'
+            )
 
 
 def _listed(found: Any) -> list[Any]:

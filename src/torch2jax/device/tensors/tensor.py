@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ..._compat.jax import ArrayImpl, get_opaque_trace_state, trace_state_clean
 from ..._conversions.convert import j2t, t2j
+from ..._conversions.float64 import narrow_floats
 from ..._errors import Torch2JaxError
 from ...lowerings.promotion import array_dtype
 from .view_chains import Chain
@@ -119,7 +120,8 @@ class Tensor(torch.Tensor):
         """Return the JAX array of this tensor's values; only a view is copied.
 
         In-place operations on the tensor do not change the array. While x64 is off the array of an
-        int64 tensor is int32. A tensor under a trace returns its tracer.
+        int64 tensor is int32, and that of a float64 tensor is float32. A tensor under a trace
+        returns its tracer.
         """
         for capture in captures:
             capture.read(self)
@@ -225,9 +227,12 @@ def refuse_overlap(t: Tensor, fills: bool) -> None:
 
 
 def from_torch(x: torch.Tensor) -> Any:
-    """Return the array of a tensor that is not on device "jax": a copy, 64-bit integers checked."""
+    """Return the array of a tensor that is not on device "jax": a copy, 64-bit integers checked.
+
+    While x64 is off 64-bit floats are float32; whoever lets them in calls ``admit``.
+    """
     array_dtype(x.dtype)
-    x = x.detach()
+    x = narrow_floats(x.detach())
     if x.layout is not torch.strided:
         x = x.to_dense()
     # An alias would see what torch writes later, so the memory has to be the array's own.

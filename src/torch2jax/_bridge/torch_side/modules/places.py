@@ -70,7 +70,7 @@ def scripted_attributes(layout: Any, subs: Mapping[str, Any]) -> list[tuple[Any,
     }
     read = {name for sub in scripts.values() for name in _attributes_read(sub._c)}
     empty = {
-        name: torch.empty(0, dtype=t.dtype)
+        name: torch.empty(0, dtype=t.dtype, device="cpu")
         for group in layout.tensors.values()
         for name, t in group.items()
     }

@@ -10,6 +10,7 @@ import torch
 from jax.core import Tracer
 
 from ...._compat.jax import trace_state_clean
+from ...._conversions.float64 import is_carried, narrow_number
 from ....lowerings.registry import TABLE, DataDependentShape
 from ...tensors.tensor import Tensor, known, wrap
 from ...thread_state import other_devices_allowed
@@ -64,7 +65,10 @@ def _number(args: Any, kwargs: Any) -> Any:
     dtype = kwargs.get("dtype")
     if dtype is None or not trace_state_clean():
         return _scalar_tensor(args, kwargs)
-    return wrap(TABLE[aten.scalar_tensor.default].fn(*args, **kwargs), dtype)
+    value = args[0]
+    if type(value) is float and is_carried(dtype):
+        value = narrow_number(value)
+    return wrap(TABLE[aten.scalar_tensor.default].fn(value, **kwargs), dtype)
 
 
 _index = ordinary_way(aten.index.Tensor)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ...._conversions.dtypes import x64_enabled
+from ...._conversions.float64 import admit
 from ...._errors import Torch2JaxError
 from ....lowerings.promotion import cast
 from ...tensors.tensor import (
@@ -42,6 +43,7 @@ def _to_copy(args: Any, kwargs: Any) -> Any:
     if _is_ours(device):
         only_one(device)
     if type(x) is not Tensor:
+        admit(dtype)
         return wrap(cast(from_torch(x), array_dtype(dtype)), dtype)
     if _is_ours(device):
         return _cast(x, dtype)
