@@ -61,11 +61,11 @@ def tensors_taken_out(reached: Reached) -> Iterator[None]:
             group.restore()
         for live, copy in variables:
             new = [live.get(name) for name, old in copy.items() if live.get(name) is not old]
-            if any(map(_holds_tensor, new)):
+            if any(map(holds_tensor, new)):
                 live.update(copy)
         for cell, old in cells:
             with contextlib.suppress(ValueError):  # the cell may be empty
-                if cell.cell_contents is not old and _holds_tensor(cell.cell_contents):
+                if cell.cell_contents is not old and holds_tensor(cell.cell_contents):
                     cell.cell_contents = old
 
 
@@ -76,7 +76,7 @@ class _Group:
         self._copies = [(c, c.copy()) for c in containers]
 
     def restore(self) -> None:
-        if any(map(_holds_tensor, self._new_values())):
+        if any(map(holds_tensor, self._new_values())):
             for live, copy in self._copies:
                 _refill(live, copy)
 
@@ -120,14 +120,15 @@ _NOT_PLAIN = (
 )
 
 
-def _holds_tensor(x: Any, depth: int = 3) -> bool:
+def holds_tensor(x: Any, depth: int = 3) -> bool:
+    """Say whether a tensor lies in an object or a container, at most so many levels down."""
     if isinstance(x, Tensor):
         return True
     if depth == 0:
         return False
     if isinstance(x, dict | list | tuple | set):
-        return any(_holds_tensor(y, depth - 1) for y in _values(x))
-    return _is_plain(x) and any(_holds_tensor(y, depth - 1) for y in list(vars(x).values()))
+        return any(holds_tensor(y, depth - 1) for y in _values(x))
+    return _is_plain(x) and any(holds_tensor(y, depth - 1) for y in list(vars(x).values()))
 
 
 def _refill(live: Any, copy: Any) -> None:

@@ -22,8 +22,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ..._compat.jax import ArrayImpl, get_opaque_trace_state, trace_state_clean
 from ..._conversions.convert import j2t, t2j
-from ..._errors import Torch2JaxError
 from ...lowerings.promotion import array_dtype
+from ...lowerings.registry import ValuesAsked
 from .view_chains import Chain
 
 __all__ = [
@@ -213,7 +213,7 @@ def from_torch(x: torch.Tensor) -> Any:
     return t2j(x.resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format))
 
 
-class ValueNeeded(Torch2JaxError):
+class ValueNeeded(ValuesAsked):
     """Code asks for the Python value of a tensor that is being traced."""
 
 
@@ -222,9 +222,10 @@ def concrete(t: Tensor, what: str) -> jax.Array:
     array = read(t)
     if type(array) is not ArrayImpl and not isinstance(array, ArrayImpl):
         raise ValueNeeded(
+            what,
             f"{what} asks for the values of a tensor that is being traced ({array.aval}): they are "
             "known when the compiled program runs. Branch with torch.where, keep numbers as "
-            "tensors, or move this line out of the traced function."
+            "tensors, or move this line out of the traced function.",
         )
     return array
 

@@ -1,0 +1,350 @@
+"""A module on device "jax" is called through the bridge, in the midst of a trace.
+
+The bridge runs a replica of the module in PyTorch's own memory. All tensors that the module holds
+and those among the arguments are operands, so JAX has gradients of parameters as well. Whatever the
+call changes comes back as a result: buffers and arguments that it writes to, buffers that it
+replaces, and attributes that it sets. What cannot come back is refused before the call.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import enum
+import functools
+import traceback
+import types
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+from jax.core import Tracer
+from jax.tree_util import tree_flatten_with_path
+from torch.utils import _pytree as torch_tree
+from torch.utils._python_dispatch import _disable_current_modes
+
+from ..._bridge.calls.checks import argument_label
+from ..._bridge.calls.function import TorchFunction
+from ..._bridge.calls.options import Options
+from ..._bridge.torch_side.modules.forward import Forward
+from ..._bridge.torch_side.modules.replica import CopiesAnyTensor, Layout, Replica
+from ..._bridge.torch_side.preserving import holds_tensor
+from ..._errors import Torch2JaxError, Torch2JaxWarning
+from .. import random_streams
+from ..operators.constants import value_of
+from ..operators.jax_function import apply_jax
+from ..operators.operands import from_other_device
+from ..tensors.tensor import Tensor, wrap
+from ..thread_state import state
+
+__all__ = ["NotBridged", "call_on_bridge"]
+
+
+class NotBridged(Exception):
+    """A call cannot go through the bridge."""
+
+
+def call_on_bridge(module: torch.nn.Module, args: Any, kwargs: Any) -> Any:
+    """Return what ``module(*args, **kwargs)`` returns, computed on the bridge.
+
+    It raises ``NotBridged`` where that cannot be, before anything has changed.
+    """
+    try:
+        with _disable_current_modes():
+            layout, own = _layout_of(module)
+    except Exception as error:
+        raise NotBridged(f"it cannot be copied ({error}).") from error
+    given: list[torch.Tensor] = []
+    arguments = _Packed.of((args, kwargs), given, "it takes")
+    names = sorted(own)
+    operands = [from_other_device(x) for x in (*[own[k] for k in names], *given)]
+    arrays = [value_of(x) for x in operands]
+    dtypes = [x.dtype for x in operands]
+    replica = _OnReplica(layout, arguments)
+    function = _function(replica, names, arrays, dtypes)
+    changed, draws = _learn(function, replica, names, arrays)
+    for x in (own.get(k) if isinstance(k, str) else given[k] for k in changed):
+        if x is not None and type(x) is not Tensor:
+            raise NotBridged(f"it writes to a tensor on {x.device}.")
+    if changed or draws:
+        replica = _OnReplica(layout, arguments, changed)
+        function = _function(replica, names, arrays, dtypes, draws)
+        _learn(function, replica, names, arrays)
+    replica.values = {}
+    assert replica.met is not None
+    key = {"rng": random_streams.next_words()} if draws else {}
+    count = len(names)
+
+    def run(arrays: Sequence[Any]) -> Any:
+        return function(dict(zip(names, arrays, strict=False)), list(arrays[count:]), **key)
+
+    found = apply_jax(run, operands)
+    found = [
+        x if x.dtype is d else wrap(value_of(x), d)
+        for x, d in zip(found, replica.dtypes, strict=True)
+    ]
+    results = len(found) - len(changed)
+    for k, new in zip(changed, found[results:], strict=True):
+        if not isinstance(k, str):
+            _write(given[k], new)
+        elif k in replica.replaced:
+            for path, table, key_ in layout.places[k]:
+                getattr(module.get_submodule(path), table)[key_] = new
+        else:
+            _write(own[k], new)
+    out, new_attributes, gone = replica.met.unpacked(found[:results])
+    modules = list(module.modules())
+    for i, name in gone:
+        vars(modules[i]).pop(name, None)
+    for (i, name), value in new_attributes:
+        vars(modules[i])[name] = value
+    return out
+
+
+def _write(x: torch.Tensor, new: torch.Tensor) -> None:
+    if x.requires_grad and x.is_leaf:
+        with torch.no_grad():
+            x.copy_(new)
+    else:
+        x.copy_(new)
+
+
+# --- the module and its tensors ------------------------------------------------------------------
+
+
+def _layout_of(module: torch.nn.Module) -> tuple[Layout, dict[str, torch.Tensor]]:
+    """Return the layout of a copy without values, and the module's tensors by their names there.
+
+    The copy keeps tensors of other devices that are neither parameters nor buffers.
+    """
+    stands: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def stand(x: torch.Tensor) -> torch.Tensor:
+        if id(x) not in stands:
+            stands[id(x)] = torch.empty(x.shape, dtype=x.dtype, device="meta"), x
+        return stands[id(x)][0]
+
+    memo: dict[int, Any] = {}
+    for sub in module.modules():
+        buffers = [b for k, b in sub._buffers.items() if k not in sub._non_persistent_buffers_set]
+        for x in (*sub._parameters.values(), *buffers):
+            if x is not None:
+                memo[id(x)] = stand(x)
+    before, state.copying = state.copying, stand
+    try:
+        with CopiesAnyTensor():
+            layout = Layout(copy.deepcopy(module, memo))
+    finally:
+        state.copying = before
+    others = layout.tensors.setdefault("others", {})
+    for meta, _ in stands.values():
+        if id(meta) not in layout.names:
+            name = layout.names[id(meta)] = f"{len(others)} beside the parameters"
+            others[name], layout.places[name], layout.dtypes[name] = meta, [], meta.dtype
+    return layout, {layout.names[id(meta)]: x for meta, x in stands.values()}
+
+
+def _function(
+    replica: _OnReplica,
+    names: Sequence[str],
+    arrays: Sequence[Any],
+    dtypes: Sequence[torch.dtype],
+    draws: bool = False,
+) -> TorchFunction:
+    label = type(replica.layout.module).__qualname__
+    count = len(names)
+    paths, _ = tree_flatten_with_path(
+        ((dict(zip(names, arrays, strict=False)), list(arrays[count:])), {})
+    )
+    replica.values = {argument_label(path): x for path, x in paths if not isinstance(x, Tracer)}
+    options = Options(
+        arg_dtypes=(dict(zip(names, dtypes, strict=False)), list(dtypes[count:])),
+        stochastic=draws,
+        default_device=torch.device("cpu"),
+    )
+    return TorchFunction(replica, replica, label, options)
+
+
+def _learn(
+    function: TorchFunction, replica: _OnReplica, names: Sequence[str], arrays: Sequence[Any]
+) -> tuple[list[Any], bool]:
+    """Return what a call changes, names or numbers of arguments, and whether it draws numbers."""
+    count = len(names)
+    structs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
+    given = dict(zip(names, structs, strict=False)), structs[count:]
+    try:
+        with warnings.catch_warnings():
+            # It notes copies of what is changed, which here comes back.
+            warnings.simplefilter("ignore", Torch2JaxWarning)
+            binding, _ = function.binding_for(given, {})
+    except Torch2JaxError as error:
+        traceback.clear_frames(error.__traceback__)
+        raise NotBridged(replica.refusal or str(error)) from error
+    if replica.refusal is not None:
+        raise NotBridged(replica.refusal)
+    numbers = [i for i in binding.arguments.copies if i >= count]
+    written = {names[i] for i in binding.arguments.copies if i < count}
+    changed = [*sorted(written | replica.replaced), *[i - count for i in numbers]]
+    return changed, binding.callee.options.rng is not None
+
+
+class _OnReplica(Forward):
+    """It runs a replica on ``(the module's tensors by name, tensors among the arguments)``.
+
+    It returns the tensors among the results, among attributes that were set, and those of
+    ``changed`` as the call left them.
+    """
+
+    never_differentiated = ()
+
+    def __init__(self, layout: Layout, arguments: _Packed, changed: Sequence[Any] = ()) -> None:
+        super().__init__(layout, None, lambda replica: replica, True)
+        self.arguments, self.changed = arguments, changed
+        self.met: _Packed | None = None
+        """The structure of results and attributes, once it has run."""
+        self.dtypes: list[torch.dtype] = []
+        self.replaced: set[str] = set()
+        """Parameters and buffers in whose place a call has put other tensors."""
+        self.refusal: str | None = None
+
+    def __call__(self, own: Mapping[str, Any], given: Sequence[Any], /) -> Any:  # type: ignore[override]
+        own = {k: x.clone() if k in self.changed else x for k, x in own.items()}
+        given = [x.clone() if i in self.changed else x for i, x in enumerate(given)]
+        return self.on_replica(own, functools.partial(self._call, given))
+
+    def _call(self, given: Sequence[Any], replica: Replica) -> list[torch.Tensor]:
+        args, kwargs = self.arguments.unpacked(given)
+        names = [name for name, places in self.layout.places.items() if places]
+        own = replica.buffers(names)
+        before = [dict(vars(m)) for m in replica.modules]
+        kept = [_containers_of(x) for x in before]
+        out = replica.call(*args, **kwargs)
+        new = [
+            ((i, k), x)
+            for i, (m, was) in enumerate(zip(replica.modules, before, strict=True))
+            for k, x in vars(m).items()
+            if was.get(k, _ABSENT) is not x
+        ]
+        gone = [
+            (i, k) for i, was in enumerate(before) for k in was.keys() - vars(replica.modules[i])
+        ]
+        after = replica.buffers(names)
+        self.replaced |= {k for k in names if after[k] is not own[k]}
+        tensors: list[torch.Tensor] = []
+        try:
+            self._refuse_changes(args, kwargs, given, kept)
+            found = _Packed.of((out, new, gone), tensors, "it returns or keeps")
+        except NotBridged as error:
+            self.refusal = str(error)
+            raise
+        if not tensors:
+            self.refusal = "it returns no tensor."
+        if self.met is None:
+            self.met = found
+        elif self.met != found:
+            self.refusal = (
+                "it returns, or sets as attributes, other Python values when the values of tensors "
+                "are others. Make them tensors."
+            )
+            raise NotBridged(self.refusal)
+        for k in self.changed:
+            tensors.append(after[k] if k in after else own[k] if k in own else given[k])
+        self.dtypes = [x.dtype for x in tensors]
+        return tensors
+
+    def _refuse_changes(self, args: Any, kwargs: Any, given: Any, kept: Any) -> None:
+        again: list[torch.Tensor] = []
+        same = _Packed.of((args, kwargs), again, "it takes") == self.arguments
+        if not same or any(x is not y for x, y in zip(again, given, strict=True)):
+            raise NotBridged("it changes a list or dict among its arguments.")
+        for live, was in (pair for pairs in kept for pair in pairs):
+            if not _same_items(live, was) and holds_tensor(live):
+                raise NotBridged("it puts tensors into a list or dict of its own.")
+
+
+_ABSENT = object()
+_TABLES = ("_parameters", "_buffers", "_modules")
+
+
+def _containers_of(attributes: dict[str, Any]) -> list[tuple[Any, list[Any]]]:
+    return [
+        (x, _items_of(x))
+        for k, x in attributes.items()
+        if type(x) in (dict, list, set) and k not in _TABLES
+    ]
+
+
+def _items_of(container: Any) -> list[Any]:
+    return list(container.values() if isinstance(container, dict) else container)
+
+
+def _same_items(container: Any, was: list[Any]) -> bool:
+    now = _items_of(container)
+    return len(now) == len(was) and all(x is y for x, y in zip(now, was, strict=True))
+
+
+# --- trees ---------------------------------------------------------------------------------------
+
+
+class _Mark(enum.Enum):
+    TENSOR = "a tensor"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Packed:
+    """A tree without its tensors: dataclasses are trees too, whoever has registered them."""
+
+    spec: Any
+    leaves: tuple[Any, ...]
+    kind: type | None = None
+    """The dataclass whose attributes these are."""
+
+    @staticmethod
+    def of(tree: Any, tensors: list[torch.Tensor], what: str, kind: Any = None) -> _Packed:
+        """Pack a tree; its tensors go into a list."""
+        leaves, spec = torch_tree.tree_flatten(tree)
+        packed: list[Any] = []
+        for x in leaves:
+            if isinstance(x, torch.Tensor):
+                tensors.append(x)
+                packed.append(_Mark.TENSOR)
+            elif dataclasses.is_dataclass(x) and not isinstance(x, type) and hasattr(x, "__dict__"):
+                packed.append(_Packed.of(dict(vars(x)), tensors, what, type(x)))
+            elif isinstance(x, torch.device):
+                packed.append(torch.device("cpu") if x.type in ("jax", "lazy") else x)
+            elif isinstance(x, _PLAIN):
+                packed.append(x)
+            else:
+                raise NotBridged(f"{what} a {type(x).__name__}, which is no tree of tensors.")
+        return _Packed(spec, tuple(packed), kind)
+
+    def unpacked(self, tensors: Sequence[torch.Tensor]) -> Any:
+        """Return the tree with these tensors."""
+        return self._unpacked(iter(tensors))
+
+    def _unpacked(self, tensors: Any) -> Any:
+        leaves = [
+            next(tensors)
+            if x is _Mark.TENSOR
+            else x._unpacked(tensors)
+            if isinstance(x, _Packed)
+            else x
+            for x in self.leaves
+        ]
+        tree = torch_tree.tree_unflatten(leaves, self.spec)
+        if self.kind is None:
+            return tree
+        new = object.__new__(self.kind)
+        vars(new).update(tree)
+        return new
+
+
+_PLAIN = (
+    types.NoneType, bool, int, float, complex, str, bytes, np.generic, enum.Enum, slice, range,
+    type, types.FunctionType, types.BuiltinFunctionType, torch.dtype, torch.layout,
+    torch.memory_format, types.EllipsisType,
+)  # fmt: skip
+"""Values of these types are the same in each call."""
