@@ -19,6 +19,7 @@ from .._bridge.calls.shards import Shards
 from .._bridge.torch_side.modules import loans
 from .._bridge.torch_side.modules.forward import Forward
 from .._bridge.torch_side.modules.replica import Layout
+from .._bridge.torch_side.preserving import restored_after
 from .._conversions.dtypes import canonical, dtype_j2t
 from .._errors import SignatureError, Torch2JaxError
 from .._refusals import refuse_symbolic
@@ -80,7 +81,7 @@ class LoweredFunction(TorchFunction):
 
         def attempt(casts: Casts) -> Any:
             dtypes = dict(enumerate(carried)) | dict(casts)
-            with nothing_kept():
+            with nothing_kept(), restored_after(ValuesAsked, (self.__wrapped__,)):
                 return self._run_on(call.arguments, arrays, list(dtypes.values()), key, inplace)
 
         casts = by_operand.casts([a.dtype for a in avals])

@@ -27,6 +27,30 @@ Tensor = torch.Tensor
 def preserved(roots: Iterable[Any]) -> Iterator[None]:
     """Restore what a function can reach, and torch's random state."""
     reached = Reached(roots)
+    modules = _state_of_modules(reached)
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices), tensors_taken_out(reached):
+        try:
+            yield
+        finally:
+            for live, copy in modules:
+                _refill(live, copy)
+
+
+@contextlib.contextmanager
+def restored_after(errors: type[Exception], roots: Iterable[Any]) -> Iterator[None]:
+    """Restore what modules hold that a function can reach, where such an error ends the scope."""
+    modules = _state_of_modules(Reached(roots))
+    try:
+        yield
+    except errors:
+        for live, copy in modules:
+            _refill(live, copy)
+        raise
+
+
+def _state_of_modules(reached: Reached) -> list[tuple[Any, Any]]:
+    """Return the attributes of modules, and the containers among them, each with a copy."""
     attributes = [(vars(m), dict(vars(m))) for m in reached.modules]
     containers = [
         (c, c.copy())
@@ -34,13 +58,7 @@ def preserved(roots: Iterable[Any]) -> Iterator[None]:
         for c in copy.values()
         if isinstance(c, dict | list | set)
     ]
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices), tensors_taken_out(reached):
-        try:
-            yield
-        finally:
-            for live, copy in (*attributes, *containers):
-                _refill(live, copy)
+    return [*attributes, *containers]
 
 
 @contextlib.contextmanager

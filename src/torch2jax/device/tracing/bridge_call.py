@@ -163,6 +163,7 @@ def _function(
     options = Options(
         arg_dtypes=(dict(zip(names, dtypes, strict=False)), list(dtypes[count:])),
         stochastic=draws,
+        vmap_method="sequential",  # no batch answers questions
         default_device=torch.device("cpu"),
     )
     return TorchFunction(replica, replica, label, options)
@@ -185,9 +186,9 @@ def _learn(
         raise NotBridged(replica.refusal or str(error)) from error
     if replica.refusal is not None:
         raise NotBridged(replica.refusal)
-    numbers = [i for i in binding.arguments.copies if i >= count]
-    written = {names[i] for i in binding.arguments.copies if i < count}
-    changed = [*sorted(written | replica.replaced), *[i - count for i in numbers]]
+    written = {names[i] if i < count else i - count for i in binding.arguments.copies}
+    changed = sorted(written | replica.written | replica.replaced, key=str)
+    replica.learns = False
     return changed, binding.callee.options.rng is not None
 
 
@@ -208,17 +209,25 @@ class _OnReplica(Forward):
         self.dtypes: list[torch.dtype] = []
         self.replaced: set[str] = set()
         """Parameters and buffers in whose place a call has put other tensors."""
+        self.written: set[Any] = set()
+        """Operands whose version counters moved, as copies of another dtype show alone."""
+        self.learns = True
+        """Whether it runs to see what a call changes."""
         self.refusal: str | None = None
 
     def __call__(self, own: Mapping[str, Any], given: Sequence[Any], /) -> Any:  # type: ignore[override]
         own = {k: x.clone() if k in self.changed else x for k, x in own.items()}
         given = [x.clone() if i in self.changed else x for i, x in enumerate(given)]
-        return self.on_replica(own, functools.partial(self._call, given))
+        return self.on_replica(own, functools.partial(self._call, own, given))
 
-    def _call(self, given: Sequence[Any], replica: Replica) -> list[torch.Tensor]:
+    def _call(
+        self, own: Mapping[str, Any], given: Sequence[Any], replica: Replica
+    ) -> list[torch.Tensor]:
         args, kwargs = self.arguments.unpacked(given)
         names = [name for name, places in self.layout.places.items() if places]
-        own = replica.buffers(names)
+        filled = {**own, **replica.buffers(names)}
+        operands = {**filled, **dict(enumerate(given))}
+        versions = {k: x._version for k, x in operands.items()} if self.learns else {}
         before = [dict(vars(m)) for m in replica.modules]
         kept = [_containers_of(x) for x in before]
         out = replica.call(*args, **kwargs)
@@ -229,10 +238,14 @@ class _OnReplica(Forward):
             if was.get(k, _ABSENT) is not x
         ]
         gone = [
-            (i, k) for i, was in enumerate(before) for k in was.keys() - vars(replica.modules[i])
+            (i, k)
+            for i, (m, was) in enumerate(zip(replica.modules, before, strict=True))
+            for k in was
+            if k not in vars(m)
         ]
-        after = replica.buffers(names)
-        self.replaced |= {k for k in names if after[k] is not own[k]}
+        after = {**operands, **replica.buffers(names)}
+        self.replaced |= {k for k in names if after[k] is not filled[k]}
+        self.written |= {k for k, version in versions.items() if operands[k]._version != version}
         tensors: list[torch.Tensor] = []
         try:
             self._refuse_changes(args, kwargs, given, kept)
@@ -251,7 +264,7 @@ class _OnReplica(Forward):
             )
             raise NotBridged(self.refusal)
         for k in self.changed:
-            tensors.append(after[k] if k in after else own[k] if k in own else given[k])
+            tensors.append(after[k])
         self.dtypes = [x.dtype for x in tensors]
         return tensors
 

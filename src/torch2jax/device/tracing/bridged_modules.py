@@ -83,11 +83,12 @@ def retried(owner: Any, run: Callable[[], Result]) -> Result:
 @contextlib.contextmanager
 def nothing_bridged() -> Iterator[None]:
     """In this scope a function is traced, and what would go through the bridge is an error."""
-    before, state.strict = state.strict, True
+    before = state.strict, state.modules
+    state.strict, state.modules = True, None
     try:
         yield
     finally:
-        state.strict = before
+        state.strict, state.modules = before
 
 
 @contextlib.contextmanager
