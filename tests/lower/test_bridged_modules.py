@@ -18,12 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from jax.core import Tracer
 from torch import nn
 
 from torch2jax import (
     SignatureError,
     Torch2JaxError,
     TorchCallError,
+    device,
     from_module,
     lowering_report,
     torch2jax,
@@ -654,9 +656,7 @@ def test_a_trace_that_failed_leaves_nothing() -> None:
     assert model.last is None or type(model.last) is torch.Tensor
     gc.collect()
     traced = [
-        t
-        for t in gc.get_objects()
-        if type(t) is Tensor and isinstance(t._cell.array, jax.core.Tracer)
+        t for t in gc.get_objects() if type(t) is Tensor and isinstance(t._cell.array, Tracer)
     ]
     assert traced == []
 
@@ -671,7 +671,7 @@ def test_vmap_and_second_derivatives() -> None:
     sum(model(x).square().sum() for x in xs).backward()  # type: ignore[union-attr]
     assert xs.grad is not None
     close(g, xs.grad)
-    hvp = torch.autograd.functional.hvp(lambda x: model(x).square().sum(), xs[0], xs[1])[1]
+    hvp: Any = torch.autograd.functional.hvp(lambda x: model(x).square().sum(), xs[0], xs[1])[1]
     close(jax.jvp(jax.grad(lambda y: (f(y) ** 2).sum()), (ys[0],), (ys[1],))[1], hvp)
 
 
@@ -685,6 +685,49 @@ def test_a_derivative_inside_the_function() -> None:
 
     x = torch.randn(5, 4)
     close(torch2jax(force, lower=True)(jnp.asarray(x.numpy())), force(x))
+
+
+def test_in_a_function_that_the_device_compiles() -> None:
+    device.enable()
+    model = nn.Sequential(nn.Linear(4, 4), Experts(), nn.Tanh(), Normalised(0.0))
+    twin, xs = copy.deepcopy(model), torch.randn(4, 5, 4)
+    model.to("jax")
+
+    def step(model: nn.Module, optimizer: Any, x: torch.Tensor) -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = model(x).square().sum()
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    theirs = torch.optim.SGD(twin.parameters(), 0.1)
+    ours = device.jit(lambda x: step(model, optimizer, x))
+    for x in xs:
+        close(ours(x.to("jax")).jax(), step(twin, theirs, x))
+    for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+        close(p.detach().jax(), q, name)  # type: ignore[attr-defined]
+    for (name, b), c in zip(model.named_buffers(), twin.named_buffers(), strict=True):
+        close(b.jax(), c[1], name)  # type: ignore[attr-defined]
+    module = device.jit(model)
+    for x in xs:
+        y = x.to("jax").requires_grad_()
+        x = x.clone().requires_grad_()
+        module(y).square().sum().backward()
+        twin(x).square().sum().backward()
+        assert x.grad is not None
+        assert y.grad is not None
+        close(y.grad.jax(), x.grad)  # type: ignore[attr-defined]
+
+
+def test_in_a_function_that_torchax_compiles() -> None:
+    from torch2jax import torchax
+
+    model = nn.Sequential(nn.Linear(4, 4), Experts())
+    twin, x = copy.deepcopy(model), torch.randn(5, 4)
+    compiled = torchax.interop.JittableModule(model.to("jax"))
+    for _ in range(2):
+        close(compiled(x.to("jax")).detach().jax(), twin(x))
 
 
 def test_other_modules_of_its_class_need_no_trace_of_their_own() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,7 @@ from ..._errors import SignatureError, Torch2JaxWarning
 from .. import random_streams
 from ..setup.enable import enable
 from ..tensors.tensor import Tensor, captures, wrap
+from ..tracing.bridged_modules import retried
 from .captured import noting_leaves
 from .compiled import CompiledCall
 from .differentiable import Differentiable
@@ -89,7 +91,7 @@ class JittedFunction:
         arrays = [x._cell.array if x._chain is None else x.jax() for x in tensors]
         compiled = compiled.here()
         if not compiled.ready:
-            compiled.prepare(arrays)
+            retried(compiled, functools.partial(compiled.prepare, arrays))
         words = random_streams.next_words() if compiled.draws else random_streams.NO_WORDS
         drawn = compiled.words(leaves) if compiled.generators else []
         compiled.check(tensors)

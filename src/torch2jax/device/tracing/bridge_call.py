@@ -36,8 +36,8 @@ from ..._errors import Torch2JaxError, Torch2JaxWarning
 from .. import random_streams
 from ..operators.constants import value_of
 from ..operators.jax_function import apply_jax
-from ..operators.operands import from_other_device
-from ..tensors.tensor import Tensor, wrap
+from ..operators.operands import from_other_device, note_read
+from ..tensors.tensor import Tensor, captures, wrap
 from ..thread_state import state
 
 __all__ = ["NotBridged", "call_on_bridge"]
@@ -61,6 +61,8 @@ def call_on_bridge(module: torch.nn.Module, args: Any, kwargs: Any) -> Any:
     arguments = _Packed.of((args, kwargs), given, "it takes")
     names = sorted(own)
     operands = [from_other_device(x) for x in (*[own[k] for k in names], *given)]
+    if captures:
+        note_read(operands)
     arrays = [value_of(x) for x in operands]
     dtypes = [x.dtype for x in operands]
     replica = _OnReplica(layout, arguments)
@@ -73,8 +75,11 @@ def call_on_bridge(module: torch.nn.Module, args: Any, kwargs: Any) -> Any:
         replica = _OnReplica(layout, arguments, changed)
         function = _function(replica, names, arrays, dtypes, draws)
         _learn(function, replica, names, arrays)
-    replica.values = {}
     assert replica.met is not None
+    needs = None
+    if len(replica.dtypes) > replica.returned:
+        needs = _needing_gradients(replica, names, arrays, dtypes, draws)
+    replica.values = {}
     key = {"rng": random_streams.next_words()} if draws else {}
     count = len(names)
 
@@ -86,6 +91,8 @@ def call_on_bridge(module: torch.nn.Module, args: Any, kwargs: Any) -> Any:
         x if x.dtype is d else wrap(value_of(x), d)
         for x, d in zip(found, replica.dtypes, strict=True)
     ]
+    if needs is not None:
+        found = [x if n else x.detach() for x, n in zip(found, needs, strict=True)]
     results = len(found) - len(changed)
     for k, new in zip(changed, found[results:], strict=True):
         if not isinstance(k, str):
@@ -192,6 +199,26 @@ def _learn(
     return changed, binding.callee.options.rng is not None
 
 
+def _needing_gradients(
+    like: _OnReplica,
+    names: Sequence[str],
+    arrays: Sequence[Any],
+    dtypes: Sequence[torch.dtype],
+    draws: bool,
+) -> list[bool] | None:
+    """Return which tensors have gradients in PyTorch; None where no run can tell.
+
+    State must not get a graph: moving averages are made without one.
+    """
+    replica = _OnReplica(like.layout, like.arguments, like.changed)
+    replica.asks_gradients = True
+    try:
+        _learn(_function(replica, names, arrays, dtypes, draws), replica, names, arrays)
+    except NotBridged:
+        return None
+    return replica.needs
+
+
 class _OnReplica(Forward):
     """It runs a replica on ``(the module's tensors by name, tensors among the arguments)``.
 
@@ -199,10 +226,16 @@ class _OnReplica(Forward):
     ``changed`` as the call left them.
     """
 
-    never_differentiated = ()
-
     def __init__(self, layout: Layout, arguments: _Packed, changed: Sequence[Any] = ()) -> None:
         super().__init__(layout, None, lambda replica: replica, True)
+        # PyTorch has no derivative with respect to the statistics of a normalisation.
+        self.never_differentiated = tuple(
+            f"args[0]['{name}']"
+            for name, places in layout.places.items()
+            for path, table, _ in places
+            if table == "_buffers"
+            and isinstance(layout.module.get_submodule(path), torch.nn.modules.batchnorm._NormBase)
+        )
         self.arguments, self.changed = arguments, changed
         self.met: _Packed | None = None
         """The structure of results and attributes, once it has run."""
@@ -213,12 +246,33 @@ class _OnReplica(Forward):
         """Operands whose version counters moved, as copies of another dtype show alone."""
         self.learns = True
         """Whether it runs to see what a call changes."""
+        self.asks_gradients = False
+        """Whether it runs to see which tensors have gradients."""
+        self.needs: list[bool] = []
+        self.returned = 0
+        """How many of the tensors are the call's own results."""
         self.refusal: str | None = None
 
     def __call__(self, own: Mapping[str, Any], given: Sequence[Any], /) -> Any:  # type: ignore[override]
         own = {k: x.clone() if k in self.changed else x for k, x in own.items()}
         given = [x.clone() if i in self.changed else x for i, x in enumerate(given)]
-        return self.on_replica(own, functools.partial(self._call, own, given))
+        if not self.asks_gradients:
+            return self.on_replica(own, functools.partial(self._call, own, given))
+        with torch.enable_grad():
+            buffers = self.layout.tensors["buffers"]
+            own = {k: x if k in buffers else self._asking(k, x) for k, x in own.items()}
+            given = [self._asking(None, x) for x in given]
+            out = self.on_replica(own, functools.partial(self._call, own, given))
+        self.needs = [x.requires_grad for x in out]
+        return [x.detach() for x in out]
+
+    def _asking(self, name: str | None, x: torch.Tensor) -> torch.Tensor:
+        """Return a tensor that needs a gradient, as a leaf where it is a parameter."""
+        if not (x.is_floating_point() or x.is_complex()):
+            return x
+        leaf = x.detach().requires_grad_()
+        places = self.layout.places[name] if name is not None else ()
+        return leaf if any(table == "_parameters" for _, table, _ in places) else leaf.clone()
 
     def _call(
         self, own: Mapping[str, Any], given: Sequence[Any], replica: Replica
@@ -249,7 +303,10 @@ class _OnReplica(Forward):
         tensors: list[torch.Tensor] = []
         try:
             self._refuse_changes(args, kwargs, given, kept)
-            found = _Packed.of((out, new, gone), tensors, "it returns or keeps")
+            _Packed.of(out, tensors, "it returns")
+            self.returned = len(tensors)
+            tensors.clear()
+            found = _Packed.of((out, new, gone), tensors, "it keeps")
         except NotBridged as error:
             self.refusal = str(error)
             raise

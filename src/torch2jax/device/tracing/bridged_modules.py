@@ -23,7 +23,7 @@ from ..thread_state import state
 from .bridge_call import NotBridged, call_on_bridge
 from .events import line_of
 
-__all__ = ["module_calls", "nothing_bridged", "retried"]
+__all__ = ["Choice", "chosen_for", "module_calls", "nothing_bridged", "retried"]
 
 Result = TypeVar("Result")
 
@@ -91,13 +91,22 @@ def nothing_bridged() -> Iterator[None]:
         state.strict, state.modules = before
 
 
+def chosen_for(owner: Any) -> Choice | None:
+    """Return the choice with which ``retried`` traces ``owner`` now; None outside of it."""
+    return state.choice[1] if state.choice and state.choice[0] is owner else None
+
+
 @contextlib.contextmanager
-def module_calls(owner: Any) -> Iterator[None]:
-    """In this scope ``owner`` is traced."""
-    chosen = state.choice[1] if state.choice and state.choice[0] is owner else Choice({}, {})
-    before, state.modules = state.modules, _Calls(chosen)
+def module_calls(owner: Any, choice: Choice | None = None) -> Iterator[None]:
+    """In this scope ``owner`` is traced, outside of ``retried`` with this choice."""
+    chosen = chosen_for(owner)
+    before, state.modules = state.modules, _Calls(chosen or choice or Choice({}, {}))
     try:
         yield
+    except ValuesAsked as error:
+        if chosen is None:  # whoever traces what is around this has other numbers
+            error.calls = None
+        raise
     finally:
         state.modules = before
 
@@ -125,7 +134,7 @@ class _Calls:
         try:
             return _their_call(module, *args, **kwargs)
         except ValuesAsked as error:
-            if error.calls is None:
+            if not error.calls:
                 error.calls, error.line = self._under_way(), line_of(error)
             raise
         finally:
