@@ -580,6 +580,47 @@ class Sets(nn.Module):
         return self.reads(x)
 
 
+class Table(nn.Module):
+    """It holds tensors that are no variables."""
+
+    steps: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("steps", torch.arange(1.0, 5.0), persistent=False)
+        self.table = torch.linspace(0, 1, 4)
+        self.parts = [torch.tensor(2.0), {"a": torch.ones(4)}]
+
+    def forward(self, x: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+        assert x.shape == shape
+        rows = (x.sum(-1) > 0).nonzero()[:, 0]
+        parts: Any = self.parts
+        return x.index_fill(0, rows, 0.5) * self.steps + self.table * parts[0] * parts[1]["a"]
+
+
+class TableUser(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.linear = Table(), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.linear(x)
+        return self.table(y, y.shape)
+
+
+def test_tensors_that_are_no_variables() -> None:
+    agreement(TableUser(), True, torch.randn(3, 4))
+    model, x = TableUser(), torch.randn(3, 4)
+    close(torch2jax(lambda x: model(x), lower=True)(jnp.asarray(x.numpy())), model(x))
+    device.enable()
+    twin = copy.deepcopy(model).to("jax")
+    twin.table.table = twin.table.table.to("jax")
+    twin.table.parts = [torch.tensor(2.0, device="jax"), {"a": torch.ones(4, device="jax")}]
+    jitted = device.jit(twin)
+    for _ in range(2):
+        close(jitted(x.to("jax")).detach().jax(), model(x))
+
+
 def test_attributes_that_were_set_outside_are_operands() -> None:
     agreement(Sets(), True, torch.randn(4, 3))
 
@@ -728,6 +769,37 @@ def test_in_a_function_that_torchax_compiles() -> None:
     compiled = torchax.interop.JittableModule(model.to("jax"))
     for _ in range(2):
         close(compiled(x.to("jax")).detach().jax(), twin(x))
+
+
+def test_inside_of_transforms_of_torch_the_error_says_so() -> None:
+    model = Experts()
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        return torch.func.grad(lambda x: model(x).sum())(x)
+
+    with pytest.raises(Torch2JaxError, match=r"nonzero(.|\n)*inside of a transform of torch\.func"):
+        torch2jax(f, lower=True)(jnp.ones((5, 4)))
+
+
+def test_a_scripted_module_that_asks() -> None:
+    class Fill(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.index_fill(0, (x.sum(-1) > 0).nonzero()[:, 0], 0.5)
+
+    model = nn.Sequential(nn.Linear(4, 4), torch.jit.script(Fill()))
+    agreement(model, True, torch.randn(5, 4))
+
+
+def test_a_lowered_function_inside_of_another_one() -> None:
+    inner_model, outer_model = nn.Sequential(Experts()), nn.Sequential(nn.Linear(4, 4), Experts())
+    inner = torch2jax(inner_model, lower=True)
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        return outer_model(device.call_jax(inner, outer_model[0](x)))
+
+    x = torch.randn(5, 4)
+    expected = outer_model(inner_model(outer_model[0](x)))
+    close(torch2jax(f, lower=True)(jnp.asarray(x.numpy())), expected)
 
 
 def test_other_modules_of_its_class_need_no_trace_of_their_own() -> None:

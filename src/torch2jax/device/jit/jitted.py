@@ -181,8 +181,9 @@ def jit(fn: Any, **options: Any) -> Any:
       ``state_dict``. Results have gradients where the original's have.
 
     Raises:
-      Torch2JaxError: the function asks for a value (``.item()``), writes to a tensor that is on
-        another device, or draws random numbers there.
+      Torch2JaxError: the function asks for a value (``.item()``) and no module in it can do that
+        through the bridge, it writes to a tensor that is on another device, or draws random numbers
+        there.
 
     The first call runs step by step, the second one compiles.
 

@@ -32,6 +32,7 @@ from ..._bridge.calls.options import Options
 from ..._bridge.torch_side.modules.forward import Forward
 from ..._bridge.torch_side.modules.replica import CopiesAnyTensor, Layout, Replica
 from ..._bridge.torch_side.preserving import holds_tensor
+from ..._compat.torch import transforms_active
 from ..._errors import Torch2JaxError, Torch2JaxWarning
 from .. import random_streams
 from ..operators.constants import value_of
@@ -52,6 +53,8 @@ def call_on_bridge(module: torch.nn.Module, args: Any, kwargs: Any) -> Any:
 
     It raises ``NotBridged`` where that cannot be, before anything has changed.
     """
+    if transforms_active():
+        raise NotBridged("it is called inside of a transform of torch.func.")
     try:
         with _disable_current_modes():
             layout, own = _layout_of(module)
@@ -415,6 +418,6 @@ class _Packed:
 _PLAIN = (
     types.NoneType, bool, int, float, complex, str, bytes, np.generic, enum.Enum, slice, range,
     type, types.FunctionType, types.BuiltinFunctionType, torch.dtype, torch.layout,
-    torch.memory_format, types.EllipsisType,
+    torch.memory_format, torch.Size, types.EllipsisType,
 )  # fmt: skip
 """Values of these types are the same in each call."""
