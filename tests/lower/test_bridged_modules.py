@@ -781,15 +781,6 @@ def test_inside_of_transforms_of_torch_the_error_says_so() -> None:
         torch2jax(f, lower=True)(jnp.ones((5, 4)))
 
 
-def test_a_scripted_module_that_asks() -> None:
-    class Fill(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x.index_fill(0, (x.sum(-1) > 0).nonzero()[:, 0], 0.5)
-
-    model = nn.Sequential(nn.Linear(4, 4), torch.jit.script(Fill()))
-    agreement(model, True, torch.randn(5, 4))
-
-
 def test_a_lowered_function_inside_of_another_one() -> None:
     inner_model, outer_model = nn.Sequential(Experts()), nn.Sequential(nn.Linear(4, 4), Experts())
     inner = torch2jax(inner_model, lower=True)

@@ -78,9 +78,9 @@ def call_on_bridge(module: torch.nn.Module, args: Any, kwargs: Any) -> Any:
         replica = _OnReplica(layout, arguments, changed)
         function = _function(replica, names, arrays, dtypes, draws)
         _learn(function, replica, names, arrays)
-    assert replica.met is not None
+    assert replica.seen.structure is not None
     needs = None
-    if len(replica.dtypes) > replica.returned:
+    if len(replica.seen.dtypes) > replica.seen.returned:
         needs = _needing_gradients(replica, names, arrays, dtypes, draws)
     replica.values = {}
     key = {"rng": random_streams.next_words()} if draws else {}
@@ -92,7 +92,7 @@ def call_on_bridge(module: torch.nn.Module, args: Any, kwargs: Any) -> Any:
     found = apply_jax(run, operands)
     found = [
         x if x.dtype is d else wrap(value_of(x), d)
-        for x, d in zip(found, replica.dtypes, strict=True)
+        for x, d in zip(found, replica.seen.dtypes, strict=True)
     ]
     if needs is not None:
         found = [x if n else x.detach() for x, n in zip(found, needs, strict=True)]
@@ -100,12 +100,12 @@ def call_on_bridge(module: torch.nn.Module, args: Any, kwargs: Any) -> Any:
     for k, new in zip(changed, found[results:], strict=True):
         if not isinstance(k, str):
             _write(given[k], new)
-        elif k in replica.replaced:
+        elif k in replica.seen.replaced:
             for path, table, key_ in layout.places[k]:
                 getattr(module.get_submodule(path), table)[key_] = new
         else:
             _write(own[k], new)
-    out, new_attributes, gone = replica.met.unpacked(found[:results])
+    out, new_attributes, gone = replica.seen.structure.unpacked(found[:results])
     modules = list(module.modules())
     for i, name in gone:
         vars(modules[i]).pop(name, None)
@@ -193,11 +193,11 @@ def _learn(
             binding, _ = function.binding_for(given, {})
     except Torch2JaxError as error:
         traceback.clear_frames(error.__traceback__)
-        raise NotBridged(replica.refusal or str(error)) from error
-    if replica.refusal is not None:
-        raise NotBridged(replica.refusal)
+        raise NotBridged(replica.seen.refusal or str(error)) from error
+    if replica.seen.refusal is not None:
+        raise NotBridged(replica.seen.refusal)
     written = {names[i] if i < count else i - count for i in binding.arguments.copies}
-    changed = sorted(written | replica.written | replica.replaced, key=str)
+    changed = sorted(written | replica.seen.written | replica.seen.replaced, key=str)
     replica.learns = False
     return changed, binding.callee.options.rng is not None
 
@@ -219,7 +219,26 @@ def _needing_gradients(
         _learn(_function(replica, names, arrays, dtypes, draws), replica, names, arrays)
     except NotBridged:
         return None
-    return replica.needs
+    return replica.seen.needs
+
+
+@dataclasses.dataclass
+class _Seen:
+    """What runs have shown. It is an object of its own, because inference restores attributes."""
+
+    structure: _Packed | None = None
+    """The structure of results and attributes."""
+    dtypes: list[torch.dtype] = dataclasses.field(default_factory=list)
+    replaced: set[str] = dataclasses.field(default_factory=set)
+    """Parameters and buffers in whose place a call has put other tensors."""
+    written: set[Any] = dataclasses.field(default_factory=set)
+    """Operands whose version counters moved, as copies of another dtype show alone."""
+    needs: list[bool] | None = None
+    """Which tensors have gradients in PyTorch, if that was asked."""
+    returned: int = 0
+    """How many of the tensors are the call's own results."""
+    refusal: str | None = None
+    """Why the call cannot go through the bridge."""
 
 
 class _OnReplica(Forward):
@@ -240,21 +259,11 @@ class _OnReplica(Forward):
             and isinstance(layout.module.get_submodule(path), torch.nn.modules.batchnorm._NormBase)
         )
         self.arguments, self.changed = arguments, changed
-        self.met: _Packed | None = None
-        """The structure of results and attributes, once it has run."""
-        self.dtypes: list[torch.dtype] = []
-        self.replaced: set[str] = set()
-        """Parameters and buffers in whose place a call has put other tensors."""
-        self.written: set[Any] = set()
-        """Operands whose version counters moved, as copies of another dtype show alone."""
+        self.seen = _Seen()
         self.learns = True
         """Whether it runs to see what a call changes."""
         self.asks_gradients = False
         """Whether it runs to see which tensors have gradients."""
-        self.needs: list[bool] = []
-        self.returned = 0
-        """How many of the tensors are the call's own results."""
-        self.refusal: str | None = None
 
     def __call__(self, own: Mapping[str, Any], given: Sequence[Any], /) -> Any:  # type: ignore[override]
         own = {k: x.clone() if k in self.changed else x for k, x in own.items()}
@@ -266,7 +275,7 @@ class _OnReplica(Forward):
             own = {k: x if k in buffers else self._asking(k, x) for k, x in own.items()}
             given = [self._asking(None, x) for x in given]
             out = self.on_replica(own, functools.partial(self._call, own, given))
-        self.needs = [x.requires_grad for x in out]
+        self.seen.needs = [x.requires_grad for x in out]
         return [x.detach() for x in out]
 
     def _asking(self, name: str | None, x: torch.Tensor) -> torch.Tensor:
@@ -301,31 +310,33 @@ class _OnReplica(Forward):
             if k not in vars(m)
         ]
         after = {**operands, **replica.buffers(names)}
-        self.replaced |= {k for k in names if after[k] is not filled[k]}
-        self.written |= {k for k, version in versions.items() if operands[k]._version != version}
+        self.seen.replaced |= {k for k in names if after[k] is not filled[k]}
+        self.seen.written |= {
+            k for k, version in versions.items() if operands[k]._version != version
+        }
         tensors: list[torch.Tensor] = []
         try:
             self._refuse_changes(args, kwargs, given, kept)
             _Packed.of(out, tensors, "it returns")
-            self.returned = len(tensors)
+            self.seen.returned = len(tensors)
             tensors.clear()
             found = _Packed.of((out, new, gone), tensors, "it keeps")
         except NotBridged as error:
-            self.refusal = str(error)
+            self.seen.refusal = str(error)
             raise
         if not tensors:
-            self.refusal = "it returns no tensor."
-        if self.met is None:
-            self.met = found
-        elif self.met != found:
-            self.refusal = (
+            self.seen.refusal = "it returns no tensor."
+        if self.seen.structure is None:
+            self.seen.structure = found
+        elif self.seen.structure != found:
+            self.seen.refusal = (
                 "it returns, or sets as attributes, other Python values when the values of tensors "
                 "are others. Make them tensors."
             )
-            raise NotBridged(self.refusal)
+            raise NotBridged(self.seen.refusal)
         for k in self.changed:
             tensors.append(after[k])
-        self.dtypes = [x.dtype for x in tensors]
+        self.seen.dtypes = [x.dtype for x in tensors]
         return tensors
 
     def _refuse_changes(self, args: Any, kwargs: Any, given: Any, kept: Any) -> None:
@@ -378,7 +389,7 @@ class _Packed:
     @staticmethod
     def of(tree: Any, tensors: list[torch.Tensor], what: str, kind: Any = None) -> _Packed:
         """Pack a tree; its tensors go into a list."""
-        leaves, spec = torch_tree.tree_flatten(tree)
+        leaves, spec = torch_tree.tree_flatten(tree, is_leaf=lambda x: type(x) is torch.Size)
         packed: list[Any] = []
         for x in leaves:
             if isinstance(x, torch.Tensor):
