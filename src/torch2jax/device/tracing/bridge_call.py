@@ -10,20 +10,16 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import enum
 import functools
 import traceback
-import types
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 import torch
 from jax.core import Tracer
 from jax.tree_util import tree_flatten_with_path
-from torch.utils import _pytree as torch_tree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..._bridge.calls.checks import argument_label
@@ -40,12 +36,9 @@ from ..operators.jax_function import apply_jax
 from ..operators.operands import from_other_device, note_read
 from ..tensors.tensor import Tensor, captures, wrap
 from ..thread_state import state
+from .packed import NotBridged, Packed
 
 __all__ = ["NotBridged", "call_on_bridge"]
-
-
-class NotBridged(Exception):
-    """A call cannot go through the bridge."""
 
 
 def call_on_bridge(module: torch.nn.Module, args: Any, kwargs: Any) -> Any:
@@ -61,7 +54,7 @@ def call_on_bridge(module: torch.nn.Module, args: Any, kwargs: Any) -> Any:
     except Exception as error:
         raise NotBridged(f"it cannot be copied ({error}).") from error
     given: list[torch.Tensor] = []
-    arguments = _Packed.of((args, kwargs), given, "it takes")
+    arguments = Packed.of((args, kwargs), given, "it takes")
     names = sorted(own)
     operands = [from_other_device(x) for x in (*[own[k] for k in names], *given)]
     if captures:
@@ -226,7 +219,7 @@ def _needing_gradients(
 class _Seen:
     """What runs have shown. It is an object of its own, because inference restores attributes."""
 
-    structure: _Packed | None = None
+    structure: Packed | None = None
     """The structure of results and attributes."""
     dtypes: list[torch.dtype] = dataclasses.field(default_factory=list)
     replaced: set[str] = dataclasses.field(default_factory=set)
@@ -248,7 +241,7 @@ class _OnReplica(Forward):
     ``changed`` as the call left them.
     """
 
-    def __init__(self, layout: Layout, arguments: _Packed, changed: Sequence[Any] = ()) -> None:
+    def __init__(self, layout: Layout, arguments: Packed, changed: Sequence[Any] = ()) -> None:
         super().__init__(layout, None, lambda replica: replica, True)
         # PyTorch has no derivative with respect to the statistics of a normalisation.
         self.never_differentiated = tuple(
@@ -317,10 +310,10 @@ class _OnReplica(Forward):
         tensors: list[torch.Tensor] = []
         try:
             self._refuse_changes(args, kwargs, given, kept)
-            _Packed.of(out, tensors, "it returns")
+            Packed.of(out, tensors, "it returns")
             self.seen.returned = len(tensors)
             tensors.clear()
-            found = _Packed.of((out, new, gone), tensors, "it keeps")
+            found = Packed.of((out, new, gone), tensors, "it keeps")
         except NotBridged as error:
             self.seen.refusal = str(error)
             raise
@@ -341,7 +334,7 @@ class _OnReplica(Forward):
 
     def _refuse_changes(self, args: Any, kwargs: Any, given: Any, kept: Any) -> None:
         again: list[torch.Tensor] = []
-        same = _Packed.of((args, kwargs), again, "it takes") == self.arguments
+        same = Packed.of((args, kwargs), again, "it takes") == self.arguments
         if not same or any(x is not y for x, y in zip(again, given, strict=True)):
             raise NotBridged("it changes a list or dict among its arguments.")
         for live, was in (pair for pairs in kept for pair in pairs):
@@ -368,67 +361,3 @@ def _items_of(container: Any) -> list[Any]:
 def _same_items(container: Any, was: list[Any]) -> bool:
     now = _items_of(container)
     return len(now) == len(was) and all(x is y for x, y in zip(now, was, strict=True))
-
-
-# --- trees ---------------------------------------------------------------------------------------
-
-
-class _Mark(enum.Enum):
-    TENSOR = "a tensor"
-
-
-@dataclasses.dataclass(frozen=True)
-class _Packed:
-    """A tree without its tensors: dataclasses are trees too, whoever has registered them."""
-
-    spec: Any
-    leaves: tuple[Any, ...]
-    kind: type | None = None
-    """The dataclass whose attributes these are."""
-
-    @staticmethod
-    def of(tree: Any, tensors: list[torch.Tensor], what: str, kind: Any = None) -> _Packed:
-        """Pack a tree; its tensors go into a list."""
-        leaves, spec = torch_tree.tree_flatten(tree, is_leaf=lambda x: type(x) is torch.Size)
-        packed: list[Any] = []
-        for x in leaves:
-            if isinstance(x, torch.Tensor):
-                tensors.append(x)
-                packed.append(_Mark.TENSOR)
-            elif dataclasses.is_dataclass(x) and not isinstance(x, type) and hasattr(x, "__dict__"):
-                packed.append(_Packed.of(dict(vars(x)), tensors, what, type(x)))
-            elif isinstance(x, torch.device):
-                packed.append(torch.device("cpu") if x.type in ("jax", "lazy") else x)
-            elif isinstance(x, _PLAIN):
-                packed.append(x)
-            else:
-                raise NotBridged(f"{what} a {type(x).__name__}, which is no tree of tensors.")
-        return _Packed(spec, tuple(packed), kind)
-
-    def unpacked(self, tensors: Sequence[torch.Tensor]) -> Any:
-        """Return the tree with these tensors."""
-        return self._unpacked(iter(tensors))
-
-    def _unpacked(self, tensors: Any) -> Any:
-        leaves = [
-            next(tensors)
-            if x is _Mark.TENSOR
-            else x._unpacked(tensors)
-            if isinstance(x, _Packed)
-            else x
-            for x in self.leaves
-        ]
-        tree = torch_tree.tree_unflatten(leaves, self.spec)
-        if self.kind is None:
-            return tree
-        new = object.__new__(self.kind)
-        vars(new).update(tree)
-        return new
-
-
-_PLAIN = (
-    types.NoneType, bool, int, float, complex, str, bytes, np.generic, enum.Enum, slice, range,
-    type, types.FunctionType, types.BuiltinFunctionType, torch.dtype, torch.layout,
-    torch.memory_format, torch.Size, types.EllipsisType,
-)  # fmt: skip
-"""Values of these types are the same in each call."""
