@@ -44,7 +44,7 @@ def torch2jax(
     out_specs: Any = None,
     mesh: Any = None,
     output_sharding_spec: Any = None,
-    lower: bool = False,
+    lower: bool | Literal["strict"] = False,
     name: str | None = None,
     use_torch_vjp: bool | None = None,
     use_zeros: bool | None = None,
@@ -101,8 +101,9 @@ def torch2jax(
       lower: ``fn`` becomes a JAX program, operator by operator, instead of running in PyTorch. That
         is plain JAX, compiled by XLA for any hardware, with JAX's own derivatives.
         ``lowering_report`` says what becomes of each operator; one without a lowering goes through
-        the bridge. Tensors that ``fn`` closes over are constants. Options that only concern the
-        bridge have no effect.
+        the bridge, and so does the innermost module that asks for values (``nonzero``, ``.item()``,
+        ``if x.any()``). With "strict" both are errors. Tensors that ``fn`` closes over are
+        constants. Options that only concern the bridge have no effect.
       name: stable name of the call in HLO, profiles, caches and exports; by default it is the
         qualified name of ``fn`` and a counter.
       use_torch_vjp: accepted for compatibility with older bridges, without effect.
@@ -138,6 +139,8 @@ def torch2jax(
         raise SignatureError(
             f"vmap_method={vmap_method!r} of {label} is not one of {', '.join(METHODS)}."
         )
+    if not isinstance(lower, bool) and lower != "strict":
+        raise SignatureError(f'lower={lower!r} of {label} is not True, False or "strict".')
     if depth is not None and (isinstance(depth, bool) or not isinstance(depth, int) or depth < 0):
         raise SignatureError(f"depth={depth!r} of {label} must be None or an int >= 0.")
     if output_sharding_spec is not None:
@@ -169,6 +172,7 @@ def torch2jax(
         static_argnums=static_argnums,
         static_argnames=static_argnames,
         stochastic=stochastic,
+        strict=lower == "strict",
         side_effects=side_effects,
         lock=process_lock if lock is True else (lock or None),
         in_specs=in_specs,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from .._bridge.calls.shards import Shards
 from .._bridge.torch_side.modules import loans
 from .._bridge.torch_side.modules.forward import Forward
 from .._bridge.torch_side.modules.replica import Layout
+from .._bridge.torch_side.preserving import restored_after
 from .._conversions.dtypes import canonical, dtype_j2t
 from .._conversions.float64 import admit, is_carried
 from .._conversions.narrowed import NARROWED
@@ -28,14 +29,18 @@ from ..device.operators.constants import value_of
 from ..device.setup.enable import enable
 from ..device.tensors.tensor import Tensor, from_torch, wrap
 from ..device.tracing import hooks
+from ..device.tracing.bridged_modules import module_calls, nothing_bridged, retried
 from ..device.tracing.kept import nothing_kept
 from ..device.tracing.scope import running
+from ..lowerings.registry import ValuesAsked
 
 __all__ = ["LoweredFunction"]
 
 
 class LoweredFunction(TorchFunction):
     """This is a PyTorch function as a JAX program; ``torch2jax(fn, lower=True)`` makes it."""
+
+    _traced_again = (ValuesAsked,)
 
     def __init__(
         self, fn: Callable[..., Any], run: Callable[..., Any], label: str, options: Options
@@ -56,6 +61,9 @@ class LoweredFunction(TorchFunction):
         """Return a copy without cached traces, which runs ``fn`` when it is called."""
         return LoweredFunction(self.__wrapped__, self._run, self._label, self._options)
 
+    def _knowing(self, operands: Sequence[Any], run: Callable[..., Any]) -> Any:
+        return retried(self, lambda: run(*operands))
+
     def _trace_here(self, call: Any, operands: Any, shards: Shards | None = None) -> Any:
         key = None
         if self._options.stochastic:
@@ -75,7 +83,7 @@ class LoweredFunction(TorchFunction):
 
         def attempt(casts: Casts) -> Any:
             dtypes = dict(enumerate(carried)) | dict(casts)
-            with nothing_kept():
+            with nothing_kept(), restored_after(ValuesAsked, (self.__wrapped__,)):
                 return self._run_on(call.arguments, arrays, list(dtypes.values()), key, inplace)
 
         casts = by_operand.casts([a.dtype for a in avals])
@@ -103,7 +111,7 @@ class LoweredFunction(TorchFunction):
     ) -> Any:
         tensors = [_argument(x, d) for x, d in zip(arrays, dtypes, strict=True)]
         args, kwargs = arguments.unflatten(tensors)
-        with running(self._options.default_dtype, key):
+        with running(self._options.default_dtype, key), self._modules():
             if isinstance(self._run, Forward):
                 _say_wide(self._run.layout, args[0])
                 _apply_hooks(self._run.layout, args[0])
@@ -118,6 +126,10 @@ class LoweredFunction(TorchFunction):
         if not self._options.inplace_argnums:
             return result
         return self._options.with_updated(arguments, inplace, result, updated)
+
+    def _modules(self) -> Any:
+        """Return the scope in which modules are called."""
+        return nothing_bridged() if self._options.strict else module_calls(self)
 
     def _check_shapes(self, found: list[Any], treedef: Any, arrays: list[Any]) -> None:
         if self._options.output_shapes is None:

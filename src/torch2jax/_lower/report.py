@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -19,12 +19,14 @@ from .function import LoweredFunction
 class Report:
     """A report says what became of a function's operators; ``print`` shows it as a table.
 
-    Each field is ``{(operator, line of the user's code): count}``.
+    Each field is ``{(operator, line of the user's code): count}``. ``modules`` are those that go
+    through the bridge because they ask for values: ``{(path and class, what asks, line): count}``.
     """
 
     native: dict[tuple[str, str], int]
     decomposed: dict[tuple[str, str], int]
     bridge: dict[tuple[str, str], int]
+    modules: dict[tuple[str, str, str], int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = []
@@ -36,6 +38,10 @@ class Report:
             lines.append(f"{name}: {sum(found.values())}")
             for (op, where), count in sorted(found.items()):
                 lines.append(f"  {count:4d}  {op:45s} {where}")
+        if self.modules:
+            lines.append(f"modules through the bridge: {sum(self.modules.values())}")
+            for (name, question, where), count in sorted(self.modules.items()):
+                lines.append(f"  {count:4d}  {name}: {question} {where}")
         return "\n".join(lines)
 
 
@@ -51,7 +57,8 @@ def lowering_report(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report
     Returns:
       A ``Report`` with the operators that have a lowering (``native``), that go through PyTorch's
       decompositions (``decomposed``) and through the bridge (``bridge``): those run on PyTorch's
-      kernels. Nothing is computed.
+      kernels. ``modules`` are the modules that go through the bridge as a whole, because they ask
+      for values. Nothing is computed.
 
     >>> import torch, jax.numpy as jnp, torch2jax
     >>> report = torch2jax.lowering_report(lambda x: torch.sin(x) + 1, jnp.ones(3))
@@ -77,4 +84,4 @@ def lowering_report(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report
     groups: dict[str, dict[tuple[str, str], int]] = {"native": {}, "decomposed": {}, "bridge": {}}
     for (op, route, where), count in events.counts.items():
         groups[route][op, where] = count
-    return Report(groups["native"], groups["decomposed"], groups["bridge"])
+    return Report(groups["native"], groups["decomposed"], groups["bridge"], events.modules)

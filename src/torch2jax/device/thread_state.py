@@ -33,6 +33,14 @@ class _State(threading.local):
     """How many dispatch modes of our own are entered."""
     compiling = False
     """Whether a decomposition is compiled for eager mode."""
+    modules: Any = None
+    """The calls of modules in the trace under way; see ``tracing/bridged_modules.py``."""
+    choice: Any = None
+    """Whose next trace calls which modules through the bridge."""
+    copying: Any = None
+    """What stands for a tensor of ours in a copy that is made, as a function of the tensor."""
+    strict = False
+    """Whether the trace under way calls nothing through the bridge."""
     float64_is_float32 = False
     """Whether a cast to float64 gives float32 while x64 is off."""
 

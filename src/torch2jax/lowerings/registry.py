@@ -23,6 +23,7 @@ __all__ = [
     "TABLE",
     "DataDependentShape",
     "Lowering",
+    "ValuesAsked",
     "lowering",
     "lowering_by_name",
     "lowering_of",
@@ -43,14 +44,28 @@ class Lowering:
     """Whether it reads values: it is never traced, and operands that are tracers are an error."""
 
 
-class DataDependentShape(Torch2JaxError):
+class ValuesAsked(Torch2JaxError):
+    """Code asks for values that are being traced; see ``device/tracing/bridged_modules.py``."""
+
+    def __init__(self, what: Any, text: str) -> None:
+        super().__init__(text)
+        self.what = str(what)
+        """What asks."""
+        self.line = "?"
+        """The line of the user's code that asks."""
+        self.calls: list[tuple[int, type]] | None = None
+        """Numbers and classes of the modules' calls under way, the innermost first."""
+
+
+class DataDependentShape(ValuesAsked):
     """The shape of the result of ``what`` depends on values that are being traced."""
 
     def __init__(self, what: Any) -> None:
         super().__init__(
+            what,
             f"the shape of the result of {what} depends on the values of a tensor that is being "
             "traced, and XLA must know shapes when it compiles. Use a result of fixed size "
-            "(torch.where with a mask, padding), or run this line outside of the traced function."
+            "(torch.where with a mask, padding), or run this line outside of the traced function.",
         )
 
 

@@ -15,6 +15,7 @@ from .._compat.jax import trace_state_clean
 from .._conversions.dtypes import canonical, dtype_j2t
 from ..device import random_streams
 from ..device.tensors.tensor import Tensor, wrap
+from ..device.tracing.bridged_modules import module_calls, retried
 from ..device.tracing.scope import running
 from .environment import default_env
 
@@ -89,7 +90,7 @@ def call_torch(torch_func: Function, *args: Any, **kwargs: Any) -> Any:
             return jax_view(torch_func(*args, **kwargs))
     stream = random_streams.current()
     key = None if stream is None else stream.next()
-    with running(torch.get_default_dtype(), key), env.functions():
+    with running(torch.get_default_dtype(), key), env.functions(), module_calls(torch_func):
         return jax_view(torch_func(*args, **kwargs))
 
 
@@ -134,6 +135,7 @@ def jax_jit(
     @functools.wraps(torch_function)
     def call(*args: Any, **kwargs: Any) -> Any:
         missing = random_streams.current() is None and not trace_state_clean()
-        return call_jax(compiled, None if missing else random_streams.next_words(), *args, **kwargs)
+        words = None if missing else random_streams.next_words()
+        return retried(torch_function, lambda: call_jax(compiled, words, *args, **kwargs))
 
     return call

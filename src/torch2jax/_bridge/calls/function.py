@@ -57,6 +57,9 @@ class _Knowing(threading.local):
 class TorchFunction:
     """A ``TorchFunction`` is a PyTorch function as a JAX function; ``torch2jax`` makes it."""
 
+    _traced_again: tuple[type[Exception], ...] = (ValuesNeeded,)
+    """After these errors ``_knowing`` traces once more."""
+
     def __init__(
         self, fn: Callable[..., Any], run: Callable[..., Any], label: str, options: Options
     ) -> None:
@@ -95,7 +98,7 @@ class TorchFunction:
             return self._call_any(args, kwargs)
         try:
             return jitted(*args)
-        except ValuesNeeded:
+        except self._traced_again:
             return self._call_any(args, kwargs)
         except _RUNTIME_ERRORS as error:
             _raise_original(error, self._label)
@@ -138,10 +141,19 @@ class TorchFunction:
 
     def callee_for(self, args: Any, kwargs: Any) -> tuple[Callee, Avals]:
         """Return the callee of calls with such arguments, and the avals of its operands."""
+        binding, avals = self.binding_for(args, kwargs)
+        return binding.callee, avals
+
+    def binding_for(self, args: Any, kwargs: Any) -> tuple[Binding, Avals]:
+        """Return what calls with such arguments bind, and the avals of their operands."""
         call, operands = self._flatten_arguments(args, kwargs)
         avals = tuple(checks.leaf_aval(x) for x in operands)
-        binding = self._planner.plan(call.arguments, avals, [False] * len(avals), known=Known(None))
-        return binding.callee, avals
+        key = (call, avals, x64_enabled(), None)
+        if key not in self._bindings:
+            numbers = [False] * len(avals)
+            known = Known(None)
+            self._bindings[key] = self._planner.plan(call.arguments, avals, numbers, known=known)
+        return self._bindings[key], avals
 
     # --- arguments -------------------------------------------------------------------------------
 

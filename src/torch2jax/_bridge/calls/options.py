@@ -32,6 +32,8 @@ class Options:
     static_argnums: tuple[int, ...] = ()
     static_argnames: tuple[str, ...] = ()
     stochastic: bool = False
+    strict: bool = False
+    """Whether ``lower="strict"`` was given."""
     side_effects: bool = False
     lock: Any = None
     in_specs: Any = None

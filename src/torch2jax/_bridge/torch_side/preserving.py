@@ -27,6 +27,30 @@ Tensor = torch.Tensor
 def preserved(roots: Iterable[Any]) -> Iterator[None]:
     """Restore what a function can reach, and torch's random state."""
     reached = Reached(roots)
+    modules = _state_of_modules(reached)
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices), tensors_taken_out(reached):
+        try:
+            yield
+        finally:
+            for live, copy in modules:
+                _refill(live, copy)
+
+
+@contextlib.contextmanager
+def restored_after(errors: type[Exception], roots: Iterable[Any]) -> Iterator[None]:
+    """Restore what modules hold that a function can reach, where such an error ends the scope."""
+    modules = _state_of_modules(Reached(roots))
+    try:
+        yield
+    except errors:
+        for live, copy in modules:
+            _refill(live, copy)
+        raise
+
+
+def _state_of_modules(reached: Reached) -> list[tuple[Any, Any]]:
+    """Return the attributes of modules, and the containers among them, each with a copy."""
     attributes = [(vars(m), dict(vars(m))) for m in reached.modules]
     containers = [
         (c, c.copy())
@@ -34,13 +58,7 @@ def preserved(roots: Iterable[Any]) -> Iterator[None]:
         for c in copy.values()
         if isinstance(c, dict | list | set)
     ]
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices), tensors_taken_out(reached):
-        try:
-            yield
-        finally:
-            for live, copy in (*attributes, *containers):
-                _refill(live, copy)
+    return [*attributes, *containers]
 
 
 @contextlib.contextmanager
@@ -61,11 +79,11 @@ def tensors_taken_out(reached: Reached) -> Iterator[None]:
             group.restore()
         for live, copy in variables:
             new = [live.get(name) for name, old in copy.items() if live.get(name) is not old]
-            if any(map(_holds_tensor, new)):
+            if any(map(holds_tensor, new)):
                 live.update(copy)
         for cell, old in cells:
             with contextlib.suppress(ValueError):  # the cell may be empty
-                if cell.cell_contents is not old and _holds_tensor(cell.cell_contents):
+                if cell.cell_contents is not old and holds_tensor(cell.cell_contents):
                     cell.cell_contents = old
 
 
@@ -76,7 +94,7 @@ class _Group:
         self._copies = [(c, c.copy()) for c in containers]
 
     def restore(self) -> None:
-        if any(map(_holds_tensor, self._new_values())):
+        if any(map(holds_tensor, self._new_values())):
             for live, copy in self._copies:
                 _refill(live, copy)
 
@@ -120,14 +138,15 @@ _NOT_PLAIN = (
 )
 
 
-def _holds_tensor(x: Any, depth: int = 3) -> bool:
+def holds_tensor(x: Any, depth: int = 3) -> bool:
+    """Say whether a tensor lies in an object or a container, at most so many levels down."""
     if isinstance(x, Tensor):
         return True
     if depth == 0:
         return False
     if isinstance(x, dict | list | tuple | set):
-        return any(_holds_tensor(y, depth - 1) for y in _values(x))
-    return _is_plain(x) and any(_holds_tensor(y, depth - 1) for y in list(vars(x).values()))
+        return any(holds_tensor(y, depth - 1) for y in _values(x))
+    return _is_plain(x) and any(holds_tensor(y, depth - 1) for y in list(vars(x).values()))
 
 
 def _refill(live: Any, copy: Any) -> None:

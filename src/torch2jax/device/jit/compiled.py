@@ -26,6 +26,7 @@ from .. import random_streams
 from ..operators.constants import value_of
 from ..setup.changes_of_pytorch import compiling, replacing
 from ..tensors.tensor import Cell, Tensor, become, wrap, write
+from ..tracing.bridged_modules import Choice, chosen_for, module_calls
 from ..tracing.scope import differentiated
 from .captured import Watch, capturing
 from .known_values import KnownValues, warn_of_changes
@@ -85,6 +86,8 @@ class CompiledCall:
         self.differentiable = False
         self.draws = True
         self.ran = False
+        self.choice: Choice | None = None
+        """Which modules go through the bridge, because they ask for values."""
         self.ready = False
         donate = {"donate_argnums": (1,)} if options.pop("donate_state", False) else {}
         self.options = {**options, **donate}
@@ -202,7 +205,8 @@ class CompiledCall:
                 # A trace may start inside a forward pass of autograd, where gradients are off.
                 grad = torch.enable_grad if self.grad else torch.no_grad
                 key = random_streams.drawing_from(words, True, draws)
-                with key as stream, scope, grad(), compiling(), Watch():
+                modules = module_calls(self, self.choice)
+                with key as stream, scope, grad(), compiling(), Watch(), modules:
                     result = self.fn(*args, **kwargs)
                 self.draws = stream is not None and stream.count > 0
                 self._check_seeds(sources, seeds)
@@ -330,6 +334,7 @@ class CompiledCall:
                     (known.get(which, g), more.draws.counts[which])
                     for which, g in more.draws.generators.items()
                 ]
+        self.choice = chosen_for(self)
         for cell in self.made:  # these were made for a trace that is not used
             cell.array = None
         places = {id(c): i for i, c in enumerate(self.inputs)}

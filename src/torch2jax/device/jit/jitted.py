@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,7 @@ from ..._errors import SignatureError, Torch2JaxWarning
 from .. import random_streams
 from ..setup.enable import enable
 from ..tensors.tensor import Tensor, captures, wrap
+from ..tracing.bridged_modules import retried
 from .captured import noting_leaves
 from .compiled import CompiledCall
 from .differentiable import Differentiable
@@ -91,7 +93,7 @@ class JittedFunction:
         if compiled.known and not compiled.known.hold(self._around.tensors):
             compiled.renew()
         if not compiled.ready:
-            compiled.prepare(arrays)
+            retried(compiled, functools.partial(compiled.prepare, arrays))
         words = random_streams.next_words() if compiled.draws else random_streams.NO_WORDS
         drawn = compiled.words(leaves) if compiled.generators else []
         compiled.check(tensors)
@@ -181,8 +183,9 @@ def jit(fn: Any, **options: Any) -> Any:
       ``state_dict``. Results have gradients where the original's have.
 
     Raises:
-      Torch2JaxError: the function asks for a value (``.item()``), writes to a tensor that is on
-        another device, or draws random numbers there.
+      Torch2JaxError: the function asks for a value (``.item()``) and no module in it can do that
+        through the bridge, it writes to a tensor that is on another device, or draws random numbers
+        there.
 
     The first call runs step by step, the second one compiles.
 

@@ -20,6 +20,7 @@ from ..._conversions.convert import j2t
 from ..._conversions.dtypes import dtype_j2t, x64_enabled
 from ..._conversions.float64 import WIDE_FLOATS
 from ..._conversions.narrowed import NARROWED, WIDENED
+from ..._errors import Torch2JaxError
 from ...lowerings.registry import DataDependentShape
 from ...lowerings.vision import SHAPES_DEPEND_ON_VALUES
 from ..tensors.tensor import Tensor, from_torch, wrap
@@ -213,6 +214,11 @@ class OperatorProgram:
         tensors = [values[i] for i in spots]
         dtypes = [self.dtypes[i] for i in spots]
         if any(isinstance(t, Tracer) for t in tensors):
+            if state.strict:
+                raise Torch2JaxError(
+                    f'{route.func} has no lowering, and lower="strict" lets nothing go through the '
+                    "bridge: use lower=True, or device.register_lowering."
+                )
             dynamic = torch.Tag.dynamic_output_shape in route.target.tags
             if dynamic or route.target.name() in SHAPES_DEPEND_ON_VALUES:
                 raise DataDependentShape(route.func)

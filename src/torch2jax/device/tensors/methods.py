@@ -10,6 +10,7 @@ import torch
 from jax.core import Tracer
 
 from ..._errors import Torch2JaxError
+from ..thread_state import state
 from .tensor import Tensor, become, concrete, only_one, read, to_torch, wrap_view
 
 __all__ = ["install"]
@@ -89,6 +90,8 @@ def _to(self: Tensor, *args: Any, **kwargs: Any) -> Any:
 
 
 def _deepcopy(self: Tensor, memo: dict[int, Any]) -> Any:
+    if state.copying is not None:
+        return state.copying(self)
     if not self.is_leaf:
         raise RuntimeError(
             "Only Tensors created explicitly by the user (graph leaves) support the deepcopy "

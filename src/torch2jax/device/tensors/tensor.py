@@ -23,8 +23,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ..._compat.jax import ArrayImpl, get_opaque_trace_state, trace_state_clean
 from ..._conversions.convert import j2t, t2j
 from ..._conversions.float64 import narrow_floats
-from ..._errors import Torch2JaxError
 from ...lowerings.promotion import array_dtype
+from ...lowerings.registry import ValuesAsked
 from .view_chains import Chain
 
 __all__ = [
@@ -239,7 +239,7 @@ def from_torch(x: torch.Tensor) -> Any:
     return t2j(x.resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format))
 
 
-class ValueNeeded(Torch2JaxError):
+class ValueNeeded(ValuesAsked):
     """Code asks for the Python value of a tensor that is being traced."""
 
 
@@ -259,9 +259,10 @@ def concrete(t: Tensor, what: str) -> jax.Array:
     array = known(t)
     if type(array) is not ArrayImpl and not isinstance(array, ArrayImpl):
         raise ValueNeeded(
+            what,
             f"{what} asks for the values of a tensor that is being traced ({array.aval}): they are "
             "known when the compiled program runs. Branch with torch.where, keep numbers as "
-            "tensors, or move this line out of the traced function."
+            "tensors, or move this line out of the traced function.",
         )
     return array
 

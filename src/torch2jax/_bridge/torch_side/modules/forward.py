@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ class Forward:
     never_differentiated = ("args[0]['frozen']",)
     """Operands whose labels begin so get no gradient work."""
 
-    def __init__(self, layout: Layout, train: bool, wrap: Any, keyed: bool) -> None:
+    def __init__(self, layout: Layout, train: bool | None, wrap: Any, keyed: bool) -> None:
         self.layout, self.train, self.wrap = layout, train, wrap
         self.refuses_draws = not keyed
         """Whether drawing random numbers is an error, because no key was passed."""
@@ -36,15 +37,22 @@ class Forward:
     def __call__(
         self, variables: dict[str, dict[str, Tensor]], /, *args: Any, **kwargs: Any
     ) -> Any:
-        replica = self._acquire()
         tensors = {**variables["params"], **variables["frozen"]}
         for name, b in variables["buffers"].items():
             tensors[name] = b.clone() if self.train else b
+
+        def use(replica: Replica) -> Any:
+            out = replica.call(*args, **kwargs)
+            return (out, replica.buffers(variables["buffers"])) if self.train else out
+
+        return self.on_replica(tensors, use)
+
+    def on_replica(self, tensors: Mapping[str, Tensor], use: Callable[[Replica], Any]) -> Any:
+        """Return what ``use`` makes of a replica that has these tensors."""
+        replica = self._acquire()
         try:
             replica.fill(tensors)
-            out = replica.call(*args, **kwargs)
-            if self.train:
-                out = (out, replica.buffers(variables["buffers"]))
+            out = use(replica)
         except BaseException:
             self._give_back(replica)
             raise

@@ -61,13 +61,15 @@ class Layout:
 class Replica:
     """A replica is a copy of a module's structure, which takes tensors for one call at a time."""
 
-    def __init__(self, layout: Layout, train: bool, wrap: Any) -> None:
+    def __init__(self, layout: Layout, train: bool | None, wrap: Any) -> None:
         # Parameters and buffers come with each call; the replica owns all other tensors.
         memo: dict[int, Any] = {
             id(t): Stand(name) for g in layout.tensors.values() for name, t in g.items()
         }
-        with _CopiesAnyTensor():
-            self.module: Module = copy.deepcopy(layout.module, memo).train(train)
+        with CopiesAnyTensor():
+            self.module: Module = copy.deepcopy(layout.module, memo)
+        if train is not None:
+            self.module.train(train)
         memo.pop(id(memo), None)  # deepcopy keeps the originals there
         copies = list(memo.values())
         subs = dict(self.module.named_modules(remove_duplicate=False))
@@ -153,7 +155,7 @@ class Replica:
             script.setattr(key, nothing)
 
 
-class _CopiesAnyTensor(TorchFunctionMode):
+class CopiesAnyTensor(TorchFunctionMode):
     """Tensors with a graph can be copied here, too, as the values that they have.
 
     A module may hold them anywhere: old ``weight_norm`` does, and so does whatever keeps an

@@ -80,7 +80,7 @@ def _linalg_check_errors(args: Any, kwargs: Any) -> Any:
     info, name = read(args[0]), args[1]
     if isinstance(info, Tracer):
         if state.compiling:
-            raise ValueNeeded(name)
+            raise ValueNeeded(name, name)
         return
     if np.any(np.asarray(info)):
         raise torch.linalg.LinAlgError(f"{name}: the matrix is singular or not positive definite")
