@@ -62,6 +62,17 @@ _add("PyTorch wants these indices on the CPU", "tensor_split-float32", "tensor_s
 _add("PyTorch wants these scales beside the operands", "torch__scaled_mm-float8_e4m3fn-eager")
 _add("PyTorch wants these scales beside the operands", "torch__scaled_mm_v2-float8_e4m3fn-eager")
 
+# Indices that are the same everywhere name places twice.
+REPEATED_WHEN_EXPANDED = dict.fromkeys(
+    (
+        "index_copy-float32-lowered",
+        "nn_functional_max_unpool1d_grad-float32-lowered",
+        "nn_functional_max_unpool2d_grad-float32-lowered",
+        "nn_functional_max_unpool3d_grad-float32-lowered",
+    ),
+    _REPEATED,
+)
+
 # They draw: other numbers than PyTorch's. Shapes and dtypes are compared, values are not.
 RANDOM = {
     "bernoulli", "cauchy", "exponential", "geometric", "log_normal", "multinomial", "normal",

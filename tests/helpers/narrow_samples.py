@@ -50,7 +50,8 @@ def arriving(sample: Sample, layout: str) -> Sample:
     def stored(x: torch.Tensor) -> torch.Tensor:
         if layout == "strided":
             return torch.stack([x, x.flip(0)], -1)
-        return x[..., :1].contiguous() if layout == "expanded" else x.contiguous()
+        x = x[..., :1] if layout == "expanded" else x
+        return x.clone(memory_format=torch.contiguous_format)
 
     def seen(operands: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
         xs = list(operands)
@@ -61,7 +62,10 @@ def arriving(sample: Sample, layout: str) -> Sample:
                 xs[i] = xs[i].expand(shapes[i])
         return xs
 
-    operands = [stored(x) if i in chosen else x for i, x in enumerate(sample.operands)]
+    operands = [
+        stored(x) if i in chosen else x.clone(memory_format=torch.contiguous_format)
+        for i, x in enumerate(sample.operands)
+    ]
     return replace(
         sample,
         operands=operands,
@@ -83,9 +87,14 @@ def narrow_samples(
     op: Any, dtype: torch.dtype, layout: str
 ) -> Iterator[tuple[str, Any, Sample, Derived | None]]:
     """The samples with int64 operands that JAX can carry: a name, as drawn, as given, derivatives."""
+    if op.name.startswith("as_strided") and layout != "contiguous":
+        return  # its strides are those of the sample's own memory
     for i, drawn in enumerate(all_samples(op, dtype)):
-        if drawn.kwargs.get("include_last_offset") and layout in ("expanded", "empty"):
-            continue  # the last offset has to be the number of indices: PyTorch reads beyond them
+        if layout in ("expanded", "empty") and (
+            drawn.kwargs.get("include_last_offset")
+            or (op.name == "_segment_reduce" and "offsets" in drawn.kwargs)
+        ):
+            continue  # the last offset has to be the number of rows: PyTorch reads beyond them
         try:
             leaves = torch_tree.tree_map(
                 lambda x: in_layout(x, layout), (drawn.input, drawn.args, drawn.kwargs)

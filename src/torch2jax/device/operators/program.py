@@ -22,6 +22,7 @@ from ...lowerings.vision import SHAPES_DEPEND_ON_VALUES
 from ..tensors.tensor import Tensor, from_torch, wrap
 from ..thread_state import state
 from .constants import value_of
+from .extremes import extremes_of
 from .operands import cells_of, fill
 from .route import Route
 
@@ -59,6 +60,7 @@ class OperatorProgram:
         self.cells = cells_of(operands)
         self.views_written = [slot for slot in self.mutated if chains[slot] is not None]
         self.torch_dtypes: list[torch.dtype] = []
+        self.narrow = None if x64_enabled() else extremes_of(route.target, self.kwargs, self.dtypes)
         self._way = getattr(self, _WAYS[route.kind])
         self.jitted = jax.jit(self.run)
 
@@ -125,6 +127,9 @@ class OperatorProgram:
     def _lowered(self, values: list[Any], key: Any) -> tuple[Any, None]:
         lowered = self.route.lowered
         args, kwargs = self._arguments(values)
+        if self.narrow is not None:
+            args = [self.narrow(x) for x in args]
+            kwargs = {k: self.narrow(x) for k, x in kwargs.items()}
         given = {k: v for k, v in kwargs.items() if k not in _IGNORED and k != "device"}
         try:
             out = lowered.fn(key, *args, **given) if lowered.random else lowered.fn(*args, **given)
