@@ -69,9 +69,10 @@ def test_extremes_keep_their_meaning(name: str, surface: str) -> None:
 
 
 def test_floats_hold_the_extremes_of_int64() -> None:
-    fill = lambda x, m: (
-        x.float().masked_fill(m, MOST) + torch.full_like(x, LEAST, dtype=torch.float)
-    )  # noqa: E731
+    def fill(x: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
+        least = torch.full_like(x, LEAST, dtype=torch.float)
+        return x.float().masked_fill(m, MOST) + least
+
     expected = fill(X, MASK).numpy()
     for surface in ("bridge", "lower", "device"):
         np.testing.assert_array_equal(run(fill, surface), expected)
