@@ -73,6 +73,9 @@ REPEATED_WHEN_EXPANDED = dict.fromkeys(
     _REPEATED,
 )
 
+# Only with x64 off.
+NARROW = {"bincount-int64-eager": "its result is float64, which JAX has not while x64 is off"}
+
 # They draw: other numbers than PyTorch's. Shapes and dtypes are compared, values are not.
 RANDOM = {
     "bernoulli", "cauchy", "exponential", "geometric", "log_normal", "multinomial", "normal",
