@@ -39,6 +39,20 @@ SEGMENT_FUNCTIONS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor
     "scatter": lambda x, b: x.new_zeros(10, 3).scatter(0, rows(b + 2 * COUNT), x),
     "scatter_add": lambda x, b: x.new_zeros(2, 3).scatter_add(0, rows(b), x),
     "scatter_add, empty": lambda x, b: x.new_zeros(2, 3).scatter_add(0, rows(b[:0]), x[:0]),
+    "scatter, empty": lambda x, b: x.scatter(0, rows(b[:0]), x[:0]),
+    "scatter_reduce, empty": lambda x, b: x.scatter_reduce(0, rows(b[:0]), x[:0], "amax"),
+    "index_add, empty": lambda x, b: x.index_add(0, b[:0], x[:0]),
+    "index_copy, empty": lambda x, b: x.index_copy(0, b[:0], x[:0]),
+    "index_fill, empty": lambda x, b: x.index_fill(0, b[:0], 2.0),
+    "index_reduce, empty": lambda x, b: x.index_reduce(0, b[:0], x[:0], "mean"),
+    "index_put, empty": lambda x, b: x.index_put((b[:0],), x[:0], accumulate=True),
+    "put, empty": lambda x, b: x.put(b[:0], x[:0, 0]),
+    "index_select, empty": lambda x, b: x + x.index_select(0, b[:0]).sum(),
+    "gather, empty": lambda x, b: x + x.gather(0, rows(b[:0])).sum(),
+    "take, empty": lambda x, b: x + x.take(b[:0]).sum(),
+    "embedding, empty": lambda x, b: x + F.embedding(b[:0], x).sum(),
+    "nll_loss, empty": lambda x, b: x + F.nll_loss(x[:0], b[:0], reduction="sum"),
+    "cross_entropy, empty": lambda x, b: x + F.cross_entropy(x[:0], b[:0], reduction="sum"),
     **{
         f"scatter_reduce {how}": (
             lambda x, b, how=how: x.new_ones(2, 3).scatter_reduce(0, rows(b), x, how)
@@ -61,10 +75,7 @@ SEGMENT_FUNCTIONS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor
 }
 
 
-NOT_LOWERED = {
-    "scatter_reduce prod": "JAX has no gradient of it where indices meet",
-    "bincount": "the size of its result depends on values",
-}
+NOT_LOWERED = {"bincount": "the size of its result depends on values"}
 NOT_BATCHED = {"scatter_reduce prod", "bincount", "embedding_bag"}
 """PyTorch has no batching rule, or no forward mode, for their derivatives."""
 CASES = [(name, False) for name in SEGMENT_FUNCTIONS] + [

@@ -10,9 +10,9 @@ the call and, where torch can differentiate the sample, its pullback.
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import jax
@@ -21,28 +21,13 @@ import numpy as np
 import pytest
 import torch
 from harness import precision
+from narrow_samples import LAYOUTS, TAKES_INDICES, narrow_samples
 from op_exceptions import EXCEPTIONS, EXCEPTIONS_OF_ALL_SAMPLES, UNDEFINED_VALUES
-from op_samples import (
-    ALL_SAMPLES,
-    DTYPES,
-    Sample,
-    SampleInput,
-    all_samples,
-    compare,
-    entries,
-    is_operand,
-    samples,
-    to_numpy,
-)
-from torch.utils import _pytree as torch_tree
+from op_samples import ALL_SAMPLES, DTYPES, Derived, Sample, compare, entries, samples
 
 from torch2jax import t2j, torch2jax
 
 EXPECTED_TO_FAIL = EXCEPTIONS | (EXCEPTIONS_OF_ALL_SAMPLES if ALL_SAMPLES else {})
-
-
-Derived = tuple[list[np.ndarray], list[np.ndarray]]
-"""Cotangents of a sample's inexact results, and torch's gradients."""
 
 
 def run(op: Any, sample: Sample, derived: Derived | None) -> None:
@@ -107,67 +92,6 @@ def test_operator(op: Any, dtype: torch.dtype, request: pytest.FixtureRequest) -
 
 # --- x64 off -------------------------------------------------------------------------------------
 
-LAYOUTS = ("contiguous", "strided", "expanded")
-"""How the function sees its int64 operands. An operand itself is always contiguous."""
-
-TAKES_INDICES = {
-    *("__getitem__", "_segment_reduce_lengths", "_segment_reduce_offsets", "_unsafe_masked_index"),
-    *("_unsafe_masked_index_put_accumulate", "gather", "index_add", "index_copy", "index_fill"),
-    *("index_put", "index_reduce_amax", "index_reduce_amin", "index_reduce_mean"),
-    *("index_reduce_prod", "index_select", "nn_functional_cross_entropy", "nn_functional_ctc_loss"),
-    *("nn_functional_embedding", "nn_functional_embedding_bag", "nn_functional_max_unpool1d"),
-    *("nn_functional_max_unpool2d", "nn_functional_max_unpool3d", "nn_functional_nll_loss"),
-    *("nn_functional_multi_margin_loss", "nn_functional_multilabel_margin_loss", "put"),
-    *("nn_functional_linear_cross_entropy", "repeat_interleave", "scatter", "scatter_add"),
-    *("scatter_reduce_amax", "scatter_reduce_amin", "scatter_reduce_mean", "scatter_reduce_prod"),
-    *("scatter_reduce_sum", "searchsorted", "take", "take_along_dim"),
-}
-"""Operators whose samples of float32 hold tensors of int64."""
-
-
-def in_layout(x: Any, layout: str) -> Any:
-    """A leaf of a sample with the values that it has in a layout."""
-    if not (is_operand(x) and x.dtype is torch.int64 and x.ndim) or layout != "expanded":
-        return x
-    return x[..., :1].expand(x.shape)
-
-
-def arriving(sample: Sample, layout: str) -> Sample:
-    """The sample as a function of contiguous operands, which gives the operator another layout."""
-    chosen = [i for i, x in enumerate(sample.operands) if x.dtype is torch.int64 and x.ndim]
-    shapes = [x.shape for x in sample.operands]
-
-    def stored(x: torch.Tensor) -> torch.Tensor:
-        if layout == "strided":
-            return torch.stack([x, x.flip(0)], -1)
-        return x[..., :1].contiguous() if layout == "expanded" else x.contiguous()
-
-    def seen(operands: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
-        xs = list(operands)
-        for i in chosen:
-            if layout == "strided":
-                xs[i] = xs[i].select(-1, 0)
-            elif layout == "expanded":
-                xs[i] = xs[i].expand(shapes[i])
-        return xs
-
-    operands = [stored(x) if i in chosen else x for i, x in enumerate(sample.operands)]
-    return replace(
-        sample,
-        operands=operands,
-        function=lambda *xs: sample.function(*seen(xs)),
-        smooth=lambda *xs: sample.smooth(*seen(xs)),
-    )
-
-
-def canonical(x: Any) -> np.ndarray:
-    """A result of torch's as JAX carries it with x64 off."""
-    array = to_numpy(x)
-    narrow = array.astype(jax.dtypes.canonicalize_dtype(array.dtype))
-    if array.dtype == np.int64 and not np.array_equal(narrow, array):
-        raise OverflowError
-    return narrow
-
 
 def narrow_failures(
     op: Any, dtype: torch.dtype, layout: str, number: int | None
@@ -177,29 +101,13 @@ def narrow_failures(
     torch.manual_seed(0)
     with precision(False), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own, about deprecated operators
-        for i, drawn in enumerate(all_samples(op, dtype)):
-            if ran == number:
-                break
-            try:
-                leaves = torch_tree.tree_map(
-                    lambda x: in_layout(x, layout), (drawn.input, drawn.args, drawn.kwargs)
-                )
-                given = SampleInput(leaves[0], args=leaves[1], kwargs=leaves[2])
-                given.output_process_fn_grad = drawn.output_process_fn_grad
-                sample = arriving(Sample.of(op, given), layout)
-                with torch.no_grad():
-                    expected = [canonical(x) for x in sample.function(*sample.operands)]
-                derived = sample.gradients() if sample.differentiable else None
-            except (RuntimeError, ValueError, TypeError, AssertionError, IndexError, OverflowError):
-                continue  # torch itself cannot run it, or JAX cannot carry it
-            dtypes = {x.dtype for x in sample.operands}
-            if torch.int64 not in dtypes or dtypes & {torch.float64, torch.complex128}:
-                continue
+        several = itertools.islice(narrow_samples(op, dtype, layout), number)
+        for name, _, sample, derived in several:
             ran += 1
             try:
-                run(op, replace(sample, expected=expected), derived)
+                run(op, sample, derived)
             except Exception as error:
-                wrong.append(f"sample {i} ({drawn}): {type(error).__name__}: {error}")
+                wrong.append(f"{name}: {type(error).__name__}: {error}")
     return ran, wrong
 
 

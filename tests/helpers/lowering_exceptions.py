@@ -57,12 +57,24 @@ _add(
 _add(_SPARSE, "sparse_mm_reduce-bfloat16")
 _add(_ROUNDING, "logcumsumexp-bfloat16-lowered")
 _add(_REPEATED, "as_strided_scatter-bfloat16-lowered")
-_add("JAX has no derivative of a scattered product", "scatter_reduce_prod-bfloat16-lowered")
 _add("JAX has no complex32", "chalf-float32", "chalf-int64")
 _add("PyTorch wants these indices on the CPU", "tensor_split-float32", "tensor_split-int64")
 _add("PyTorch wants these scales beside the operands", "torch__scaled_mm-float8_e4m3fn-eager")
 _add("PyTorch wants these scales beside the operands", "torch__scaled_mm_v2-float8_e4m3fn-eager")
-_add("JAX has no derivative of a scattered product", "scatter_reduce_prod-float32-lowered")
+
+# Indices that are the same everywhere name places twice.
+REPEATED_WHEN_EXPANDED = dict.fromkeys(
+    (
+        "index_copy-float32-lowered",
+        "nn_functional_max_unpool1d_grad-float32-lowered",
+        "nn_functional_max_unpool2d_grad-float32-lowered",
+        "nn_functional_max_unpool3d_grad-float32-lowered",
+    ),
+    _REPEATED,
+)
+
+# Only with x64 off.
+NARROW = {"bincount-int64-eager": "its result is float64, which JAX has not while x64 is off"}
 
 # They draw: other numbers than PyTorch's. Shapes and dtypes are compared, values are not.
 RANDOM = {

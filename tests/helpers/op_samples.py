@@ -44,6 +44,10 @@ TENSOR_DTYPES = {
 }
 
 
+Derived = tuple[list[np.ndarray], list[np.ndarray]]
+"""Cotangents of a sample's inexact results, and torch's gradients."""
+
+
 def entries() -> Iterator[Any]:
     """Every operator with each of the dtypes; one that knows neither, with the first it knows."""
     for op in op_db:

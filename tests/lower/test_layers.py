@@ -171,7 +171,7 @@ def test_max_norm_of_a_module() -> None:
     close(apply(variables, jnp.asarray(PLACES.numpy())), expected)
 
 
-@pytest.mark.parametrize("run", ["lower", "device.jit"])
+@pytest.mark.parametrize("run", ["lower", "device", "device.jit"])
 @pytest.mark.parametrize("bag", [None, "sum", "mean"])
 def test_gradients_scaled_by_frequency(bag: Any, run: str) -> None:
     def rows(weight: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
@@ -193,12 +193,38 @@ def test_gradients_scaled_by_frequency(bag: Any, run: str) -> None:
     if run == "lower":
         close(jax.grad(torch2jax(fn, lower=True))(t2j(ROWS), jnp.asarray(places.numpy())), expected)
         return
-    call = device.jit(fn)
-    for k in range(2):
+    call = fn if run == "device" else device.jit(fn)
+    for _ in range(2):
         weight = ROWS.to("jax").requires_grad_()
         call(weight, places.to("jax")).backward()
-        if k or bag is None:  # the first call runs PyTorch's own backward pass of bags
-            close(weight.grad, expected)
+        close(weight.grad, expected)
+
+
+@pytest.mark.parametrize(
+    ("mode", "weighted"), [("sum", False), ("sum", True), ("mean", False), ("max", False)]
+)
+@pytest.mark.parametrize("padding", [None, 2, 3])
+def test_bags(mode: str, padding: int | None, weighted: bool) -> None:
+    """Some are empty, some hold padding alone: by `lower=True`, and eager with PyTorch's autograd."""
+    places, starts = torch.tensor([0, 2, 0, 1, 2, 2, 3, 3]), torch.tensor([0, 2, 2, 5, 6])
+
+    def fn(rows: torch.Tensor, factors: torch.Tensor, places: torch.Tensor, starts: torch.Tensor):
+        given = factors if weighted else None
+        out = F.embedding_bag(
+            places, rows, starts, mode=mode, per_sample_weights=given, padding_idx=padding
+        )
+        return (out + 1).square().sum() + factors.sum()
+
+    factors = torch.linspace(0.5, 2, 8)
+    leaves = [ROWS.clone().requires_grad_(), factors.clone().requires_grad_()]
+    expected = torch.autograd.grad(fn(*leaves, places, starts), leaves)
+    moved = [x.to("jax").requires_grad_() for x in (ROWS, factors)]
+    fn(*moved, places.to("jax"), starts.to("jax")).backward()
+    arrays = [jnp.asarray(x.numpy()) for x in (places, starts)]
+    lowered = jax.grad(torch2jax(fn, lower=True), (0, 1))(t2j(ROWS), t2j(factors), *arrays)
+    for right, eager, traced in zip(expected, moved, lowered, strict=True):
+        close(eager.grad, right)
+        close(traced, right)
 
 
 # --- batch norm whose statistics are plain means --------------------------------------------------

@@ -3,7 +3,7 @@
 One sample of each operator, variant and dtype, in bfloat16 of those that have a lowering of their
 own: a compiled program each. With T2J_ALL_OP_SAMPLES=1, as `make test-ops` sets it, all samples.
 Values and gradients are PyTorch's own on CPU: in eager mode by `backward`, under `jit` by JAX's
-derivatives.
+derivatives. Once more with x64 off: what is int64 in a sample is carried as int32.
 """
 
 from __future__ import annotations
@@ -18,22 +18,39 @@ import jax.numpy as jnp
 import pytest
 import torch
 from harness import precision
-from lowering_exceptions import EXCEPTIONS, RANDOM, UNDEFINED_GRADIENTS
+from lowering_exceptions import (
+    EXCEPTIONS,
+    NARROW,
+    RANDOM,
+    REPEATED_WHEN_EXPANDED,
+    UNDEFINED_GRADIENTS,
+)
+from narrow_samples import LAYOUTS, TAKES_INDICES, narrow_samples
 from op_exceptions import UNDEFINED_VALUES
-from op_samples import ALL_SAMPLES, Sample, compare, entries, is_inexact, op_db, samples, to_numpy
+from op_samples import (
+    ALL_SAMPLES,
+    DTYPES,
+    Derived,
+    Sample,
+    compare,
+    entries,
+    is_inexact,
+    op_db,
+    samples,
+    to_numpy,
+)
 
 from torch2jax import device, lowerings, t2j, torch2jax  # noqa: F401  lowerings fill the table
 from torch2jax.lowerings.registry import TABLE, DataDependentShape
 
 
-def eager(op: Any, sample: Sample, loose: bool) -> None:
+def eager(op: Any, sample: Sample, derived: Derived | None, loose: bool) -> None:
     """Values and gradients on the device, through PyTorch's own autograd."""
     device.enable()
     moved = [x.to("jax") for x in sample.operands]
     with torch.no_grad():
         values = sample.function(*[x.clone() for x in moved])
     compare("values", list(map(as_array, values)), sample.expected, values=not loose)
-    derived = sample.gradients() if sample.differentiable else None
     if derived is None or loose:
         return
     cotangents, gradients = derived
@@ -57,10 +74,10 @@ def eager(op: Any, sample: Sample, loose: bool) -> None:
         compare("gradients", [as_array(g.conj()) for g in found], gradients)
 
 
-def lowered(op: Any, sample: Sample, loose: bool) -> None:
+def lowered(op: Any, sample: Sample, derived: Derived | None, loose: bool) -> None:
     """One jitted program with the call and its pullback."""
     arrays = [t2j(x) for x in sample.operands]
-    derived = sample.gradients() if sample.differentiable and not loose else None
+    derived = None if loose else derived
     cotangents, gradients = derived or ([], [])
     function = torch2jax(sample.function, lower=True, stochastic=True)
     smooth_function = torch2jax(sample.smooth, lower=True, stochastic=True)
@@ -100,7 +117,10 @@ def as_array(x: Any) -> Any:
     return x.detach().jax() if isinstance(x, device.Tensor) else jnp.asarray(to_numpy(x))
 
 
-def failures(op: Any, dtype: torch.dtype, run: Callable[[Any, Sample, bool], None]) -> Any:
+Run = Callable[[Any, Sample, Derived | None, bool], None]
+
+
+def failures(op: Any, dtype: torch.dtype, run: Run) -> Any:
     """How many samples torch itself can run, and what went wrong with which."""
     ran, wrong = 0, []
     some = None if ALL_SAMPLES else 1
@@ -114,7 +134,8 @@ def failures(op: Any, dtype: torch.dtype, run: Callable[[Any, Sample, bool], Non
                 continue
             ran += 1
             try:
-                run(op, sample, is_loose(op, drawn))
+                derived = sample.gradients() if sample.differentiable else None
+                run(op, sample, derived, is_loose(op, drawn))
             except Exception as error:
                 wrong.append(f"sample {i} ({drawn}): {type(error).__name__}: {error}")
     return ran, wrong
@@ -151,5 +172,55 @@ def test_operator(op: Any, dtype: torch.dtype, mode: Any, request: Any) -> None:
     )
 
 
+# --- x64 off -------------------------------------------------------------------------------------
+
+
+def narrow_failures(op: Any, dtype: torch.dtype, layout: str, run: Run) -> tuple[int, list[str]]:
+    """How many samples have int64 operands, carried as int32, and what went wrong with which."""
+    ran, wrong = 0, []
+    some = None if ALL_SAMPLES else 1
+    torch.manual_seed(0)
+    with precision(False), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        several = itertools.islice(narrow_samples(op, dtype, layout), some)
+        for name, drawn, sample, derived in several:
+            ran += 1
+            try:
+                run(op, sample, derived, is_loose(op, drawn))
+            except Exception as error:
+                wrong.append(f"{name}: {type(error).__name__}: {error}")
+    return ran, wrong
+
+
+def narrow_entries() -> Iterator[Any]:
+    """Expanded indices of the operators that take some; all layouts and all operators if asked."""
+    layouts = LAYOUTS if ALL_SAMPLES else ("expanded",)
+    for entry in entries():
+        op, dtype = entry.values
+        if (ALL_SAMPLES and dtype in DTYPES) or (
+            op.formatted_name in TAKES_INDICES and dtype is torch.float32
+        ):
+            for layout, mode in itertools.product(layouts, (eager, lowered)):
+                name = f"{entry.id}-{layout}-{mode.__name__}"
+                yield pytest.param(op, dtype, layout, mode, id=name)
+
+
+@pytest.mark.parametrize(("op", "dtype", "layout", "mode"), list(narrow_entries()))
+def test_int64_that_is_carried_as_int32(
+    op: Any, dtype: torch.dtype, layout: str, mode: Any, request: Any
+) -> None:
+    ran, wrong = narrow_failures(op, dtype, layout, mode)
+    name = request.node.callspec.id
+    if not ran:
+        pytest.skip(f"no sample of {op.formatted_name} has int64 operands that JAX can carry")
+    exceptions = EXCEPTIONS | NARROW | (REPEATED_WHEN_EXPANDED if layout == "expanded" else {})
+    excepted = exceptions.get(name.replace(f"-{layout}-", "-"))
+    if wrong and excepted:  # test_operator tells whether the exception has to go
+        pytest.xfail(excepted)
+    assert not wrong, f"{len(wrong)} of {ran} samples fail\n" + "\n".join(
+        text[:2000] for text in wrong
+    )
+
+
 def test_exceptions_name_operators() -> None:
-    assert not set(EXCEPTIONS) - {p.id for p in all_variants()}
+    assert not set(EXCEPTIONS | NARROW | REPEATED_WHEN_EXPANDED) - {p.id for p in all_variants()}

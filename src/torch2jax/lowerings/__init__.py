@@ -6,6 +6,7 @@ from . import binary as binary
 from . import choices as choices
 from . import comparisons as comparisons
 from . import convolution as convolution
+from . import embeddings as embeddings
 from . import extremes as extremes
 from . import factories as factories
 from . import foreach as foreach

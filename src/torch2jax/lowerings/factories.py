@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from .._compat.jax import trace_state_clean
-from .promotion import array_dtype, cast, category, of_dtype, result_dtype, wide
+from .promotion import array_dtype, cast, category, fitting, of_dtype, result_dtype, wide
 from .registry import lowering
 
 FEW = 1 << 16
@@ -20,7 +20,7 @@ FEW = 1 << 16
 
 def _filled(size: Any, value: Any, dtype: Any) -> Any:
     """Return a new tensor. A small one outside a trace is NumPy's, which needs no compilation."""
-    size = tuple(size)
+    size, value = tuple(size), fitting(value, dtype)
     if math.prod(size) <= FEW and trace_state_clean():
         return jnp.asarray(np.full(size, value, dtype))
     return jnp.full(size, value, dtype)
@@ -73,7 +73,8 @@ def scalar_tensor(s: Any, *, dtype: Any = None, **_: Any) -> Any:
 
 @lowering("full_like", "prims.full_like", scalars=("fill_value",))
 def full_like(self: Any, fill_value: Any, *, dtype: Any = None, **_: Any) -> Any:
-    return jnp.full(self.shape, fill_value, self.dtype if dtype is None else array_dtype(dtype))
+    wanted = self.dtype if dtype is None else array_dtype(dtype)
+    return jnp.full(self.shape, fitting(fill_value, wanted), wanted)
 
 
 @lowering("zeros_like", "empty_like", "prims.empty_like")
@@ -103,7 +104,8 @@ def new_ones(self: Any, size: Any, *, dtype: Any = None, **_: Any) -> Any:
 
 @lowering("new_full", scalars=("fill_value",))
 def new_full(self: Any, size: Any, fill_value: Any, *, dtype: Any = None, **_: Any) -> Any:
-    return jnp.full(tuple(size), fill_value, self.dtype if dtype is None else array_dtype(dtype))
+    wanted = self.dtype if dtype is None else array_dtype(dtype)
+    return jnp.full(tuple(size), fitting(fill_value, wanted), wanted)
 
 
 @lowering("fill.Scalar", "fill.Tensor", "prims.fill", scalars=True)

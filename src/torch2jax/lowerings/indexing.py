@@ -1,4 +1,4 @@
-"""Gather, scatter, embeddings and losses of class labels take elements by their places.
+"""Gather, scatter and losses of class labels take elements by their places.
 
 Negative places count from the end. A place out of bounds is an error in PyTorch. XLA cannot raise,
 so JAX's rule holds: a read gives NaN or the extreme value, and a write is dropped.
@@ -98,8 +98,50 @@ def _scatter(self: Any, dim: int, index: Any, src: Any, how: str) -> Any:
     if hasattr(src, "shape") and getattr(src, "ndim", 0):
         src = src[tuple(slice(n) for n in index.shape)]
     src = jnp.broadcast_to(cast(src, self.dtype), index.shape)
-    at = x.at[_along(index, dim)]
-    return getattr(at, how)(src).reshape(self.shape)
+    places = _along(index, dim)
+    if how == "multiply":
+        return _multiplied(x, places, src).reshape(self.shape)
+    return getattr(x.at[places], how)(src).reshape(self.shape)
+
+
+@jax.custom_jvp
+def _multiplied(x: Any, places: tuple[Any, ...], factors: Any) -> Any:
+    return x.at[places].multiply(factors)
+
+
+@_multiplied.defjvp
+def _multiplied_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
+    """Differentiate the products of a scan: JAX has no derivative where places meet."""
+    x, places, factors = primals
+    x_dot, _, factors_dot = tangents
+    return jax.jvp(
+        lambda x, factors: _multiplied_by_scan(x, places, factors),
+        (x, factors),
+        (x_dot, factors_dot),
+    )
+
+
+def _multiplied_by_scan(x: Any, places: tuple[Any, ...], factors: Any) -> Any:
+    """Sort the factors by the element that they belong to, and multiply each run.
+
+    No product is divided by a factor, so derivatives of all orders are right at factors of 0.
+    """
+    inside, element = jnp.array(True), jnp.zeros((), places[0].dtype)
+    for place, size in zip(places, x.shape, strict=True):
+        inside = inside & (place >= 0) & (place < size)
+        element = element * size + place
+    element = jnp.where(inside, element, x.size).reshape(-1)
+    order = jnp.argsort(element)
+    element, factors = element[order], cast(factors, wide(x.dtype)).reshape(-1)[order]
+    starts = jnp.concatenate([jnp.array([True]), element[1:] != element[:-1]])
+
+    def joined(a: Any, b: Any) -> Any:
+        return jnp.where(b[1], b[0], a[0] * b[0]), a[1] | b[1]
+
+    products, _ = lax.associative_scan(joined, (factors, starts))
+    last = jnp.full((x.size + 1,), -1).at[element].max(jnp.arange(element.size))[: x.size]
+    found = jnp.where(last >= 0, products[jnp.maximum(last, 0)], 1)
+    return cast(x * found.reshape(x.shape), x.dtype)
 
 
 @lowering("scatter.src", "scatter.value", scalars=("value",))
@@ -147,6 +189,22 @@ def scatter_reduce(
     count = _scatter(ones, dim, index, cast(1, self.dtype), "add")
     count = jnp.maximum(count, 1)
     return out / count if is_inexact(self) else jnp.floor_divide(out, count)
+
+
+@lowering("index_reduce")
+def index_reduce(
+    self: Any, dim: int, index: Any, source: Any, reduce: str, *, include_self: bool = True
+) -> Any:
+    if self.ndim == 0:
+        self_1d, source = self.reshape(1), source.reshape(-1)
+        return index_reduce(self_1d, 0, index, source, reduce, include_self=include_self).reshape(
+            ()
+        )
+    dim = dim % self.ndim
+    shape = [1] * self.ndim
+    shape[dim] = index.size
+    places = jnp.broadcast_to(index.reshape(shape), source.shape)
+    return scatter_reduce(self, dim, places, source, reduce, include_self=include_self)
 
 
 @lowering("index_add", scalars=("alpha",))
@@ -232,123 +290,7 @@ def _values_of(x: Any, what: str) -> None:
         raise DataDependentShape(what)
 
 
-# --- embeddings and losses of labels -------------------------------------------------------------
-
-
-@lowering("embedding")
-def embedding(
-    weight: Any,
-    indices: Any,
-    padding_idx: int = -1,
-    scale_grad_by_freq: bool = False,
-    sparse: bool = False,
-) -> Any:
-    out = jnp.take(weight, indices, axis=0)
-    if scale_grad_by_freq:
-        out = _by_frequency(out, _frequencies(indices, weight))
-    if padding_idx >= 0:  # its row has no gradient
-        out = jnp.where((indices == padding_idx)[..., None], lax.stop_gradient(out), out)
-    return out
-
-
-@lowering("embedding_renorm")
-def embedding_renorm(self: Any, indices: Any, max_norm: float, norm_type: float) -> Any:
-    """Make the rows that the indices name no longer than ``max_norm``."""
-    x = jnp.abs(cast(self, wide(self.dtype)))
-    if norm_type == float("inf"):
-        norm = jnp.max(x, 1, keepdims=True, initial=0)
-    elif norm_type == 0:
-        norm = jnp.sum(x != 0, 1, keepdims=True).astype(x.dtype)
-    else:
-        norm = jnp.sum(x**norm_type, 1, keepdims=True) ** (1 / norm_type)
-    named = jnp.zeros((self.shape[0], 1), bool).at[indices.reshape(-1)].set(True)
-    shorter = self * cast(max_norm / (norm + 1e-7), self.dtype)
-    return jnp.where(named & (norm > max_norm), shorter, self)
-
-
-def _frequencies(indices: Any, weight: Any) -> Any:
-    """Return how often each index is among the indices, with a dimension to broadcast over rows."""
-    count = jnp.zeros((weight.shape[0],), wide(weight.dtype)).at[indices.reshape(-1)].add(1)
-    return count[indices][..., None]
-
-
-@jax.custom_vjp
-def _by_frequency(rows: Any, frequencies: Any) -> Any:
-    """Return rows whose gradient is divided. No function has that derivative in forward mode."""
-    return rows
-
-
-def _by_frequency_forward(rows: Any, frequencies: Any) -> Any:
-    return rows, frequencies
-
-
-def _by_frequency_backward(frequencies: Any, g: Any) -> Any:
-    return (g / frequencies).astype(g.dtype), None
-
-
-_by_frequency.defvjp(_by_frequency_forward, _by_frequency_backward)
-
-
-@lowering("embedding_dense_backward")
-def embedding_dense_backward(
-    grad_output: Any,
-    indices: Any,
-    num_weights: int,
-    padding_idx: int,
-    scale_grad_by_freq: bool,
-) -> Any:
-    flat = indices.reshape(-1)
-    g = cast(grad_output, wide(grad_output.dtype)).reshape(flat.size, grad_output.shape[-1])
-    if scale_grad_by_freq:
-        count = jnp.zeros((num_weights,), g.dtype).at[flat].add(1)
-        g = g / count[flat][:, None]
-    out = jnp.zeros((num_weights, g.shape[-1]), g.dtype).at[flat].add(g)
-    if padding_idx >= 0:
-        out = out.at[padding_idx].set(0)
-    return cast(out, grad_output.dtype)
-
-
-@lowering("_embedding_bag", "_embedding_bag_forward_only")
-def embedding_bag(
-    weight: Any,
-    indices: Any,
-    offsets: Any,
-    scale_grad_by_freq: bool = False,
-    mode: int = 0,
-    sparse: bool = False,
-    per_sample_weights: Any = None,
-    include_last_offset: bool = False,
-    padding_idx: int = -1,
-) -> Any:
-    """Return (bags, bag of each index, size of each bag, place of each maximum).
-
-    ``mode`` 0 is the sum, 1 the mean, 2 the maximum."""
-    bags = offsets.shape[0] - include_last_offset
-    n = indices.shape[0]
-    bag = jnp.searchsorted(offsets[:bags], jnp.arange(n, dtype=offsets.dtype), side="right") - 1
-    counted = indices != padding_idx
-    size = jnp.zeros((bags,), indices.dtype).at[bag].add(counted.astype(indices.dtype))
-    rows = weight[indices]
-    if scale_grad_by_freq:
-        rows = _by_frequency(rows, _frequencies(indices, weight))
-    if per_sample_weights is not None:
-        rows = rows * per_sample_weights[:, None]
-    shape = (bags, weight.shape[1])
-    none = jnp.zeros((0,), indices.dtype)
-    if mode == 2:
-        rows = jnp.where(counted[:, None], rows, -jnp.inf)
-        best = jnp.full(shape, -jnp.inf, rows.dtype).at[bag].max(lax.stop_gradient(rows))
-        first = jnp.where(rows == best[bag], jnp.arange(n)[:, None], n)
-        first = jnp.full(shape, n).at[bag].min(lax.stop_gradient(first))
-        empty = first == n
-        picked = jnp.take_along_axis(rows, jnp.where(empty, 0, first), 0) if n else 0 * best
-        places = jnp.where(empty, 0, indices[jnp.where(empty, 0, first)] if n else 0)
-        return jnp.where(empty, 0, picked).astype(weight.dtype), bag, size, places
-    rows = jnp.where(counted[:, None], rows, 0)
-    out = jnp.zeros(shape, rows.dtype).at[bag].add(rows)
-    if mode == 1:
-        out = out / jnp.maximum(size, 1)[:, None]
-    return out.astype(weight.dtype), bag.astype(indices.dtype), size, none
+# --- losses of labels -----------------------------------------------------------------------------
 
 
 def _label_loss(

@@ -26,7 +26,7 @@ def linear_cross_entropy(
     """
 
     if label_smoothing:
-        raise RuntimeError("linear_cross_entropy in chunks has no label smoothing")
+        raise NotImplementedError("linear_cross_entropy does not support label smoothing")
 
     def loss(x: Any, w: Any, b: Any) -> Any:
         losses, weights = _rows(x, w, b, target, weight, ignore_index, batch_chunk_size)

@@ -136,6 +136,20 @@ def cast(x: Any, dtype: Any) -> Any:
     return jax.lax.convert_element_type(x, dtype)
 
 
+def fitting(x: Any, dtype: Any) -> Any:
+    """Return a number that fills an array of ``dtype``.
+
+    Raises:
+        OverflowError: for integers beyond int32 in arrays of int32. JAX would drop upper bits.
+    """
+    if type(x) is int and dtype == np.int32 and not -(2**31) <= x < 2**31:
+        raise OverflowError(
+            f"{x} does not fit int32, in which JAX carries int64 while 64-bit values are off. "
+            'Switch them on: jax.config.update("jax_enable_x64", True).'
+        )
+    return x
+
+
 def promote(*xs: Any) -> list[Any]:
     """Return the arrays in one dtype, that of ``result_dtype``."""
     dtype = result_dtype(*xs)

@@ -13,6 +13,7 @@ examples that are int32 tensors decide first.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -92,7 +93,7 @@ class IntegerUse:
         elif namespace not in NATIVE_NAMESPACES:
             if self._wants_int64(func, args, kwargs):
                 self.unproven |= sources
-        elif name not in _PROVEN or any(type(n) is int and not _LOW <= n <= _HIGH for n in leaves):
+        elif name not in _PROVEN or any(map(_may_be_cut, leaves)):
             self.unproven |= sources
         return sources
 
@@ -134,6 +135,16 @@ class IntegerUse:
 
 _NONE: frozenset[int] = frozenset()
 _LOW, _HIGH = -(2**31), 2**31 - 1
+
+
+def _may_be_cut(x: Any) -> bool:
+    """Whether int32 may not hold an argument that takes the dtype of the tensors beside it.
+
+    Those are numbers, and tensors of int64 without dimensions, of which nobody knows the values.
+    """
+    if isinstance(x, torch.Tensor):
+        return x.ndim == 0 and x.dtype is torch.int64
+    return type(x) in (int, float) and math.isfinite(x) and not _LOW <= x <= _HIGH
 
 
 def _refusal(

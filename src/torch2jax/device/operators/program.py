@@ -27,6 +27,7 @@ from ..tensors.tensor import Tensor, from_torch, wrap
 from ..thread_state import state
 from . import meta
 from .constants import value_of
+from .extremes import extremes_of
 from .operands import cells_of, fill
 from .route import Route
 
@@ -72,6 +73,7 @@ class OperatorProgram:
         self.carries = wide and not x64_enabled()
         """Whether arrays of 32 bits may stand for 64-bit floats."""
         self.asks_numbers = self.carries and any(type(x) is float for x in operands)
+        self.narrow = None if x64_enabled() else extremes_of(route.target, self.kwargs, self.dtypes)
         self._way = getattr(self, _WAYS[route.kind])
         self.jitted = jax.jit(self.run)
         self._checked: set[Any] = set()
@@ -139,6 +141,9 @@ class OperatorProgram:
     def _lowered(self, values: list[Any], key: Any) -> tuple[Any, None]:
         lowered = self.route.lowered
         args, kwargs = self._arguments(values)
+        if self.narrow is not None:
+            args = [self.narrow(x) for x in args]
+            kwargs = {k: self.narrow(x) for k, x in kwargs.items()}
         given = {k: v for k, v in kwargs.items() if k not in _IGNORED and k != "device"}
         self._refuse_as_pytorch(values)
         try:

@@ -63,7 +63,8 @@ _scalar_tensor = ordinary_way(aten.scalar_tensor.default)
 def _number(args: Any, kwargs: Any) -> Any:
     """Make the tensor of the value in ``x[i] = 1.5``. Another value needs no other program."""
     dtype = kwargs.get("dtype")
-    if dtype is None or not trace_state_clean():
+    beyond = type(args[0]) is int and not -(2**31) <= args[0] < 2**31
+    if dtype is None or beyond or not trace_state_clean():
         return _scalar_tensor(args, kwargs)
     value = args[0]
     if type(value) is float and is_carried(dtype):
