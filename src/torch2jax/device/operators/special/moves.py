@@ -16,6 +16,7 @@ from ...tensors.tensor import (
     array_dtype,
     from_torch,
     only_one,
+    stays,
     to_torch,
     wrap,
     write,
@@ -40,6 +41,8 @@ def _to_copy(args: Any, kwargs: Any) -> Any:
     if state.float64_is_float32 and dtype is torch.float64 and not x64_enabled():
         dtype = torch.float32
     device = kwargs.get("device")
+    if device is not None and type(x) is Tensor and stays(x, torch.device(device)):
+        device = None
     if _is_ours(device):
         only_one(device)
     if type(x) is not Tensor:
