@@ -1,4 +1,4 @@
-"""Libraries that ask for values: solvers of differential equations, Gaussian processes, liquid networks."""
+"""Programs of other people's libraries on the bridge: values and all gradients are PyTorch's."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import gpytorch
 import jax
 import jax.numpy as jnp
+import library_programs as programs
 import numpy as np
 import pytest
 import torch
@@ -18,6 +19,15 @@ from torch2jax import from_module, torch2jax
 
 # They deprecate what PyTorch deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+
+@pytest.mark.parametrize("name", programs.named("bridge"))
+def test_program(name: str) -> None:
+    program = programs.PROGRAMS[name]
+    module = programs.made(program)
+    want = programs.expected(module, program)
+    apply, variables = from_module(module)
+    programs.check(apply, variables, program, want)
 
 
 def agrees(fn: Any, *args: Any) -> None:
