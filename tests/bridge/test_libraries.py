@@ -18,7 +18,12 @@ from ncps.wirings import AutoNCP
 from torch2jax import from_module, torch2jax
 
 # They deprecate what PyTorch deprecates.
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning",
+    "ignore::FutureWarning",
+    # captum, of an argument that requires no gradient
+    "ignore:Input Tensor 0 did not already require gradients",
+)
 
 
 @pytest.mark.parametrize("name", programs.named("bridge"))

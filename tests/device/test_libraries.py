@@ -15,7 +15,12 @@ import torch
 from torch2jax import device
 
 # They deprecate what PyTorch deprecates.
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning",
+    "ignore::FutureWarning",
+    # captum, of an argument that requires no gradient
+    "ignore:Input Tensor 0 did not already require gradients",
+)
 
 device.enable()
 

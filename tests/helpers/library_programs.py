@@ -252,11 +252,11 @@ PROGRAMS: dict[str, Program] = {
         "bridge",  # it looks whether the mask begins with ones
     ),
     "x-transformers": Program(language_model, (TOKENS,)),
-    "vector quantization": Program(
-        lambda: quantizer(VectorQuantize), (randn(2, 5, 8),), steps=3
+    "vector quantization": Program(  # it asks a buffer whether codes exist yet
+        lambda: quantizer(VectorQuantize), (randn(2, 5, 8),), "bridge device", 3
     ),
     "vector quantization, residual": Program(
-        lambda: quantizer(ResidualVQ, num_quantizers=2), (randn(2, 5, 8),), "bridge lower", 2
+        lambda: quantizer(ResidualVQ, num_quantizers=2), (randn(2, 5, 8),), "bridge", 2
     ),
     "vector quantization, finite": Program(lambda: FSQ([5, 5, 3]), (randn(2, 5, 3),)),
     "snntorch": Program(spikes, STEPS),

@@ -8,7 +8,12 @@ import pytest
 from torch2jax import from_module
 
 # They deprecate what PyTorch deprecates.
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning",
+    "ignore::FutureWarning",
+    # captum, of an argument that requires no gradient
+    "ignore:Input Tensor 0 did not already require gradients",
+)
 
 
 @pytest.mark.parametrize("name", programs.named("lower"))
