@@ -112,7 +112,8 @@ def forces(self: Any, places: torch.Tensor, edges: torch.Tensor) -> Any:
 
 def molecule() -> nn.Module:
     def graph(places: torch.Tensor, graphs: torch.Tensor) -> Any:
-        return EDGES, (places[EDGES[0]] - places[EDGES[1]]).norm(dim=-1)
+        edges = EDGES.to(places.device)
+        return edges, (places[edges[0]] - places[edges[1]]).norm(dim=-1)
 
     net = geometric.SchNet(8, 8, 1, 6, cutoff=5.0, interaction_graph=graph)
     return Uses(molecular_forces, net=net)
