@@ -85,6 +85,14 @@ def pooled(self: Any, x: torch.Tensor, edges: torch.Tensor, graphs: torch.Tensor
     return self.pool(h, graphs, dim_size=2), geometric.global_max_pool(h, graphs, size=2)
 
 
+def triples(self: Any, head: torch.Tensor, relation: torch.Tensor, tail: torch.Tensor) -> Any:
+    return self.distances(head, relation, tail), self.products(head, relation, tail)
+
+
+def adjacency(self: Any, x: torch.Tensor, weights: torch.Tensor) -> Any:
+    return self.convolution(x, torch.sparse_coo_tensor(EDGES, weights, (6, 6)))
+
+
 # --- derivatives inside --------------------------------------------------------------------------
 
 
@@ -228,6 +236,19 @@ PROGRAMS: dict[str, Program] = {
         ),
         (*NODES, GRAPHS),
     ),
+    "geometric, sparse embeddings": Program(
+        lambda: Uses(
+            triples,
+            distances=geometric.TransE(6, 3, 4, sparse=True),
+            products=geometric.DistMult(6, 3, 4, sparse=True),
+        ),
+        (torch.tensor([0, 1, 2]), torch.tensor([0, 1, 1]), torch.tensor([3, 4, 5])),
+    ),
+    "geometric, sparse adjacency": Program(
+        lambda: Uses(adjacency, convolution=geometric.GraphConv(4, 2)),
+        (randn(6, 4), randn(8)),
+        "bridge",
+    ),
     "geometric, encoder layers": Program(lambda: QFormer(8, 8, 6, 2, 1, 0.0), (randn(2, 5, 8),)),
     "geometric, multi-head attention": Program(
         lambda: geometric.GPSConv(4, geometric.GINConv(nn.Linear(4, 4)), heads=2), NODES, "bridge"
@@ -332,7 +353,7 @@ def score(out: Any) -> Any:
 def close(actual: Any, expected: Any, where: str) -> None:
     """Rounding is measured beside the largest value, as sums have other orders."""
     if isinstance(expected, torch.Tensor):
-        expected = expected.detach().cpu().numpy()
+        expected = expected.detach().to_dense().cpu().numpy()
     scale = max(float(np.abs(expected).max(initial=0)), 1e-2)
     np.testing.assert_allclose(actual, expected, 0, 1e-3 * scale, err_msg=where)
 
