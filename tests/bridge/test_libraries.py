@@ -24,6 +24,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning",
     "ignore::FutureWarning",
     "ignore:Sparse (invariant checks|CSR tensor support)",
+    "ignore:Converting sparse tensor to CSR format",
     # captum, of an argument that requires no gradient
     "ignore:Input Tensor 0 did not already require gradients",
 )

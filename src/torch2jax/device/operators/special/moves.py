@@ -41,14 +41,12 @@ def _to_copy(args: Any, kwargs: Any) -> Any:
     if state.float64_is_float32 and dtype is torch.float64 and not x64_enabled():
         dtype = torch.float32
     device = kwargs.get("device")
-    if device is not None and type(x) is Tensor and stays(x, torch.device(device)):
-        device = None
     if _is_ours(device):
         only_one(device)
     if type(x) is not Tensor:
         admit(dtype)
         return wrap(cast(from_torch(x), array_dtype(dtype)), dtype)
-    if _is_ours(device):
+    if _is_ours(device) or stays(x, torch.device(device)):
         return _cast(x, dtype)
     if torch.device(device).type == "meta":
         return torch.empty(x.shape, dtype=dtype, device="meta")
