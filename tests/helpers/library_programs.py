@@ -2,6 +2,8 @@
 
 Weights are random and sizes tiny. `tests/bridge/test_libraries.py`, `tests/lower/test_libraries.py`
 and `tests/device/test_libraries.py` compare values, buffers and all gradients with PyTorch's.
+
+The file is one table with what it needs, so it is longer than others.
 """
 
 from __future__ import annotations
