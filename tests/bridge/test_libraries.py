@@ -1,4 +1,4 @@
-"""Libraries that ask for values: solvers of differential equations, Gaussian processes, liquid networks."""
+"""Programs of other people's libraries on the bridge: values and all gradients are PyTorch's."""
 
 from __future__ import annotations
 
@@ -7,17 +7,36 @@ from typing import Any
 import gpytorch
 import jax
 import jax.numpy as jnp
+import library_programs as programs
 import numpy as np
 import pytest
+import pytorch_tcn
 import torch
 import torchdiffeq
+import torchsde
 from ncps.torch import LTC, CfC
 from ncps.wirings import AutoNCP
 
 from torch2jax import from_module, torch2jax
 
 # They deprecate what PyTorch deprecates.
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning",
+    "ignore::FutureWarning",
+    "ignore:Sparse (invariant checks|CSR tensor support)",
+    "ignore:Converting sparse tensor to CSR format",
+    # captum, of an argument that requires no gradient
+    "ignore:Input Tensor 0 did not already require gradients",
+)
+
+
+@pytest.mark.parametrize("name", programs.named("bridge"))
+def test_program(name: str) -> None:
+    program = programs.PROGRAMS[name]
+    module = programs.made(program)
+    want = programs.expected(module, program)
+    apply, variables = from_module(module)
+    programs.check(apply, variables, program, want)
 
 
 def agrees(fn: Any, *args: Any) -> None:
@@ -72,3 +91,55 @@ def test_liquid_networks(make: Any) -> None:
     for name, p in module.named_parameters():
         if p.grad is not None:
             np.testing.assert_allclose(grads[name], p.grad, rtol=1e-3, atol=1e-4, err_msg=name)
+
+
+class Noisy(torch.nn.Module):
+    noise_type, sde_type = "diagonal", "ito"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drift, self.diffusion = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+
+    def f(self, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return self.drift(y)
+
+    def g(self, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return torch.sigmoid(self.diffusion(y))
+
+
+def test_a_generator_of_a_library() -> None:
+    """torchsde draws from generators with seeds of its own, which no key changes."""
+    torch.manual_seed(0)
+    equation = Noisy()
+
+    def solve(y: torch.Tensor) -> torch.Tensor:
+        noise = torchsde.BrownianInterval(0.0, 1.0, size=tuple(y.shape), dtype=y.dtype, entropy=1)
+        times = torch.linspace(0, 1, 3)
+        return torchsde.sdeint(equation, y, times, bm=noise, method="euler", dt=0.25)
+
+    y = torch.linspace(-1, 1, 6).reshape(2, 3).requires_grad_()
+    want = solve(y)
+    want.square().sum().backward()
+    f = torch2jax(solve, stochastic=True)
+    x = jnp.asarray(y.detach().numpy())
+    for seed in range(2):
+        key = jax.random.key(seed)
+        value, grad = jax.jit(jax.value_and_grad(lambda x, k: (f(x, rng=k) ** 2).sum()))(x, key)
+        np.testing.assert_allclose(value, want.detach().square().sum(), rtol=1e-5)
+        np.testing.assert_allclose(grad, y.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("lower", [False, True])
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_traced_module_of_a_library(lower: bool) -> None:
+    torch.manual_seed(0)
+    module = pytorch_tcn.TCN(3, [4, 4], kernel_size=3, use_norm="batch_norm", dropout=0.0).eval()
+    x = torch.linspace(-1, 1, 72).reshape(2, 3, 12)
+    traced = torch.jit.trace(module, x)
+    module(x).square().sum().backward()
+    apply, variables = from_module(traced, lower=lower)
+    loss = lambda p: (apply({**variables, "params": p}, jnp.asarray(x)) ** 2).sum()  # noqa: E731
+    value, grads = jax.jit(jax.value_and_grad(loss))(variables["params"])
+    np.testing.assert_allclose(value, module(x).detach().square().sum(), rtol=1e-5)
+    for name, p in module.named_parameters():
+        np.testing.assert_allclose(grads[name], p.grad, rtol=1e-3, atol=1e-4, err_msg=name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import types
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -486,3 +487,60 @@ def test_tensors_that_are_gone_are_not_kept() -> None:
     compiled(x)
     gc.collect()
     assert memory() is None
+
+
+def _refuses(*_: Any) -> Any:
+    raise NotImplementedError("this class means something else by it")
+
+
+METHODS = ("__len__", "__iter__", "__bool__", "items", "values", "keys")
+OWN: dict[str, Callable[[], Any]] = {
+    kind.__name__: lambda kind=kind: type("Own", (kind,), dict.fromkeys(METHODS, _refuses))(
+        [("a", 1.0)]
+    )
+    for kind in (tuple, list, dict, set, frozenset, deque)
+}
+
+
+@pytest.mark.parametrize("kind", list(OWN))
+def test_containers_with_methods_of_their_own(kind: str) -> None:
+    """As e3nn's irreps, which are tuples without a length."""
+    net = nn.Tanh()
+    net.own = OWN[kind]()
+    compiled = device.jit(lambda x: net(x) * isinstance(net.own, object))
+    x = torch.linspace(-1, 1, 3)
+    for _ in range(3):
+        same(compiled(x.to(J)), x.tanh())
+
+
+def test_an_item_of_a_list_with_methods_of_its_own() -> None:
+    own: Any = type("Own", (list,), {"__len__": _refuses, "__iter__": _refuses})([2.0])
+    compiled, x = device.jit(lambda x: x * own[0]), torch.ones(3)
+    for _ in range(3):
+        same(compiled(x.to(J)), x * 2)
+    own[0] = 3.0
+    for _ in range(3):
+        same(compiled(x.to(J)), x * 3)
+
+
+def test_results_require_gradients_as_in_eager_mode() -> None:
+    """The loss has a graph, its gradients have none; a copy of the loss has none either."""
+    layer = nn.Linear(3, 2).to(J)
+
+    def step(x: torch.Tensor) -> Any:
+        x = x.detach().requires_grad_()
+        out = layer(x)
+        (slope,) = torch.autograd.grad(out.sum(), x, retain_graph=True)
+        return {"out": out, "slope": slope, "copy": out.detach(), "x": x * 2}
+
+    compiled, x = device.jit(step), torch.ones(4, 3, device=J)
+    want = step(x)
+    for _ in range(3):
+        layer.zero_grad()
+        got = compiled(x)
+        flags = {k: y.requires_grad for k, y in got.items()}
+        assert flags == {k: y.requires_grad for k, y in want.items()}
+        for k, y in got.items():
+            same(y, want[k])
+        got["out"].sum().backward()
+        same(layer.bias.grad, torch.full((2,), 4.0))

@@ -84,6 +84,8 @@ class CompiledCall:
         self.out: Any = None
         self.grad = torch.is_grad_enabled()
         self.differentiable = False
+        self.detached: frozenset[int] = frozenset()
+        """Results without a graph, such as gradients."""
         self.draws = True
         self.ran = False
         self.choice: Choice | None = None
@@ -98,7 +100,7 @@ class CompiledCall:
         compiled = CompiledCall(self.fn, self.spec, self.statics, self.metas, options, self.around)
         compiled.stands_for, compiled.statics = self.stands_for, self.statics
         compiled.grad, compiled.differentiable = self.grad, self.differentiable
-        compiled.ran, compiled.leaves = self.ran, self.leaves
+        compiled.ran, compiled.detached, compiled.leaves = self.ran, self.detached, self.leaves
         return compiled
 
     def release(self) -> None:

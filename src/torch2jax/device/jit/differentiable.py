@@ -31,7 +31,11 @@ class Differentiable(torch.autograd.Function):
         ctx.count = count
         outs = tuple(wrap(r, d) for r, d in zip(results, compiled.dtypes, strict=True))
         ctx.mark_non_differentiable(
-            *[x for x in outs if not (x.is_floating_point() or x.is_complex())]
+            *[
+                x
+                for i, x in enumerate(outs)
+                if i in compiled.detached or not (x.is_floating_point() or x.is_complex())
+            ]
         )
         return outs
 

@@ -127,6 +127,8 @@ class JittedFunction:
         compiled.ran = True
         changes = around.changes(saved)
         outs = torch_tree.tree_leaves(result)
+        ours = [x for x in outs if isinstance(x, Tensor)]
+        compiled.detached = frozenset(i for i, x in enumerate(ours) if not x.requires_grad)
         if not any(x.grad is not None for x in leaves):  # the call had no backward pass
             outs += torch_tree.tree_leaves([c.new for c in changes])
         outs = [x for x in outs if isinstance(x, torch.Tensor)]

@@ -231,10 +231,10 @@ class Surroundings:
 
 def _items(container: Any) -> dict[Any, Any]:
     if isinstance(container, dict):
-        return dict(container)
+        return dict(dict.items(container))
     if isinstance(container, types.CellType):
         return {0: contents(container)}
-    return dict(enumerate(container))
+    return dict(enumerate(list.__iter__(container)))
 
 
 def _fill(cell: Any, before: dict[Any, Any]) -> None:

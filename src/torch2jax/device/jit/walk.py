@@ -47,7 +47,10 @@ def meta(t: Tensor) -> Any:
 
 
 class Walk:
-    """A walk looks once at everything, and collects the key and what later looks compare."""
+    """A walk looks once at everything, and collects the key and what later looks compare.
+
+    Of containers it reads what they hold, past the methods that a class of the user's has.
+    """
 
     def __init__(self, volatile: set[tuple[int, Any]], names: set[str]) -> None:
         self.volatile, self.names = volatile, names
@@ -72,9 +75,8 @@ class Walk:
         elif isinstance(x, enum.Enum):
             self.key += (t, x.name)
         elif isinstance(x, tuple):
-            items = tuple.__iter__(x)  # the class may have a meaning of its own for len and iter
             self.key += (t, tuple.__len__(x))
-            for y in items:
+            for y in tuple.__iter__(x):
                 self.value(y, depth + 1)
         elif t is Tensor:
             if self.first(id(x)):
@@ -104,20 +106,20 @@ class Walk:
                 self.foreign.append(x)
                 self.key.append(x._version)
         elif isinstance(x, dict):
-            self.key += (t, len(x))
-            if len(x) <= _MANY:
+            if self.counted(t, dict.__len__(x)):
                 self.items(x, depth)
         elif isinstance(x, list):
-            self.key += (t, len(x))
-            if len(x) <= _MANY:
-                self.contain(x, x.__iter__)
-                for y in x:
+            if self.counted(t, list.__len__(x)):
+                read = functools.partial(list.__iter__, x)
+                self.contain(x, read, list.__len__(x))
+                for y in read():
                     self.item(x, None, y, depth)
         elif isinstance(x, set | frozenset | deque):
-            self.key += (t, len(x))
-            if len(x) <= _MANY:
-                self.reads.append(x.__iter__)
-                for y in x:
+            base: Any = next(c for c in (set, frozenset, deque) if isinstance(x, c))
+            if self.counted(t, base.__len__(x)):
+                read = functools.partial(base.__iter__, x)
+                self.reads.append(read)
+                for y in read():
                     self.value(y, depth + 1)
         elif isinstance(x, types.FunctionType):
             self.function(x, depth)
@@ -140,9 +142,14 @@ class Walk:
         else:
             self.pin(x)
 
-    def contain(self, container: Any, read: Callable[[], Any]) -> None:
+    def counted(self, t: Any, n: int) -> bool:
+        """Take down how many items a container has, and say whether each is looked at."""
+        self.key += (t, n)
+        return n <= _MANY
+
+    def contain(self, container: Any, read: Callable[[], Any], n: int) -> None:
         self.containers.append(container)
-        if container:
+        if n:
             self.read_of[len(self.reads)] = container
             self.reads.append(read)
         else:
@@ -180,8 +187,8 @@ class Walk:
         self.pins.append(x)
 
     def items(self, d: dict[Any, Any], depth: int) -> None:
-        self.contain(d, d.values)
-        for k, y in list(d.items()):
+        self.contain(d, functools.partial(dict.values, d), dict.__len__(d))
+        for k, y in list(dict.items(d)):
             if type(k) is str:
                 self.key.append(k)
             else:

@@ -97,7 +97,7 @@ def register_composites() -> Any:
         kernel = _kernel(composite)
         for key in ("AutogradLazy", "AutogradPrivateUse1"):
             library.impl(composite.op._opname, kernel, key)
-    others = {"ctc_loss.Tensor": _ctc_loss, "cov": cov, "istft": istft, **RECURRENT}
+    others = {"ctc_loss.Tensor": _ctc_loss, "cov": cov, "istft": istft, **RECURRENT, **_DENSE}
     for name, kernel in others.items():
         for key in ("AutogradLazy", "AutogradPrivateUse1", "Lazy", "PrivateUse1"):
             library.impl(name, kernel, key)
@@ -108,6 +108,22 @@ def _ctc_loss(scores: Any, targets: Any, steps: Any, sizes: Any, *rest: Any) -> 
     """Move the lengths, by which a part divides; they may be on the CPU, as beside CUDA tensors."""
     place = scores.device
     return aten.ctc_loss.Tensor.decompose(scores, targets, steps.to(place), sizes.to(place), *rest)
+
+
+def _dense(op: Any, sparse: int) -> Callable[..., Any]:
+    """Return a derivative that is dense, whatever its argument ``sparse`` says."""
+
+    def kernel(*args: Any) -> Any:
+        return op.decompose(*args[:sparse], False, *args[sparse + 1 :])
+
+    return kernel
+
+
+_DENSE = {
+    "embedding_backward": _dense(aten.embedding_backward.default, 5),
+    "gather_backward": _dense(aten.gather_backward.default, 4),
+}
+"""Arrays of JAX are dense, and so are these gradients."""
 
 
 def _kernel(composite: _Composite) -> Callable[..., Any]:

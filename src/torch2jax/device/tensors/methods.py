@@ -11,7 +11,7 @@ from jax.core import Tracer
 
 from ..._errors import Torch2JaxError
 from ..thread_state import state
-from .tensor import Tensor, become, concrete, only_one, read, to_torch, wrap_view
+from .tensor import Tensor, become, concrete, only_one, read, stays, to_torch, wrap_view
 
 __all__ = ["install"]
 
@@ -63,7 +63,7 @@ def _item(self: Tensor) -> Any:
 
 
 def _cpu(self: Tensor, memory_format: Any = None) -> torch.Tensor:
-    return torch.Tensor.to(self, "cpu")
+    return _to(self, "cpu")
 
 
 def _to(self: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -75,6 +75,8 @@ def _to(self: Tensor, *args: Any, **kwargs: Any) -> Any:
         device, dtype = args[0].device, args[0].dtype
     else:
         device, dtype, _, _ = _parse_to(*args, **kwargs)
+    if device is not None and stays(self, device):
+        device = None
     ours = device is None or device.type == "jax"
     if ours:
         only_one(device)

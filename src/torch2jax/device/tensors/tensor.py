@@ -26,6 +26,7 @@ from ..._conversions.float64 import narrow_floats
 from ..._errors import UnsupportedDtypeError
 from ...lowerings.promotion import array_dtype
 from ...lowerings.registry import ValuesAsked
+from ..thread_state import state
 from .view_chains import Chain
 
 __all__ = [
@@ -274,6 +275,15 @@ def concrete(t: Tensor, what: str) -> jax.Array:
             "tensors, or move this line out of the traced function.",
         )
     return array
+
+
+def stays(t: Tensor, device: torch.device) -> bool:
+    """Say whether a move to ``device`` leaves the tensor where it is.
+
+    With ``lower=True`` a program for the CPU runs on tracers. Its "cpu", which it may have from a
+    constant of its own, is the place where these are; their values are still refused.
+    """
+    return state.lowering > 0 and device.type == "cpu" and not isinstance(read(t), ArrayImpl)
 
 
 def to_torch(t: Tensor, what: str = "cpu()") -> torch.Tensor:

@@ -44,6 +44,21 @@ def _batch_norm_with_update(args: Any, kwargs: Any) -> Any:
     return (*out, wrap(jax.numpy.zeros((0,), np.uint8), torch.uint8))
 
 
+# --- gradients that PyTorch makes sparse on request ----------------------------------------------
+
+_bag_backward = ordinary_way(aten._embedding_bag_backward.default)
+_SPARSE = 9
+"""The argument ``sparse`` stands there."""
+
+
+@special(aten._embedding_bag_backward.default)
+def _embedding_bag_backward(args: Any, kwargs: Any) -> Any:
+    return _bag_backward((*args[:_SPARSE], False, *args[_SPARSE + 1 :]), kwargs)
+
+
+# --- nested tensors ------------------------------------------------------------------------------
+
+
 @special(getattr(aten._nested_tensor_from_mask_left_aligned, "default", None))
 def _no_nested_tensor(args: Any, kwargs: Any) -> bool:
     """Tell ``nn.TransformerEncoder`` that a padded batch cannot be a nested tensor."""

@@ -16,6 +16,7 @@ from ...tensors.tensor import (
     array_dtype,
     from_torch,
     only_one,
+    stays,
     to_torch,
     wrap,
     write,
@@ -45,7 +46,7 @@ def _to_copy(args: Any, kwargs: Any) -> Any:
     if type(x) is not Tensor:
         admit(dtype)
         return wrap(cast(from_torch(x), array_dtype(dtype)), dtype)
-    if _is_ours(device):
+    if _is_ours(device) or stays(x, torch.device(device)):
         return _cast(x, dtype)
     if torch.device(device).type == "meta":
         return torch.empty(x.shape, dtype=dtype, device="meta")

@@ -1,0 +1,432 @@
+"""Small programs of other people's libraries, by the kinds of fault that they once showed.
+
+Weights are random and sizes tiny. `tests/bridge/test_libraries.py`, `tests/lower/test_libraries.py`
+and `tests/device/test_libraries.py` compare values, buffers and all gradients with PyTorch's.
+
+The file is one table with what it needs, so it is longer than others.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import captum.attr
+import jax
+import jax.numpy as jnp
+import numpy as np
+import opt_einsum
+import pytorch_tcn
+import snntorch
+import soft_moe_pytorch
+import tensorly
+import torch
+import torch_geometric.nn as geometric
+import torchcde
+import torchrecurrent
+import x_transformers
+import zuko
+from e3nn import nn as e3nn_layers
+from e3nn import o3
+from minGRU_pytorch import minGRU
+from torch import nn
+from torch_geometric.nn.attention import QFormer
+from torchcrf import CRF
+from vector_quantize_pytorch import FSQ, ResidualVQ, VectorQuantize
+
+tensorly.set_backend("pytorch")
+
+
+class Program(NamedTuple):
+    """``make()`` is the module; ``steps`` training steps move its buffers."""
+
+    make: Callable[[], nn.Module]
+    args: tuple[torch.Tensor, ...]
+    ways: str = "bridge lower device"
+    steps: int = 0
+
+
+class Uses(nn.Module):
+    """A program of a user, who has modules of a library."""
+
+    def __init__(self, run: Callable[..., Any], **modules: nn.Module) -> None:
+        super().__init__()
+        self.run = run
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+    def forward(self, *args: torch.Tensor) -> Any:
+        return self.run(self, *args)
+
+
+def randn(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+# --- integers as indices -------------------------------------------------------------------------
+
+EDGES = torch.tensor([[0, 1, 2, 3, 4, 5, 0, 2], [1, 2, 3, 4, 5, 0, 3, 5]])
+GRAPHS = torch.tensor([0, 0, 0, 1, 1, 1])
+TOKENS = torch.tensor([[5, 3, 8, 1, 9, 4], [2, 7, 7, 6, 0, 0]])
+
+
+def crf(self: Any, scores: torch.Tensor, tags: torch.Tensor, mask: torch.Tensor) -> Any:
+    return self.crf(scores, tags, mask=mask.bool())
+
+
+def language_model() -> nn.Module:
+    layers = x_transformers.Decoder(
+        dim=16, depth=1, heads=2, attn_dim_head=8, rel_pos_bias=True, ff_glu=True
+    )
+    return x_transformers.TransformerWrapper(num_tokens=12, max_seq_len=8, attn_layers=layers)
+
+
+def pooled(self: Any, x: torch.Tensor, edges: torch.Tensor, graphs: torch.Tensor) -> Any:
+    h = self.convolution(x, edges)
+    return self.pool(h, graphs, dim_size=2), geometric.global_max_pool(h, graphs, size=2)
+
+
+def triples(self: Any, head: torch.Tensor, relation: torch.Tensor, tail: torch.Tensor) -> Any:
+    return self.distances(head, relation, tail), self.products(head, relation, tail)
+
+
+def adjacency(self: Any, x: torch.Tensor, weights: torch.Tensor) -> Any:
+    return self.convolution(x, torch.sparse_coo_tensor(EDGES, weights, (6, 6)))
+
+
+# --- derivatives inside --------------------------------------------------------------------------
+
+
+def potential() -> nn.Module:
+    return Uses(
+        forces,
+        product=o3.FullyConnectedTensorProduct("3x0e", "0e + 1o", "4x0e + 2x1o"),
+        linear=o3.Linear("4x0e + 2x1o", "1x0e"),
+        radial=e3nn_layers.FullyConnectedNet([1, 8, 3], torch.tanh),
+    )
+
+
+def forces(self: Any, places: torch.Tensor, edges: torch.Tensor) -> Any:
+    """The energy and its derivative; a loss of forces takes a second one."""
+    with torch.enable_grad():
+        places = places.detach().requires_grad_()
+        way = places[edges[0]] - places[edges[1]]
+        harmonics = o3.spherical_harmonics([0, 1], way, True, "component")
+        messages = self.product(self.radial(way.norm(dim=-1, keepdim=True)), harmonics)
+        nodes = messages.new_zeros(len(places), messages.shape[1]).index_add(0, edges[1], messages)
+        energy = self.linear(nodes).sum()
+        (slope,) = torch.autograd.grad(energy, places, create_graph=True)
+    return energy, slope
+
+
+def molecule() -> nn.Module:
+    def graph(places: torch.Tensor, graphs: torch.Tensor) -> Any:
+        edges = EDGES.to(places.device)
+        return edges, (places[edges[0]] - places[edges[1]]).norm(dim=-1)
+
+    net = geometric.SchNet(8, 8, 1, 6, cutoff=5.0, interaction_graph=graph)
+    return Uses(molecular_forces, net=net)
+
+
+def molecular_forces(self: Any, places: torch.Tensor, atoms: torch.Tensor) -> Any:
+    """PyTorch Geometric's own idiom: nothing switches gradients on."""
+    places = places.detach().requires_grad_()
+    energy = self.net(atoms, places, GRAPHS.to(places.device))
+    (slope,) = torch.autograd.grad(energy.sum(), places, create_graph=True)
+    return energy, -slope
+
+
+def classifier() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+
+
+def integrated(self: Any, x: torch.Tensor) -> Any:
+    return captum.attr.IntegratedGradients(self.net).attribute(x, target=1, n_steps=3)
+
+
+def saliency(self: Any, x: torch.Tensor) -> Any:
+    """Its gradient has no graph, so it is a constant to the gradient of the whole."""
+    return self.net(x), captum.attr.Saliency(self.net).attribute(x, target=1)
+
+
+def activations(self: Any, x: torch.Tensor) -> Any:
+    return captum.attr.LayerGradCam(self.net, self.net[0]).attribute(x, target=1)
+
+
+def likelihood(self: Any, x: torch.Tensor) -> Any:
+    return self.flow().log_prob(x)
+
+
+# --- state ---------------------------------------------------------------------------------------
+
+
+def quantizer(kind: Any, **options: Any) -> nn.Module:
+    # Codes that nobody uses would be replaced by random ones.
+    return kind(dim=8, codebook_size=6, decay=0.8, threshold_ema_dead_code=0, **options)
+
+
+def spikes() -> nn.Module:
+    leaky = snntorch.Leaky(beta=0.9, learn_beta=True, init_hidden=True)
+    return Uses(spiking, first=nn.Linear(3, 4), leaky=leaky, lstm=snntorch.SLSTM(4, 3))
+
+
+def spiking(self: Any, x: torch.Tensor) -> Any:
+    """The membranes' potentials stand in attributes and buffers from one step to the next."""
+    self.leaky.reset_mem()
+    synapse, memory = self.lstm.init_slstm()
+    found = []
+    for step in x:
+        self.leaky(self.first(step))
+        _, synapse, memory = self.lstm(self.leaky.mem, synapse, memory)
+        found.append(memory)
+    return torch.stack(found)
+
+
+# --- equations with time -------------------------------------------------------------------------
+
+
+class Field(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 8)
+
+    def forward(self, t: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        return self.linear(z).tanh().view(*z.shape[:-1], 4, 2)
+
+
+def controlled(adjoint: bool) -> nn.Module:
+    def run(self: Any, x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        coefficients = torchcde.natural_cubic_coeffs(x)
+        path = torchcde.CubicSpline(coefficients)
+        own = {}
+        if adjoint:
+            own["adjoint_params"] = (*self.field.parameters(), coefficients)
+        return torchcde.cdeint(
+            X=path, func=self.field, z0=z, t=path.interval, adjoint=adjoint, method="rk4",
+            options={"step_size": 1.0}, **own,
+        )  # fmt: skip
+
+    return Uses(run, field=Field())
+
+
+# --- products ------------------------------------------------------------------------------------
+
+
+def contraction(self: Any, *factors: torch.Tensor) -> Any:
+    return opt_einsum.contract("ij,jk,kl->il", *factors)
+
+
+def tensor_of_factors(self: Any, core: torch.Tensor, *factors: torch.Tensor) -> Any:
+    whole = tensorly.cp_to_tensor((None, list(factors)))
+    return whole, tensorly.tucker_to_tensor((core, list(factors)))
+
+
+NODES = (randn(6, 4), EDGES)
+STEPS = (randn(4, 2, 3),)
+PROGRAMS: dict[str, Program] = {
+    "geometric, attention": Program(lambda: geometric.GAT(4, 8, 2, 3, add_self_loops=False), NODES),
+    "geometric, batch norm": Program(
+        lambda: geometric.GIN(4, 8, 2, 3, norm="BatchNorm"), NODES, steps=2
+    ),
+    "geometric, self loops": Program(
+        lambda: geometric.GCN(4, 8, 2, 3), NODES, "bridge"  # they are told by their values
+    ),
+    "geometric, LSTM": Program(
+        lambda: Uses(
+            pooled, convolution=geometric.GatedGraphConv(4, 2), pool=geometric.Set2Set(4, 2)
+        ),
+        (*NODES, GRAPHS),
+    ),
+    "geometric, sparse embeddings": Program(
+        lambda: Uses(
+            triples,
+            distances=geometric.TransE(6, 3, 4, sparse=True),
+            products=geometric.DistMult(6, 3, 4, sparse=True),
+        ),
+        (torch.tensor([0, 1, 2]), torch.tensor([0, 1, 1]), torch.tensor([3, 4, 5])),
+    ),
+    "geometric, sparse adjacency": Program(
+        lambda: Uses(adjacency, convolution=geometric.GraphConv(4, 2)),
+        (randn(6, 4), randn(8)),
+        "bridge",
+    ),
+    "geometric, encoder layers": Program(lambda: QFormer(8, 8, 6, 2, 1, 0.0), (randn(2, 5, 8),)),
+    "geometric, multi-head attention": Program(
+        lambda: geometric.GPSConv(4, geometric.GINConv(nn.Linear(4, 4)), heads=2), NODES, "bridge"
+    ),
+    "geometric, forces": Program(
+        molecule, (randn(6, 3), torch.tensor([1, 6, 1, 1, 6, 1])), "bridge device"
+    ),
+    "e3nn, forces": Program(potential, (randn(4, 3), torch.tensor([[0, 1, 2, 3], [1, 2, 3, 0]]))),
+    "e3nn, batch norm": Program(
+        lambda: e3nn_layers.BatchNorm("2x0e + 1x1o"), (randn(6, 5),), steps=2
+    ),
+    "e3nn, gate": Program(
+        lambda: e3nn_layers.Gate("2x0e", [torch.tanh], "2x0e", [torch.sigmoid], "2x1o"),
+        (randn(3, 10),),
+    ),
+    "crf": Program(
+        lambda: Uses(crf, crf=CRF(3, batch_first=True)),
+        (
+            randn(2, 4, 3),
+            torch.tensor([[0, 1, 2, 1], [2, 2, 0, 0]]),
+            torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]),
+        ),
+        "bridge",  # it looks whether the mask begins with ones
+    ),
+    "x-transformers": Program(language_model, (TOKENS,)),
+    "vector quantization": Program(  # it asks a buffer whether codes exist yet
+        lambda: quantizer(VectorQuantize), (randn(2, 5, 8),), "bridge device", 3
+    ),
+    "vector quantization, residual": Program(
+        lambda: quantizer(ResidualVQ, num_quantizers=2), (randn(2, 5, 8),), "bridge", 2
+    ),
+    "vector quantization, finite": Program(lambda: FSQ([5, 5, 3]), (randn(2, 5, 3),)),
+    "snntorch": Program(spikes, STEPS),
+    "pytorch-tcn": Program(
+        lambda: pytorch_tcn.TCN(3, [4, 4], kernel_size=3, use_norm="weight_norm", dropout=0.0),
+        (randn(2, 3, 12),),
+    ),
+    "captum, a path of gradients": Program(
+        lambda: Uses(integrated, net=classifier()), (randn(2, 3),)
+    ),
+    "captum, saliency": Program(
+        lambda: Uses(saliency, net=classifier()), (randn(2, 3),)
+    ),
+    "captum, hooks": Program(
+        lambda: Uses(activations, net=classifier()), (randn(2, 3),)
+    ),
+    "zuko, splines": Program(
+        lambda: Uses(likelihood, flow=zuko.flows.NSF(3, transforms=1, hidden_features=[8])),
+        (randn(4, 3),),
+    ),
+    "zuko, neural": Program(
+        lambda: Uses(likelihood, flow=zuko.flows.NAF(3, transforms=1, hidden_features=[8])),
+        (randn(4, 3),),
+        "bridge device",
+    ),
+    "zuko, integrals": Program(
+        lambda: Uses(likelihood, flow=zuko.flows.UNAF(3, transforms=1, hidden_features=[8])),
+        (randn(4, 3),),
+        "bridge",
+    ),
+    "torchcde": Program(lambda: controlled(False), (randn(3, 5, 2), randn(3, 4)), "bridge"),
+    "torchcde, adjoint": Program(
+        lambda: controlled(True), (randn(3, 5, 2), randn(3, 4)), "bridge"
+    ),
+    "minGRU": Program(lambda: minGRU(8), (randn(2, 6, 8),)),
+    "torchrecurrent, MGU": Program(lambda: torchrecurrent.MGU(3, 4), STEPS),
+    "torchrecurrent, IndRNN": Program(lambda: torchrecurrent.IndRNN(3, 4), STEPS, "bridge lower"),
+    "soft mixture of experts": Program(
+        lambda: soft_moe_pytorch.SoftMoE(dim=8, seq_len=6, num_experts=3), (randn(2, 6, 8),)
+    ),
+    "opt_einsum": Program(lambda: Uses(contraction), (randn(3, 4), randn(4, 5), randn(5, 2))),
+    "tensorly": Program(
+        lambda: Uses(tensor_of_factors), (randn(2, 2, 2), randn(3, 2), randn(4, 2), randn(5, 2))
+    ),
+}  # fmt: skip
+
+
+def named(way: str) -> list[str]:
+    return [name for name, program in PROGRAMS.items() if way in program.ways.split()]
+
+
+# --- results, of PyTorch or JAX ------------------------------------------------------------------
+
+
+def leaves(out: Any) -> list[Any]:
+    """The inexact leaves of a result, in one order."""
+    if out is None:
+        return []
+    if isinstance(out, dict):
+        return [y for k in sorted(out) for y in leaves(out[k])]
+    if isinstance(out, list | tuple):
+        return [y for o in out for y in leaves(o)]
+    if isinstance(out, torch.Tensor):
+        return [out] if out.is_floating_point() else []
+    return [out] if jnp.issubdtype(out.dtype, jnp.floating) else []
+
+
+def score(out: Any) -> Any:
+    return sum((((1 + 0.3 * k) * y * y + y).sum() for k, y in enumerate(leaves(out))), 0.0)
+
+
+def close(actual: Any, expected: Any, where: str) -> None:
+    """Rounding is measured beside the largest value, as sums have other orders."""
+    if isinstance(expected, torch.Tensor):
+        expected = expected.detach().to_dense().cpu().numpy()
+    scale = max(float(np.abs(expected).max(initial=0)), 1e-2)
+    np.testing.assert_allclose(actual, expected, 0, 1e-3 * scale, err_msg=where)
+
+
+class Expected(NamedTuple):
+    """What PyTorch gives, after the last step."""
+
+    out: Any
+    parameters: dict[str, Any]
+    """Their gradients; None where there is none."""
+    inputs: list[Any]
+    """Gradients of the arguments that have any."""
+    buffers: dict[str, torch.Tensor]
+
+
+def expected(module: nn.Module, program: Program) -> Expected:
+    """Run a copy in PyTorch."""
+    module = copy.deepcopy(module)
+    args = [x.clone().requires_grad_(x.is_floating_point()) for x in program.args]
+    out: Any = None
+    for _ in range(max(program.steps, 1)):
+        for x in (*args, *module.parameters()):
+            x.grad = None
+        out = module(*args)
+        score(out).backward()
+    return Expected(
+        out,
+        {k: p.grad for k, p in module.named_parameters() if p.requires_grad},
+        [x.grad for x in args if x.requires_grad],
+        {k: b for k, b in module.named_buffers() if b.is_floating_point()},
+    )
+
+
+def made(program: Program) -> nn.Module:
+    torch.manual_seed(0)
+    return program.make().train(program.steps > 0)
+
+
+def zeros_of(x: Any) -> np.ndarray:
+    return np.zeros(x.shape, np.float32)
+
+
+def check(apply: Any, variables: Any, program: Program, want: Expected) -> None:
+    """Eager calls, then a compiled step as often as PyTorch made one."""
+    arrays = [jnp.asarray(x.numpy()) for x in program.args]
+    where = [i for i, x in enumerate(program.args) if x.is_floating_point()]
+    train = program.steps > 0
+
+    def loss(params: Any, chosen: Any, buffers: Any) -> Any:
+        args = list(arrays)
+        for i, x in zip(where, chosen, strict=True):
+            args[i] = x
+        given = {**variables, "params": params, "buffers": buffers}
+        result = apply(given, *args, train=train)
+        out, buffers = result if train else (result, buffers)
+        return score(out), (out, buffers)
+
+    chosen = [arrays[i] for i in where]
+    step = jax.jit(jax.grad(loss, (0, 1), has_aux=True))
+    buffers = variables["buffers"]
+    for _ in range(max(program.steps, 1)):
+        eager, _ = loss(variables["params"], chosen, buffers)
+        (grads, by_input), (out, buffers) = step(variables["params"], chosen, buffers)
+    close(eager, score(want.out), "eager")
+    for k, (y, x) in enumerate(zip(leaves(out), leaves(want.out), strict=True)):
+        close(y, x, f"result {k}")
+    assert set(grads) <= set(want.parameters)  # tied ones are one leaf
+    for name, g in grads.items():
+        close(g, zeros_of(g) if want.parameters[name] is None else want.parameters[name], name)
+    for k, (g, x) in enumerate(zip(by_input, want.inputs, strict=True)):
+        close(g, zeros_of(g) if x is None else x, f"input {k}")
+    for name, b in buffers.items():
+        if name in want.buffers:
+            close(b, want.buffers[name], name)
