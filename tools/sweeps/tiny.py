@@ -85,6 +85,8 @@ def numbers(name: str, values: Any) -> Any:
         return type(values)(IMAGE for _ in values)
     if "patch" in name and "grid" not in name:
         return type(values)(min(v, PATCH) for v in values)
+    if name.endswith(("heads", "num_head")):
+        return type(values)(min(v, 2) for v in values)
     if DEPTHS.fullmatch(name):
         return type(values)(min(v, 1) for v in values)
     if LISTS.fullmatch(name) and max(values) > WIDTH:
@@ -93,45 +95,56 @@ def numbers(name: str, values: Any) -> Any:
     return values
 
 
+def is_config(value: Any) -> bool:
+    return hasattr(value, "to_dict") and hasattr(value, "model_type")
+
+
+LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+
+
 def tiny_config(cls: Any, **fixed: Any) -> Any:
-    """A configuration with small sizes, whose derived values its own constructor finds."""
+    """A configuration with small sizes, whose derived values its own constructor finds.
+
+    Of `fixed`, a dict beside the name of a configuration within holds what is fixed in that one.
+    """
     default = cls()
+    fields = set(getattr(cls, "__dataclass_fields__", ()))
+    accepted = set(inspect.signature(cls.__init__).parameters) | fields
     changes: dict[str, Any] = {}
-    accepted = set(inspect.signature(cls.__init__).parameters) | set(getattr(cls, "__dataclass_fields__", ()))
-    layers = None
     for name, value in vars(default).items():
         name = name.lstrip("_") if name.lstrip("_") in accepted else name
-        if hasattr(value, "to_dict") and hasattr(value, "model_type"):
-            changes[name] = tiny_config(type(value))
+        if is_config(value):
+            within = fixed.pop(name) if isinstance(fixed.get(name), dict) else {}
+            changes[name] = fixed[name] if name in fixed else tiny_config(type(value), **within)
         elif isinstance(value, bool) or name not in accepted:
             continue
         elif isinstance(value, int):
-            changes[name] = number(name, value)
+            small = number(name, value)
+            if small != value:
+                changes[name] = small
         elif isinstance(value, list | tuple):
-            changes[name] = numbers(name, value)
-        if name in changes and changes[name] == value and not hasattr(value, "to_dict"):
-            del changes[name]
-    layers = next((changes[n] for n in ("num_hidden_layers", "n_layer", "num_layers", "n_layers") if n in changes), None)
+            small = numbers(name, value)
+            if small != value:
+                changes[name] = small
+    heads = changes.get("num_attention_heads")
+    same = getattr(default, "num_key_value_heads", 0) == getattr(default, "num_attention_heads", None)
+    if heads and same and "num_key_value_heads" in changes:
+        changes["num_key_value_heads"] = heads
+    layers = next((changes[n] for n in LAYERS if n in changes), None)
     for name, value in vars(default).items():
-        if isinstance(value, list) and name in accepted and ("layer" in name or "block" in name or "pattern" in name):
-            if value and all(isinstance(v, str) for v in value) and layers is not None:
-                kinds = list(dict.fromkeys(value))
-                if len(kinds) > layers:
-                    for n in ("num_hidden_layers", "n_layer", "num_layers", "n_layers"):
-                        if n in changes:
-                            changes[n] = len(kinds)
-                changes[name] = (kinds * layers)[: max(layers, len(kinds))]
-    changes.update(fixed)
-    for attempt in ({}, {"dropout": 0.0}):
-        del attempt
-        config = cls(**changes)
-    return quiet(config)
+        kinds = value if isinstance(value, list) and name in accepted else []
+        if layers and kinds and re.search("layer|block|pattern", name) and all(isinstance(v, str) for v in kinds):
+            kinds = list(dict.fromkeys(kinds))
+            layers = max(layers, len(kinds))
+            changes |= {n: layers for n in LAYERS if n in changes}
+            changes[name] = (kinds * layers)[:layers]
+    return quiet(cls(**{**changes, **fixed}))
 
 
 def quiet(config: Any) -> Any:
     """Without dropout and caches."""
     for name, value in list(vars(config).items()):
-        if hasattr(value, "to_dict") and hasattr(value, "model_type"):
+        if is_config(value):
             quiet(value)
         elif isinstance(value, float) and re.search(r"drop(out|path|_)|_pdrop|layerdrop|drop_rate", name):
             setattr(config, name, 0.0)
@@ -144,10 +157,10 @@ def quiet(config: Any) -> Any:
 
 # Heads in the order in which one is chosen.
 HEADS = (
-    "CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "OBJECT_DETECTION",
+    "SPEECH_SEQ_2_SEQ", "SEQ_TO_SEQ_CAUSAL_LM", "CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "OBJECT_DETECTION",
     "ZERO_SHOT_OBJECT_DETECTION", "UNIVERSAL_SEGMENTATION", "SEMANTIC_SEGMENTATION",
     "DEPTH_ESTIMATION", "IMAGE_CLASSIFICATION", "VIDEO_CLASSIFICATION", "MASKED_LM",
-    "CTC", "SPEECH_SEQ_2_SEQ", "AUDIO_CLASSIFICATION", "TOKEN_CLASSIFICATION",
+    "CTC", "AUDIO_CLASSIFICATION", "TOKEN_CLASSIFICATION",
     "SEQUENCE_CLASSIFICATION", "VISUAL_QUESTION_ANSWERING", "IMAGE_TO_IMAGE",
     "TIME_SERIES_PREDICTION", "KEYPOINT_DETECTION", "BACKBONE", "",
 )  # fmt: skip
@@ -187,7 +200,7 @@ def find(config: Any, *names: str) -> Any:
         if value is not None:
             return value
     for value in vars(config).values():
-        if hasattr(value, "to_dict") and hasattr(value, "model_type"):
+        if is_config(value):
             found = find(value, *names)
             if found is not None:
                 return found
@@ -214,7 +227,7 @@ def tokens(config: Any, length: int = LENGTH) -> torch.Tensor:
     return ids
 
 
-def inputs_of(model: nn.Module, config: Any, images: int = 0, variant: int = 0) -> dict[str, Any]:
+def inputs_of(model: nn.Module, config: Any, images: int = 0, variant: int = 0, shape: int = 0) -> dict[str, Any]:
     """What the signature asks for: text, an image, sound, a series. `images` are the tokens of an image."""
     names = inspect.signature(model.forward).parameters
     inputs: dict[str, Any] = {}
@@ -227,6 +240,8 @@ def inputs_of(model: nn.Module, config: Any, images: int = 0, variant: int = 0) 
         token = find(config, "image_token_id", "image_token_index", "audio_token_id", "audio_token_index", "video_token_id")
         if images and isinstance(token, int):
             ids[:, 2 : 2 + images] = token
+        if "mm_token_type_ids" in names:
+            inputs["mm_token_type_ids"] = (ids == token).long() if images else torch.zeros_like(ids)
         inputs["input_ids"] = ids
         if "attention_mask" in names:
             mask = torch.ones_like(ids)
@@ -236,24 +251,30 @@ def inputs_of(model: nn.Module, config: Any, images: int = 0, variant: int = 0) 
     if "decoder_input_ids" in names and "CTC" not in type(model).__name__:
         inputs["decoder_input_ids"] = tokens(config, 5)
     if "pixel_values" in names and (variant != 1 or main == "pixel_values"):
-        inputs["pixel_values"] = wave(BATCH, channels, size, size)
+        frames = find(config, "num_frames") or 4
+        film = (BATCH, frames, channels, size, size)
+        inputs["pixel_values"] = wave(*(film if shape else (BATCH, channels, size, size)))
     if "pixel_values_videos" in names and main == "pixel_values_videos":
         frames = find(config, "num_frames", "frames_per_clip") or 4
         inputs["pixel_values_videos"] = wave(BATCH, frames, channels, size, size)
     if "input_values" in names and "input_ids" not in inputs:
-        inputs["input_values"] = wave(BATCH, 1600)
+        bins = find(config, "num_mel_bins") or 16
+        inputs["input_values"] = wave(*((BATCH, 1600), (BATCH, 1, 1600), (BATCH, find(config, "max_length") or 64, bins))[shape])
         if "padding_mask" in required:
             inputs["padding_mask"] = torch.ones(BATCH, 1600)
     if "input_features" in names and (variant != 1 or main == "input_features"):
         bins = find(config, "num_mel_bins", "n_mels", "input_feat_per_channel", "feature_projection_input_dim", "input_channels") or 80
         width = (find(config, "max_source_positions") or 32) * 2
-        long = "whisper" in type(model).__module__ or "qwen2_audio" in type(model).__module__
-        inputs["input_features"] = wave(BATCH, bins, width) if long else wave(BATCH, 64, bins)
+        inputs["input_features"] = wave(*((BATCH, 64, bins), (BATCH, bins, width), (BATCH, 1, 64, bins))[shape])
+        if "input_features_mask" in names:
+            inputs["input_features_mask"] = torch.ones(BATCH, 64 if shape == 0 else width, dtype=torch.long)
     if "past_values" in names:
         length = find(config, "context_length") or 32
         lags = max(find(config, "lags_sequence") or [0])
         wide = find(config, "num_input_channels", "input_size") or 1
         inputs["past_values"] = wave(BATCH, length + lags, wide) if wide > 1 else wave(BATCH, length + lags)
+        if "channels" in required or type(model).__module__.split(".")[-2] in ("patchtst", "patchtsmixer"):
+            inputs["past_values"] = wave(BATCH, length, wide)
         if "past_time_features" in names:
             inputs["past_time_features"] = wave(BATCH, length + lags, find(config, "num_time_features") or 1)
             inputs["past_observed_mask"] = torch.ones_like(inputs["past_values"])
@@ -262,7 +283,15 @@ def inputs_of(model: nn.Module, config: Any, images: int = 0, variant: int = 0) 
     if "bbox" in names:
         corner = torch.arange(BATCH * LENGTH * 2).reshape(BATCH, LENGTH, 2) * 3 % 30
         inputs["bbox"] = torch.cat([corner, corner + 20], -1)
-    if "hidden_states" in required:
+    if "grid_thw" in required or "image_grid_thw" in names:
+        grid = torch.tensor([[1, 4, 4]] * BATCH)
+        patch, frames = find(config, "patch_size") or PATCH, find(config, "temporal_patch_size") or 1
+        pixels = wave(BATCH * 16, channels * frames * patch * patch)
+        if "grid_thw" in required:
+            inputs |= {"hidden_states" if "hidden_states" in required else "pixel_values": pixels, "grid_thw": grid}
+        elif "pixel_values" in inputs:
+            inputs |= {"pixel_values": pixels, "image_grid_thw": grid}
+    elif "hidden_states" in required:
         inputs["hidden_states"] = wave(BATCH, LENGTH, find(config, "hidden_size", "d_model") or WIDTH)
     if "inputs_embeds" in required:
         inputs["inputs_embeds"] = wave(BATCH, LENGTH, find(config, "hidden_size", "d_model") or WIDTH)
@@ -310,8 +339,11 @@ def counted(error: BaseException) -> int:
 
 
 def attempts(model: nn.Module, config: Any) -> Iterator[dict[str, Any]]:
+    names = inspect.signature(model.forward).parameters
+    shapes = {"pixel_values", "input_values", "input_features"} & set(names)
     for variant in range(3):
-        yield inputs_of(model, config, 0, variant)
+        for shape in range(3 if shapes else 1):
+            yield inputs_of(model, config, 0, variant, shape)
 
 
 def runs(model: nn.Module, inputs: dict[str, Any]) -> bool:
@@ -342,7 +374,7 @@ def transformers_subject(name: str) -> Subject:
     for class_name in classes(name):
         try:
             cls = getattr(transformers, class_name)
-            config = tiny_config(config_class, **named.FIXED.get(name, {}))
+            config = tiny_config(config_class, **named.fixed(name))
             model = build(cls, config)
         except Exception as error:
             problems.append(f"{class_name}: {type(error).__name__}: {str(error)[:200]}")
