@@ -1,10 +1,10 @@
 """A sweep over models that nobody tuned this package to: values and all gradients beside PyTorch.
 
-    python tools/sweep.py                                  # all architectures of transformers, and timm
-    python tools/sweep.py --only mixtral 'timm/res*'       # some of them, by pattern
-    python tools/sweep.py --surface bridge lower           # some surfaces
-    python tools/sweep.py --again build/sweep.json         # those that were not right there
-    python tools/sweep.py --table build/sweep.json         # the table of a sweep
+    python tools/sweep.py                             # architectures of transformers, and timm
+    python tools/sweep.py --only mixtral 'timm/res*'  # some of them, by pattern
+    python tools/sweep.py --surface bridge lower      # some surfaces
+    python tools/sweep.py --again build/sweep.json    # those that were not right there
+    python tools/sweep.py --table build/sweep.json    # the table of a sweep
 
 Models are tiny, their weights random. They run on the CPU, in processes of their own: one that
 crashes or takes longer than `--limit` seconds is counted as such, and the sweep goes on.
@@ -50,7 +50,9 @@ def worker(names: list[str], surfaces: list[str], output: Path) -> None:
             try:
                 subject = tiny.subject(name)
                 row["model"] = type(subject.model).__name__
-                row["inputs"] = {k: list(x.shape) for k, x in subject.inputs.items() if hasattr(x, "shape")}
+                row["inputs"] = {
+                    k: list(x.shape) for k, x in subject.inputs.items() if hasattr(x, "shape")
+                }
                 row |= {k: list(v) for k, v in check(subject, surfaces).items()}
             except KeyboardInterrupt:
                 raise
@@ -60,7 +62,9 @@ def worker(names: list[str], surfaces: list[str], output: Path) -> None:
             print(json.dumps(row), file=file, flush=True)
 
 
-def run(names: list[str], surfaces: list[str], limit: float, batch: int, output: Path) -> list[dict[str, Any]]:
+def run(
+    names: list[str], surfaces: list[str], limit: float, batch: int, output: Path
+) -> list[dict[str, Any]]:
     """All models, in processes; one that ends without its line has crashed, or was too slow."""
     rows: dict[str, dict[str, Any]] = {}
     left = list(names)
@@ -75,7 +79,11 @@ def run(names: list[str], surfaces: list[str], limit: float, batch: int, output:
         seen, since, current = 0, time.monotonic(), left[0]
         while True:
             done = process.poll() is not None
-            found = [json.loads(x) for x in lines.read_text().splitlines() if x.endswith("}")] if lines.exists() else []
+            found = (
+                [json.loads(x) for x in lines.read_text().splitlines() if x.endswith("}")]
+                if lines.exists()
+                else []
+            )
             if len(found) > seen:
                 for row in found[seen:]:
                     current = row.get("begin", current)
@@ -91,7 +99,11 @@ def run(names: list[str], surfaces: list[str], limit: float, batch: int, output:
                 break
             time.sleep(0.3)
         if current not in rows and (process.returncode != 0):
-            how = f"over {limit:.0f} s" if process.returncode == -9 else f"exit status {process.returncode}"
+            how = (
+                f"over {limit:.0f} s"
+                if process.returncode == -9
+                else f"exit status {process.returncode}"
+            )
             rows[current] = {"name": current} | {s: ["crash", how] for s in surfaces}
             show(rows[current], surfaces, len(rows), len(names))
         left = [n for n in left if n not in rows]
@@ -101,7 +113,9 @@ def run(names: list[str], surfaces: list[str], limit: float, batch: int, output:
 
 
 def show(row: dict[str, Any], surfaces: list[str], k: int, n: int) -> None:
-    words = [f"{s} {row[s][0]}" for s in surfaces if s in row] or [f"refused: {row.get('refused', '')[:90]}"]
+    words = [f"{s} {row[s][0]}" for s in surfaces if s in row] or [
+        f"refused: {row.get('refused', '')[:90]}"
+    ]
     print(f"{k}/{n} {row['name']}: {', '.join(words)} ({row.get('seconds', '?')} s)", flush=True)
 
 
@@ -120,11 +134,20 @@ def table(rows: list[dict[str, Any]]) -> str:
         mine = [r for r in rows if r["name"].startswith(library + "/")]
         ran = [r for r in mine if "refused" not in r]
         lines += [f"## {library}: {len(ran)} models, {len(mine) - len(ran)} without a tiny one", ""]
-        lines += ["| surface | right | wrong | error | crash | random |", "| --- | ---: | ---: | ---: | ---: | ---: |"]
+        lines += [
+            "| surface | right | wrong | error | crash | random |",
+            "| --- | ---: | ---: | ---: | ---: | ---: |",
+        ]
         for surface in SURFACES:
             counts = Counter(r[surface][0] for r in ran if surface in r)
             if counts:
-                lines.append(f"| {surface} | " + " | ".join(str(counts[k]) for k in ("right", "wrong", "error", "crash", "random")) + " |")
+                lines.append(
+                    f"| {surface} | "
+                    + " | ".join(
+                        str(counts[k]) for k in ("right", "wrong", "error", "crash", "random")
+                    )
+                    + " |"
+                )
         lines.append("")
         for surface in SURFACES:
             kinds: dict[str, list[str]] = {}
@@ -138,7 +161,9 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", nargs="+", metavar="PATTERN", help="names or patterns of them")
     parser.add_argument("--surface", nargs="+", default=list(SURFACES[:3]), choices=SURFACES)
     parser.add_argument("--limit", type=float, default=180, help="seconds for a model")
@@ -158,11 +183,19 @@ def main() -> int:
         return 0
     if given.again:
         rows = json.loads(given.again.read_text())
-        names = [r["name"] for r in rows if any(r[s][0] != "right" for s in given.surface if s in r)]
+        names = [
+            r["name"] for r in rows if any(r[s][0] != "right" for s in given.surface if s in r)
+        ]
     else:
         names = all_names(given.only)
     if given.only:
-        names = [n for n in names if any(fnmatch.fnmatch(n, p) or fnmatch.fnmatch(n.split("/", 1)[1], p) for p in given.only)]
+        names = [
+            n
+            for n in names
+            if any(
+                fnmatch.fnmatch(n, p) or fnmatch.fnmatch(n.split("/", 1)[1], p) for p in given.only
+            )
+        ]
     random.Random(0).shuffle(names)  # the first part of a sweep is a sample, too
     if given.list:
         print("\n".join(names))
@@ -178,7 +211,7 @@ def all_names(patterns: list[str] | None) -> list[str]:
 
     tiny.with_torchvision("torchvision")
     names = [f"transformers/{n}" for n in tiny.architectures()]
-    if patterns and not any("/" in p and p.startswith("timm") or p == "*" for p in patterns):
+    if patterns and not any(p.startswith("timm/") or p == "*" for p in patterns):
         return names
     return names + [f"timm/{n}" for n in tiny.timm_names()]
 

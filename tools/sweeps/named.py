@@ -27,7 +27,8 @@ def rt_detr() -> Any:
     )  # fmt: skip
     return {
         "backbone_config": backbone, "encoder_in_channels": [8, 16, 16], "num_queries": 6,
-        "encoder_hidden_dim": 32, "decoder_in_channels": [32, 32, 32], "d_model": 32, "num_denoising": 4,
+        "encoder_hidden_dim": 32, "decoder_in_channels": [32, 32, 32], "d_model": 32,
+        "num_denoising": 4,
     }  # fmt: skip
 
 
@@ -43,7 +44,10 @@ def masked(**options: Any) -> Any:
 
 MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
 MROPE_TEXT = {"text_config": {"rope_parameters": MROPE}}
-# What stands in a configuration beside what the rules find, by architecture: a dict, or what makes it.
+SERIES = {
+    "prediction_length": 4, "context_length": 8, "lags_sequence": [1, 2], "num_time_features": 1,
+}  # fmt: skip
+# What a configuration has beside what the rules find: a dict, or a function that makes it.
 FIXED: dict[str, Any] = {
     "detr": detr(),
     "conditional_detr": detr(),
@@ -64,9 +68,9 @@ FIXED: dict[str, Any] = {
     "reformer": {"is_decoder": True},
     "xlnet": {"d_head": 8},
     "bit": {"num_groups": 4},
-    "time_series_transformer": {"prediction_length": 4, "context_length": 8, "lags_sequence": [1, 2], "num_time_features": 1},
-    "autoformer": {"prediction_length": 4, "context_length": 8, "lags_sequence": [1, 2], "num_time_features": 1},
-    "informer": {"prediction_length": 4, "context_length": 8, "lags_sequence": [1, 2], "num_time_features": 1},
+    "time_series_transformer": SERIES,
+    "autoformer": SERIES,
+    "informer": SERIES,
     "esm": {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32},
     "bamba": {"mamba_n_heads": 8, "mamba_d_head": 8},
     "codegen": {"rotary_dim": 4},

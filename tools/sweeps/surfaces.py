@@ -14,9 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from torch import nn
 
-from torch2jax import device, from_module
+from torch2jax import TorchCallError, device, from_module
 
 from .tiny import Subject
 
@@ -48,24 +47,7 @@ def leaves(out: Any) -> list[Any]:
     return []
 
 
-def score(out: Any) -> Any:
-    """A number in which every output has a weight of its own. Infinite entries (masks) do not count."""
-    total: Any = 0.0
-    for k, y in enumerate(leaves(out)):
-        if isinstance(y, torch.Tensor):
-            y = torch.view_as_real(y) if y.is_complex() else y.float()
-            y = torch.where(torch.isfinite(y), y, torch.zeros_like(y))
-        else:
-            y = jnp.stack([y.real, y.imag], -1) if jnp.iscomplexobj(y) else y.astype(jnp.float32)
-            y = jnp.where(jnp.isfinite(y), y, 0.0)
-        total = total + ((1.0 + 0.3 * k) * y * y + y).mean() if y.size else total
-    return total
-
-
-def size(y: Any) -> int:
-    return y.numel() if isinstance(y, torch.Tensor) else y.size
-
-
+# Every output has a weight of its own. Infinite entries (masks) do not count.
 def score_torch(out: Any) -> Any:
     total: Any = 0.0
     for k, y in enumerate(leaves(out)):
@@ -132,6 +114,13 @@ def in_jax(subject: Subject, **options: Any) -> list[Result]:
 
     step = jax.jit(jax.grad(loss, has_aux=True))
     results = []
+    try:
+        step(variables["params"], arrays)
+    except TorchCallError as error:
+        if "asks for values" not in str(error):
+            raise
+        # What the error says to do: an eager call knows values.
+        apply(variables, **arrays, **static)
     for _ in range(2):
         grads, out = step(variables["params"], arrays)
         values = [np.asarray(y) for y in leaves(out)]
@@ -182,7 +171,7 @@ SURFACES = {"bridge": bridge, "lower": lower, "device": eager, "device.jit": com
 
 
 def off(actual: np.ndarray, expected: np.ndarray, least: float = 1e-6) -> float:
-    """The largest difference, beside the largest value; infinity where shapes or non-finite values differ."""
+    """The largest difference beside the largest value; infinite where shapes or NaN differ."""
     if actual.shape != expected.shape:
         return float("inf")
     finite = np.isfinite(expected)
@@ -204,7 +193,10 @@ def differences(actual: Result, expected: Result) -> dict[str, float]:
     pairs = zip(actual.values, expected.values, strict=True)
     found |= {f"value {k}": off(a, b) for k, (a, b) in enumerate(pairs)}
     # Gradients that are rounding (a bias before a norm) are measured beside the largest of all.
-    top = max((float(np.abs(g[np.isfinite(g)]).max(initial=0)) for g in expected.grads.values()), default=0)
+    top = max(
+        (float(np.abs(g[np.isfinite(g)]).max(initial=0)) for g in expected.grads.values()),
+        default=0,
+    )
     for k in set(actual.grads) & set(expected.grads):
         found[f"gradient of {k}"] = off(actual.grads[k], expected.grads[k], 1e-4 * top)
     return found
@@ -221,7 +213,9 @@ def compare(name: str, subject: Subject, expected: Result, noise: dict[str, floa
     for call, actual in enumerate(results):
         for what, by in differences(actual, expected).items():
             if by > max(CLOSE, 100 * noise.get(what, 0.0)):
-                worst.append((by, f"call {call}: {what} off by {by:.2g} (rounding {noise.get(what, 0):.1g})"))
+                worst.append(
+                    (by, f"call {call}: {what} off by {by:.2g} (rounding {noise.get(what, 0):.1g})")
+                )
     if worst:
         worst.sort(reverse=True)
         return Verdict("wrong", f"{len(worst)} tensors; " + "; ".join(t for _, t in worst[:4]))
@@ -242,12 +236,16 @@ def check(subject: Subject, surfaces: list[str]) -> dict[str, Verdict]:
     noise = differences(shaken(subject), expected)
     random = [k for k, by in again.items() if by > CLOSE]
     if random:
-        return {name: Verdict("random", f"PyTorch differs from itself in {random[0]}") for name in surfaces}
+        return {
+            name: Verdict("random", f"PyTorch differs from itself in {random[0]}")
+            for name in surfaces
+        }
     found = {}
     for name in surfaces:
         found[name] = compare(name, subject, expected, noise)
         for k, t in subject.model.state_dict().items():
-            if not isinstance(t, torch.Tensor) or not torch.equal(t, state[k]) and not t.isnan().any():
+            same = isinstance(t, torch.Tensor) and torch.equal(t, state[k])
+            if not same and not t.isnan().any():
                 found[name] = Verdict("wrong", f"the model's {k} was changed")
         # What a surface leaves behind (caches of functions) must not disturb plain PyTorch.
         try:
@@ -256,9 +254,7 @@ def check(subject: Subject, surfaces: list[str]) -> dict[str, Verdict]:
         except Exception as error:
             changed = [message(error)]
         if changed:
-            found[name] = Verdict("wrong", f"PyTorch afterwards: {changed[0]}; before: {found[name]}")
+            found[name] = Verdict(
+                "wrong", f"PyTorch afterwards: {changed[0]}; before: {found[name]}"
+            )
     return found
-
-
-def is_module(x: Any) -> bool:
-    return isinstance(x, nn.Module)
