@@ -175,8 +175,10 @@ def counted(error: BaseException) -> int:
     )
     if not found:
         return 0
-    n = int(found[2])
-    return -(-n // BATCH)
+    tokens, features = int(found[1]), int(found[2])
+    if tokens == features:  # it counted numbers, not tokens
+        features //= WIDTH
+    return -(-features // BATCH)
 
 
 def attempts(model: nn.Module, config: Any) -> Iterator[dict[str, Any]]:

@@ -58,6 +58,7 @@ FIXED: dict[str, Any] = {
     "rt_detr_v2": rt_detr,
     "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 4},
     "mask2former": lambda: masked(num_attention_heads=4, num_queries=6),
+    "gemma3": {"mm_tokens_per_image": 4},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "qwen2_vl": {**MROPE_TEXT, "vision_config": {"hidden_size": 32}},
     "qwen2_vl_text": {"rope_parameters": MROPE},
