@@ -19,6 +19,9 @@ REVERSE ?= .venv-reverse
 TORCHAX ?=
 BENCH ?=
 
+# Options of the sweep over other libraries' models: make sweep SWEEP="--only mixtral --surface lower"
+SWEEP ?=
+
 # Options of the GPU's checks: make gpu-check GPU="--help"
 GPU ?=
 
@@ -36,7 +39,7 @@ PIP := $(PY) -m pip --disable-pip-version-check install --quiet
 CPP     := $(wildcard cpp/*.cc cpp/*.h cpp/*/*.cc cpp/*/*.h)
 PYTHONS := src tests examples tools $(wildcard benchmarks) install_package_aliased.py
 
-.PHONY: help demo docs test test-ops test-fuzz test-matrix asan tsan soak bench gpu-check wheel lint format clean
+.PHONY: help demo docs test test-ops test-fuzz test-matrix sweep asan tsan soak bench gpu-check wheel lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -51,6 +54,9 @@ test-ops: $(VENV)/.test $(VENV)/.vision ## all of PyTorch's own operator samples
 	T2J_ALL_OP_SAMPLES=1 $(PY) -m pytest -n $(JOBS) tests/bridge/test_operators.py tests/lower/test_lowerings.py tests/lower/test_inner_derivatives.py tests/device/test_eager_key.py $(PYTEST)
 	T2J_ALL_LOWERINGS=1 $(PY) -m pytest -n $(JOBS) tests/lower/test_models.py $(PYTEST)
 	T2J_ALL_LOWERINGS=1 PYTHONPATH=$(VENV)/vision $(PY) -m pytest -n $(JOBS) tests/lower/test_vision.py $(PYTEST)
+
+sweep: $(VENV)/.test $(VENV)/.timm ## tiny models of transformers and timm beside PyTorch: values, all gradients (hours)
+	PYTHONPATH=$(VENV)/vision $(PY) tools/sweep.py $(SWEEP)
 
 asan: $(VENV)/.test ## the extension under AddressSanitizer and UBSan, with leaks and injected faults
 	$(PY) tools/sanitize.py address -- $(PYTEST)
@@ -136,6 +142,10 @@ $(VENV)/.test: $(VENV)/.package tools/requirements.py
 # Beside the environment: transformers would import it, and this wheel is built for CUDA.
 $(VENV)/.vision: $(VENV)/.test
 	$(PIP) --no-deps --target $(VENV)/vision '$(TORCHVISION)' && $(PIP) pillow
+	@touch $@
+
+$(VENV)/.timm: $(VENV)/.vision
+	$(PIP) --no-deps --target $(VENV)/vision timm
 	@touch $@
 
 $(VENV)/.demo $(VENV)/.docs $(VENV)/.lint $(VENV)/.wheel: $(VENV)/.%: $(VENV)/.package tools/requirements.py

@@ -249,6 +249,16 @@ def masked_scatter(self: Any, mask: Any, source: Any) -> Any:
     return jnp.where(mask.reshape(-1), taken, x.reshape(-1)).reshape(x.shape)
 
 
+@lowering("masked_scatter_backward")
+def masked_scatter_backward(grad_output: Any, mask: Any, sizes: Any) -> Any:
+    """Return the source's gradient: where the k-th True stands, it took the k-th element."""
+    mask, grad = (x.reshape(-1) for x in jnp.broadcast_arrays(mask, grad_output))
+    size = int(np.prod(sizes))
+    places = jnp.where(mask, jnp.cumsum(mask) - 1, size)
+    found = jnp.zeros(size, grad.dtype).at[places].add(grad, mode="drop")
+    return found.reshape(tuple(sizes))
+
+
 @lowering("bucketize.Tensor", "bucketize.Scalar")
 def bucketize(self: Any, boundaries: Any, *, out_int32: bool = False, right: bool = False) -> Any:
     side = "right" if right else "left"
