@@ -189,6 +189,8 @@ class CompiledCall:
             wrap(a, dtype).requires_grad_(needs and not self.differentiable)
             for a, (dtype, needs, _) in zip(arrays, self.metas, strict=True)
         ]
+        for x, (_, needs, _) in zip(tensors, self.metas, strict=True):
+            x._cut = not needs
         leaves = list(self.statics)
         slots = iter(tensors)
         leaves = [next(slots) if x is TENSOR else x for x in leaves]

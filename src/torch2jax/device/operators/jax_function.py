@@ -15,7 +15,7 @@ from jax.core import Tracer
 from ..._conversions.cotangents import cotangents_of, gradient_of
 from ..._conversions.dtypes import dtype_j2t
 from ..._conversions.narrowed import WIDENED
-from ..tensors.tensor import Tensor, captures, wrap
+from ..tensors.tensor import Tensor, captures, recorded, wrap
 from ..thread_state import state
 from .constants import value_of
 from .operands import note_read
@@ -35,7 +35,7 @@ def apply_jax(fn: Callable[[list[Any]], Any], tensors: Sequence[Tensor], wide: b
         note_read(tensors)
     graph = torch.is_grad_enabled()
     traced = [x for x in tensors if isinstance(x._cell.array, Tracer)]
-    if state.lowering and not (graph and any(x.requires_grad for x in traced)):
+    if state.lowering and not (graph and any(map(recorded, traced))):
         out = jax.tree.map(jax.numpy.asarray, fn([value_of(x) for x in tensors]))
         if not graph:
             out = jax.tree.map(jax.lax.stop_gradient, out)

@@ -55,10 +55,16 @@ class Runner(ABC):
         program, operands = self.program, call.operands
         values = [value_of(x) if type(x) is Tensor else x for x in operands]
         out, new = program.compute(values, call.words)
-        if state.lowering and not torch.is_grad_enabled():
+        cut = state.lowering and not torch.is_grad_enabled()
+        if cut:
             out = jax.tree.map(jax.lax.stop_gradient, out)
             new = [unseen(values[s], x) for s, x in zip(program.mutated, new, strict=True)]
-        return results.of_arrays(program, operands, out, new)
+        result = results.of_arrays(program, operands, out, new)
+        if cut and not program.mutated:
+            for x in result if isinstance(result, list | tuple) else [result]:
+                if type(x) is Tensor:
+                    x._cut = True
+        return result
 
 
 class Compiled(Runner):

@@ -11,7 +11,7 @@ from jax.core import Tracer
 
 from ..._errors import Torch2JaxError
 from ..thread_state import state
-from .tensor import Tensor, become, concrete, only_one, read, stays, to_torch, wrap_view
+from .tensor import Tensor, become, concrete, only_one, read, recorded, stays, to_torch, wrap_view
 
 __all__ = ["install"]
 
@@ -28,16 +28,16 @@ def _repr(self: Tensor, *, tensor_contents: Any = None) -> str:
     extra = ", device='jax:0'"
     if self.grad_fn is not None:
         extra += f", grad_fn=<{type(self.grad_fn).__name__}>"
-    elif self.requires_grad and not getattr(self, "_is_param", False):
+    elif recorded(self) and not getattr(self, "_is_param", False):
         extra += ", requires_grad=True"
     text = text[:-1] + extra + ")"
     if getattr(self, "_is_param", False):
-        return f"Parameter containing:\n{text[:-1]}, requires_grad={self.requires_grad})"
+        return f"Parameter containing:\n{text[:-1]}, requires_grad={recorded(self)})"
     return text
 
 
 def _host(self: Tensor, what: str) -> torch.Tensor:
-    if self.requires_grad:
+    if recorded(self):
         raise RuntimeError(
             f"Can't call {what} on Tensor that requires grad. Use tensor.detach().{what} instead."
         )
@@ -105,7 +105,7 @@ def _deepcopy(self: Tensor, memo: dict[int, Any]) -> Any:
         new = torch.ops.aten.clone.default(self).detach()
         if getattr(self, "_is_param", False):
             new._is_param = True  # type: ignore[attr-defined]
-        new.requires_grad_(self.requires_grad)
+        new.requires_grad_(recorded(self))
         if self.grad is not None:
             new.grad = _deepcopy(self.grad, memo)  # type: ignore[arg-type]
     for name, value in vars(self).items():
@@ -121,9 +121,9 @@ def _reduce(self: Tensor, protocol: int) -> Any:
     """Save a tensor as PyTorch's own on the CPU, so that files load anywhere."""
     host: Any = to_torch(_detached(self), "pickling")
     if getattr(self, "_is_param", False):
-        host = torch.nn.Parameter(host, self.requires_grad)
+        host = torch.nn.Parameter(host, recorded(self))
     else:
-        host.requires_grad_(self.requires_grad)
+        host.requires_grad_(recorded(self))
     return host.__reduce_ex__(protocol)
 
 
@@ -160,7 +160,7 @@ def _exported(self: Tensor) -> Any:
 
 
 def _dlpack(self: Tensor, **kwargs: Any) -> Any:
-    if self.requires_grad:
+    if recorded(self):
         raise BufferError("Can't export tensors that require gradient, use tensor.detach()")
     return _exported(self).__dlpack__(**kwargs)
 

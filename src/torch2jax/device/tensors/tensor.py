@@ -37,6 +37,7 @@ __all__ = [
     "from_torch",
     "known",
     "read",
+    "recorded",
     "refuse_overlap",
     "replace",
     "to_torch",
@@ -110,6 +111,8 @@ class Tensor(torch.Tensor):
     _chain: Chain | None = None
     _memo: Any = None
     _hooks: Any = None
+    _cut = False
+    """Whether JAX's derivative ends here, because it was computed while gradients were off."""
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     # ``dispatch`` puts in ``__torch_dispatch__``, and ``methods`` puts in the everyday methods.
@@ -128,6 +131,12 @@ class Tensor(torch.Tensor):
         for capture in captures:
             capture.read(self)
         return read(self)
+
+
+def recorded(x: torch.Tensor) -> bool:
+    """Return ``x.requires_grad`` as PyTorch's autograd knows it; see ``tracing.needs_grad``."""
+    with torch._C.DisableTorchFunction():
+        return x.requires_grad
 
 
 def only_one(device: Any) -> None:

@@ -23,7 +23,7 @@ from ..._compat.torch import custom_function_base
 from .. import random_streams
 from ..operators.constants import value_of
 from ..setup.changes_of_pytorch import replace_while_tracing, replacing
-from ..tensors.tensor import Tensor, become, wrap, write
+from ..tensors.tensor import Tensor, become, recorded, wrap, write
 from ..thread_state import state
 
 __all__ = ["differentiable_by_jax"]
@@ -69,7 +69,7 @@ def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
         return _plain(cls, *args, **kwargs)
     function = _Differentiated(cls, leaves, spec, places)
     arrays = [value_of(leaves[i]) for i in places]
-    if not any(leaves[i].requires_grad for i in places):
+    if not any(recorded(leaves[i]) for i in places):
         return function.outputs(function.call(*arrays), [leaves[i] for i in places])
     # PyTorch's own autograd is at work here. Its graph gets values that have JAX's derivative.
     out = _plain(cls, *args, **kwargs)
@@ -146,11 +146,9 @@ class _Differentiated:
     def _gradients(self, arrays: Any, cotangents: Any) -> Any:
         inputs, outs = self._run(arrays, True)
         pairs = [
-            (x, wrap(ct, x.dtype))
-            for x, ct in zip(outs, cotangents, strict=True)
-            if x.requires_grad
+            (x, wrap(ct, x.dtype)) for x, ct in zip(outs, cotangents, strict=True) if recorded(x)
         ]
-        wanted = [x for x in inputs if x.requires_grad]
+        wanted = [x for x in inputs if recorded(x)]
         found: list[Any] = [None] * len(wanted)
         if pairs and wanted:
             found = list(
@@ -164,7 +162,7 @@ class _Differentiated:
             )
         gradients = []
         for x, a in zip(inputs, arrays, strict=True):
-            if not x.requires_grad:
+            if not recorded(x):
                 gradients.append(None)
                 continue
             g = found.pop(0)

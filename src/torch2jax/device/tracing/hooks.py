@@ -25,7 +25,7 @@ from ..._compat.torch import BackwardHook, module_calls
 from ..._errors import Torch2JaxError
 from ..operators.constants import value_of
 from ..setup.changes_of_pytorch import replace_while_tracing
-from ..tensors.tensor import Tensor, wrap, write
+from ..tensors.tensor import Tensor, recorded, wrap, write
 from ..thread_state import state
 
 __all__ = ["apply_hooks"]
@@ -77,7 +77,7 @@ def _replacement(old: Any, new: Any, what: str) -> Any:
 
 
 def _register_hook(self: Tensor, hook: Callable[[Any], Any]) -> RemovableHandle:
-    theirs = torch.Tensor.register_hook(self, hook) if self.requires_grad else None
+    theirs = torch.Tensor.register_hook(self, hook) if recorded(self) else None
     if not _is_traced(self):
         return theirs if theirs is not None else torch.Tensor.register_hook(self, hook)
     known = self._hooks
@@ -116,7 +116,7 @@ class _Handles(RemovableHandle):
 
 def _refused(name: str, remedy: str) -> Callable[..., Any]:
     def method(self: Tensor, *args: Any) -> Any:
-        if _is_traced(self) and not self.requires_grad:
+        if _is_traced(self) and not recorded(self):
             raise Torch2JaxError(
                 f"{name} of a tensor that is being traced: JAX takes the derivative, and nothing "
                 f"accumulates in grad. {remedy}"
@@ -243,8 +243,8 @@ def _beside_none(found: Sequence[Any], places: Sequence[int], count: int) -> tup
 
 def _like(x: Tensor, array: Any) -> Tensor:
     """Return a tensor of these values at the place of ``x`` in PyTorch's graph, if it has one."""
-    new: Any = x.view_as(x) if x.requires_grad else wrap(array, x.dtype)
-    if x.requires_grad:
+    new: Any = x.view_as(x) if recorded(x) else wrap(array, x.dtype)
+    if recorded(x):
         new._cell, new._chain, new._memo = type(x._cell)(array), None, None
     return new
 

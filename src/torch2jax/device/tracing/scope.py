@@ -16,6 +16,7 @@ from . import hooks as _hooks  # noqa: F401  the import registers our hooks
 from . import layers as _layers  # noqa: F401
 from .autograd_functions import differentiable_by_jax
 from .detaching import watch_detach
+from .needs_grad import NeedsGrad
 
 __all__ = ["differentiated", "running"]
 
@@ -71,7 +72,10 @@ def differentiated(surroundings: Any = contextlib.nullcontext) -> Iterator[None]
 @contextlib.contextmanager
 def _entered(surroundings: Any, resume: Any) -> Iterator[None]:
     # Gradients are on so that what fn differentiates itself (forces, torch.func) has its graph.
-    with surroundings(), torch.enable_grad(), lowering_scope(), differentiable_by_jax():
+    with (
+        surroundings(), NeedsGrad(), torch.enable_grad(), lowering_scope(),
+        differentiable_by_jax(),
+    ):  # fmt: skip
         before, state.resume = state.resume, resume
         try:
             yield

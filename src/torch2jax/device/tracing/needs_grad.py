@@ -1,0 +1,39 @@
+"""A function that is traced for JAX's derivative asks ``x.requires_grad``.
+
+PyTorch's autograd does not record there, so the attribute would be False. The function must take
+the way that it takes where a derivative is wanted: the answer is True for what JAX differentiates.
+That is every tensor of floating-point numbers that is traced, except where the derivative has been
+ended: by ``detach``, or because gradients were off where it was computed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jax.core import Tracer
+from torch.overrides import TorchFunctionMode
+
+from ..tensors.tensor import Tensor
+
+__all__ = ["NeedsGrad"]
+
+
+class NeedsGrad(TorchFunctionMode):
+    """In this mode ``requires_grad`` of a traced tensor says whether JAX differentiates it."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if out is False and func == _GET:
+            return _is_differentiated(args[0])
+        return out
+
+
+_GET: Any = torch.Tensor.requires_grad.__get__  # type: ignore[attr-defined]
+
+
+def _is_differentiated(x: Any) -> bool:
+    if type(x) is not Tensor or x._cut or not isinstance(x._cell.array, Tracer):
+        return False
+    ended = x._chain is not None and x._chain.stops
+    return not ended and (x.dtype.is_floating_point or x.dtype.is_complex)
