@@ -183,6 +183,10 @@ class OperatorProgram:
         state.composite += 1
         try:
             out = route.decomposition(*args, **kwargs)
+        except (AssertionError, ValueError) as error:
+            if type(error) not in (AssertionError, ValueError):
+                raise
+            raise RuntimeError(f"{route.func}: {error}") from error
         finally:
             state.composite -= 1
             state.active = before
