@@ -5,6 +5,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <cstring>
+#include <iterator>
 #include <memory>
 #include <string>
 #include <utility>
@@ -105,8 +106,7 @@ const dl::ExchangeApi* ExchangeApiOf(nb::handle capsule) {
 
 void Setup(nb::handle exchange_api, nb::handle module, nb::handle ambient_clean,
            nb::handle run_guarded, nb::handle describe_exception, nb::handle collect,
-           nb::handle resolve, nb::handle run_on_stream, nb::handle current_stream,
-           bool force_capsules, bool rocm) {
+           nb::handle resolve, nb::handle streams, bool force_capsules, bool rocm) {
   auto torch = std::make_unique<Torch>();
   torch->api = force_capsules ? nullptr : ExchangeApiOf(exchange_api);
 #ifdef T2J_TESTING
@@ -130,13 +130,17 @@ void Setup(nb::handle exchange_api, nb::handle module, nb::handle ambient_clean,
   torch->describe_exception = ToOwned(describe_exception);
   torch->collect = ToOwned(collect);
   torch->resolve = ToOwned(resolve);
-  torch->run_on_stream = ToOwned(run_on_stream);
-  torch->current_stream = ToOwned(current_stream);
+  if (!streams.is_none()) {
+    Owned* functions[] = {&torch->set_stream, &torch->get_stream, &torch->get_raw_stream,
+                          &torch->get_device, &torch->set_device, &torch->init_gpu};
+    for (size_t i = 0; i < std::size(functions); ++i) *functions[i] = ToOwned(streams[i]);
+  }
   auto intern = [](const char* name) { return Owned::Steal(PyUnicode_InternFromString(name)); };
   torch->name_version = intern("_version");
   torch->name_view = intern("view");
   torch->name_detach = intern("detach");
   torch->name_clone = intern("clone");
+  torch->name_contiguous = intern("contiguous");
   torch->name_copy = intern("copy_");
   torch->name_resolve_conj = intern("resolve_conj");
   torch->name_resolve_neg = intern("resolve_neg");
@@ -255,22 +259,23 @@ NB_MODULE(_ext, m) {
           "calls", [](const Entry& entry) { return entry.callable().calls.load(); },
           "How often XLA has called it.");
 
-  m.def("setup", &Setup, nb::kw_only(), nb::arg("exchange_api").none(), nb::arg("torch"),
-        nb::arg("ambient_clean"), nb::arg("run_guarded"), nb::arg("describe_exception"),
-        nb::arg("collect"), nb::arg("resolve").none() = nb::none(),
-        nb::arg("run_on_stream").none() = nb::none(), nb::arg("current_stream").none() = nb::none(),
-        nb::arg("force_capsules") = false, nb::arg("rocm") = false,
-        "Hands over what the handler uses of PyTorch and of the package. May be called again.\n\n"
-        "exchange_api: `torch.Tensor.__dlpack_c_exchange_api__` or None. torch: the module.\n"
-        "ambient_clean(default_dtype) -> bool: whether this thread's PyTorch state is clean.\n"
-        "run_guarded(body, args, default_dtype): calls body(*args) with a clean state.\n"
-        "run_on_stream(body, args, stream, device_index, default_dtype): the same with that stream "
-        "as PyTorch's\ncurrent one. current_stream(device_index) -> int: used without the exchange "
-        "API.\n"
-        "describe_exception(label, exception) -> str. collect(): young generations.\n"
-        "resolve(name) -> str: registers what an unknown name stands for, or says why it cannot.\n"
-        "force_capsules: do without the exchange API and libc10's functions. rocm: PyTorch and XLA "
-        "use HIP.");
+  m.def(
+      "setup", &Setup, nb::kw_only(), nb::arg("exchange_api").none(), nb::arg("torch"),
+      nb::arg("ambient_clean"), nb::arg("run_guarded"), nb::arg("describe_exception"),
+      nb::arg("collect"), nb::arg("resolve").none() = nb::none(),
+      nb::arg("streams").none() = nb::none(), nb::arg("force_capsules") = false,
+      nb::arg("rocm") = false,
+      "Hands over what the handler uses of PyTorch and of the package. May be called again.\n\n"
+      "exchange_api: `torch.Tensor.__dlpack_c_exchange_api__` or None. torch: the module.\n"
+      "ambient_clean(default_dtype) -> bool: whether this thread's PyTorch state is clean.\n"
+      "run_guarded(body, args, default_dtype): calls body(*args) with a clean state.\n"
+      "streams: set_stream(id, device, device type), get_stream(device) -> those three,\n"
+      "get_raw_stream(device) -> handle, get_device(), set_device(device) and init(); None without "
+      "GPU support.\n"
+      "describe_exception(label, exception) -> str. collect(): young generations.\n"
+      "resolve(name) -> str: registers what an unknown name stands for, or says why it cannot.\n"
+      "force_capsules: do without the exchange API and libc10's functions. rocm: PyTorch and XLA "
+      "use HIP.");
   m.def("to_arrays", &ArraysOf, nb::arg("operands"), nb::arg("x64"), nb::arg("import_capsule"),
         nb::arg("device"), nb::arg("is_pinned").none(), nb::arg("other"),
         "A sequence with JAX's arrays for tensors, as a list; the number of tensors; and whether "

@@ -84,7 +84,7 @@ ffi::Error Dispatch(bool gpu, void* stream, int64_t run_id, const ffi::Remaining
   }
   Target target{gpu ? DeviceOf(args, rets, torch->rocm) : dl::Device{dl::kCpu, 0}, stream};
   Call call(*torch, found, args, rets, target);
-  return gpu ? call.RunOnGpu() : call.RunOnCpu(run_id);
+  return gpu ? call.RunOnGpu(run_id) : call.RunOnCpu(run_id);
 }
 
 // Turns exceptions into errors, because no exception may leave a handler.

@@ -36,8 +36,7 @@ def setup(
     describe_exception: Callable[[str, BaseException], str],
     collect: Callable[[], Any],
     resolve: Callable[[str], str] | None = None,
-    run_on_stream: Callable[..., Any] | None = None,
-    current_stream: Callable[[int], int] | None = None,
+    streams: Sequence[Callable[..., Any]] | None = None,
     force_capsules: bool = False,
     rocm: bool = False,
 ) -> None: ...

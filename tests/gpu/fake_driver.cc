@@ -98,7 +98,7 @@ struct State {
   std::map<std::string, int> counts;
   std::map<std::string, Failure> failures;
   std::set<std::pair<std::string, int>> blocking;  // function and device
-  int waiting = 0;
+  int waiting = 0, longest_wait = 600'000;         // threads; milliseconds
   uintptr_t next_handle = 0x1000;
   size_t frees = 0;
   std::string text;  // what was returned last
@@ -155,7 +155,8 @@ int Enter(std::unique_lock<std::mutex>& lock, const char* name, int device,
   if (s.blocking.count({name, device}) != 0) {
     ++s.waiting;
     s.changed.notify_all();
-    s.changed.wait(lock, [&] { return s.blocking.count({name, device}) == 0; });
+    s.changed.wait_for(lock, std::chrono::milliseconds(s.longest_wait),
+                       [&] { return s.blocking.count({name, device}) == 0; });
     --s.waiting;
     s.changed.notify_all();
   }
@@ -466,6 +467,20 @@ FAKE_EXPORT int fake_wait_until_blocked(int milliseconds) {
                             [&] { return s.waiting > 0; });
 }
 
+// Calls that wait go on by themselves after so long.
+FAKE_EXPORT void fake_unblock_after(int milliseconds) {
+  State& s = Get();
+  std::unique_lock lock(s.mutex);
+  s.longest_wait = milliseconds;
+}
+
+// How many threads wait in the driver.
+FAKE_EXPORT int fake_waiting() {
+  State& s = Get();
+  std::unique_lock lock(s.mutex);
+  return s.waiting;
+}
+
 FAKE_EXPORT int fake_count(const char* name) {
   State& s = Get();
   std::unique_lock lock(s.mutex);
@@ -506,6 +521,7 @@ FAKE_EXPORT void fake_reset() {
   s.failures.clear();
   s.blocking.clear();
   s.frees = 0;
+  s.longest_wait = 600'000;
   s.changed.notify_all();
 }
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from fake_gpu import entry
 
 from torch2jax import tape_info, torch2jax
 
@@ -35,8 +36,6 @@ def test_streams_race_until_an_event_orders_them(gpu: Any) -> None:
 
 
 def test_a_call_is_ordered_on_both_sides(gpu: Any) -> None:
-    from fake_gpu import entry
-
     side = gpu.stream()
     with gpu.on_stream(side):
         held = gpu.tensor([1.0, 1.0, 1.0])

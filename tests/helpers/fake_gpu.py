@@ -80,7 +80,7 @@ class ExternalStream:
         self.cuda_stream = self.stream_id = stream_ptr
         self.device = torch.device("cuda", device) if isinstance(device, int) else device
         self.device_index: Any = self.device.index
-        self.device_type = 2
+        self.device_type = 1
 
 
 class FakeGpu:
@@ -439,7 +439,7 @@ class FakeGpu:
             "_cuda_setDevice": set_device,
             "_cuda_exchangeDevice": exchange,
             "_cuda_maybeExchangeDevice": exchange,
-            "_cuda_getCurrentStream": lambda d: (self.current_stream(d), d, 2),
+            "_cuda_getCurrentStream": lambda d: (self.current_stream(d), d, 1),
             "_cuda_getCurrentRawStream": self.current_stream,
             "_cuda_setStream": set_stream,
         }

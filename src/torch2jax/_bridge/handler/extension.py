@@ -11,8 +11,8 @@ import torch
 import torch.utils.dlpack
 
 from ... import _ext, _refusals
-from ..._compat.torch import exchange_api
-from ..torch_side import ambient, exceptions, streams
+from ..._compat.torch import exchange_api, stream_functions
+from ..torch_side import ambient, exceptions
 
 TARGET = __name__.partition(".")[0]
 """The custom call has the package's import name, so that aliases live side by side."""
@@ -44,8 +44,7 @@ def set_up(**others: Any) -> None:
         "describe_exception": exceptions.describe_exception,
         "collect": lambda: gc.collect(1),
         "resolve": lambda name: _resolver(name),
-        "run_on_stream": streams.run_on_stream,
-        "current_stream": streams.current_stream,
+        "streams": stream_functions(),
     }
     rocm = torch.version.hip is not None
     _ext.setup(exchange_api=exchange_api(), torch=torch, rocm=rocm, **{**hooks, **others})
@@ -54,9 +53,7 @@ def set_up(**others: Any) -> None:
 set_up()
 # In a forked process the handler refuses calls: what it asks before each of them raises.
 os.register_at_fork(
-    after_in_child=lambda: set_up(
-        ambient_clean=_refusals.refuse_forked, run_on_stream=_refusals.refuse_forked
-    )
+    after_in_child=lambda: set_up(ambient_clean=_refusals.refuse_forked)
 )
 jax.ffi.register_ffi_target(TARGET, _ext.cpu_handler(), platform="cpu")
 for _platform in ("CUDA", "ROCM"):

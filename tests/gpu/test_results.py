@@ -1,0 +1,128 @@
+"""Results on the host go to XLA's buffers in the order of its stream, without a wait."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from fake_gpu import entry
+from raw_calls import setup
+
+from torch2jax import torch2jax
+
+LARGE = 3 * 2**20 + 5
+"""More bytes than one block of pinned memory has."""
+
+CASES: dict[str, Callable[[], torch.Tensor]] = {
+    "number": lambda: torch.as_tensor(3.5),
+    "range": lambda: torch.arange(3),
+    "transposed": lambda: torch.arange(6.0).reshape(2, 3).T,
+    "bfloat16": lambda: torch.arange(5, dtype=torch.bfloat16),
+    "conjugate": lambda: torch.complex(torch.arange(3.0), torch.ones(3)).conj(),
+    "strided conjugate": lambda: torch.complex(torch.arange(4.0), torch.ones(4)).conj()[::2],
+    "negative": lambda: torch.complex(torch.arange(3.0), torch.ones(3)).conj().imag[::2],
+    "empty": lambda: torch.zeros(0, 3),
+    "expanded": lambda: torch.ones(1).expand(4),
+    "large": lambda: torch.arange(LARGE, dtype=torch.uint8),
+}
+
+
+def values_of(t: torch.Tensor) -> np.ndarray[Any, Any]:
+    t = t.detach().resolve_conj().resolve_neg().contiguous()
+    if t.dtype is torch.bfloat16:
+        return t.float().numpy().astype(jnp.bfloat16)
+    return t.numpy()
+
+
+@pytest.mark.parametrize("capsules", [False, True], ids=["exchange-api", "capsules"])
+@pytest.mark.parametrize("case", CASES)
+def test_host_results_are_staged(gpu: Any, case: str, capsules: bool) -> None:
+    expected = values_of(CASES[case]())
+    made = entry(CASES[case], f"staged {case} {capsules}", inputs=[])
+    y = gpu.empty(expected.shape, expected.dtype)
+    setup(force_capsules=capsules)
+    try:
+        gpu.call(made.name, [], [y])
+    finally:
+        setup()
+    gpu.xla_kernel(reads=[y])  # in order, or the fixture finds the race
+    np.testing.assert_array_equal(y.array, expected)
+    assert gpu.count("cuStreamSynchronize") == gpu.count("cuEventSynchronize") == 0
+    assert gpu.count("cuMemcpyHtoDAsync") == -(-expected.nbytes // 2**20)
+
+
+def test_beside_results_of_the_device(gpu: Any) -> None:
+    made = entry(lambda x: (x + 1, torch.as_tensor(2.5), x.T), "mixed", outputs=["a", "b", "c"])
+    x = gpu.buffer(np.arange(6, dtype=np.float32).reshape(2, 3))
+    out = [gpu.empty(shape, np.float32) for shape in ((2, 3), (), (3, 2))]
+    gpu.call(made.name, [x], out)
+    gpu.xla_kernel(reads=out)
+    np.testing.assert_array_equal(out[0].array, x.array + 1)
+    np.testing.assert_array_equal(out[1].array, np.float32(2.5))
+    np.testing.assert_array_equal(out[2].array, x.array.T)
+
+
+def test_a_pinned_block_is_used_again_only_when_its_copy_is_done(gpu: Any) -> None:
+    made = entry(lambda: (torch.as_tensor(1.0),), "again", inputs=[])
+    outs = [gpu.empty((), np.float32) for _ in range(600)]
+    for y in outs[:300]:
+        gpu.call(made.name, [], [y])
+    assert all("HtoD" not in race for race in gpu.races())
+    before = {line for line in gpu.log() if "HtoD" in line}
+    assert len(before) == 300  # the lines end with the addresses, and all of them differ
+    gpu.driver.fake_uncounted_synchronize(gpu.xla_streams[0])
+    for y in outs[300:]:
+        gpu.call(made.name, [], [y])
+    after = [line for line in gpu.log() if "HtoD" in line][300:]
+    assert before & set(after)
+
+
+def test_another_device_is_refused(gpu: Any) -> None:
+    made = entry(lambda x: (gpu.tensor([1.0], device=1),), "elsewhere")
+    x, y = gpu.buffer(np.ones(1, np.float32)), gpu.empty((1,), np.float32)
+    with pytest.raises(Exception, match=r"on cuda:1 .the arguments are on cuda:0"):
+        gpu.call(made.name, [x], [y])
+
+
+@pytest.mark.parametrize("name", ["cuMemHostAlloc", "cuMemcpyHtoDAsync", "cuEventRecord"])
+def test_errors_of_the_driver_are_told(gpu: Any, name: str) -> None:
+    size = {"cuMemHostAlloc": 70_000}.get(name, 1)  # no block of that size has been made
+    made = entry(lambda: (torch.zeros(size),), f"failing {name}", inputs=[])
+    y = gpu.empty((size,), np.float32)
+    gpu.fail(name, code=719, after=1 if name == "cuEventRecord" else 0)
+    with pytest.raises(Exception, match=r"failing .* failed with driver error 719"):
+        gpu.call(made.name, [], [y])
+    gpu.call(made.name, [], [y])
+    np.testing.assert_array_equal(y.array, np.zeros(size))
+
+
+def test_numbers_in_results_of_a_wrapped_function(gpu: Any) -> None:
+    f = torch2jax(lambda x: (x.sum(), 3.0, torch.arange(3)))
+    total, number, three = gpu.run(lambda x: f(x), jnp.arange(4.0))
+    assert float(total) == 6.0
+    assert float(number) == 3.0
+    np.testing.assert_array_equal(three, jnp.arange(3))
+
+
+def test_a_gradient_beside_a_number(gpu: Any) -> None:
+    f = torch2jax(lambda x: ((x**2).sum(), 3.0))
+    x = jnp.arange(4.0)
+    (value, number), grad = gpu.run(jax.value_and_grad(f, has_aux=True), x)
+    assert (float(value), float(number)) == (14.0, 3.0)
+    np.testing.assert_array_equal(grad, 2 * x)
+
+
+def test_a_draw_without_a_key(gpu: Any) -> None:
+    f = torch2jax(lambda x: x + torch.rand_like(x))
+    torch.manual_seed(0)
+    a = gpu.run(lambda x: f(x), jnp.zeros(3))
+    torch.manual_seed(0)
+    b = gpu.run(lambda x: f(x), jnp.zeros(3))
+    c = gpu.run(lambda x: f(x), jnp.zeros(3))
+    np.testing.assert_array_equal(a, b)
+    assert not np.array_equal(a, c)
