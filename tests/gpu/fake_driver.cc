@@ -679,3 +679,10 @@ FAKE_EXPORT void fake_uncounted_synchronize(void* stream) {
   Uncounted own;
   cuStreamSynchronize(stream);
 }
+
+// PyTorch copies; the test may have it wait, under this name.
+FAKE_EXPORT int fake_torch_copy(int device) {
+  State& s = Get();
+  std::unique_lock lock(s.mutex);
+  return Enter(lock, "fake_torch_copy", device, "");
+}

@@ -135,8 +135,8 @@ def test_an_error_of_fn_leaves_streams_in_order(gpu: Any) -> None:
 
 
 BLOCKING: dict[str, Callable[[], Any]] = {
-    "cuEventRecord": lambda: torch.zeros(2),
-    "cuStreamWaitEvent": lambda: torch.zeros(2),
+    "cuEventRecord": lambda: torch.zeros(2, device="cuda:0"),
+    "cuStreamWaitEvent": lambda: torch.zeros(2, device="cuda:0"),
     "cuMemcpyHtoDAsync": lambda: torch.zeros(2),
     "cuMemcpyDtoDAsync": lambda: torch.zeros(2, device="cuda:0"),
 }

@@ -365,6 +365,7 @@ class FakeGpu:
     def _copy(self, to: Any, source: Any, non_blocking: bool = False) -> Any:
         device = (to if to.is_cuda else source).device.index
         stream = self.current_stream(device)
+        self.driver.fake_torch_copy(device)
         target = self._alias(to) if to.is_cuda else to
         target.copy_(self._alias(source) if source.is_cuda else source)
         spans = [(x.data_ptr(), _extent(x), w) for x, w in ((source, 0), (to, 1)) if x.is_cuda]

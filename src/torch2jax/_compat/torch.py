@@ -70,7 +70,8 @@ def stream_functions() -> list[Any] | None:
     """Return torch's functions for current streams and devices; None without GPU support.
 
     They are set_stream(id, device, device type), get_stream(device), get_raw_stream(device),
-    get_device(), set_device(device) and init(). A stream of somebody else's has its handle for an id.
+    get_device(), set_device(device) and init(). A stream that is not torch's own has its handle for
+    an id.
     """
     names = ("setStream", "getCurrentStream", "getCurrentRawStream", "getDevice", "setDevice")
     functions = [getattr(torch._C, f"_cuda_{name}", None) for name in names]

@@ -44,14 +44,14 @@ class KeepGraph:
         self.base, self.policy = base, policy
 
     def functional(self, *args: Tensor) -> Tensors:
-        return (*self.base.functional(*args), no_token(args))
+        return (*self.base.functional(*args), no_token())
 
     graph = functional
 
     def run(self, *args: Tensor) -> Tensors:
         out, graph = self.forward(args)
         if graph is None:
-            return (*out, no_token(args))
+            return (*out, no_token())
         return (*out, tape.add(graph))
 
     def forward(self, args: Tensors) -> tuple[Tensors, KeptGraph | None]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ...._errors import SignatureError, Torch2JaxWarning
-from ..gradients import Tensor, Tensors
+from ..gradients import Tensor
 from .kept_graph import GraphPolicy, KeptGraph
 
 _ENVIRONMENT = f"{__name__.partition('.')[0].upper()}_TAPE_BYTES"
@@ -25,9 +25,9 @@ _ENVIRONMENT = f"{__name__.partition('.')[0].upper()}_TAPE_BYTES"
 Token = tuple[int, ...]
 
 
-def no_token(args: Tensors) -> Tensor:
-    """Return the token of a call that keeps no graph, on the device of its operands."""
-    return torch.zeros(4, dtype=torch.uint32, device=args[0].device)
+def no_token() -> Tensor:
+    """Return the token of a call that keeps no graph; the handler copies it to a device."""
+    return torch.zeros(4, dtype=torch.uint32)
 
 
 _NO_TOKEN = (0, 0, 0, 0)
@@ -64,8 +64,6 @@ class _Account:
         self.bytes = 0
         self.storages: dict[int, tuple[int, int]] = {}
         """How many graphs hold a storage, and its bytes, by address. Each counts once."""
-        self.fresh: list[tuple[Token, Tensor]] = []
-        """Tokens to come, with their words. They are made in blocks, as each costs microseconds."""
 
     def enter(self, storages: dict[int, int]) -> None:
         for address, size in storages.items():
@@ -100,26 +98,31 @@ class Tape:
         self._used: OrderedDict[Token, None] = OrderedDict()
         self._nonce = secrets.randbits(63) + 1
         self._count = 0
+        self._fresh: list[tuple[Token, Tensor]] = []
+        """Tokens to come, with their words. They are made in blocks, as each costs microseconds."""
         self._budget = _budget_of_environment()
         self._hits = self._misses = self._evictions = 0
         self._copying: dict[str, None] = {}
 
     def add(self, graph: KeptGraph) -> Tensor:
-        """Keep ``graph``, and return a tensor with the words of its token."""
+        """Keep ``graph``, and return a tensor with the words of its token, on the CPU.
+
+        The handler copies the words to a GPU. A copy under the lock could wait for a collective
+        that another device joins only once it has the lock.
+        """
         with self._lock:
-            account = self._accounts[graph.device]
-            if not account.fresh:
-                account.fresh = self._new_tokens(graph.device)
-            token, words = account.fresh.pop()
-            self._enter(token, graph, account)
+            if not self._fresh:
+                self._fresh = self._new_tokens()
+            token, words = self._fresh.pop()
+            self._enter(token, graph, self._accounts[graph.device])
             return words
 
-    def _new_tokens(self, device: torch.device) -> list[tuple[Token, Tensor]]:
+    def _new_tokens(self) -> list[tuple[Token, Tensor]]:
         high, low = self._nonce >> 32, self._nonce & 0xFFFFFFFF
         counts = range(self._count, self._count + 64)
         self._count += 64
         tokens = [(high, low, n >> 32, n & 0xFFFFFFFF) for n in counts]
-        block = torch.tensor(tokens, dtype=torch.uint32, device=device)
+        block = torch.tensor(tokens, dtype=torch.uint32)
         return list(zip(tokens, block.unbind(), strict=True))
 
     def restore(self, token: Token, graph: KeptGraph) -> None:
