@@ -13,7 +13,9 @@
 
 #include "device/eager.h"
 #include "handler/cuda_driver.h"
+#include "handler/gpu.h"
 #include "handler/handler.h"
+#include "handler/prefetch.h"
 #include "handler/registry.h"
 #include "handler/routes.h"
 #include "jax2torch/leaves.h"
@@ -205,6 +207,20 @@ nb::object EagerKey(nb::handle op, nb::tuple args, nb::dict kwargs) {
   return Returned(eager::KeyOf(op.ptr(), args.ptr(), kwargs.ptr()));
 }
 
+// (run, device, site) of the call on a GPU that this thread is in, or None.
+nb::object CallSite() {
+  const GpuCall* call = GpuCall::Current();
+  if (call == nullptr || call->run_id <= 0 || call->site == 0) return nb::none();
+  return nb::make_tuple(call->run_id, call->target.device.device_id, call->site);
+}
+
+nb::object WordsAt(uintptr_t address, size_t count) {
+  std::vector<uint32_t> words;
+  if (ReadWords(reinterpret_cast<const void*>(address), count, &words)) return nb::cast(words);
+  if (PyErr_Occurred() != nullptr) throw nb::python_error();
+  return nb::none();
+}
+
 void Shutdown() {
   eager::ForgetReplays();
   ForgetLeaves();
@@ -231,6 +247,16 @@ NB_MODULE(_ext, m) {
       "gpu_handler", [] { return HandlerCapsule(GpuHandler); },
       "The handler for CUDA and ROCm buffers, for `jax.ffi.register_ffi_target` "
       "(api_version=1).");
+
+  m.def(
+      "prefetch_handler", [] { return HandlerCapsule(PrefetchHandler); },
+      "The handler that brings a key's words to the host; see cpp/handler/prefetch.h.");
+  m.def("call_site", &CallSite,
+        "(execution, device, site) of the call on a GPU that this thread is in. None where it is "
+        "in none, or the program says nothing of the call's token.");
+  m.def("read_words", &WordsAt, nb::arg("address"), nb::arg("count"),
+        "A list of 32-bit words of the device, in the order of the stream of the call that this "
+        "thread is in. None where it is in none.");
 
   nb::class_<Entry>(m, "Entry", nb::type_slots(entry_slots), nb::is_weak_referenceable(),
                     "A PyTorch function that compiled programs of this process can call by name, "

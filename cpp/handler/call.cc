@@ -219,7 +219,7 @@ ffi::Error Call::CheckEscaped(Views* views) {
 
 ffi::Error Call::RunOnCpu(int64_t run_id) { return RunClean(run_id); }
 
-ffi::Error Call::RunOnGpu(int64_t run_id) {
+ffi::Error Call::RunOnGpu(GpuCall call) {
   if (!torch_.set_stream) {
     return ffi::Error::Internal(callable_.label + ": PyTorch in this process has no GPU support");
   }
@@ -230,7 +230,8 @@ ffi::Error Call::RunOnGpu(int64_t run_id) {
     return ffi::Error::Internal(callable_.label + ": " + error);
   }
   work_ = &work;
-  return RunClean(run_id);
+  InGpuCall inside(&call);
+  return RunClean(call.run_id);
 }
 
 ffi::Error Call::RunClean(int64_t run_id) {

@@ -37,7 +37,7 @@ class Call {
   // program's execution.
   xla::ffi::Error RunOnCpu(int64_t run_id);
   // The call on a GPU, where XLA's stream is made PyTorch's current one.
-  xla::ffi::Error RunOnGpu(int64_t run_id);
+  xla::ffi::Error RunOnGpu(GpuCall call);
 
  private:
   xla::ffi::AnyBuffer Argument(size_t i) const { return *args_.get<xla::ffi::AnyBuffer>(i); }

@@ -1,6 +1,7 @@
 #include "handler/gpu.h"
 
 #include "handler/cuda_driver.h"
+#include "handler/prefetch.h"
 #include "handler/staging.h"
 
 namespace bridge {
@@ -67,6 +68,36 @@ std::string GpuWork::End(const std::vector<Copy>& copies) {
 
 GpuWork::~GpuWork() {
   if (begun_ && !ended_) End({});
+}
+
+namespace {
+
+thread_local const GpuCall* current_call = nullptr;
+
+}  // namespace
+
+const GpuCall* GpuCall::Current() noexcept { return current_call; }
+
+InGpuCall::InGpuCall(GpuCall* call) noexcept : outer_(current_call) { current_call = call; }
+
+InGpuCall::~InGpuCall() { current_call = outer_; }
+
+bool ReadWords(const void* address, size_t count, std::vector<uint32_t>* words) {
+  const GpuCall* call = current_call;
+  const size_t bytes = count * sizeof(uint32_t);
+  if (call == nullptr || bytes > Staging::kMostBytes) return false;
+  words->resize(count);
+  std::string error;
+  {
+    GilRelease release;
+    const int32_t device = call->target.device.device_id;
+    if (!TakeKey(call->run_id, device, call->key, address, words, &error)) {
+      error = Staging::ToHost(words->data(), address, bytes, device, call->target.stream);
+    }
+  }
+  if (error.empty()) return true;
+  PyErr_SetString(PyExc_RuntimeError, error.c_str());
+  return false;
 }
 
 }  // namespace bridge

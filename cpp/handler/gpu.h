@@ -65,6 +65,34 @@ class GpuWork {
   bool begun_ = false, ended_ = false;
 };
 
+// The call on a GPU that this thread is in, for Python code that the call runs.
+struct GpuCall {
+  int64_t run_id = 0;  // of the program's execution; not positive: unknown
+  int64_t site = 0;    // what the program says of the call's token, see NOTE [Sites]; 0: nothing
+  int64_t key = 0;     // the site of the prefetch of its key; 0: there is none
+  Target target;
+
+  // Null: this thread is in no call on a GPU.
+  static const GpuCall* Current() noexcept;
+};
+
+// Makes a call the current one of this thread.
+class InGpuCall {
+ public:
+  explicit InGpuCall(GpuCall* call) noexcept;
+  InGpuCall(const InGpuCall&) = delete;
+  InGpuCall& operator=(const InGpuCall&) = delete;
+  ~InGpuCall();
+
+ private:
+  const GpuCall* outer_;
+};
+
+// Reads 32-bit words of the device, once all is done that the current call's stream holds now; or,
+// where the words are a key that was prefetched, once that is done. Needs the GIL, and releases it.
+// Returns false where this thread is in no call on a GPU, or with a Python exception set.
+bool ReadWords(const void* address, size_t count, std::vector<uint32_t>* words);
+
 }  // namespace bridge
 
 #endif  // CPP_HANDLER_GPU_H_

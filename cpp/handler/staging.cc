@@ -91,7 +91,6 @@ void Return(size_t size, int32_t device, Block block) {
   Shelves& shelves = GetShelves();
   std::lock_guard lock(shelves.mutex);
   Shelf& shelf = shelves.by_size[{device, size}];
-  // A block that has never been used has no event, and goes before those that are in use.
   shelf.blocks.push_back(block);
 }
 
@@ -119,19 +118,45 @@ std::string Staging::ToDevice(void* to, const void* from, size_t bytes, int32_t 
   return "";
 }
 
-std::string Staging::ToHost(void* to, const void* from, size_t bytes, int32_t device,
-                            void* stream) {
-  const size_t size = SizeFor(bytes);
+std::string Staging::Arriving::Begin(const void* from, size_t bytes, int32_t device, void* stream) {
   Block block;
-  std::string error = Take(size, device, &block);
+  std::string error = Take(SizeFor(bytes), device, &block);
   if (!error.empty()) return error;
   error = Driver::CopyToHost(block.memory, from, bytes, stream);
   if (error.empty()) error = Driver::Record(&block.event, stream);
-  if (error.empty()) error = Driver::WaitFor(block.event);
   if (!error.empty()) return error;
-  std::memcpy(to, block.memory, bytes);
-  Return(size, device, block);
+  memory_ = block.memory;
+  event_ = block.event;
+  bytes_ = bytes;
+  device_ = device;
   return "";
+}
+
+std::string Staging::Arriving::Finish(void* to) {
+  std::string error = Driver::WaitFor(event_);
+  if (error.empty()) std::memcpy(to, memory_, bytes_);
+  return error;
+}
+
+Staging::Arriving::Arriving(Arriving&& other) noexcept { *this = std::move(other); }
+
+Staging::Arriving& Staging::Arriving::operator=(Arriving&& other) noexcept {
+  std::swap(memory_, other.memory_);
+  std::swap(event_, other.event_);
+  std::swap(bytes_, other.bytes_);
+  std::swap(device_, other.device_);
+  return *this;
+}
+
+Staging::Arriving::~Arriving() {
+  if (memory_ != nullptr) Return(SizeFor(bytes_), device_, {memory_, event_});
+}
+
+std::string Staging::ToHost(void* to, const void* from, size_t bytes, int32_t device,
+                            void* stream) {
+  Arriving arriving;
+  std::string error = arriving.Begin(from, bytes, device, stream);
+  return error.empty() ? arriving.Finish(to) : error;
 }
 
 }  // namespace bridge

@@ -24,6 +24,27 @@ class Staging {
   static std::string ToHost(void* to, const void* from, size_t bytes, int32_t device, void* stream);
 
   static constexpr size_t kMostBytes = size_t{1} << 20;
+
+  // A copy to the host that has been queued.
+  class Arriving {
+   public:
+    Arriving() = default;
+    Arriving(Arriving&& other) noexcept;
+    Arriving& operator=(Arriving&& other) noexcept;
+    // Gives the block back, where nobody wants the bytes.
+    ~Arriving();
+    // To be called once.
+    std::string Begin(const void* from, size_t bytes, int32_t device, void* stream);
+    // Waits for this copy alone, and hands over the bytes.
+    std::string Finish(void* to);
+    size_t bytes() const noexcept { return bytes_; }
+
+   private:
+    void* memory_ = nullptr;
+    void* event_ = nullptr;
+    size_t bytes_ = 0;
+    int32_t device_ = 0;
+  };
 };
 
 }  // namespace bridge

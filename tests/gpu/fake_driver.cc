@@ -548,6 +548,13 @@ FAKE_EXPORT int fake_before(size_t a, size_t b) {
   return Before(s.operations[a], s.operations[b]);
 }
 
+// Whether this thread of the host knows that an operation is done.
+FAKE_EXPORT int fake_known(size_t operation) {
+  State& s = Get();
+  std::unique_lock lock(s.mutex);
+  return Done(s, operation, Mine().known);
+}
+
 // The last operation that touched a byte, or -1.
 FAKE_EXPORT long fake_last(const void* memory, int write) {
   State& s = Get();

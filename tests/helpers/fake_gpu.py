@@ -94,10 +94,15 @@ class FakeGpu:
             getattr(driver, name).restype = C.c_char_p
         driver.fake_kernel.restype = driver.fake_frees.restype = C.c_size_t
         driver.fake_last.restype = C.c_long
-        self._handler = call_frames.handler_in(_ext.gpu_handler())
+        self._handlers = {
+            extension.TARGET: call_frames.handler_in(_ext.gpu_handler()),
+            extension.PREFETCH: call_frames.handler_in(_ext.prefetch_handler()),
+        }
         self._runs = itertools.count(1)
         self._foreign: list[Any] = []
         self.context_managers = 0
+        self.kernels: list[int] = []
+        """Work of XLA's that ``run`` queued just before each call."""
         self.memory = {"free": 1 << 34, "total": 1 << 34}
         self.xla_streams = [self.stream(d) for d in range(2)]
         self._replace_functions()
@@ -156,6 +161,10 @@ class FakeGpu:
         """The operation that read a byte last."""
         return self.driver.fake_last(C.c_void_p(address), 0)
 
+    def known(self, operation: int) -> bool:
+        """Whether this thread of the host has waited until an operation was done."""
+        return bool(self.driver.fake_known(C.c_size_t(operation)))
+
     def frees(self) -> int:
         """How many blocks PyTorch's allocator got back."""
         return self.driver.fake_frees()
@@ -196,12 +205,29 @@ class FakeGpu:
         stream: int | None = None,
     ) -> None:
         """Run the handler as XLA does in an execution of a program on a device."""
+        given = {"name": name, **attributes}
+        self.call_target(
+            extension.TARGET, given, operands, results, device=device, run_id=run_id, stream=stream
+        )
+
+    def call_target(
+        self,
+        target: str,
+        attributes: Mapping[str, str | int],
+        operands: Sequence[Buffer],
+        results: Sequence[Buffer],
+        *,
+        device: int = 0,
+        run_id: int | None = None,
+        stream: int | None = None,
+    ) -> None:
+        """Run one of the package's handlers."""
         before = self.driver.fake_device()
         self.driver.fake_set_device(device)
         try:
             call_frames.call(
-                self._handler,
-                {"name": name, **attributes},
+                self._handlers[target],
+                attributes,
                 operands,
                 results,
                 stream=self.xla_streams[device] if stream is None else stream,
@@ -220,6 +246,7 @@ class FakeGpu:
         traced = jax.jit(fn).trace(*args)
         lowered = traced.lower(lowering_platforms=("cuda",))
         calls = iter(custom_calls(lowered))
+        self.kernels = []
         self.keep = lowered, traced  # the program holds the callees
         run_id = next(self._runs)
         buffers = [self.buffer(np.asarray(x), device) for x in leaves]
@@ -253,8 +280,20 @@ class FakeGpu:
             if eqn.primitive is torch_call_p:
                 out = [self.empty(v.aval.shape, v.aval.dtype, device) for v in eqn.outvars]
                 attributes = next(calls)
-                name = str(attributes.pop("name"))
-                self.call(name, operands, out, attributes, device=device, run_id=run_id)
+                if "name" not in attributes:  # the prefetch of the call's key
+                    at = eqn.params["callee"].options.rng
+                    key = self.empty(eqn.invars[at].aval.shape, np.uint32, device)
+                    self.call_target(
+                        extension.PREFETCH, attributes, [operands[at]], [key],
+                        device=device, run_id=run_id,
+                    )  # fmt: skip
+                    operands[at] = key
+                    attributes = next(calls)
+                # Work that was queued before the call, and for which the host need not wait.
+                self.kernels.append(self.xla_kernel(reads=operands, device=device))
+                self.call_target(
+                    extension.TARGET, attributes, operands, out, device=device, run_id=run_id
+                )
             elif inner is not None and "num_consts" not in eqn.params:
                 closed = inner if hasattr(inner, "consts") else inner.jaxpr
                 held = [self.buffer(np.asarray(c), device) for c in getattr(closed, "consts", ())]
@@ -542,7 +581,7 @@ def custom_calls(lowered: Any) -> list[dict[str, str | int]]:
         if operation.name != "stablehlo.custom_call":
             return
         attributes = operation.attributes
-        if attributes["call_target_name"].value == extension.TARGET:
+        if attributes["call_target_name"].value in (extension.TARGET, extension.PREFETCH):
             config = attributes["mhlo.backend_config"]
             found.append({item.name: item.attr.value for item in config})
 

@@ -12,10 +12,13 @@ import torch.utils.dlpack
 
 from ... import _ext, _refusals
 from ..._compat.torch import exchange_api, stream_functions
-from ..torch_side import ambient, exceptions
+from ..torch_side import ambient, exceptions, words
 
 TARGET = __name__.partition(".")[0]
 """The custom call has the package's import name, so that aliases live side by side."""
+
+PREFETCH = f"{TARGET}_prefetch"
+"""The custom call that brings a key to the host, on a GPU."""
 
 dlpack_path, dtype_routes = _ext.dlpack_path, _ext.dtype_routes
 to_arrays, to_tensors = _ext.to_arrays, _ext.to_tensors
@@ -52,9 +55,9 @@ def set_up(**others: Any) -> None:
 
 set_up()
 # In a forked process the handler refuses calls: what it asks before each of them raises.
-os.register_at_fork(
-    after_in_child=lambda: set_up(ambient_clean=_refusals.refuse_forked)
-)
+os.register_at_fork(after_in_child=lambda: set_up(ambient_clean=_refusals.refuse_forked))
+words.read_by(_ext.call_site, _ext.read_words)
 jax.ffi.register_ffi_target(TARGET, _ext.cpu_handler(), platform="cpu")
 for _platform in ("CUDA", "ROCM"):
+    jax.ffi.register_ffi_target(PREFETCH, _ext.prefetch_handler(), platform=_platform)
     jax.ffi.register_ffi_target(TARGET, _ext.gpu_handler(), platform=_platform)

@@ -18,15 +18,15 @@ import torch
 
 from ...._errors import SignatureError, Torch2JaxWarning
 from ..gradients import Tensor
+from ..words import call_site, words_of
 from .kept_graph import GraphPolicy, KeptGraph
+from .sites import Token, Waiting
 
 _ENVIRONMENT = f"{__name__.partition('.')[0].upper()}_TAPE_BYTES"
 
-Token = tuple[int, ...]
-
 
 def no_token() -> Tensor:
-    """Return the token of a call that keeps no graph; the handler copies it to a device."""
+    """Return the words of the token that stands for no graph; the handler copies them."""
     return torch.zeros(4, dtype=torch.uint32)
 
 
@@ -96,6 +96,7 @@ class Tape:
         self._graphs: OrderedDict[Token, KeptGraph] = OrderedDict()
         self._accounts: defaultdict[torch.device, _Account] = defaultdict(_Account)
         self._used: OrderedDict[Token, None] = OrderedDict()
+        self._waiting = Waiting()
         self._nonce = secrets.randbits(63) + 1
         self._count = 0
         self._fresh: list[tuple[Token, Tensor]] = []
@@ -114,8 +115,18 @@ class Tape:
             if not self._fresh:
                 self._fresh = self._new_tokens()
             token, words = self._fresh.pop()
+            if graph.device.type == "cuda":
+                self._waiting.made(token, call_site())
             self._enter(token, graph, self._accounts[graph.device])
             return words
+
+    def add_nothing(self, device: torch.device) -> Tensor:
+        """Return the words of a call's token that keeps no graph."""
+        if device.type == "cuda":
+            with self._lock:  # it counts among the tokens of its site
+                self._count += 1
+                self._waiting.made((*_NO_TOKEN, self._count), call_site())
+        return no_token()
 
     def _new_tokens(self) -> list[tuple[Token, Tensor]]:
         high, low = self._nonce >> 32, self._nonce & 0xFFFFFFFF
@@ -151,11 +162,21 @@ class Tape:
             self._remove(oldest)
             self._evicted(budget)
 
+    def name_of(self, words: Tensor) -> Token:
+        """Return the token that these words are. See NOTE [Sites]."""
+        if words.is_cuda:
+            with self._lock:
+                token = self._waiting.only(call_site())
+            if token is not None:
+                return token
+        return tuple(words_of(words))
+
     def take(self, token: Token, policy: GraphPolicy, device: torch.device) -> KeptGraph | None:
         """Return the graph under ``token``, if there is one of this function on ``device``."""
-        if token == _NO_TOKEN:
-            return None
         with self._lock:
+            self._waiting.taken(token)
+            if token[:4] == _NO_TOKEN:
+                return None
             graph = self._graphs.get(token)
             if graph is None or graph.policy is not policy or graph.device != device:
                 self._misses += 1
@@ -179,6 +200,7 @@ class Tape:
             for token in list(self._graphs):
                 self._remove(token)
             self._used.clear()
+            self._waiting.forget()
 
     def forget(self, policy: GraphPolicy) -> None:
         """Drop the graphs of a function that nobody can call any more."""
