@@ -17,6 +17,7 @@
 #include "handler/handler.h"
 #include "handler/prefetch.h"
 #include "handler/registry.h"
+#include "handler/release.h"
 #include "handler/routes.h"
 #include "jax2torch/leaves.h"
 #include "jax2torch/transfer.h"
@@ -40,7 +41,7 @@ class Entry {
  public:
   Entry(std::string name, nb::callable run, std::string label, std::vector<std::string> inputs,
         std::vector<std::string> outputs, nb::object default_dtype, bool pass_outputs,
-        const std::vector<size_t>& inplace, nb::object collect)
+        const std::vector<size_t>& inplace, nb::object collect, bool pure)
       : callable_(std::make_shared<Callable>()) {
     callable_->name = std::move(name);
     callable_->label = std::move(label);
@@ -53,6 +54,7 @@ class Entry {
       callable_->any_inplace = true;
     }
     callable_->pass_outputs = pass_outputs;
+    callable_->pure = pure;
     callable_->run = ToOwned(run);
     callable_->collect = ToOwned(collect);
     callable_->default_dtype = ToOwned(default_dtype);
@@ -108,7 +110,8 @@ const dl::ExchangeApi* ExchangeApiOf(nb::handle capsule) {
 
 void Setup(nb::handle exchange_api, nb::handle module, nb::handle ambient_clean,
            nb::handle run_guarded, nb::handle describe_exception, nb::handle collect,
-           nb::handle resolve, nb::handle streams, bool force_capsules, bool rocm) {
+           nb::handle resolve, nb::handle streams, nb::handle make_room, nb::handle copy_all,
+           bool force_capsules, bool rocm) {
   auto torch = std::make_unique<Torch>();
   torch->api = force_capsules ? nullptr : ExchangeApiOf(exchange_api);
 #ifdef T2J_TESTING
@@ -132,6 +135,9 @@ void Setup(nb::handle exchange_api, nb::handle module, nb::handle ambient_clean,
   torch->describe_exception = ToOwned(describe_exception);
   torch->collect = ToOwned(collect);
   torch->resolve = ToOwned(resolve);
+  torch->make_room = ToOwned(make_room);
+  torch->copy_all = ToOwned(copy_all);
+  torch->out_of_memory = ToOwned(module.attr("OutOfMemoryError"));
   if (!streams.is_none()) {
     Owned* functions[] = {&torch->set_stream, &torch->get_stream, &torch->get_raw_stream,
                           &torch->get_device, &torch->set_device, &torch->init_gpu};
@@ -221,6 +227,16 @@ nb::object WordsAt(uintptr_t address, size_t count) {
   return nb::none();
 }
 
+nb::object XlaStreamOf(int32_t device) {
+  void* stream = XlaStream(device);
+  return stream == nullptr ? nb::none() : nb::cast(reinterpret_cast<uintptr_t>(stream));
+}
+
+nb::object WithOrderedRelease(nb::object capsule) {
+  if (!OrderRelease(*GetTorch(), capsule.ptr())) throw nb::python_error();
+  return capsule;
+}
+
 void Shutdown() {
   eager::ForgetReplays();
   ForgetLeaves();
@@ -258,22 +274,30 @@ NB_MODULE(_ext, m) {
         "A list of 32-bit words of the device, in the order of the stream of the call that this "
         "thread is in. None where it is in none.");
 
+  m.def("xla_stream", &XlaStreamOf, nb::arg("device"),
+        "The handle of XLA's stream on a GPU. None where no handler has run there yet.");
+  m.def("order_release", &WithOrderedRelease, nb::arg("capsule"),
+        "The DLPack capsule itself. When its memory goes back to XLA, XLA's stream waits for "
+        "PyTorch's first.");
+
   nb::class_<Entry>(m, "Entry", nb::type_slots(entry_slots), nb::is_weak_referenceable(),
                     "A PyTorch function that compiled programs of this process can call by name, "
                     "for as long as this object lives.")
       .def(
           nb::init<std::string, nb::callable, std::string, std::vector<std::string>,
                    std::vector<std::string>, nb::object, bool, const std::vector<size_t>&,
-                   nb::object>(),
+                   nb::object, bool>(),
           nb::arg("name"), nb::arg("run"), nb::arg("label"), nb::arg("inputs"), nb::arg("outputs"),
           nb::arg("default_dtype").none(), nb::arg("pass_outputs") = false,
           nb::arg("inplace") = std::vector<size_t>(), nb::arg("collect") = nb::none(),
+          nb::arg("pure") = false,
           "Registers `run` as `name`.\n\n"
           "`run(*tensors)` takes one tensor for each label in `inputs` (then, with `pass_outputs`, "
           "one for\neach label in `outputs`) and returns a tuple with one tensor for each label in "
           "`outputs`, or that\ntensor itself where it is one. Of anything else `collect` makes the "
           "tuple. `label` names the user's function in messages.\n`inplace` lists the inputs that "
-          "may change. Raises ValueError when a "
+          "may change. A call of a `pure` one is made again where a GPU's memory ran out. Raises "
+          "ValueError when a "
           "live entry has the name.")
       .def_prop_ro(
           "name", [](const Entry& entry) { return entry.callable().name; },
@@ -289,7 +313,8 @@ NB_MODULE(_ext, m) {
       "setup", &Setup, nb::kw_only(), nb::arg("exchange_api").none(), nb::arg("torch"),
       nb::arg("ambient_clean"), nb::arg("run_guarded"), nb::arg("describe_exception"),
       nb::arg("collect"), nb::arg("resolve").none() = nb::none(),
-      nb::arg("streams").none() = nb::none(), nb::arg("force_capsules") = false,
+      nb::arg("streams").none() = nb::none(), nb::arg("make_room").none() = nb::none(),
+      nb::arg("copy_all").none() = nb::none(), nb::arg("force_capsules") = false,
       nb::arg("rocm") = false,
       "Hands over what the handler uses of PyTorch and of the package. May be called again.\n\n"
       "exchange_api: `torch.Tensor.__dlpack_c_exchange_api__` or None. torch: the module.\n"

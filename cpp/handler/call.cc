@@ -8,6 +8,7 @@
 
 #include "handler/describe.h"
 #include "handler/errors.h"
+#include "handler/release.h"
 
 namespace bridge {
 
@@ -90,8 +91,12 @@ ffi::Error Call::CallPython(Views* views, size_t count, Owned* results) {
   }
   NoGrad grad(torch_);
   if (!grad.ok()) return PythonError(torch_, callable_);
-  *results = Owned::Steal(PyObject_Vectorcall(run_, vector.data() + 1,
-                                              count | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr));
+  auto call = [&] {
+    *results = Owned::Steal(PyObject_Vectorcall(run_, vector.data() + 1,
+                                                count | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr));
+  };
+  call();
+  if (!*results && work_ != nullptr && MadeRoom()) call();
   if (*results && collect_ != nullptr && !PyTuple_CheckExact(results->get()) &&
       !(rets_.size() == 1 && IsTensor(torch_, results->get()))) {
     *results = CallFunction(collect_, results->get());
@@ -99,6 +104,17 @@ ffi::Error Call::CallPython(Views* views, size_t count, Owned* results) {
   // This stands in the scope of `grad`, which must not restore grad mode while an exception is set.
   if (!*results) return PythonError(torch_, callable_);
   return ffi::Error::Success();
+}
+
+bool Call::MadeRoom() {
+  if (!callable_.pure || !torch_.make_room ||
+      PyErr_ExceptionMatches(torch_.out_of_memory.get()) == 0) {
+    return false;
+  }
+  Owned exception = TakeException();
+  exception.reset();  // its frames hold tensors
+  Owned device = Owned::Steal(PyLong_FromLong(target_.device.device_id));
+  return device && CallFunction(torch_.make_room.get(), device.get());
 }
 
 ffi::Error Call::Refused(const Result& result, Result::Outcome outcome, size_t i) {
@@ -223,6 +239,7 @@ ffi::Error Call::RunOnGpu(GpuCall call) {
   if (!torch_.set_stream) {
     return ffi::Error::Internal(callable_.label + ": PyTorch in this process has no GPU support");
   }
+  NoteXlaStream(target_.device.device_id, target_.stream);
   CurrentStream stream(torch_, target_);
   if (!stream.ok()) return PythonError(torch_, callable_);
   GpuWork work(stream.before(), target_);

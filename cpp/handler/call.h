@@ -51,6 +51,9 @@ class Call {
   xla::ffi::Error Run();
   xla::ffi::Error CheckCounts() const;
   xla::ffi::Error CallPython(Views* views, size_t count, Owned* results);
+  // Where the exception that is set is that a GPU's memory ran out, and the call can be made again:
+  // replaces it by free memory. False: a Python exception is set.
+  [[gnu::cold]] bool MadeRoom();
   xla::ffi::Error Store(PyObject* results);
   xla::ffi::Error StoreAll(PyObject* results, Copies* copies);
   xla::ffi::Error CheckInPlace(Views* views, uint64_t number);

@@ -25,6 +25,9 @@ struct Api {
   int (*event_query)(void* event) = nullptr;
   int (*event_synchronize)(void* event) = nullptr;
   int (*stream_wait_event)(void* stream, void* event, unsigned flags) = nullptr;
+  int (*context)(void** context) = nullptr;
+  int (*push_context)(void* context) = nullptr;
+  int (*pop_context)(void** context) = nullptr;
   bool loaded = false;
 };
 
@@ -56,6 +59,9 @@ Api Load() {
   resolve(api.event_query, "cuEventQuery", "hipEventQuery");
   resolve(api.event_synchronize, "cuEventSynchronize", "hipEventSynchronize");
   resolve(api.stream_wait_event, "cuStreamWaitEvent", "hipStreamWaitEvent");
+  resolve(api.context, "cuCtxGetCurrent", "hipCtxGetCurrent");
+  resolve(api.push_context, "cuCtxPushCurrent_v2", "hipCtxPushCurrent");
+  resolve(api.pop_context, "cuCtxPopCurrent_v2", "hipCtxPopCurrent");
   api.loaded = complete;
   return api;
 }
@@ -185,6 +191,22 @@ std::string Driver::Order(void* earlier, void* later, int32_t device) {
   std::string error = Record(event, earlier);
   if (!error.empty()) return error;
   return Failed("ordering two streams", GetApi().stream_wait_event(later, *event, 0));
+}
+
+void* Driver::Context() noexcept {
+  const Api& api = GetApi();
+  void* context = nullptr;
+  return api.loaded && api.context(&context) == 0 ? context : nullptr;
+}
+
+bool Driver::Enter(void* context) noexcept {
+  const Api& api = GetApi();
+  return api.loaded && api.push_context(context) == 0;
+}
+
+void Driver::Leave() noexcept {
+  void* left = nullptr;
+  GetApi().pop_context(&left);
 }
 
 }  // namespace bridge

@@ -40,6 +40,12 @@ class Driver {
   // Makes what `later` is given from now on wait for what `earlier` holds now. Both are streams of
   // `device`, which is the thread's current one.
   static std::string Order(void* earlier, void* later, int32_t device);
+
+  // The context that is current on this thread, or null. A thread makes one current for a while by
+  // Enter and Leave.
+  static void* Context() noexcept;
+  static bool Enter(void* context) noexcept;
+  static void Leave() noexcept;
 };
 
 }  // namespace bridge

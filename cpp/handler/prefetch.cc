@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "handler/cuda_driver.h"
+#include "handler/release.h"
 #include "handler/staging.h"
 
 namespace bridge {
@@ -43,6 +44,8 @@ ffi::Error Prefetch(ffi::RunId run_id, void* stream, ffi::AnyBuffer words,
     std::string error = Driver::Copy(same->untyped_data(), words.untyped_data(), bytes, stream);
     if (!error.empty()) return ffi::Error::Internal("a key: " + error);
   }
+  NoteXlaStream(device, stream);
+  if (site == 0) return ffi::Error::Success();  // somebody wants the stream alone to be noted
   Staging::Arriving arriving;
   std::string error = arriving.Begin(words.untyped_data(), bytes, device, stream);
   if (!error.empty()) return ffi::Error::Internal("a key: " + error);

@@ -20,7 +20,8 @@
 
 namespace bridge {
 
-// The custom call: words -> the same words. Its attribute is "site". It needs no GIL.
+// The custom call: words -> the same words. Its attribute is "site"; with site 0 nothing is
+// prefetched, and XLA's stream is noted alone. It needs no GIL.
 XLA_FFI_Error* PrefetchHandler(XLA_FFI_CallFrame* call_frame);
 
 // Takes the words of the key at `address`, and waits for them. Returns false where they were not

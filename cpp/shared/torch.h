@@ -36,6 +36,7 @@ struct Torch {
   bool (*c10_is_grad_enabled)() = nullptr;
   void (*c10_set_grad_enabled)(bool) = nullptr;
   Owned ambient_clean, run_guarded, describe_exception, collect;
+  Owned out_of_memory, make_room, copy_all;  // the last two may be null
   // Null where this PyTorch has no GPU support. See NOTE [Current stream].
   Owned set_stream, get_stream, get_raw_stream, get_device, set_device, init_gpu;
   mutable std::atomic<bool> gpu_ready{false};  // whether `init_gpu` has been called

@@ -114,6 +114,7 @@ struct Thread {
   void* torch_streams[kDevices] = {};
   Clock known;
   int uncounted = 0;
+  std::vector<int> contexts;
 };
 
 Thread& Mine() {
@@ -266,6 +267,27 @@ FAKE_EXPORT int cuCtxGetDevice(int* device) {
   std::unique_lock lock(s.mutex);
   *device = Mine().device;
   return Enter(lock, "cuCtxGetDevice", Mine().device, "");
+}
+
+// A device's context is its number and one, as a handle. A thread has a stack of them, but for the
+// lowest, which fake_set_device changes.
+FAKE_EXPORT int cuCtxGetCurrent(void** context) {
+  *context = reinterpret_cast<void*>(static_cast<intptr_t>(Mine().device) + 1);
+  return 0;
+}
+
+FAKE_EXPORT int cuCtxPushCurrent_v2(void* context) {
+  if (context == nullptr) return kInvalid;
+  Mine().contexts.push_back(Mine().device);
+  Mine().device = static_cast<int>(reinterpret_cast<intptr_t>(context)) - 1;
+  return 0;
+}
+
+FAKE_EXPORT int cuCtxPopCurrent_v2(void**) {
+  if (Mine().contexts.empty()) return kInvalid;
+  Mine().device = Mine().contexts.back();
+  Mine().contexts.pop_back();
+  return 0;
 }
 
 FAKE_EXPORT int cuEventCreate(void** event, unsigned) {
@@ -692,4 +714,16 @@ FAKE_EXPORT int fake_torch_copy(int device) {
   State& s = Get();
   std::unique_lock lock(s.mutex);
   return Enter(lock, "fake_torch_copy", device, "");
+}
+
+// Somebody else has a stream wait for another.
+FAKE_EXPORT void fake_order(void* earlier, void* later, int device) {
+  Uncounted own;
+  int before = std::exchange(Mine().device, device);
+  void* event = nullptr;
+  cuEventCreate(&event, 2);
+  cuEventRecord(event, earlier);
+  cuStreamWaitEvent(later, event, 0);
+  cuEventDestroy_v2(event);
+  Mine().device = before;
 }

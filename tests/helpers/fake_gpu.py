@@ -32,7 +32,7 @@ from torch2jax._bridge.handler import entries, extension
 from torch2jax._bridge.jax_side.primitive import torch_call_p
 
 
-class _Managed(C.Structure):
+class Managed(C.Structure):
     _fields_ = [
         *(("data", C.c_void_p), ("device_type", C.c_int32), ("device_id", C.c_int32)),
         *(("ndim", C.c_int32), ("code", C.c_uint8), ("bits", C.c_uint8), ("lanes", C.c_uint16)),
@@ -57,9 +57,10 @@ _capsule.restype, _capsule.argtypes = C.py_object, [C.c_void_p, C.c_char_p, C.c_
 _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 
 
-def _described(tensor: torch.Tensor) -> tuple[Any, _Managed]:
+def described(tensor: torch.Tensor) -> tuple[Any, Managed]:
+    """A tensor's DLPack capsule, and what is in it."""
     capsule = torch._C._to_dlpack(tensor.detach())
-    return capsule, _Managed.from_address(_pointer(capsule, b"dltensor"))
+    return capsule, Managed.from_address(_pointer(capsule, b"dltensor"))
 
 
 def _extent(tensor: torch.Tensor) -> int:
@@ -70,17 +71,22 @@ def _extent(tensor: torch.Tensor) -> int:
     return (last + 1) * tensor.element_size()
 
 
-class ExternalStream:
-    """What the package uses of ``torch.cuda.ExternalStream``."""
+class ExternalStream(torch.Stream):
+    """What the package and torch use of ``torch.cuda.ExternalStream``; tests count them."""
 
     made = 0
 
-    def __init__(self, stream_ptr: int, device: Any = None, **_: Any) -> None:
-        type(self).made += 1
-        self.cuda_stream = self.stream_id = stream_ptr
-        self.device = torch.device("cuda", device) if isinstance(device, int) else device
-        self.device_index: Any = self.device.index
-        self.device_type = 1
+    def __new__(cls, stream_ptr: int, device: Any = None) -> ExternalStream:
+        cls.made += 1
+        index = device if isinstance(device, int) else device.index
+        return super().__new__(cls, stream_id=stream_ptr, device_index=index, device_type=1)
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    @property
+    def cuda_stream(self) -> int:
+        return self.stream_id
 
 
 class FakeGpu:
@@ -101,9 +107,12 @@ class FakeGpu:
         self._runs = itertools.count(1)
         self._foreign: list[Any] = []
         self.context_managers = 0
+        self._programs: list[Any] = []
         self.kernels: list[int] = []
         """Work of XLA's that ``run`` queued just before each call."""
-        self.memory = {"free": 1 << 34, "total": 1 << 34}
+        self.memory = {"free": 1 << 34, "total": 1 << 34, "reserved": 0, "allocated": 0}
+        self.emptied = 0
+        """How often PyTorch gave back what its allocator keeps."""
         self.xla_streams = [self.stream(d) for d in range(2)]
         self._replace_functions()
         self._replace_kernels()
@@ -193,6 +202,15 @@ class FakeGpu:
         spans = [(b.address, b.array.nbytes, w) for w, bs in enumerate((reads, writes)) for b in bs]
         return self._queue("XLA's kernel", stream, device, spans)
 
+    def xla_read(self, address: int, size: int, device: int = 0) -> int:
+        """Queue a kernel on XLA's stream that reads memory of PyTorch's."""
+        spans = [(address, size, 0)]
+        return self._queue("XLA's kernel", self.xla_streams[device], device, spans)
+
+    def order(self, earlier: int, later: int, device: int = 0) -> None:
+        """Let a stream wait for another, as JAX or a user does."""
+        self.driver.fake_order(C.c_void_p(earlier), C.c_void_p(later), device)
+
     def call(
         self,
         name: str,
@@ -247,7 +265,7 @@ class FakeGpu:
         lowered = traced.lower(lowering_platforms=("cuda",))
         calls = iter(custom_calls(lowered))
         self.kernels = []
-        self.keep = lowered, traced  # the program holds the callees
+        self._programs.append((lowered, traced))  # they hold the callees
         run_id = next(self._runs)
         buffers = [self.buffer(np.asarray(x), device) for x in leaves]
         jaxpr = traced.jaxpr
@@ -352,7 +370,7 @@ class FakeGpu:
 
     def _to_device(self, tensor: torch.Tensor, device: int, label: str) -> torch.Tensor:
         """Copy a CPU tensor's memory into new memory of the device."""
-        _capsule_of, view = _described(tensor)
+        _capsule_of, view = described(tensor)
         size = _extent(tensor)
         managed = self.driver.fake_tensor(
             *(C.c_size_t(size), device, view.code, view.bits, view.ndim),
@@ -361,14 +379,14 @@ class FakeGpu:
         )
         out = torch._C._from_dlpack(_capsule(managed, b"dltensor", None))
         if size:
-            address = _Managed.from_address(managed).data
+            address = Managed.from_address(managed).data
             C.memmove(address, tensor.data_ptr(), size)
             self._queue(label, self.current_stream(device), device, [(address, size, 1)])
         return out
 
     def _alias(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return a CPU tensor in a device tensor's memory."""
-        capsule, view = _described(tensor)
+        capsule, view = described(tensor)
         view.device_type, view.device_id = 1, 0
         return torch._C._from_dlpack(capsule)
 
@@ -453,6 +471,7 @@ class FakeGpu:
         self._aten.impl("copy_", self._copy, "CUDA")
         self._aten.impl("_foreach_copy_", self._copy_all, "CUDA")
         self._aten.impl("_local_scalar_dense", self._scalar, "CUDA")
+        self._aten.impl("record_stream", self._record_stream, "CUDA")
 
     def _replace_functions(self) -> None:
         """Give torch what it has for CUDA alone."""
@@ -522,6 +541,9 @@ class FakeGpu:
             index = Device(current_device() if device is None else device).index
             return ExternalStream(self.current_stream(index), index)
 
+        def empty_cache() -> None:
+            fake.emptied += 1
+
         replaced = {
             "_lazy_init": lambda: None,
             "ExternalStream": ExternalStream,
@@ -533,6 +555,9 @@ class FakeGpu:
             "get_device_properties": lambda device=None: SimpleNamespace(
                 total_memory=self.memory["total"]
             ),
+            "memory_reserved": lambda device=None: self.memory["reserved"],
+            "memory_allocated": lambda device=None: self.memory["allocated"],
+            "empty_cache": empty_cache,
             "current_device": current_device,
         }
         for name, value in replaced.items():

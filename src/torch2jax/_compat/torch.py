@@ -66,6 +66,10 @@ def exchange_api() -> Any:
     return getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
 
 
+copy_all: Any = torch._foreach_copy_
+"""``copy_all(tensors, sources)`` copies each source in one launch for many of a dtype on a GPU."""
+
+
 def stream_functions() -> list[Any] | None:
     """Return torch's functions for current streams and devices; None without GPU support.
 

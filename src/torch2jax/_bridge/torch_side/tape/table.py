@@ -40,7 +40,8 @@ class TapeInfo:
     Attributes:
       entries: graphs that are kept now.
       bytes: the bytes of their activations.
-      budget: bytes that may be kept on each device; None for a quarter of its memory.
+      budget: bytes that may be kept on each device; None for a quarter of its memory, on a GPU at
+        most half of what is free for PyTorch there.
       hits: backward passes that found their graph.
       misses: backward passes that ran forward again.
       evictions: graphs that were dropped for the budget.
@@ -195,6 +196,17 @@ class Tape:
         """Return whether this token's graph was taken before, rather than evicted or unknown."""
         return token in self._used
 
+    def evict(self, device: torch.device) -> None:
+        """Drop the graphs on a device, whose memory ran out."""
+        with self._lock:
+            for token in [t for t, g in self._graphs.items() if g.device == device]:
+                self._remove(token)
+                self._evictions += 1
+
+    def bytes_on(self, device: torch.device) -> int:
+        """Return how many bytes the graphs on a device hold."""
+        return self._accounts[device].bytes
+
     def clear(self) -> None:
         with self._lock:
             for token in list(self._graphs):
@@ -246,9 +258,15 @@ class Tape:
 
 @functools.cache
 def default_budget(device: torch.device) -> int:
-    """Return a quarter of the device's memory."""
+    """Return a quarter of the device's memory.
+
+    On a GPU it is at most half of what is free for PyTorch when the tape first asks: JAX has taken
+    its part of the card by then.
+    """
     if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory // 4
+        free, total = torch.cuda.mem_get_info(device)
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return min(total // 4, free // 2)
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
 
 
@@ -277,8 +295,8 @@ def clear_tape() -> None:
 def set_tape_budget(bytes: int | None) -> None:
     """Set how many bytes of activations the tape keeps on each device.
 
-    None stands for a quarter of its memory. 0 keeps nothing: every backward pass runs forward
-    again.
+    None stands for a quarter of its memory, on a GPU for at most half of what is free for PyTorch
+    there when the tape is first used. 0 keeps nothing: every backward pass runs forward again.
 
     Raises:
       SignatureError: for anything but None and an int of at least 0.
