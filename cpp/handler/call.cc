@@ -131,6 +131,7 @@ ffi::Error Call::Store(PyObject* results) {
   Copies copies;
   copies.list.reserve(rets_.size());
   if (ffi::Error error = StoreAll(results, &copies); error.failure()) return error;
+  if (!CopyTogether(torch_, rets_, target_, &copies)) return PythonError(torch_, callable_);
   std::string error = work_->End(copies.list);
   return error.empty() ? ffi::Error::Success()
                        : ffi::Error::Internal(callable_.label + ": " + error);
@@ -156,6 +157,7 @@ ffi::Error Call::StoreAll(PyObject* results, Copies* copies) {
   if (!callable_.any_inplace && !callable_.pass_outputs) {
     for (size_t i = 0; i < count; ++i) {
       Result result;
+      result.SetIndex(i);
       ffi::AnyBuffer buffer = ResultBuffer(i);
       Outcome outcome = result.Read(torch_, item(i), buffer, target_.device);
       if (outcome == Outcome::kOk) outcome = result.Write(torch_, buffer, target_, copies);
@@ -182,6 +184,7 @@ ffi::Error Call::StoreAll(PyObject* results, Copies* copies) {
     }
   }
   for (size_t i = 0; i < count; ++i) {
+    read[i].SetIndex(i);
     Outcome outcome = read[i].Write(torch_, ResultBuffer(i), target_, copies);
     if (outcome != Outcome::kOk) return Refused(read[i], outcome, i);
   }
@@ -233,12 +236,18 @@ ffi::Error Call::CheckEscaped(Views* views) {
           "belongs to JAX, which reuses it: keep a clone() of the tensor instead.");
 }
 
-ffi::Error Call::RunOnCpu(int64_t run_id) { return RunClean(run_id); }
+ffi::Error Call::RunOnCpu(int64_t run_id) {
+  const int clean = AmbientClean(torch_, run_id, default_dtype_);
+  if (clean < 0) return PythonError(torch_, callable_);
+  return clean == 1 ? Run() : RunGuarded();
+}
 
 ffi::Error Call::RunOnGpu(GpuCall call) {
   if (!torch_.set_stream) {
     return ffi::Error::Internal(callable_.label + ": PyTorch in this process has no GPU support");
   }
+  const int clean = AmbientClean(torch_, call.run_id, default_dtype_);
+  if (clean < 0) return PythonError(torch_, callable_);
   NoteXlaStream(target_.device.device_id, target_.stream);
   CurrentStream stream(torch_, target_);
   if (!stream.ok()) return PythonError(torch_, callable_);
@@ -248,12 +257,6 @@ ffi::Error Call::RunOnGpu(GpuCall call) {
   }
   work_ = &work;
   InGpuCall inside(&call);
-  return RunClean(call.run_id);
-}
-
-ffi::Error Call::RunClean(int64_t run_id) {
-  const int clean = AmbientClean(torch_, run_id, default_dtype_);
-  if (clean < 0) return PythonError(torch_, callable_);
   return clean == 1 ? Run() : RunGuarded();
 }
 

@@ -61,8 +61,6 @@ class Call {
   [[gnu::cold]] xla::ffi::Error Refused(const Result& result, Result::Outcome outcome, size_t i);
   // Has Python's `run_guarded` call Run(). See NOTE [The body].
   xla::ffi::Error RunGuarded();
-  // Run(), in a clean state of PyTorch.
-  xla::ffi::Error RunClean(int64_t run_id);
   static PyObject* Body(PyObject* self, PyObject* unused);
 
   const Torch& torch_;

@@ -1,8 +1,12 @@
 #include "handler/gpu.h"
 
+#include <algorithm>
+
 #include "handler/cuda_driver.h"
 #include "handler/prefetch.h"
 #include "handler/staging.h"
+#include "handler/views.h"
+#include "shared/dtypes.h"
 
 namespace bridge {
 
@@ -68,6 +72,71 @@ std::string GpuWork::End(const std::vector<Copy>& copies) {
 
 GpuWork::~GpuWork() {
   if (begun_ && !ended_) End({});
+}
+
+namespace {
+
+namespace ffi = xla::ffi;
+
+// What one launch of PyTorch's copies at most: tensors, and chunks of so many elements.
+constexpr size_t kTensorsPerLaunch = 64, kChunksPerLaunch = 320, kChunk = 65536;
+// For fewer copies, what Python does for one launch takes longer than the launches.
+constexpr size_t kMany = 4;
+
+// The copies that are from the device and of one dtype, by their places in `copies`; none where
+// they are few, or PyTorch would need as many launches for them.
+std::vector<size_t> Together(const Torch& torch, const ffi::RemainingRets& rets,
+                             const Copies& copies, size_t dtype) {
+  std::vector<size_t> found;
+  size_t chunks = 0;
+  if (torch.dtypes[dtype].carrier_dtype) return found;
+  for (size_t i = 0; i < copies.list.size(); ++i) {
+    const Copy& copy = copies.list[i];
+    ffi::AnyBuffer buffer = **rets.get<ffi::AnyBuffer>(copy.result);
+    if (copy.from_host || DtypeIndex(buffer.element_type()) != static_cast<int>(dtype)) continue;
+    found.push_back(i);
+    chunks += (buffer.element_count() + kChunk - 1) / kChunk;
+  }
+  const size_t launches = std::max((found.size() + kTensorsPerLaunch - 1) / kTensorsPerLaunch,
+                                   (chunks + kChunksPerLaunch - 1) / kChunksPerLaunch);
+  if (found.size() < kMany || launches >= found.size()) found.clear();
+  return found;
+}
+
+bool CopyAll(const Torch& torch, const ffi::RemainingRets& rets, const Target& target,
+             const Copies& copies, const std::vector<size_t>& places) {
+  size_t ranks = 0;
+  auto buffer = [&](size_t i) { return **rets.get<ffi::AnyBuffer>(copies.list[places[i]].result); };
+  for (size_t i = 0; i < places.size(); ++i) ranks += buffer(i).dimensions().size();
+  Views views(places.size(), ranks);
+  const auto size = static_cast<Py_ssize_t>(places.size());
+  Owned to = Owned::Steal(PyList_New(size)), from = Owned::Steal(to ? PyList_New(size) : nullptr);
+  if (!from) return false;
+  for (size_t i = 0; i < places.size(); ++i) {
+    const auto at = static_cast<Py_ssize_t>(i);
+    Owned view = Owned::Borrow(views.Add(torch, buffer(i), target.device));
+    if (!view || PyList_SetItem(to.get(), at, view.release()) != 0) return false;
+    Owned source = Owned::Borrow(copies.list[places[i]].tensor);
+    if (PyList_SetItem(from.get(), at, source.release()) != 0) return false;
+  }
+  NoGrad grad(torch);
+  return grad.ok() && CallFunction(torch.copy_all.get(), to.get(), from.get());
+}
+
+}  // namespace
+
+bool CopyTogether(const Torch& torch, const ffi::RemainingRets& rets, const Target& target,
+                  Copies* copies) {
+  if (!torch.copy_all || copies->list.size() < kMany) return true;
+  for (size_t dtype = 0; dtype < kDtypes.size(); ++dtype) {
+    std::vector<size_t> places = Together(torch, rets, *copies, dtype);
+    if (places.empty()) continue;
+    if (!CopyAll(torch, rets, target, *copies, places)) return false;
+    for (size_t i = places.size(); i-- > 0;) {
+      copies->list.erase(copies->list.begin() + static_cast<std::ptrdiff_t>(places[i]));
+    }
+  }
+  return true;
 }
 
 namespace {

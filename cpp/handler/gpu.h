@@ -65,6 +65,12 @@ class GpuWork {
   bool begun_ = false, ended_ = false;
 };
 
+// Has PyTorch do those copies of a call together that then are fewer launches, and takes them out
+// of `copies`. XLA's stream is PyTorch's current one. Needs the GIL. False: a Python exception is
+// set.
+bool CopyTogether(const Torch& torch, const xla::ffi::RemainingRets& rets, const Target& target,
+                  Copies* copies);
+
 // The call on a GPU that this thread is in, for Python code that the call runs.
 struct GpuCall {
   int64_t run_id = 0;  // of the program's execution; not positive: unknown

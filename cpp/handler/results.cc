@@ -200,7 +200,7 @@ Result::Outcome Result::WriteOnGpu(const Torch& torch, const ffi::AnyBuffer& buf
   } else if (!contiguous_) {
     return Gather(torch, buffer, target);
   }
-  copies->list.push_back({buffer.untyped_data(), data_, bytes_, on_host_});
+  copies->list.push_back({buffer.untyped_data(), data_, bytes_, on_host_, object_, index_});
   if (kept_) copies->kept.push_back(std::move(kept_));
   if (capsule_) copies->kept.push_back(std::move(capsule_));
   return Outcome::kOk;

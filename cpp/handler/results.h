@@ -28,7 +28,9 @@ struct Copy {
   void* to;
   const void* from;
   size_t bytes;
-  bool from_host;  // else from the same device
+  bool from_host;    // else from the same device
+  PyObject* tensor;  // borrowed: what was returned
+  size_t result;     // which result it is
 };
 
 // The copies of a call, and what has to live until they are queued.
@@ -59,6 +61,8 @@ class Result {
   // Copies the result into the buffer. On a GPU, copies that the driver can do go to `copies`.
   Outcome Write(const Torch& torch, const xla::ffi::AnyBuffer& buffer, const Target& target,
                 Copies* copies);
+  // Which result of its call it is, for copies.
+  void SetIndex(size_t index) noexcept { index_ = index; }
 
   const std::string& message() const noexcept { return message_; }
 
@@ -72,6 +76,7 @@ class Result {
   Outcome Gather(const Torch& torch, const xla::ffi::AnyBuffer& buffer, const Target& target);
 
   PyObject* object_ = nullptr;  // borrowed, or kept_
+  size_t index_ = 0;
   Owned kept_;     // what replaced the result (resolved, viewed as its carrier, cloned)
   Owned capsule_;  // keeps shape and strides alive where there is no exchange API
   char* data_ = nullptr;

@@ -109,7 +109,7 @@ def test_a_second_failure_reports_both_allocators(card: Any, monkeypatch: Any) -
     assert "GPU 0 has 16,384 MiB, of which 1,024 MiB are free." in text
     assert "PyTorch has taken 2,048 MiB and uses 1,024 MiB of them; the tape holds 0 MiB." in text
     assert "JAX has taken 12,288 MiB, uses 3,072 MiB of them and may take 12,288 MiB." in text
-    assert "XLA_PYTHON_CLIENT_MEM_FRACTION" in text
+    assert "XLA_CLIENT_MEM_FRACTION" in text
 
 
 @pytest.mark.parametrize("kind", ["side effects", "changes"])

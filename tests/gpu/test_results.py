@@ -82,6 +82,18 @@ def test_a_pinned_block_is_used_again_only_when_its_copy_is_done(gpu: Any) -> No
     assert before & set(after)
 
 
+def test_the_host_waits_where_much_is_on_its_way(gpu: Any) -> None:
+    expected = np.arange(20 * 2**20, dtype=np.uint32).astype(np.uint8)
+    made = entry(lambda: (torch.from_numpy(expected),), "much", inputs=[])
+    y = gpu.empty(expected.shape, expected.dtype)
+    gpu.driver.fake_uncounted_synchronize(gpu.xla_streams[0])
+    gpu.reset()
+    gpu.call(made.name, [], [y])
+    gpu.xla_kernel(reads=[y])
+    np.testing.assert_array_equal(y.array, expected)
+    assert gpu.count("cuEventSynchronize") >= 4  # for 16 of the 20 blocks there is memory
+
+
 def test_another_device_is_refused(gpu: Any) -> None:
     made = entry(lambda x: (gpu.tensor([1.0], device=1),), "elsewhere")
     x, y = gpu.buffer(np.ones(1, np.float32)), gpu.empty((1,), np.float32)
@@ -126,3 +138,60 @@ def test_a_draw_without_a_key(gpu: Any) -> None:
     c = gpu.run(lambda x: f(x), jnp.zeros(3))
     np.testing.assert_array_equal(a, b)
     assert not np.array_equal(a, c)
+
+
+def many(count: int, dtype: torch.dtype, host: int = 0) -> Callable[..., Any]:
+    """A function with results of a dtype, of which some are on the host."""
+
+    def fn(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        kinds = ["cpu"] * host + ["cuda:0"] * (count - host)
+        return tuple(torch.full((i + 1,), i, dtype=dtype, device=d) for i, d in enumerate(kinds))
+
+    return fn
+
+
+@pytest.mark.parametrize(
+    ("count", "host", "together", "alone"),
+    [(3, 0, 0, 3), (4, 0, 1, 0), (9, 0, 1, 0), (9, 2, 1, 0), (5, 2, 0, 3)],
+)
+def test_many_results_are_copied_in_one_launch(
+    gpu: Any, count: int, host: int, together: int, alone: int
+) -> None:
+    name = f"many {count} {host}"
+    made = entry(many(count, torch.float32, host), name, outputs=[str(i) for i in range(count)])
+    out = [gpu.empty((i + 1,), np.float32) for i in range(count)]
+    gpu.call(made.name, [gpu.buffer(np.ones(1, np.float32))], out)
+    gpu.xla_kernel(reads=out)
+    for i, y in enumerate(out):
+        np.testing.assert_array_equal(y.array, np.full(i + 1, i))
+    assert gpu.foreach_copies == together
+    assert gpu.count("cuMemcpyDtoDAsync") == alone
+    assert gpu.count("cuMemcpyHtoDAsync") == host
+
+
+def test_results_of_two_dtypes_are_copied_in_two_launches(gpu: Any) -> None:
+    def fn(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (*many(4, torch.float32)(x), *many(5, torch.int32)(x))
+
+    made = entry(fn, "two dtypes", outputs=[str(i) for i in range(9)])
+    sizes = [*[(i, np.float32) for i in range(4)], *[(i, np.int32) for i in range(5)]]
+    out = [gpu.empty((i + 1,), dtype) for i, dtype in sizes]
+    gpu.call(made.name, [gpu.buffer(np.ones(1, np.float32))], out)
+    for (i, _), y in zip(sizes, out, strict=True):
+        np.testing.assert_array_equal(y.array, np.full(i + 1, i))
+    assert gpu.foreach_copies == 2
+    assert gpu.count("cuMemcpyDtoDAsync") == 0
+
+
+def test_gradients_of_many_results_do_not_outlive_the_call(gpu: Any) -> None:
+    def fn(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        with torch.enable_grad():
+            w = (x * 1).detach().requires_grad_()
+            return tuple(w * i for i in range(6))
+
+    made = entry(fn, "with graphs", outputs=[str(i) for i in range(6)])
+    x, out = gpu.buffer(np.ones(2, np.float32)), [gpu.empty((2,), np.float32) for _ in range(6)]
+    gpu.call(made.name, [x], out)
+    for i, y in enumerate(out):
+        np.testing.assert_array_equal(y.array, np.full(2, i))
+    assert gpu.foreach_copies == 1

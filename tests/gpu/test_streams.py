@@ -105,6 +105,21 @@ def test_the_state_is_asked_once_per_execution(gpu: Any) -> None:
     assert len(asked) == 2
 
 
+def test_a_call_that_is_refused_touches_no_gpu(gpu: Any) -> None:
+    def refuse(*_: Any) -> Any:
+        raise RuntimeError("this process was forked")
+
+    made = entry(lambda x: (x,), "refused")
+    x, y = gpu.buffer(np.ones(3, np.float32)), gpu.empty((3,), np.float32)
+    setup(ambient_clean=refuse)
+    try:
+        with gpu.on_stream(gpu.stream()), pytest.raises(Exception, match="process was forked"):
+            gpu.call(made.name, [x], [y])
+    finally:
+        setup()
+    assert [gpu.count(name) for name in EVENTS] == [0, 0, 0, 0]
+
+
 def test_a_state_that_is_not_clean_is_made_so(gpu: Any) -> None:
     seen = []
 

@@ -1,7 +1,7 @@
 """A GPU whose memory runs out: what is kept for speed makes room, and an error says who has what.
 
 PyTorch and JAX each keep what they have taken of the card. JAX takes three quarters of it at its
-first use, unless ``XLA_PYTHON_CLIENT_PREALLOCATE`` or ``XLA_PYTHON_CLIENT_MEM_FRACTION`` says
+first use, unless ``XLA_PYTHON_CLIENT_PREALLOCATE`` or ``XLA_CLIENT_MEM_FRACTION`` says
 otherwise.
 """
 
@@ -58,7 +58,7 @@ def report(device: int) -> str:
                 f"{_size(stats.get('bytes_limit', 0))}."
             )
     lines.append(
-        "XLA_PYTHON_CLIENT_MEM_FRACTION=0.5 (or another part), set before JAX starts, leaves more "
+        "XLA_CLIENT_MEM_FRACTION=0.5 (or another part), set before JAX starts, leaves more "
         "of the card to PyTorch; XLA_PYTHON_CLIENT_PREALLOCATE=false lets JAX take memory as it "
         "needs it."
     )
