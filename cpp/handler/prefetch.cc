@@ -1,9 +1,9 @@
 #include "handler/prefetch.h"
 
-#include <algorithm>
 #include <map>
 #include <mutex>
 #include <optional>
+#include <tuple>
 #include <utility>
 
 #include "handler/cuda_driver.h"
@@ -17,16 +17,14 @@ namespace ffi = xla::ffi;
 namespace {
 
 struct Prefetched {
-  std::optional<Staging::Arriving> words;  // empty: not there, or nobody knows whose
+  std::optional<Staging::Arriving> words;  // empty: nobody knows whose they are
   const void* address = nullptr;
-  bool sure = true;
 };
 
 struct Table {
   std::mutex mutex;
-  // By execution, and there by device and site. Executions have rising numbers.
-  std::map<int64_t, std::map<std::pair<int32_t, int64_t>, Prefetched>> runs;
-  int64_t forgotten = 0;  // nothing is known of executions up to this one
+  std::map<std::tuple<int64_t, int32_t, int64_t>, Prefetched> waiting;  // execution, device, site
+  bool too_many = false;
 };
 
 Table& GetTable() {
@@ -34,7 +32,7 @@ Table& GetTable() {
   return *table;
 }
 
-constexpr size_t kRuns = 64;  // so many executions are remembered
+constexpr size_t kMost = 4096;
 
 ffi::Error Prefetch(ffi::RunId run_id, void* stream, ffi::AnyBuffer words,
                     ffi::Result<ffi::AnyBuffer> same, int64_t site) {
@@ -51,19 +49,16 @@ ffi::Error Prefetch(ffi::RunId run_id, void* stream, ffi::AnyBuffer words,
   if (!error.empty()) return ffi::Error::Internal("a key: " + error);
   Table& table = GetTable();
   std::lock_guard lock(table.mutex);
-  const int64_t run = run_id.run_id;
-  if (run <= table.forgotten) return ffi::Error::Success();
-  Prefetched& found = table.runs[run][{device, site}];
-  if (found.words || !found.sure) {
-    found.words.reset();
-    found.sure = false;
+  if (table.too_many || run_id.run_id <= 0) return ffi::Error::Success();
+  auto [place, is_new] = table.waiting.try_emplace({run_id.run_id, device, site});
+  if (is_new) {
+    place->second = {std::move(arriving), same->untyped_data()};
   } else {
-    found.words = std::move(arriving);
-    found.address = same->untyped_data();
+    place->second.words.reset();  // nobody knows any more whose they are
   }
-  while (table.runs.size() > kRuns) {
-    table.forgotten = table.runs.begin()->first;
-    table.runs.erase(table.runs.begin());
+  if (table.waiting.size() > kMost) {
+    table.too_many = true;
+    table.waiting.clear();
   }
   return ffi::Error::Success();
 }
@@ -89,13 +84,14 @@ bool TakeKey(int64_t run_id, int32_t device, int64_t site, const void* address,
   {
     Table& table = GetTable();
     std::lock_guard lock(table.mutex);
-    auto run = table.runs.find(run_id);
-    if (run == table.runs.end()) return false;
-    auto found = run->second.find({device, site});
-    if (found == run->second.end() || found->second.address != address) return false;
-    arriving = std::exchange(found->second.words, std::nullopt);
+    auto found = table.waiting.find({run_id, device, site});
+    if (found == table.waiting.end() || !found->second.words || found->second.address != address) {
+      return false;
+    }
+    arriving = std::move(found->second.words);
+    table.waiting.erase(found);
   }
-  if (!arriving || arriving->bytes() != words->size() * sizeof(uint32_t)) return false;
+  if (arriving->bytes() != words->size() * sizeof(uint32_t)) return false;
   *error = arriving->Finish(words->data());
   return true;
 }

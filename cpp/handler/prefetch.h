@@ -6,7 +6,9 @@
 // been queued since. Both have the number of the prefetch in the program, its site. In one
 // execution a site may run several times (in a loop). As each call takes the words of one prefetch,
 // which came before it, a call may take words where exactly one pair of them is there. Where more
-// are there once, no call of that site in that execution may.
+// are there once, no call of that site in that execution may. Nothing says when an execution ends,
+// and its number may come again. So words that nobody takes stay, and where there are too many of
+// them, no call takes any.
 
 #ifndef CPP_HANDLER_PREFETCH_H_
 #define CPP_HANDLER_PREFETCH_H_

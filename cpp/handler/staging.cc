@@ -6,6 +6,7 @@
 #include <map>
 #include <mutex>
 #include <utility>
+#include <vector>
 
 #include "handler/cuda_driver.h"
 
@@ -14,11 +15,12 @@ namespace {
 
 struct Block {
   void* memory = nullptr;
-  void* event = nullptr;  // where it is not null: recorded after the last copy from or to the block
+  void* event = nullptr;  // recorded after the last copy from or to the block
 };
 
-struct Shelf {  // the blocks of one device and size that nobody holds
-  std::deque<Block> blocks;
+struct Shelf {               // the blocks of one device and size that nobody holds
+  std::deque<Block> used;    // the one that has been there for longest first
+  std::vector<Block> fresh;  // without events
   size_t made = 0;
 };
 
@@ -43,55 +45,67 @@ size_t SizeFor(size_t bytes) {
   return size;
 }
 
-std::string Make(size_t size, Shelf* made) {
+std::string Make(size_t size, std::vector<Block>* made) {
   const size_t count = std::max<size_t>(kPage / size, 1);
   void* memory = nullptr;
   std::string error = Driver::AllocatePinned(&memory, size * count);
   if (!error.empty()) return error;
   for (size_t i = 0; i < count; ++i) {
-    made->blocks.push_back({static_cast<char*>(memory) + i * size, nullptr});
+    made->push_back({static_cast<char*>(memory) + i * size, nullptr});
   }
-  made->made = count;
   return "";
 }
 
-// Takes a block that no queued copy uses.
+// Takes a block that no queued copy uses: one whose copy is done, or a fresh one.
 std::string Take(size_t size, int32_t device, Block* taken) {
   Shelves& shelves = GetShelves();
+  Block oldest;
+  {
+    std::lock_guard lock(shelves.mutex);
+    Shelf& shelf = shelves.by_size[{device, size}];
+    if (!shelf.used.empty()) {
+      oldest = shelf.used.front();
+      shelf.used.pop_front();
+    }
+  }
+  if (oldest.memory != nullptr && Driver::Reached(oldest.event)) {
+    *taken = oldest;
+    return "";
+  }
   bool may_make = true;
   {
     std::lock_guard lock(shelves.mutex);
     Shelf& shelf = shelves.by_size[{device, size}];
-    may_make = shelf.made * size < kManyBytes;
-    if (!shelf.blocks.empty()) {
-      *taken = shelf.blocks.front();  // the one that has been there for longest
-      shelf.blocks.pop_front();
+    may_make = oldest.memory == nullptr || shelf.made * size < kManyBytes;
+    if (!shelf.fresh.empty()) {
+      *taken = shelf.fresh.back();
+      shelf.fresh.pop_back();
+    }
+    if (oldest.memory != nullptr && (taken->memory != nullptr || may_make)) {
+      shelf.used.push_front(oldest);
     }
   }
-  if (taken->memory != nullptr) {
-    if (taken->event == nullptr || Driver::Reached(taken->event)) return "";
-    if (!may_make) return Driver::WaitFor(taken->event);
+  if (taken->memory != nullptr) return "";
+  if (!may_make) {
+    *taken = oldest;
+    return Driver::WaitFor(oldest.event);
   }
-  Shelf made;
+  std::vector<Block> made;
   std::string error = Make(size, &made);
+  if (!error.empty()) return error;
+  *taken = made.back();
+  made.pop_back();
   std::lock_guard lock(shelves.mutex);
   Shelf& shelf = shelves.by_size[{device, size}];
-  if (taken->memory != nullptr) shelf.blocks.push_front(*taken);
-  *taken = {};
-  if (!error.empty()) return error;
-  *taken = made.blocks.front();
-  made.blocks.pop_front();
-  shelf.made += made.made;
-  // New blocks go first, because the others are in use.
-  shelf.blocks.insert(shelf.blocks.begin(), made.blocks.begin(), made.blocks.end());
+  shelf.made += made.size() + 1;
+  shelf.fresh.insert(shelf.fresh.end(), made.begin(), made.end());
   return "";
 }
 
 void Return(size_t size, int32_t device, Block block) {
   Shelves& shelves = GetShelves();
   std::lock_guard lock(shelves.mutex);
-  Shelf& shelf = shelves.by_size[{device, size}];
-  shelf.blocks.push_back(block);
+  shelves.by_size[{device, size}].used.push_back(block);
 }
 
 }  // namespace

@@ -65,3 +65,8 @@ def test_a_program_runs_with_its_gradient(gpu: Any) -> None:
     np.testing.assert_allclose(value, expected, rtol=1e-6)
     np.testing.assert_allclose(gx, ex, rtol=1e-6)
     np.testing.assert_allclose(gw, ew, rtol=1e-6)
+
+
+def test_an_operator_gives_its_output_a_size(gpu: Any) -> None:
+    x = gpu.tensor([-1.0, 2.0])
+    torch.testing.assert_close(gpu.host(torch.abs(x)), torch.tensor([1.0, 2.0]))

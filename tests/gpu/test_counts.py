@@ -57,13 +57,12 @@ def gradient(gpu: Any, same_program: bool) -> Call:
     operand, one = gpu.buffer(np.ones(3, np.float32)), gpu.buffer(np.ones((), np.float32))
     value, token = gpu.empty((), np.float32), gpu.empty((4,), np.uint32)
     out = gpu.empty((3,), np.float32)
-    runs = iter(range(9_000 + 100 * same_program, 9_100 + 100 * same_program))
 
     def call() -> None:
-        run_id = next(runs)
+        run_id = gpu.new_run()
         gpu.call_target(extension.TARGET, keep, [operand], [value, token], run_id=run_id)
         gpu.reset()
-        run_id = run_id if same_program else next(runs)
+        run_id = run_id if same_program else gpu.new_run()
         gpu.call_target(extension.TARGET, back, [operand, token, one], [out], run_id=run_id)
 
     return call
@@ -74,10 +73,9 @@ def from_a_key(gpu: Any) -> Call:
     prefetch, draw = lowered(gpu, lambda x, k: f(x, rng=k), jnp.ones(3), jax.random.PRNGKey(0))
     x, y = gpu.buffer(np.ones(3, np.float32)), gpu.empty((3,), np.float32)
     words, same = gpu.buffer(np.array([1, 2], np.uint32)), gpu.empty((2,), np.uint32)
-    runs = iter(range(9_300, 9_400))
 
     def call() -> None:
-        run_id = next(runs)
+        run_id = gpu.new_run()
         gpu.call_target(extension.PREFETCH, prefetch, [words], [same], run_id=run_id)
         assert counts(gpu)[:4] == [0, 0, 0, 1]
         assert counts(gpu)[6:] == [1, 0, 1]

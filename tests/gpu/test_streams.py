@@ -98,7 +98,8 @@ def test_the_state_is_asked_once_per_execution(gpu: Any) -> None:
     made = entry(lambda x: (x,), "asked")
     x, y = gpu.buffer(np.ones(3, np.float32)), gpu.empty((3,), np.float32)
     try:
-        for run_id in (10_001, 10_001, 10_001, 10_002):
+        first, second = gpu.new_run(), gpu.new_run()
+        for run_id in (first, first, first, second):
             gpu.call(made.name, [x], [y], run_id=run_id)
     finally:
         setup()

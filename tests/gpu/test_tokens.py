@@ -17,6 +17,7 @@ from fake_gpu import custom_calls
 from torch2jax import clear_tape, set_tape_budget, tape_info, torch2jax
 from torch2jax._bridge.handler import extension
 from torch2jax._bridge.torch_side.tape.programs import KeepGraph
+from torch2jax._bridge.torch_side.tape.sites import Waiting
 
 
 def fn(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
@@ -154,42 +155,54 @@ class Program:
 
 def test_tokens_that_wait_together_are_read(gpu: Any) -> None:
     program = Program(gpu)
+    run = gpu.new_run()
     for _ in range(2):  # as in a loop that was unrolled
-        first, second = program.keep(X, 7_001), program.keep(2 * X, 7_001)
+        first, second = program.keep(X, run), program.keep(2 * X, run)
         gpu.reset()
-        assert hits_and_misses(lambda: program.back(second, 7_001)) == (1, 0)  # noqa: B023
+        assert hits_and_misses(lambda: program.back(second, run)) == (1, 0)  # noqa: B023
         assert waits(gpu) == 1
-        assert hits_and_misses(lambda: program.back(first, 7_001)) == (1, 0)  # noqa: B023
+        assert hits_and_misses(lambda: program.back(first, run)) == (1, 0)  # noqa: B023
         assert waits(gpu) == 1  # it was the only one left
 
 
 def test_an_evicted_graph_still_waits(gpu: Any) -> None:
     program = Program(gpu)
-    first = program.keep(X, 7_002)
+    run = gpu.new_run()
+    first = program.keep(X, run)
     set_tape_budget(0)
     set_tape_budget(None)
-    second = program.keep(2 * X, 7_002)
-    assert hits_and_misses(lambda: program.back(first, 7_002)) == (0, 1)
-    assert hits_and_misses(lambda: program.back(second, 7_002)) == (1, 0)
+    second = program.keep(2 * X, run)
+    assert hits_and_misses(lambda: program.back(first, run)) == (0, 1)
+    assert hits_and_misses(lambda: program.back(second, run)) == (1, 0)
 
 
-def test_after_clearing_the_tape_tokens_are_read(gpu: Any) -> None:
+def test_after_clearing_the_tape_tokens_still_wait(gpu: Any) -> None:
     program = Program(gpu)
-    first = program.keep(X, 7_003)
+    run = gpu.new_run()
+    first = program.keep(X, run)
     clear_tape()
-    second = program.keep(2 * X, 7_003)
+    second = program.keep(2 * X, run)
     gpu.reset()
-    assert hits_and_misses(lambda: program.back(first, 7_003)) == (0, 1)
-    assert hits_and_misses(lambda: program.back(second, 7_003)) == (1, 0)
-    assert waits(gpu) == 2
+    assert hits_and_misses(lambda: program.back(first, run)) == (0, 1)
+    assert hits_and_misses(lambda: program.back(second, run)) == (1, 0)
+    assert waits(gpu) == 1
+
+
+def test_where_too_many_wait_all_are_read() -> None:
+    waiting, site = Waiting(), (1, 0, 1)
+    for n in range(70_000):
+        waiting.made((0, 0, 1, n), (n + 2, 0, 1))
+    waiting.made((0, 0, 0, 1), site)
+    assert waiting.only(site) is None
 
 
 def test_other_executions_have_tokens_of_their_own(gpu: Any) -> None:
     program = Program(gpu)
-    first, second = program.keep(X, 7_004), program.keep(2 * X, 7_005)
+    run, other = gpu.new_run(), gpu.new_run()
+    first, second = program.keep(X, run), program.keep(2 * X, other)
     gpu.reset()
-    assert hits_and_misses(lambda: program.back(first, 7_004)) == (1, 0)
-    assert hits_and_misses(lambda: program.back(second, 7_005)) == (1, 0)
+    assert hits_and_misses(lambda: program.back(first, run)) == (1, 0)
+    assert hits_and_misses(lambda: program.back(second, other)) == (1, 0)
     assert waits(gpu) == 0
 
 
@@ -203,20 +216,22 @@ def test_without_the_number_of_an_execution_tokens_are_read(gpu: Any) -> None:
 
 def test_a_token_that_was_used_is_read_and_its_graph_kept(gpu: Any) -> None:
     program = Program(gpu)
-    kept = program.keep(X, 7_006)
-    assert hits_and_misses(lambda: program.back(kept, 7_006)) == (1, 0)
-    assert hits_and_misses(lambda: program.back(kept, 7_006)) == (0, 1)
-    assert hits_and_misses(lambda: program.back(kept, 7_006)) == (1, 0)
+    run = gpu.new_run()
+    kept = program.keep(X, run)
+    assert hits_and_misses(lambda: program.back(kept, run)) == (1, 0)
+    assert hits_and_misses(lambda: program.back(kept, run)) == (0, 1)
+    assert hits_and_misses(lambda: program.back(kept, run)) == (1, 0)
 
 
 def test_a_call_that_keeps_no_graph_counts_too(gpu: Any, monkeypatch: Any) -> None:
     program = Program(gpu)
+    run = gpu.new_run()
     with monkeypatch.context() as patch:
         patch.setattr(KeepGraph, "forward", lambda self, args: (self.base.run(*args), None))
-        first = program.keep(X, 7_007)
-    second = program.keep(2 * X, 7_007)
-    program.back(first, 7_007)
-    assert hits_and_misses(lambda: program.back(second, 7_007)) == (1, 0)
+        first = program.keep(X, run)
+    second = program.keep(2 * X, run)
+    program.back(first, run)
+    assert hits_and_misses(lambda: program.back(second, run)) == (1, 0)
 
 
 def test_a_backward_call_of_another_program_reads_without_the_gil(gpu: Any) -> None:

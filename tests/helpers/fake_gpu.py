@@ -118,6 +118,10 @@ class FakeGpu(FakeTorch):
 
     # --- XLA -------------------------------------------------------------------------------------
 
+    def new_run(self) -> int:
+        """The number of another execution of a program; they rise."""
+        return next(self._runs)
+
     def buffer(self, values: Any, device: int = 0) -> Buffer:
         """Memory of XLA's on a device, with values that its stream has written."""
         array = np.array(values, order="C")
@@ -187,7 +191,7 @@ class FakeGpu(FakeTorch):
                 operands,
                 results,
                 stream=self.xla_streams[device] if stream is None else stream,
-                run_id=next(self._runs) if run_id is None else run_id,
+                run_id=self.new_run() if run_id is None else run_id,
                 ordinal=device,
             )
         finally:
@@ -204,7 +208,7 @@ class FakeGpu(FakeTorch):
         calls = iter(custom_calls(lowered))
         self.kernels = []
         self._programs.append((lowered, traced))  # they hold the callees
-        run_id = next(self._runs)
+        run_id = self.new_run()
         buffers = [self.buffer(np.asarray(x), device) for x in leaves]
         jaxpr = traced.jaxpr
         consts = [self.buffer(np.asarray(x), device) for x in jaxpr.consts]

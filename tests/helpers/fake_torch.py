@@ -150,16 +150,25 @@ class FakeTorch:
         return torch._C._from_dlpack(capsule)
 
     def _kernel(self, op: Any, *args: Any, **kwargs: Any) -> Any:
-        if any(r.alias_info is not None and not r.alias_info.is_write for r in op._schema.returns):
-            return op.redispatch(_CPU, *args, **kwargs)  # a view: the CPU's is as good
+        views = [r for r in op._schema.returns if r.alias_info and not r.alias_info.is_write]
+        if views or op._schema.name == "aten::set_":
+            return op.redispatch(_CPU, *args, **kwargs)  # nothing is computed: the CPU's is as good
         device = self._device_of(args, kwargs)
         flat, structure = tree_flatten((args, kwargs))
         on_cpu = [self._alias(x) if _on_device(x) else x for x in flat]
+        # Outputs without elements get their size from the operator.
+        outputs = {id(x) for x in _written(op, args, kwargs) if not x.numel()}
+        fresh = {i: torch.empty(0, dtype=x.dtype) for i, x in enumerate(flat) if id(x) in outputs}
+        on_cpu = [fresh.get(i, x) for i, x in enumerate(on_cpu)]
         on_cpu = [torch.device("cpu") if isinstance(x, torch.device) else x for x in on_cpu]
         cpu_args, cpu_kwargs = tree_unflatten(on_cpu, structure)
         written = _written(op, args, kwargs)
         with torch._C._DisableTorchDispatch():
             out = op(*cpu_args, **cpu_kwargs)
+        for i, x in fresh.items():
+            if x.numel():
+                made = self._to_device(x, device, str(op))
+                torch.ops.aten.set_.source_Tensor.redispatch(_CPU, flat[i], made)
         spans = [(x.data_ptr(), _extent(x), 0) for x in flat if _on_device(x)]
         spans += [(x.data_ptr(), _extent(x), 1) for x in written]
         self._queue(str(op), self.current_stream(device), device, spans)

@@ -8,6 +8,9 @@ site has been made and not been taken, it is the one. A graph that was evicted c
 has not been taken. Where several wait (a loop ran ahead, or a backward call was left out), the
 words are read.
 
+Nothing says when an execution ends, and its number may come again. So tokens whose backward call
+never comes wait for good, and where there are too many of them, all tokens are read.
+
 An address is no proof, because XLA may give two values one address.
 """
 
@@ -26,20 +29,18 @@ class Waiting:
     def __init__(self) -> None:
         self._tokens: dict[Site, list[Token]] = {}
         self._sites: dict[Token, Site] = {}
-        self._latest = 0
-        self._forgotten = 0
-        """Nothing is known of executions up to this one; they have rising numbers."""
+        self._too_many = False
 
     def made(self, token: Token, site: Site | None) -> None:
         """A call made a token at a site."""
-        if site is None:
+        if site is None or self._too_many:
             return
-        self._latest = max(self._latest, site[0])
-        if site[0] > self._forgotten:
-            self._tokens.setdefault(site, []).append(token)
-            self._sites[token] = site
+        self._tokens.setdefault(site, []).append(token)
+        self._sites[token] = site
         if len(self._sites) > _MOST:
-            self.forget()
+            self._too_many = True
+            self._tokens.clear()
+            self._sites.clear()
 
     def only(self, site: Site | None) -> Token | None:
         """Return the token that a backward call of the site takes, if it is certain."""
@@ -54,9 +55,3 @@ class Waiting:
             waiting.remove(token)
             if not waiting:
                 del self._tokens[site]
-
-    def forget(self) -> None:
-        """Forget all tokens. Those of executions that have begun are read from now on."""
-        self._tokens.clear()
-        self._sites.clear()
-        self._forgotten = self._latest

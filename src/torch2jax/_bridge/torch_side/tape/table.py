@@ -212,12 +212,12 @@ class Tape:
             for token in list(self._graphs):
                 self._remove(token)
             self._used.clear()
-            self._waiting.forget()
 
     def forget(self, policy: GraphPolicy) -> None:
         """Drop the graphs of a function that nobody can call any more."""
         with self._lock:
             for token in [t for t, g in self._graphs.items() if g.policy is policy]:
+                self._waiting.taken(token)
                 self._remove(token)
 
     def set_budget(self, budget: int | None) -> None:
