@@ -57,8 +57,8 @@ def _lower(
 
 
 def _numbered(
-    ctx: mlir.LoweringRuleContext, operands: Sequence[Any], callee: Callee, several: bool
-) -> tuple[Sequence[Any], dict[str, np.int64]]:
+    ctx: mlir.LoweringRuleContext, operands: tuple[Any, ...], callee: Callee, several: bool
+) -> tuple[tuple[Any, ...], dict[str, np.int64]]:
     """Return the operands, a key by way of its prefetch, and the call's ``site`` and ``key``."""
     number = lowered_so_far(ctx)  # no other call in the program has it
     if returns_token(callee):
@@ -68,13 +68,13 @@ def _numbered(
     else:
         site = 0
     numbers = {"site": np.int64(site)} if site else {}
-    at = callee.options.rng
+    at, avals = callee.options.rng, list[Any](ctx.avals_in)
     # A backward call seldom needs the key, and rows have keys of their own.
-    if at is None or callee.token_at is not None or several or ctx.avals_in[at].ndim != 1:
+    if at is None or callee.token_at is not None or several or avals[at].ndim != 1:
         return operands, numbers
-    inner = ctx.replace(avals_in=[ctx.avals_in[at]], avals_out=[ctx.avals_in[at]])
+    inner = ctx.replace(avals_in=[avals[at]], avals_out=[avals[at]])
     (words,) = jax.ffi.ffi_lowering(extension.PREFETCH)(inner, operands[at], site=np.int64(number))
-    return [*operands[:at], words, *operands[at + 1 :]], {**numbers, "key": np.int64(number)}
+    return (*operands[:at], words, *operands[at + 1 :]), {**numbers, "key": np.int64(number)}
 
 
 lower_on_host = mlir.lower_fun(call_on_host, multiple_results=True)
