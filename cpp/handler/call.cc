@@ -30,7 +30,8 @@ constexpr uint64_t kCheckedEvery = 16;
 // cannot change on a thread inside one execution of a program unless a callable changes them
 // itself. So we ask Python once per thread and execution. A nested execution on this thread has an
 // id of its own and replaces the answer. The outer one then asks again.
-int AmbientClean(const Torch& torch, int64_t run_id, PyObject* default_dtype) {
+[[gnu::always_inline]] inline int AmbientClean(const Torch& torch, int64_t run_id,
+                                               PyObject* default_dtype) {
   struct Answer {
     int64_t run_id = 0;
     const Torch* torch = nullptr;
@@ -61,7 +62,8 @@ ffi::Error Call::Run() try {
   {
     Owned results;
     if (ffi::Error error = CallPython(&views, count, &results); error.failure()) return error;
-    if (ffi::Error error = Store(results.get()); error.failure()) return error;
+    ffi::Error error = work_ == nullptr ? Store(results.get(), nullptr) : StoreOnGpu(results.get());
+    if (error.failure()) return error;
   }
   if (ffi::Error error = CheckInPlace(&views, number); error.failure()) return error;
   return CheckEscaped(&views);
@@ -126,18 +128,17 @@ ffi::Error Call::Refused(const Result& result, Result::Outcome outcome, size_t i
       "output_shapes declares.");
 }
 
-ffi::Error Call::Store(PyObject* results) {
-  if (work_ == nullptr) return StoreAll(results, nullptr);
+ffi::Error Call::StoreOnGpu(PyObject* results) {
   Copies copies;
   copies.list.reserve(rets_.size());
-  if (ffi::Error error = StoreAll(results, &copies); error.failure()) return error;
+  if (ffi::Error error = Store(results, &copies); error.failure()) return error;
   if (!CopyTogether(torch_, rets_, target_, &copies)) return PythonError(torch_, callable_);
   std::string error = work_->End(copies.list);
   return error.empty() ? ffi::Error::Success()
                        : ffi::Error::Internal(callable_.label + ": " + error);
 }
 
-ffi::Error Call::StoreAll(PyObject* results, Copies* copies) {
+ffi::Error Call::Store(PyObject* results, Copies* copies) {
   using Outcome = Result::Outcome;
   const size_t count = rets_.size();
   const bool single = count == 1 && IsTensor(torch_, results);

@@ -37,7 +37,7 @@ class Call {
   // program's execution.
   xla::ffi::Error RunOnCpu(int64_t run_id);
   // The call on a GPU, where XLA's stream is made PyTorch's current one.
-  xla::ffi::Error RunOnGpu(GpuCall call);
+  [[gnu::cold]] xla::ffi::Error RunOnGpu(GpuCall call);  // cold beside the path of a CPU
 
  private:
   xla::ffi::AnyBuffer Argument(size_t i) const { return *args_.get<xla::ffi::AnyBuffer>(i); }
@@ -54,8 +54,9 @@ class Call {
   // Where the exception that is set is that a GPU's memory ran out, and the call can be made again:
   // replaces it by free memory. False: a Python exception is set.
   [[gnu::cold]] bool MadeRoom();
-  xla::ffi::Error Store(PyObject* results);
-  xla::ffi::Error StoreAll(PyObject* results, Copies* copies);
+  // Writes results to XLA's buffers. On a GPU, copies of the driver's go to `copies`.
+  xla::ffi::Error Store(PyObject* results, Copies* copies);
+  [[gnu::cold]] xla::ffi::Error StoreOnGpu(PyObject* results);
   xla::ffi::Error CheckInPlace(Views* views, uint64_t number);
   xla::ffi::Error CheckEscaped(Views* views);
   [[gnu::cold]] xla::ffi::Error Refused(const Result& result, Result::Outcome outcome, size_t i);

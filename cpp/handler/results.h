@@ -70,8 +70,8 @@ class Result {
   Outcome Mismatch(std::string got);
   // Replaces a lazily conjugated or negated result. False: a Python exception is set.
   bool Resolve(const Torch& torch);
-  Outcome WriteOnGpu(const Torch& torch, const xla::ffi::AnyBuffer& buffer, const Target& target,
-                     Copies* copies);
+  [[gnu::cold]] Outcome WriteOnGpu(const Torch& torch, const xla::ffi::AnyBuffer& buffer,
+                                   const Target& target, Copies* copies);
   // Has PyTorch copy what is not contiguous.
   Outcome Gather(const Torch& torch, const xla::ffi::AnyBuffer& buffer, const Target& target);
 

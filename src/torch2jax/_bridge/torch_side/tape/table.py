@@ -165,22 +165,20 @@ class Tape:
 
     def name_of(self, words: Tensor) -> Token:
         """Return the token that these words are. See NOTE [Sites]."""
-        if words.is_cuda:
-            with self._lock:
-                token = self._waiting.only(call_site())
-            if token is not None:
-                return token
-        return tuple(words_of(words))
+        if not words.is_cuda:
+            return tuple(words.tolist())
+        with self._lock:
+            token = self._waiting.only(call_site())
+        return tuple(words_of(words)) if token is None else token
 
     def take(self, token: Token, policy: GraphPolicy, device: torch.device) -> KeptGraph | None:
         """Return the graph under ``token``, if there is one of this function on ``device``."""
         with self._lock:
-            self._waiting.taken(token)
-            if token[:4] == _NO_TOKEN:
-                return None
+            if device.type == "cuda":
+                self._waiting.taken(token)
             graph = self._graphs.get(token)
             if graph is None or graph.policy is not policy or graph.device != device:
-                self._misses += 1
+                self._misses += token[:4] != _NO_TOKEN
                 return None
             self._hits += 1
             if graph.reused:
