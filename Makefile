@@ -37,6 +37,7 @@ PY  := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet
 
 CPP     := $(wildcard cpp/*.cc cpp/*.h cpp/*/*.cc cpp/*/*.h)
+FAKES   := $(wildcard tests/gpu/*.cc tests/gpu/*.h)
 PYTHONS := src tests examples tools $(wildcard benchmarks) install_package_aliased.py
 
 .PHONY: help demo docs test test-ops test-fuzz test-matrix sweep asan tsan soak bench gpu-check wheel lint format clean
@@ -91,12 +92,12 @@ lint: $(VENV)/.lint ## ruff, pyright and clang-format
 	$(VENV)/bin/ruff check $(PYTHONS)
 	$(VENV)/bin/ruff format --check $(PYTHONS)
 	$(VENV)/bin/pyright --pythonpath $(PY)
-	$(VENV)/bin/clang-format --dry-run -Werror $(CPP)
+	$(VENV)/bin/clang-format --dry-run -Werror $(CPP) $(FAKES)
 
 format: $(VENV)/.lint ## let ruff and clang-format rewrite the sources
 	$(VENV)/bin/ruff check --fix $(PYTHONS)
 	$(VENV)/bin/ruff format $(PYTHONS)
-	$(VENV)/bin/clang-format -i $(CPP)
+	$(VENV)/bin/clang-format -i $(CPP) $(FAKES)
 
 clean: ## remove the environments and all that was built
 	rm -rf $(VENV) $(PEERS) $(REVERSE) .venv-matrix build dist .pytest_cache .ruff_cache

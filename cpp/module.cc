@@ -5,6 +5,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <cstring>
+#include <iterator>
 #include <memory>
 #include <string>
 #include <utility>
@@ -12,8 +13,11 @@
 
 #include "device/eager.h"
 #include "handler/cuda_driver.h"
+#include "handler/gpu.h"
 #include "handler/handler.h"
+#include "handler/prefetch.h"
 #include "handler/registry.h"
+#include "handler/release.h"
 #include "handler/routes.h"
 #include "jax2torch/leaves.h"
 #include "jax2torch/transfer.h"
@@ -37,7 +41,7 @@ class Entry {
  public:
   Entry(std::string name, nb::callable run, std::string label, std::vector<std::string> inputs,
         std::vector<std::string> outputs, nb::object default_dtype, bool pass_outputs,
-        const std::vector<size_t>& inplace, nb::object collect)
+        const std::vector<size_t>& inplace, nb::object collect, bool pure)
       : callable_(std::make_shared<Callable>()) {
     callable_->name = std::move(name);
     callable_->label = std::move(label);
@@ -50,6 +54,7 @@ class Entry {
       callable_->any_inplace = true;
     }
     callable_->pass_outputs = pass_outputs;
+    callable_->pure = pure;
     callable_->run = ToOwned(run);
     callable_->collect = ToOwned(collect);
     callable_->default_dtype = ToOwned(default_dtype);
@@ -105,7 +110,7 @@ const dl::ExchangeApi* ExchangeApiOf(nb::handle capsule) {
 
 void Setup(nb::handle exchange_api, nb::handle module, nb::handle ambient_clean,
            nb::handle run_guarded, nb::handle describe_exception, nb::handle collect,
-           nb::handle resolve, nb::handle run_on_stream, nb::handle current_stream,
+           nb::handle resolve, nb::handle streams, nb::handle make_room, nb::handle copy_all,
            bool force_capsules, bool rocm) {
   auto torch = std::make_unique<Torch>();
   torch->api = force_capsules ? nullptr : ExchangeApiOf(exchange_api);
@@ -130,13 +135,20 @@ void Setup(nb::handle exchange_api, nb::handle module, nb::handle ambient_clean,
   torch->describe_exception = ToOwned(describe_exception);
   torch->collect = ToOwned(collect);
   torch->resolve = ToOwned(resolve);
-  torch->run_on_stream = ToOwned(run_on_stream);
-  torch->current_stream = ToOwned(current_stream);
+  torch->make_room = ToOwned(make_room);
+  torch->copy_all = ToOwned(copy_all);
+  torch->out_of_memory = ToOwned(module.attr("OutOfMemoryError"));
+  if (!streams.is_none()) {
+    Owned* functions[] = {&torch->set_stream, &torch->get_stream, &torch->get_raw_stream,
+                          &torch->get_device, &torch->set_device, &torch->init_gpu};
+    for (size_t i = 0; i < std::size(functions); ++i) *functions[i] = ToOwned(streams[i]);
+  }
   auto intern = [](const char* name) { return Owned::Steal(PyUnicode_InternFromString(name)); };
   torch->name_version = intern("_version");
   torch->name_view = intern("view");
   torch->name_detach = intern("detach");
   torch->name_clone = intern("clone");
+  torch->name_contiguous = intern("contiguous");
   torch->name_copy = intern("copy_");
   torch->name_resolve_conj = intern("resolve_conj");
   torch->name_resolve_neg = intern("resolve_neg");
@@ -201,6 +213,30 @@ nb::object EagerKey(nb::handle op, nb::tuple args, nb::dict kwargs) {
   return Returned(eager::KeyOf(op.ptr(), args.ptr(), kwargs.ptr()));
 }
 
+// (run, device, site) of the call on a GPU that this thread is in, or None.
+nb::object CallSite() {
+  const GpuCall* call = GpuCall::Current();
+  if (call == nullptr || call->run_id <= 0 || call->site == 0) return nb::none();
+  return nb::make_tuple(call->run_id, call->target.device.device_id, call->site);
+}
+
+nb::object WordsAt(uintptr_t address, size_t count) {
+  std::vector<uint32_t> words;
+  if (ReadWords(reinterpret_cast<const void*>(address), count, &words)) return nb::cast(words);
+  if (PyErr_Occurred() != nullptr) throw nb::python_error();
+  return nb::none();
+}
+
+nb::object XlaStreamOf(int32_t device) {
+  void* stream = XlaStream(device);
+  return stream == nullptr ? nb::none() : nb::cast(reinterpret_cast<uintptr_t>(stream));
+}
+
+nb::object WithOrderedRelease(nb::object capsule) {
+  if (!OrderRelease(*GetTorch(), capsule.ptr())) throw nb::python_error();
+  return capsule;
+}
+
 void Shutdown() {
   eager::ForgetReplays();
   ForgetLeaves();
@@ -228,22 +264,40 @@ NB_MODULE(_ext, m) {
       "The handler for CUDA and ROCm buffers, for `jax.ffi.register_ffi_target` "
       "(api_version=1).");
 
+  m.def(
+      "prefetch_handler", [] { return HandlerCapsule(PrefetchHandler); },
+      "The handler that brings a key's words to the host; see cpp/handler/prefetch.h.");
+  m.def("call_site", &CallSite,
+        "(execution, device, site) of the call on a GPU that this thread is in. None where it is "
+        "in none, or the program says nothing of the call's token.");
+  m.def("read_words", &WordsAt, nb::arg("address"), nb::arg("count"),
+        "A list of 32-bit words of the device, in the order of the stream of the call that this "
+        "thread is in. None where it is in none.");
+
+  m.def("xla_stream", &XlaStreamOf, nb::arg("device"),
+        "The handle of XLA's stream on a GPU. None where no handler has run there yet.");
+  m.def("order_release", &WithOrderedRelease, nb::arg("capsule"),
+        "The DLPack capsule itself. When its memory goes back to XLA, XLA's stream waits for "
+        "PyTorch's first.");
+
   nb::class_<Entry>(m, "Entry", nb::type_slots(entry_slots), nb::is_weak_referenceable(),
                     "A PyTorch function that compiled programs of this process can call by name, "
                     "for as long as this object lives.")
       .def(
           nb::init<std::string, nb::callable, std::string, std::vector<std::string>,
                    std::vector<std::string>, nb::object, bool, const std::vector<size_t>&,
-                   nb::object>(),
+                   nb::object, bool>(),
           nb::arg("name"), nb::arg("run"), nb::arg("label"), nb::arg("inputs"), nb::arg("outputs"),
           nb::arg("default_dtype").none(), nb::arg("pass_outputs") = false,
           nb::arg("inplace") = std::vector<size_t>(), nb::arg("collect") = nb::none(),
+          nb::arg("pure") = false,
           "Registers `run` as `name`.\n\n"
           "`run(*tensors)` takes one tensor for each label in `inputs` (then, with `pass_outputs`, "
           "one for\neach label in `outputs`) and returns a tuple with one tensor for each label in "
           "`outputs`, or that\ntensor itself where it is one. Of anything else `collect` makes the "
           "tuple. `label` names the user's function in messages.\n`inplace` lists the inputs that "
-          "may change. Raises ValueError when a "
+          "may change. A call of a `pure` one is made again where a GPU's memory ran out. Raises "
+          "ValueError when a "
           "live entry has the name.")
       .def_prop_ro(
           "name", [](const Entry& entry) { return entry.callable().name; },
@@ -255,22 +309,24 @@ NB_MODULE(_ext, m) {
           "calls", [](const Entry& entry) { return entry.callable().calls.load(); },
           "How often XLA has called it.");
 
-  m.def("setup", &Setup, nb::kw_only(), nb::arg("exchange_api").none(), nb::arg("torch"),
-        nb::arg("ambient_clean"), nb::arg("run_guarded"), nb::arg("describe_exception"),
-        nb::arg("collect"), nb::arg("resolve").none() = nb::none(),
-        nb::arg("run_on_stream").none() = nb::none(), nb::arg("current_stream").none() = nb::none(),
-        nb::arg("force_capsules") = false, nb::arg("rocm") = false,
-        "Hands over what the handler uses of PyTorch and of the package. May be called again.\n\n"
-        "exchange_api: `torch.Tensor.__dlpack_c_exchange_api__` or None. torch: the module.\n"
-        "ambient_clean(default_dtype) -> bool: whether this thread's PyTorch state is clean.\n"
-        "run_guarded(body, args, default_dtype): calls body(*args) with a clean state.\n"
-        "run_on_stream(body, args, stream, device_index, default_dtype): the same with that stream "
-        "as PyTorch's\ncurrent one. current_stream(device_index) -> int: used without the exchange "
-        "API.\n"
-        "describe_exception(label, exception) -> str. collect(): young generations.\n"
-        "resolve(name) -> str: registers what an unknown name stands for, or says why it cannot.\n"
-        "force_capsules: do without the exchange API and libc10's functions. rocm: PyTorch and XLA "
-        "use HIP.");
+  m.def(
+      "setup", &Setup, nb::kw_only(), nb::arg("exchange_api").none(), nb::arg("torch"),
+      nb::arg("ambient_clean"), nb::arg("run_guarded"), nb::arg("describe_exception"),
+      nb::arg("collect"), nb::arg("resolve").none() = nb::none(),
+      nb::arg("streams").none() = nb::none(), nb::arg("make_room").none() = nb::none(),
+      nb::arg("copy_all").none() = nb::none(), nb::arg("force_capsules") = false,
+      nb::arg("rocm") = false,
+      "Hands over what the handler uses of PyTorch and of the package. May be called again.\n\n"
+      "exchange_api: `torch.Tensor.__dlpack_c_exchange_api__` or None. torch: the module.\n"
+      "ambient_clean(default_dtype) -> bool: whether this thread's PyTorch state is clean.\n"
+      "run_guarded(body, args, default_dtype): calls body(*args) with a clean state.\n"
+      "streams: set_stream(id, device, device type), get_stream(device) -> those three,\n"
+      "get_raw_stream(device) -> handle, get_device(), set_device(device) and init(); None without "
+      "GPU support.\n"
+      "describe_exception(label, exception) -> str. collect(): young generations.\n"
+      "resolve(name) -> str: registers what an unknown name stands for, or says why it cannot.\n"
+      "force_capsules: do without the exchange API and libc10's functions. rocm: PyTorch and XLA "
+      "use HIP.");
   m.def("to_arrays", &ArraysOf, nb::arg("operands"), nb::arg("x64"), nb::arg("import_capsule"),
         nb::arg("device"), nb::arg("is_pinned").none(), nb::arg("other"),
         "A sequence with JAX's arrays for tensors, as a list; the number of tensors; and whether "

@@ -6,9 +6,9 @@
 #include <thread>
 #include <utility>
 
-#include "handler/cuda_driver.h"
 #include "handler/describe.h"
 #include "handler/errors.h"
+#include "handler/release.h"
 
 namespace bridge {
 
@@ -30,7 +30,8 @@ constexpr uint64_t kCheckedEvery = 16;
 // cannot change on a thread inside one execution of a program unless a callable changes them
 // itself. So we ask Python once per thread and execution. A nested execution on this thread has an
 // id of its own and replaces the answer. The outer one then asks again.
-int AmbientClean(const Torch& torch, int64_t run_id, PyObject* default_dtype) {
+[[gnu::always_inline]] inline int AmbientClean(const Torch& torch, int64_t run_id,
+                                               PyObject* default_dtype) {
   struct Answer {
     int64_t run_id = 0;
     const Torch* torch = nullptr;
@@ -47,35 +48,11 @@ int AmbientClean(const Torch& torch, int64_t run_id, PyObject* default_dtype) {
   return clean;
 }
 
-// On a GPU, the call happens after all that PyTorch has queued, and before all that it queues next.
-class StreamOrder {
- public:
-  StreamOrder(void* torch_stream, const Target& target)
-      : torch_stream_(torch_stream), target_(target) {
-    if (on_gpu()) error_ = Driver::Order(torch_stream_, target_.stream);
-  }
-  StreamOrder(const StreamOrder&) = delete;
-  StreamOrder& operator=(const StreamOrder&) = delete;
-  ~StreamOrder() {
-    if (on_gpu()) Driver::Order(target_.stream, torch_stream_);
-  }
-  const std::string& error() const noexcept { return error_; }
-
- private:
-  bool on_gpu() const noexcept { return target_.device.device_type != dl::kCpu; }
-  void* torch_stream_;
-  const Target& target_;
-  std::string error_;
-};
-
 }  // namespace
 
 ffi::Error Call::Run() try {
   ran_ = true;
   if (ffi::Error error = CheckCounts(); error.failure()) return error;
-  StreamOrder order(torch_stream_, target_);
-  if (!order.error().empty()) return ffi::Error::Internal(callable_.label + ": " + order.error());
-
   const uint64_t number = callable_.calls.fetch_add(1, std::memory_order_relaxed);
   // fn's tensors view the arguments, and perhaps the results after them.
   const size_t count = args_.size() + (callable_.pass_outputs ? rets_.size() : 0);
@@ -85,7 +62,8 @@ ffi::Error Call::Run() try {
   {
     Owned results;
     if (ffi::Error error = CallPython(&views, count, &results); error.failure()) return error;
-    if (ffi::Error error = Store(results.get()); error.failure()) return error;
+    ffi::Error error = work_ == nullptr ? Store(results.get(), nullptr) : StoreOnGpu(results.get());
+    if (error.failure()) return error;
   }
   if (ffi::Error error = CheckInPlace(&views, number); error.failure()) return error;
   return CheckEscaped(&views);
@@ -115,8 +93,12 @@ ffi::Error Call::CallPython(Views* views, size_t count, Owned* results) {
   }
   NoGrad grad(torch_);
   if (!grad.ok()) return PythonError(torch_, callable_);
-  *results = Owned::Steal(PyObject_Vectorcall(run_, vector.data() + 1,
-                                              count | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr));
+  auto call = [&] {
+    *results = Owned::Steal(PyObject_Vectorcall(run_, vector.data() + 1,
+                                                count | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr));
+  };
+  call();
+  if (!*results && work_ != nullptr && MadeRoom()) call();
   if (*results && collect_ != nullptr && !PyTuple_CheckExact(results->get()) &&
       !(rets_.size() == 1 && IsTensor(torch_, results->get()))) {
     *results = CallFunction(collect_, results->get());
@@ -124,6 +106,17 @@ ffi::Error Call::CallPython(Views* views, size_t count, Owned* results) {
   // This stands in the scope of `grad`, which must not restore grad mode while an exception is set.
   if (!*results) return PythonError(torch_, callable_);
   return ffi::Error::Success();
+}
+
+bool Call::MadeRoom() {
+  if (!callable_.pure || !torch_.make_room ||
+      PyErr_ExceptionMatches(torch_.out_of_memory.get()) == 0) {
+    return false;
+  }
+  Owned exception = TakeException();
+  exception.reset();  // its frames hold tensors
+  Owned device = Owned::Steal(PyLong_FromLong(target_.device.device_id));
+  return device && CallFunction(torch_.make_room.get(), device.get());
 }
 
 ffi::Error Call::Refused(const Result& result, Result::Outcome outcome, size_t i) {
@@ -135,7 +128,17 @@ ffi::Error Call::Refused(const Result& result, Result::Outcome outcome, size_t i
       "output_shapes declares.");
 }
 
-ffi::Error Call::Store(PyObject* results) {
+ffi::Error Call::StoreOnGpu(PyObject* results) {
+  Copies copies;
+  copies.list.reserve(rets_.size());
+  if (ffi::Error error = Store(results, &copies); error.failure()) return error;
+  if (!CopyTogether(torch_, rets_, target_, &copies)) return PythonError(torch_, callable_);
+  std::string error = work_->End(copies.list);
+  return error.empty() ? ffi::Error::Success()
+                       : ffi::Error::Internal(callable_.label + ": " + error);
+}
+
+ffi::Error Call::Store(PyObject* results, Copies* copies) {
   using Outcome = Result::Outcome;
   const size_t count = rets_.size();
   const bool single = count == 1 && IsTensor(torch_, results);
@@ -155,9 +158,10 @@ ffi::Error Call::Store(PyObject* results) {
   if (!callable_.any_inplace && !callable_.pass_outputs) {
     for (size_t i = 0; i < count; ++i) {
       Result result;
+      result.SetIndex(i);
       ffi::AnyBuffer buffer = ResultBuffer(i);
       Outcome outcome = result.Read(torch_, item(i), buffer, target_.device);
-      if (outcome == Outcome::kOk) outcome = result.Write(torch_, buffer, target_);
+      if (outcome == Outcome::kOk) outcome = result.Write(torch_, buffer, target_, copies);
       if (outcome != Outcome::kOk) return Refused(result, outcome, i);
     }
     return ffi::Error::Success();
@@ -181,7 +185,8 @@ ffi::Error Call::Store(PyObject* results) {
     }
   }
   for (size_t i = 0; i < count; ++i) {
-    Outcome outcome = read[i].Write(torch_, ResultBuffer(i), target_);
+    read[i].SetIndex(i);
+    Outcome outcome = read[i].Write(torch_, ResultBuffer(i), target_, copies);
     if (outcome != Outcome::kOk) return Refused(read[i], outcome, i);
   }
   return ffi::Error::Success();
@@ -235,44 +240,38 @@ ffi::Error Call::CheckEscaped(Views* views) {
 ffi::Error Call::RunOnCpu(int64_t run_id) {
   const int clean = AmbientClean(torch_, run_id, default_dtype_);
   if (clean < 0) return PythonError(torch_, callable_);
-  return clean == 1 ? Run() : RunInside(torch_.run_guarded.get(), default_dtype_, nullptr, nullptr);
+  return clean == 1 ? Run() : RunGuarded();
 }
 
-ffi::Error Call::RunOnGpu() {
-  if (!torch_.run_on_stream) {
+ffi::Error Call::RunOnGpu(GpuCall call) {
+  if (!torch_.set_stream) {
     return ffi::Error::Internal(callable_.label + ": PyTorch in this process has no GPU support");
   }
-  if (torch_.api != nullptr) {
-    if (torch_.api->current_work_stream(target_.device.device_type, target_.device.device_id,
-                                        &torch_stream_) != 0) {
-      return PythonError(torch_, callable_);
-    }
-  } else if (torch_.current_stream) {
-    Owned device = Owned::Steal(PyLong_FromLong(target_.device.device_id));
-    Owned stream = device ? CallFunction(torch_.current_stream.get(), device.get()) : Owned();
-    if (stream) torch_stream_ = PyLong_AsVoidPtr(stream.get());
-    if (PyErr_Occurred() != nullptr) return PythonError(torch_, callable_);
+  const int clean = AmbientClean(torch_, call.run_id, default_dtype_);
+  if (clean < 0) return PythonError(torch_, callable_);
+  NoteXlaStream(target_.device.device_id, target_.stream);
+  CurrentStream stream(torch_, target_);
+  if (!stream.ok()) return PythonError(torch_, callable_);
+  GpuWork work(stream.before(), target_);
+  if (std::string error = work.Begin(); !error.empty()) {
+    return ffi::Error::Internal(callable_.label + ": " + error);
   }
-  Owned stream = Owned::Steal(PyLong_FromVoidPtr(target_.stream));
-  Owned device = Owned::Steal(PyLong_FromLong(target_.device.device_id));
-  if (!stream || !device) return PythonError(torch_, callable_);
-  return RunInside(torch_.run_on_stream.get(), stream.get(), device.get(), default_dtype_);
+  work_ = &work;
+  InGpuCall inside(&call);
+  return clean == 1 ? Run() : RunGuarded();
 }
 
 // NOTE [The body]. Python's `run_guarded` runs the whole of Run(), not fn alone. Tensors that are
 // made under the caller's inference mode would be wrong too, and so would results that are copied
-// under its modes. Python gets Run() as a function without arguments. It is valid until `python`
-// returns.
-ffi::Error Call::RunInside(PyObject* python, PyObject* extra0, PyObject* extra1, PyObject* extra2) {
+// under its modes. Python gets Run() as a function without arguments. It is valid until
+// `run_guarded` returns.
+ffi::Error Call::RunGuarded() {
   static PyMethodDef definition = {"run", &Call::Body, METH_NOARGS, nullptr};
   Owned self = Owned::Steal(PyCapsule_New(this, "call", nullptr));
   Owned body = Owned::Steal(self ? PyCFunction_NewEx(&definition, self.get(), nullptr) : nullptr);
   Owned empty = Owned::Steal(PyTuple_New(0));
   if (!body || !empty) return PythonError(torch_, callable_);
-  PyObject* args[6] = {nullptr, body.get(), empty.get(), extra0, extra1, extra2};
-  size_t count = extra1 == nullptr ? 3 : 5;
-  Owned done = Owned::Steal(
-      PyObject_Vectorcall(python, args + 1, count | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr));
+  Owned done = CallFunction(torch_.run_guarded.get(), body.get(), empty.get(), default_dtype_);
   Owned exception = done ? Owned() : TakeException();
   PyCapsule_SetName(self.get(), "finished call");
   if (outcome_.failure()) return std::move(outcome_);

@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "handler/gpu.h"
 #include "handler/registry.h"
 #include "handler/results.h"
 #include "handler/views.h"
@@ -35,8 +36,8 @@ class Call {
   // The call on a CPU, where PyTorch's state is clean or is made so. `run_id` is the id of the
   // program's execution.
   xla::ffi::Error RunOnCpu(int64_t run_id);
-  // The call on a GPU, inside Python's `run_on_stream`: XLA's stream is PyTorch's current one.
-  xla::ffi::Error RunOnGpu();
+  // The call on a GPU, where XLA's stream is made PyTorch's current one.
+  [[gnu::cold]] xla::ffi::Error RunOnGpu(GpuCall call);  // cold beside the path of a CPU
 
  private:
   xla::ffi::AnyBuffer Argument(size_t i) const { return *args_.get<xla::ffi::AnyBuffer>(i); }
@@ -50,12 +51,17 @@ class Call {
   xla::ffi::Error Run();
   xla::ffi::Error CheckCounts() const;
   xla::ffi::Error CallPython(Views* views, size_t count, Owned* results);
-  xla::ffi::Error Store(PyObject* results);
+  // Where the exception that is set is that a GPU's memory ran out, and the call can be made again:
+  // replaces it by free memory. False: a Python exception is set.
+  [[gnu::cold]] bool MadeRoom();
+  // Writes results to XLA's buffers. On a GPU, copies of the driver's go to `copies`.
+  xla::ffi::Error Store(PyObject* results, Copies* copies);
+  [[gnu::cold]] xla::ffi::Error StoreOnGpu(PyObject* results);
   xla::ffi::Error CheckInPlace(Views* views, uint64_t number);
   xla::ffi::Error CheckEscaped(Views* views);
   [[gnu::cold]] xla::ffi::Error Refused(const Result& result, Result::Outcome outcome, size_t i);
-  // Has Python's `run_guarded` or `run_on_stream` call Run(). See NOTE [The body].
-  xla::ffi::Error RunInside(PyObject* python, PyObject* extra0, PyObject* extra1, PyObject* extra2);
+  // Has Python's `run_guarded` call Run(). See NOTE [The body].
+  xla::ffi::Error RunGuarded();
   static PyObject* Body(PyObject* self, PyObject* unused);
 
   const Torch& torch_;
@@ -66,7 +72,7 @@ class Call {
   const xla::ffi::RemainingArgs& args_;
   const xla::ffi::RemainingRets& rets_;
   Target target_;
-  void* torch_stream_ = nullptr;  // on a GPU, PyTorch's current stream before the call
+  GpuWork* work_ = nullptr;  // on a GPU
   bool ran_ = false;
   xla::ffi::Error outcome_;
 };

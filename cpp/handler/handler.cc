@@ -6,6 +6,7 @@
 #include <string>
 #include <string_view>
 #include <thread>
+#include <utility>
 
 #include "handler/call.h"
 #include "handler/cuda_driver.h"
@@ -63,7 +64,8 @@ std::string Resolve(const Torch& torch, std::string_view name) {
                    : unknown;
 }
 
-ffi::Error Dispatch(bool gpu, void* stream, int64_t run_id, const ffi::RemainingArgs& args,
+// `gpu` is null on a CPU.
+ffi::Error Dispatch(GpuCall* gpu, int64_t run_id, const ffi::RemainingArgs& args,
                     const ffi::RemainingRets& rets, std::string_view name) {
   InFlight announced;
   if (announced.refused()) {
@@ -82,16 +84,20 @@ ffi::Error Dispatch(bool gpu, void* stream, int64_t run_id, const ffi::Remaining
                         refusal.empty() ? "the name of a PyTorch function leads nowhere" : refusal);
     }
   }
-  Target target{gpu ? DeviceOf(args, rets, torch->rocm) : dl::Device{dl::kCpu, 0}, stream};
-  Call call(*torch, found, args, rets, target);
-  return gpu ? call.RunOnGpu() : call.RunOnCpu(run_id);
+  if (gpu == nullptr) {
+    Call call(*torch, found, args, rets, {{dl::kCpu, 0}, nullptr});
+    return call.RunOnCpu(run_id);
+  }
+  gpu->target.device = DeviceOf(args, rets, torch->rocm);
+  Call call(*torch, found, args, rets, gpu->target);
+  return call.RunOnGpu(*gpu);
 }
 
 // Turns exceptions into errors, because no exception may leave a handler.
-ffi::Error Handle(bool gpu, void* stream, int64_t run_id, const ffi::RemainingArgs& args,
+ffi::Error Handle(GpuCall* gpu, int64_t run_id, const ffi::RemainingArgs& args,
                   const ffi::RemainingRets& rets, std::string_view name) {
   try {
-    return Dispatch(gpu, stream, run_id, args, rets, name);
+    return Dispatch(gpu, run_id, args, rets, name);
   } catch (const std::exception& error) {
     return ffi::Error::Internal(std::string("the call of a PyTorch function failed: ") +
                                 error.what());
@@ -100,12 +106,24 @@ ffi::Error Handle(bool gpu, void* stream, int64_t run_id, const ffi::RemainingAr
 
 ffi::Error HandleCpu(ffi::RunId run_id, ffi::RemainingArgs args, ffi::RemainingRets rets,
                      std::string_view name) {
-  return Handle(/*gpu=*/false, nullptr, run_id.run_id, args, rets, name);
+  return Handle(nullptr, run_id.run_id, args, rets, name);
 }
 
+// Programs that were exported have a name alone.
 ffi::Error HandleGpu(ffi::RunId run_id, void* stream, ffi::RemainingArgs args,
-                     ffi::RemainingRets rets, std::string_view name) {
-  return Handle(/*gpu=*/true, stream, run_id.run_id, args, rets, name);
+                     ffi::RemainingRets rets, ffi::Dictionary attributes) {
+  ffi::ErrorOr<std::string_view> name = attributes.get<std::string_view>("name");
+  if (!name) return name.error();
+  GpuCall call;
+  call.run_id = run_id.run_id;
+  call.target.stream = stream;
+  for (auto [key, value] : {std::pair("site", &call.site), std::pair("key", &call.key)}) {
+    if (!attributes.contains(key)) continue;
+    ffi::ErrorOr<int64_t> number = attributes.get<int64_t>(key);
+    if (!number) return number.error();
+    *value = *number;
+  }
+  return Handle(&call, run_id.run_id, args, rets, *name);
 }
 
 }  // namespace
@@ -127,7 +145,7 @@ XLA_FFI_Error* GpuHandler(XLA_FFI_CallFrame* call_frame) {
                                    .Ctx<ffi::PlatformStream<void*>>()
                                    .RemainingArgs()
                                    .RemainingRets()
-                                   .Attr<std::string_view>("name")
+                                   .Attrs()
                                    .To(HandleGpu)
                                    .release();
   return handler->Call(call_frame);

@@ -25,6 +25,7 @@ struct Callable {
   std::vector<char> inplace;         // per input: may change
   bool any_inplace = false;
   bool pass_outputs = false;
+  bool pure = false;  // a call may be made again
   Owned run;
   Owned collect;  // makes a tuple of whatever else `run` returns; may be null
   Owned default_dtype;

@@ -3,7 +3,6 @@
 #include <cstring>
 #include <utility>
 
-#include "handler/cuda_driver.h"
 #include "handler/describe.h"
 #include "handler/views.h"
 #include "shared/dtypes.h"
@@ -18,11 +17,13 @@ namespace {
 // A copy of more bytes than this takes about 0.1 ms, and other threads run Python meanwhile.
 constexpr size_t kLongCopy = size_t{1} << 20;
 
+bool OnHost(dl::Device device) {
+  return device.device_type == dl::kCpu || device.device_type == dl::kCudaHost ||
+         device.device_type == dl::kRocmHost;
+}
+
 bool SameDevice(dl::Device got, dl::Device expected) {
-  if (expected.device_type == dl::kCpu) {
-    return got.device_type == dl::kCpu || got.device_type == dl::kCudaHost ||
-           got.device_type == dl::kRocmHost;
-  }
+  if (expected.device_type == dl::kCpu) return OnHost(got);
   return (got.device_type == expected.device_type || got.device_type == dl::kCudaManaged) &&
          got.device_id == expected.device_id;
 }
@@ -89,10 +90,13 @@ Result::Outcome Result::Read(const Torch& torch, PyObject* object, const ffi::An
   auto rank = static_cast<size_t>(tensor->ndim);
   bool same_shape = rank == dims.size() && (rank == 0 || std::memcmp(tensor->shape, dims.begin(),
                                                                      rank * sizeof(int64_t)) == 0);
-  if (!same_shape || !(tensor->dtype == route.carrier) || !SameDevice(tensor->device, device)) {
+  // Numbers, keyless draws and what fn makes without naming a device are on the host.
+  on_host_ = device.device_type != dl::kCpu && OnHost(tensor->device);
+  const bool same_device = on_host_ || SameDevice(tensor->device, device);
+  if (!same_shape || !(tensor->dtype == route.carrier) || !same_device) {
     std::string got = route.carrier_dtype ? dtype.name : DtypeName(tensor->dtype);
     got += Shape(tensor->shape, rank);
-    if (!SameDevice(tensor->device, device)) {
+    if (!same_device) {
       got += " on " + DeviceName(tensor->device) + " (the arguments are on " + DeviceName(device) +
              ")";
     }
@@ -158,27 +162,52 @@ Result::Outcome Result::Detach(const Torch& torch, const ffi::AnyBuffer& expecte
 }
 
 Result::Outcome Result::Write(const Torch& torch, const ffi::AnyBuffer& buffer,
-                              const Target& target) {
+                              const Target& target, Copies* copies) {
   void* out = buffer.untyped_data();
   if (bytes_ == 0 || Is(out)) return Outcome::kOk;
-  const bool on_cpu = target.device.device_type == dl::kCpu;
-  if (on_cpu) KeepFreedMemory(bytes_);
-  if (contiguous_) {
-    if (on_cpu) {
-      if (bytes_ < kLongCopy) {
-        std::memmove(out, data_, bytes_);
-      } else {
-        GilRelease release;
-        std::memmove(out, data_, bytes_);
-      }
-      return Outcome::kOk;
-    }
-    std::string error = Driver::Copy(out, data_, bytes_, target.stream);
-    if (error.empty()) return Outcome::kOk;
-    PyErr_SetString(PyExc_RuntimeError, error.c_str());
-    return Outcome::kPython;
+  if (target.device.device_type != dl::kCpu) return WriteOnGpu(torch, buffer, target, copies);
+  KeepFreedMemory(bytes_);
+  if (!contiguous_) return Gather(torch, buffer, target);
+  if (bytes_ < kLongCopy) {
+    std::memmove(out, data_, bytes_);
+  } else {
+    GilRelease release;
+    std::memmove(out, data_, bytes_);
   }
-  // PyTorch gathers. Where `object_` is viewed as its carrier, the buffer is too.
+  return Outcome::kOk;
+}
+
+Result::Outcome Result::WriteOnGpu(const Torch& torch, const ffi::AnyBuffer& buffer,
+                                   const Target& target, Copies* copies) {
+  if (on_host_ && !contiguous_) {
+    Owned dense = CallMethod(object_, torch.name_contiguous);
+    if (!dense) return Outcome::kPython;
+    copies->kept.push_back(std::move(kept_));
+    kept_ = std::move(dense);
+    // It has its carrier's dtype already, so its address alone is news.
+    dl::Tensor tensor;
+    if (torch.api != nullptr) {
+      if (torch.api->dltensor_from_py_object_no_sync(kept_.get(), &tensor) != 0) {
+        return Outcome::kPython;
+      }
+    } else {
+      capsule_ = CallFunction(torch.to_dlpack.get(), kept_.get());
+      void* managed = capsule_ ? PyCapsule_GetPointer(capsule_.get(), dl::kCapsuleName) : nullptr;
+      if (managed == nullptr) return Outcome::kPython;
+      tensor = static_cast<dl::ManagedTensor*>(managed)->dl_tensor;
+    }
+    data_ = static_cast<char*>(tensor.data) + tensor.byte_offset;
+  } else if (!contiguous_) {
+    return Gather(torch, buffer, target);
+  }
+  copies->list.push_back({buffer.untyped_data(), data_, bytes_, on_host_, object_, index_});
+  if (kept_) copies->kept.push_back(std::move(kept_));
+  if (capsule_) copies->kept.push_back(std::move(capsule_));
+  return Outcome::kOk;
+}
+
+Result::Outcome Result::Gather(const Torch& torch, const ffi::AnyBuffer& buffer,
+                               const Target& target) {
   Views view(1, buffer.dimensions().size());
   PyObject* tensor = view.Add(torch, buffer, target.device);
   if (tensor == nullptr) return Outcome::kPython;
@@ -186,7 +215,8 @@ Result::Outcome Result::Write(const Torch& torch, const ffi::AnyBuffer& buffer,
   Owned source = CallMethod(object_, torch.name_detach);
   if (!source) return Outcome::kPython;
   Owned sink = Owned::Borrow(tensor);
-  if (route.carrier_dtype) {
+  if (route.carrier_dtype) {  // `object_` is viewed as its carrier, so the buffer is too
+
     sink = CallMethod(tensor, torch.name_view, route.carrier_dtype.get());
     if (!sink) return Outcome::kPython;
   }

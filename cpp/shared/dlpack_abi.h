@@ -67,6 +67,8 @@ struct Tensor {
 
 // A capsule of this name holds a ManagedTensor, as before DLPack 1.0.
 inline constexpr char kCapsuleName[] = "dltensor";
+// One of this name holds a ManagedTensorVersioned.
+inline constexpr char kVersionedCapsuleName[] = "dltensor_versioned";
 
 struct ManagedTensor {
   Tensor dl_tensor;

@@ -6,6 +6,7 @@
 #include <Python.h>
 
 #include <array>
+#include <atomic>
 
 #include "shared/dlpack_abi.h"
 #include "shared/dtypes.h"
@@ -34,10 +35,15 @@ struct Torch {
   // grad mode is switched through Python.
   bool (*c10_is_grad_enabled)() = nullptr;
   void (*c10_set_grad_enabled)(bool) = nullptr;
-  Owned ambient_clean, run_guarded, run_on_stream, current_stream, describe_exception, collect;
+  Owned ambient_clean, run_guarded, describe_exception, collect;
+  Owned out_of_memory, make_room, copy_all;  // the last two may be null
+  // Null where this PyTorch has no GPU support. See NOTE [Current stream].
+  Owned set_stream, get_stream, get_raw_stream, get_device, set_device, init_gpu;
+  mutable std::atomic<bool> gpu_ready{false};  // whether `init_gpu` has been called
   Owned resolve;  // registers an unknown name and returns "", or says why it cannot; may be null
-  Owned name_version, name_view, name_detach, name_clone, name_copy, name_resolve_conj,
-      name_resolve_neg, name_dtype, name_is_cpu, name_requires_grad, name_is_leaf, zero;
+  Owned name_version, name_view, name_detach, name_clone, name_contiguous, name_copy,
+      name_resolve_conj, name_resolve_neg, name_dtype, name_is_cpu, name_requires_grad,
+      name_is_leaf, zero;
   std::array<DtypeRoute, kDtypes.size()> dtypes;
 
   // See NOTE [Grad mode]. Needs the GIL and the two Python functions.

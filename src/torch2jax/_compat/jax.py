@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -29,6 +30,7 @@ from jax._src.interpreters import partial_eval
 
 # jax.dlpack imports and exports by this.
 from jax._src.lib import _jax as _xla
+from jax.interpreters import mlir
 
 __all__ = [
     "ArrayImpl",
@@ -88,6 +90,40 @@ def device_count(ctx: Any) -> int:
     if hasattr(context, "num_devices"):
         return context.num_devices
     return context.axis_env.nreps  # pmap does so up to jax 0.7
+
+
+def register_lowering(primitive: Any, rule: Any, platform: str | None = None) -> None:
+    """Register a lowering rule that sees the values of the program itself.
+
+    JAX lowers like equations once, on values of a function of their own, and copies what comes out;
+    unless it is told not to, since it does so.
+    """
+    parameters = inspect.signature(mlir.register_lowering).parameters
+    options = {"cacheable": False} if "cacheable" in parameters else {}
+    mlir.register_lowering(primitive, rule, platform=platform, **options)
+
+
+def lowered_so_far(ctx: Any) -> int:
+    """Return how many objects the program holds that is being lowered."""
+    return len(ctx.module_context.keepalives)
+
+
+def maker_of(value: Any, target: str) -> dict[str, Any]:
+    """Return the attributes of the custom call to ``target`` whose last result ``value`` is.
+
+    They are empty where it is not; MLIR knows ``value``.
+    """
+    operation = getattr(value.owner, "operation", value.owner)
+    if getattr(operation, "name", None) != "stablehlo.custom_call":
+        return {}
+    attributes = operation.attributes
+    if (
+        "mhlo.backend_config" not in attributes
+        or attributes["call_target_name"].value != target
+        or operation.results[len(operation.results) - 1] != value
+    ):
+        return {}
+    return {item.name: item.attr.value for item in attributes["mhlo.backend_config"]}
 
 
 torch_effect = TorchEffect()

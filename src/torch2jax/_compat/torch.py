@@ -66,6 +66,22 @@ def exchange_api() -> Any:
     return getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
 
 
+copy_all: Any = torch._foreach_copy_
+"""``copy_all(tensors, sources)`` copies each source in one launch for many of a dtype on a GPU."""
+
+
+def stream_functions() -> list[Any] | None:
+    """Return torch's functions for current streams and devices; None without GPU support.
+
+    They are set_stream(id, device, device type), get_stream(device), get_raw_stream(device),
+    get_device(), set_device(device) and init(). A stream that is not torch's own has its handle for
+    an id.
+    """
+    names = ("setStream", "getCurrentStream", "getCurrentRawStream", "getDevice", "setDevice")
+    functions = [getattr(torch._C, f"_cuda_{name}", None) for name in names]
+    return None if None in functions else [*functions, torch.cuda.init]
+
+
 # --- gradients -----------------------------------------------------------------------------------
 
 python_node: Any = torch._C._FunctionBase

@@ -22,6 +22,7 @@ from jax.core import Tracer
 from .._errors import SignatureError, Torch2JaxError, UnsupportedDtypeError
 from .._refusals import check_may_call_jax
 from .dtypes import TO_JAX, carrier_of, dtype_j2t, dtype_t2j, needs_x64, type_name, x64_enabled
+from .lifetimes import borrowed, lend
 from .narrowed import NARROWED
 
 __all__ = ["j2t", "t2j", "tree_j2t", "tree_t2j"]
@@ -92,7 +93,9 @@ def t2j(tensor: torch.Tensor) -> jax.Array:
         return _array(tensor)
     _check_device(tensor)
     with torch.cuda.device(tensor.device):  # torch exports from the current device only
-        return _array(tensor)
+        array = _array(tensor)
+    lend(tensor)
+    return array
 
 
 def _array(tensor: torch.Tensor) -> jax.Array:
@@ -241,10 +244,15 @@ def j2t(array: jax.Array | NDArray) -> torch.Tensor:
     dtype = dtype_j2t(array.dtype)
     carrier = carrier_of(dtype)
     if carrier is None:
-        return torch.from_dlpack(array)
+        return _tensor(array)
     with jax.ensure_compile_time_eval():
         bits = jax.lax.bitcast_convert_type(array, TO_JAX[carrier])
-    return torch.from_dlpack(bits).view(dtype)
+    return _tensor(bits).view(dtype)
+
+
+def _tensor(array: jax.Array) -> torch.Tensor:
+    (device,) = array.sharding.device_set
+    return torch.from_dlpack(array) if device.platform == "cpu" else borrowed(array)
 
 
 def _from_numpy(array: NDArray) -> torch.Tensor:

@@ -52,6 +52,8 @@ def entry_of(callee: Callee, name: str, several_devices: bool) -> Any:
         default_dtype=options.default_dtype,
         pass_outputs=is_root and options.pass_outputs,
         inplace=[i for i, _ in options.aliases] if is_root else [],
+        # Such a call may be made again where a GPU's memory ran out.
+        pure=not (options.side_effects or options.draws or options.aliases or options.mutated),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 from typing import Any
@@ -11,11 +12,16 @@ import torch
 import torch.utils.dlpack
 
 from ... import _ext, _refusals
-from ..._compat.torch import exchange_api
-from ..torch_side import ambient, exceptions, streams
+from ..._compat.torch import copy_all, exchange_api, stream_functions
+from ..._conversions import lifetimes
+from ..torch_side import ambient, exceptions, words
+from . import memory, probing
 
 TARGET = __name__.partition(".")[0]
 """The custom call has the package's import name, so that aliases live side by side."""
+
+PREFETCH = f"{TARGET}_prefetch"
+"""The custom call that brings a key to the host, on a GPU."""
 
 dlpack_path, dtype_routes = _ext.dlpack_path, _ext.dtype_routes
 to_arrays, to_tensors = _ext.to_arrays, _ext.to_tensors
@@ -41,11 +47,12 @@ def set_up(**others: Any) -> None:
     hooks = {
         "ambient_clean": ambient.ambient_clean,
         "run_guarded": ambient.run_guarded,
-        "describe_exception": exceptions.describe_exception,
+        "describe_exception": memory.describing(exceptions.describe_exception),
+        "make_room": memory.make_room,
         "collect": lambda: gc.collect(1),
         "resolve": lambda name: _resolver(name),
-        "run_on_stream": streams.run_on_stream,
-        "current_stream": streams.current_stream,
+        "streams": stream_functions(),
+        "copy_all": copy_all,
     }
     rocm = torch.version.hip is not None
     _ext.setup(exchange_api=exchange_api(), torch=torch, rocm=rocm, **{**hooks, **others})
@@ -53,11 +60,11 @@ def set_up(**others: Any) -> None:
 
 set_up()
 # In a forked process the handler refuses calls: what it asks before each of them raises.
-os.register_at_fork(
-    after_in_child=lambda: set_up(
-        ambient_clean=_refusals.refuse_forked, run_on_stream=_refusals.refuse_forked
-    )
-)
+os.register_at_fork(after_in_child=lambda: set_up(ambient_clean=_refusals.refuse_forked))
+words.read_by(_ext.call_site, _ext.read_words)
+xla_stream = functools.partial(probing.xla_stream, _ext.xla_stream, PREFETCH)
+lifetimes.order_by(xla_stream, _ext.order_release)
 jax.ffi.register_ffi_target(TARGET, _ext.cpu_handler(), platform="cpu")
 for _platform in ("CUDA", "ROCM"):
+    jax.ffi.register_ffi_target(PREFETCH, _ext.prefetch_handler(), platform=_platform)
     jax.ffi.register_ffi_target(TARGET, _ext.gpu_handler(), platform=_platform)

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from ..._compat.torch import numbers, outside_transforms
+from ..._compat.torch import outside_transforms
+from .words import words_of
 
 Tensor = torch.Tensor
 Tensors = tuple[Tensor, ...]
@@ -72,7 +73,7 @@ def _state_of_generator() -> bytes:
 
 @contextlib.contextmanager
 def _generators_from(words: Tensor) -> Iterator[None]:
-    seed = seed_of(numbers(words))
+    seed = seed_of(words_of(words))
     generators = [torch.default_generator]
     if words.device.type == "cuda":
         generators.append(torch.cuda.default_generators[words.device.index or 0])

@@ -44,14 +44,14 @@ class KeepGraph:
         self.base, self.policy = base, policy
 
     def functional(self, *args: Tensor) -> Tensors:
-        return (*self.base.functional(*args), no_token(args))
+        return (*self.base.functional(*args), no_token())
 
     graph = functional
 
     def run(self, *args: Tensor) -> Tensors:
         out, graph = self.forward(args)
         if graph is None:
-            return (*out, no_token(args))
+            return (*out, tape.add_nothing(args[0].device))
         return (*out, tape.add(graph))
 
     def forward(self, args: Tensors) -> tuple[Tensors, KeptGraph | None]:
@@ -181,7 +181,7 @@ class PullThroughGraph:
 
     def run(self, *args: Tensor) -> Tensors:
         primals, token, cotangents = self._split(args)
-        key = tuple(token.tolist())
+        key = tape.name_of(token)
         graph = tape.take(key, self.policy, token.device)
         if graph is None:
             if not tape.used_up(key):
@@ -255,5 +255,5 @@ class DropGraph:
 
     def run(self, *args: Tensor) -> Tensors:
         token = args[len(args) - self.after - 1]
-        tape.take(tuple(token.tolist()), self.policy, token.device)
+        tape.take(tape.name_of(token), self.policy, token.device)
         return self.base.run(*self._without_token(args))

@@ -17,17 +17,17 @@ from dataclasses import dataclass, field
 import torch
 
 from ...._errors import SignatureError, Torch2JaxWarning
-from ..gradients import Tensor, Tensors
+from ..gradients import Tensor
+from ..words import call_site, words_of
 from .kept_graph import GraphPolicy, KeptGraph
+from .sites import Token, Waiting
 
 _ENVIRONMENT = f"{__name__.partition('.')[0].upper()}_TAPE_BYTES"
 
-Token = tuple[int, ...]
 
-
-def no_token(args: Tensors) -> Tensor:
-    """Return the token of a call that keeps no graph, on the device of its operands."""
-    return torch.zeros(4, dtype=torch.uint32, device=args[0].device)
+def no_token() -> Tensor:
+    """Return the words of the token that stands for no graph; the handler copies them."""
+    return torch.zeros(4, dtype=torch.uint32)
 
 
 _NO_TOKEN = (0, 0, 0, 0)
@@ -40,7 +40,8 @@ class TapeInfo:
     Attributes:
       entries: graphs that are kept now.
       bytes: the bytes of their activations.
-      budget: bytes that may be kept on each device; None for a quarter of its memory.
+      budget: bytes that may be kept on each device; None for a quarter of its memory, on a GPU at
+        most half of what is free for PyTorch there.
       hits: backward passes that found their graph.
       misses: backward passes that ran forward again.
       evictions: graphs that were dropped for the budget.
@@ -64,8 +65,6 @@ class _Account:
         self.bytes = 0
         self.storages: dict[int, tuple[int, int]] = {}
         """How many graphs hold a storage, and its bytes, by address. Each counts once."""
-        self.fresh: list[tuple[Token, Tensor]] = []
-        """Tokens to come, with their words. They are made in blocks, as each costs microseconds."""
 
     def enter(self, storages: dict[int, int]) -> None:
         for address, size in storages.items():
@@ -98,28 +97,44 @@ class Tape:
         self._graphs: OrderedDict[Token, KeptGraph] = OrderedDict()
         self._accounts: defaultdict[torch.device, _Account] = defaultdict(_Account)
         self._used: OrderedDict[Token, None] = OrderedDict()
+        self._waiting = Waiting()
         self._nonce = secrets.randbits(63) + 1
         self._count = 0
+        self._fresh: list[tuple[Token, Tensor]] = []
+        """Tokens to come, with their words. They are made in blocks, as each costs microseconds."""
         self._budget = _budget_of_environment()
         self._hits = self._misses = self._evictions = 0
         self._copying: dict[str, None] = {}
 
     def add(self, graph: KeptGraph) -> Tensor:
-        """Keep ``graph``, and return a tensor with the words of its token."""
+        """Keep ``graph``, and return a tensor with the words of its token, on the CPU.
+
+        The handler copies the words to a GPU. A copy under the lock could wait for a collective
+        that another device joins only once it has the lock.
+        """
         with self._lock:
-            account = self._accounts[graph.device]
-            if not account.fresh:
-                account.fresh = self._new_tokens(graph.device)
-            token, words = account.fresh.pop()
-            self._enter(token, graph, account)
+            if not self._fresh:
+                self._fresh = self._new_tokens()
+            token, words = self._fresh.pop()
+            if graph.device.type == "cuda":
+                self._waiting.made(token, call_site())
+            self._enter(token, graph, self._accounts[graph.device])
             return words
 
-    def _new_tokens(self, device: torch.device) -> list[tuple[Token, Tensor]]:
+    def add_nothing(self, device: torch.device) -> Tensor:
+        """Return the words of a call's token that keeps no graph."""
+        if device.type == "cuda":
+            with self._lock:  # it counts among the tokens of its site
+                self._count += 1
+                self._waiting.made((*_NO_TOKEN, self._count), call_site())
+        return no_token()
+
+    def _new_tokens(self) -> list[tuple[Token, Tensor]]:
         high, low = self._nonce >> 32, self._nonce & 0xFFFFFFFF
         counts = range(self._count, self._count + 64)
         self._count += 64
         tokens = [(high, low, n >> 32, n & 0xFFFFFFFF) for n in counts]
-        block = torch.tensor(tokens, dtype=torch.uint32, device=device)
+        block = torch.tensor(tokens, dtype=torch.uint32)
         return list(zip(tokens, block.unbind(), strict=True))
 
     def restore(self, token: Token, graph: KeptGraph) -> None:
@@ -148,14 +163,22 @@ class Tape:
             self._remove(oldest)
             self._evicted(budget)
 
+    def name_of(self, words: Tensor) -> Token:
+        """Return the token that these words are. See NOTE [Sites]."""
+        if not words.is_cuda:
+            return tuple(words.tolist())
+        with self._lock:
+            token = self._waiting.only(call_site())
+        return tuple(words_of(words)) if token is None else token
+
     def take(self, token: Token, policy: GraphPolicy, device: torch.device) -> KeptGraph | None:
         """Return the graph under ``token``, if there is one of this function on ``device``."""
-        if token == _NO_TOKEN:
-            return None
         with self._lock:
+            if device.type == "cuda":
+                self._waiting.taken(token)
             graph = self._graphs.get(token)
             if graph is None or graph.policy is not policy or graph.device != device:
-                self._misses += 1
+                self._misses += token[:4] != _NO_TOKEN
                 return None
             self._hits += 1
             if graph.reused:
@@ -171,6 +194,17 @@ class Tape:
         """Return whether this token's graph was taken before, rather than evicted or unknown."""
         return token in self._used
 
+    def evict(self, device: torch.device) -> None:
+        """Drop the graphs on a device, whose memory ran out."""
+        with self._lock:
+            for token in [t for t, g in self._graphs.items() if g.device == device]:
+                self._remove(token)
+                self._evictions += 1
+
+    def bytes_on(self, device: torch.device) -> int:
+        """Return how many bytes the graphs on a device hold."""
+        return self._accounts[device].bytes
+
     def clear(self) -> None:
         with self._lock:
             for token in list(self._graphs):
@@ -181,6 +215,7 @@ class Tape:
         """Drop the graphs of a function that nobody can call any more."""
         with self._lock:
             for token in [t for t, g in self._graphs.items() if g.policy is policy]:
+                self._waiting.taken(token)
                 self._remove(token)
 
     def set_budget(self, budget: int | None) -> None:
@@ -221,9 +256,15 @@ class Tape:
 
 @functools.cache
 def default_budget(device: torch.device) -> int:
-    """Return a quarter of the device's memory."""
+    """Return a quarter of the device's memory.
+
+    On a GPU it is at most half of what is free for PyTorch when the tape first asks: JAX has taken
+    its part of the card by then.
+    """
     if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory // 4
+        free, total = torch.cuda.mem_get_info(device)
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return min(total // 4, free // 2)
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
 
 
@@ -252,8 +293,8 @@ def clear_tape() -> None:
 def set_tape_budget(bytes: int | None) -> None:
     """Set how many bytes of activations the tape keeps on each device.
 
-    None stands for a quarter of its memory. 0 keeps nothing: every backward pass runs forward
-    again.
+    None stands for a quarter of its memory, on a GPU for at most half of what is free for PyTorch
+    there when the tape is first used. 0 keeps nothing: every backward pass runs forward again.
 
     Raises:
       SignatureError: for anything but None and an int of at least 0.
