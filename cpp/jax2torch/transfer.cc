@@ -103,21 +103,43 @@ const dl::Tensor* ViewOf(const Owned& capsule) {
   return pointer == nullptr ? nullptr : &static_cast<dl::ManagedTensor*>(pointer)->dl_tensor;
 }
 
-// PyTorch's current stream of a GPU, as a number. Nothing: a Python exception is set.
-std::optional<intptr_t> CurrentStream(const Torch& torch, int gpu) {
+// PyTorch's current stream of a GPU. Nothing: a Python exception is set.
+std::optional<void*> CurrentStreamOf(const Torch& torch, int gpu) {
   void* stream = nullptr;
   if (torch.api != nullptr) {
     const dl::DeviceType type = torch.rocm ? dl::kRocm : dl::kCuda;
     if (torch.api->current_work_stream(type, gpu, &stream) != 0) return std::nullopt;
-  } else {
-    Owned number = Owned::Steal(PyLong_FromLong(gpu));
-    Owned found = number ? CallFunction(torch.current_stream.get(), number.get()) : Owned();
-    if (!found) return std::nullopt;
-    stream = PyLong_AsVoidPtr(found.get());
-    if (PyErr_Occurred() != nullptr) return std::nullopt;
+    return stream;
   }
-  return reinterpret_cast<intptr_t>(stream);
+  Owned number = Owned::Steal(PyLong_FromLong(gpu));
+  Owned found = number ? CallFunction(torch.get_raw_stream.get(), number.get()) : Owned();
+  if (found) stream = PyLong_AsVoidPtr(found.get());
+  if (PyErr_Occurred() != nullptr) return std::nullopt;
+  return stream;
 }
+
+// Makes a GPU the current device of PyTorch and of the driver, and restores what was.
+class OnDevice {
+ public:
+  OnDevice(const Torch& torch, PyObject* number)
+      : torch_(torch), before_(Owned::Steal(PyObject_CallNoArgs(torch.get_device.get()))) {
+    const int same = before_ ? PyObject_RichCompareBool(before_.get(), number, Py_EQ) : -1;
+    ok_ = same > 0;
+    if (same == 0) ok_ = set_ = bool(CallFunction(torch.set_device.get(), number));
+  }
+  OnDevice(const OnDevice&) = delete;
+  OnDevice& operator=(const OnDevice&) = delete;
+  ~OnDevice() {
+    if (set_ && !CallFunction(torch_.set_device.get(), before_.get())) PyErr_Clear();
+  }
+  // False: a Python exception is set.
+  bool ok() const noexcept { return ok_; }
+
+ private:
+  const Torch& torch_;
+  Owned before_;
+  bool ok_ = false, set_ = false;
+};
 
 // The GPU of a call's tensors, once the first of them is met. See NOTE [One event].
 struct Gpu {
@@ -128,22 +150,31 @@ struct Gpu {
   // False: JAX lacks this GPU, or the call has another one; or a Python exception is set.
   bool Enter(const Torch& torch, int found, const Importer& importer) {
     if (device) return found == number;
+    if (!torch.get_device) return false;
     Owned index = Owned::Steal(PyLong_FromLong(found));
     Owned pair = index ? CallFunction(importer.gpu, index.get()) : Owned();
     if (!pair || pair.get() == Py_None) return false;
     stream = Owned::Steal(PySequence_GetItem(pair.get(), 1));
     void* later = stream ? PyLong_AsVoidPtr(stream.get()) : nullptr;
-    if (PyErr_Occurred() != nullptr) return false;
-    std::optional<intptr_t> earlier = CurrentStream(torch, found);
-    if (!earlier) return false;
-    std::string error = Driver::Order(reinterpret_cast<void*>(*earlier), later);
-    if (!error.empty()) {
-      PyErr_SetString(PyExc_RuntimeError, error.c_str());
-      return false;
-    }
+    if (PyErr_Occurred() != nullptr || !Order(torch, found, index.get(), later)) return false;
     device = Owned::Steal(PySequence_GetItem(pair.get(), 0));
     number = found;
     return bool(device);
+  }
+
+ private:
+  static bool Order(const Torch& torch, int gpu, PyObject* index, void* later) {
+    std::optional<void*> earlier = CurrentStreamOf(torch, gpu);
+    if (!earlier) return false;
+    const OnDevice on_device(torch, index);
+    if (!on_device.ok()) return false;
+    std::string error;
+    {
+      GilRelease release;
+      error = Driver::Order(*earlier, later, gpu);
+    }
+    if (!error.empty()) PyErr_SetString(PyExc_RuntimeError, error.c_str());
+    return error.empty();
   }
 };
 
@@ -223,10 +254,11 @@ Owned ToTensors(const Torch& torch, PyObject* arrays, PyObject* export_capsule, 
   if (!tensors) return Owned();
   Owned stream;
   if (place >= 0) {
-    std::optional<intptr_t> current = CurrentStream(torch, place);
+    std::optional<void*> current = CurrentStreamOf(torch, place);
     if (!current) return Owned();
     // In DLPack 1 stands for CUDA's default stream, whose handle is 0.
-    stream = Owned::Steal(PyLong_FromSsize_t(*current == 0 && !torch.rocm ? 1 : *current));
+    const bool is_default = *current == nullptr && !torch.rocm;
+    stream = Owned::Steal(is_default ? PyLong_FromLong(1) : PyLong_FromVoidPtr(*current));
     if (!stream) return Owned();
   }
   for (Py_ssize_t i = 0; i < size; ++i) {
