@@ -338,6 +338,7 @@ NB_MODULE(_ext, m) {
   m.def("to_tensors", &TensorsOf, nb::arg("arrays"), nb::arg("export_capsule"), nb::arg("place"),
         "A tuple of the tensors in the memory of arrays at a place that to_arrays told. After "
         "setup().");
+  m.def("in_gpu_call", &CurrentStream::Entered, "Whether this thread is in a call on a GPU.");
   m.def(
       "requiring_grad", &IndicesRequiringGrad, nb::arg("operands"),
       "A tuple of the indices of those that are tensors which require a gradient. After setup().");

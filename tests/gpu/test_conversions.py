@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from call_frames import FrameError
+from fake_gpu import entry
 from raw_calls import setup
 
 from torch2jax import Torch2JaxError, from_module, jax2torch, t2j, torch2jax
@@ -158,6 +160,30 @@ def test_a_failing_driver_is_an_error(gpu: Any, xla: Any) -> None:
         with pytest.raises(RuntimeError, match="driver error 700"):
             f(x)
         torch.testing.assert_close(gpu.host(f(x)), torch.sin(torch.ones(1)))
+
+
+def test_what_has_not_run_is_not_compiled_in_a_call(gpu: Any, xla: Any) -> None:
+    """XLA's compiler would wait for the program that runs, and that one for the compiler."""
+    sin = jax2torch(jnp.sin)
+
+    def value(x: torch.Tensor) -> tuple[torch.Tensor]:
+        return (sin(x),)
+
+    def gradient(x: torch.Tensor) -> tuple[torch.Tensor]:
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            return torch.autograd.grad(sin(leaf).sum(), leaf)
+
+    x, y = gpu.buffer(np.ones(3, np.float32)), gpu.empty((3,), np.float32)
+    outside = gpu.tensor([1.0, 1.0, 1.0])
+    for run, expected in ((value, np.sin(1.0)), (gradient, np.cos(1.0))):
+        made = entry(run, f"compiles {run.__name__} {xla.imports}")
+        with pytest.raises(FrameError, match=r"sin.* for the first time .* Call it once before"):
+            gpu.call(made.name, [x], [y])
+        run(outside)
+        gpu.call(made.name, [x], [y])
+        np.testing.assert_allclose(y.array, np.full(3, expected), rtol=1e-6)
+    jax2torch(jnp.cos)(outside)  # outside of a call anything may be compiled
 
 
 # --- threads and generators ----------------------------------------------------------------------

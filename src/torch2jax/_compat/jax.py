@@ -47,6 +47,7 @@ __all__ = [
     "device_count",
     "export_capsule",
     "get_opaque_trace_state",
+    "has_run",
     "import_capsule",
     "local_device",
     "precision",
@@ -283,6 +284,11 @@ def ready_on_gpu(platform: str, number: int) -> tuple[Any, int] | None:
 def x64_enabled() -> bool:
     """Return whether JAX carries 64-bit values now, in this thread."""
     return _enable_x64.value
+
+
+def has_run(jitted: Any) -> bool:
+    """Return whether a function of ``jax.jit`` has been compiled, for whatever operands."""
+    return jitted._cache_size() > 0
 
 
 _SETTINGS: tuple[Any, ...] = (

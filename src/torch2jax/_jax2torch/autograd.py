@@ -41,7 +41,7 @@ from .._compat.torch import (
 )
 from .programs import Dims, JaxProgram
 from .residuals import Facts, Indices
-from .transfer import to_arrays, to_tensors
+from .transfer import ON_CPU, to_arrays, to_tensors
 
 Tensor = torch.Tensor
 
@@ -72,6 +72,8 @@ class Call:
             n = self.n_primals
             operands = [x if i >= n or i in reads else None for i, x in enumerate(operands)]
         arrays, _, place = to_arrays(operands, self.settings[0])
+        if place != ON_CPU:
+            self.program.refuse_compiling()
         traced = self.program.jitted(*arrays)
         self.facts = traced.facts
         return to_tensors((*traced.outs, *traced.residuals), traced.facts.dtypes, place)
@@ -215,6 +217,8 @@ class Direct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: Call, *operands: Any) -> tuple[Tensor, ...]:
         arrays, n_tensors, place = to_arrays(operands, call.settings[0])
+        if place != ON_CPU:
+            call.program.refuse_compiling()
         traced = call.program.jitted(*arrays)
         call.facts = facts = traced.facts
         results, recipe = traced.outs, facts.recipe
@@ -255,6 +259,8 @@ class Direct(torch.autograd.Function):
             grads = _apply(call.another(program, n), [*operands, *given, *kept])
         else:
             arrays, _, _ = to_arrays(given, call.settings[0])
+            if place != ON_CPU:
+                program.refuse_compiling()
             traced = program.jitted(*read, *arrays, *held)
             grads = to_tensors(traced.outs, traced.facts.dtypes, place)
         if not keeps_graph():

@@ -34,8 +34,9 @@ _is_pinned = torch.Tensor.is_pinned if torch.cuda.is_available() else None
 _ready = functools.partial(ready_on_gpu, GPU)
 
 Place = int | None
-"""Where all tensors of a call are: -1 stands for a CPU, another number for a GPU, None for nothing
-that is known."""
+"""Where all tensors of a call are: ``ON_CPU``, on the GPU of a number, or None for what else."""
+
+ON_CPU = -1
 
 
 def to_arrays(operands: Sequence[Any], x64: bool) -> tuple[list[Any], int, Place]:
