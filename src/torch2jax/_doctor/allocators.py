@@ -39,7 +39,9 @@ def allocators(gpu: Any, environment: Mapping[str, str] = os.environ) -> Iterato
         )
         return
     fraction = float(given[0] or given[1] or _DEFAULT_FRACTION)
-    at_once = environment.get("XLA_PYTHON_CLIENT_PREALLOCATE", "") not in ("false", "False", "0")
+    at_once = kind in ("default", "bfc") and (
+        environment.get("XLA_PYTHON_CLIENT_PREALLOCATE", "") not in ("false", "False", "0")
+    )
     if kind == "platform":
         yield _check(
             "allocator",
@@ -51,7 +53,7 @@ def allocators(gpu: Any, environment: Mapping[str, str] = os.environ) -> Iterato
         yield from _shares(total, fraction, at_once)
     else:
         yield _check("JAX's", "info", f"XLA_PYTHON_CLIENT_ALLOCATOR={kind} takes what arrays need")
-    yield from _of_torch(total, 0.0 if kind == "platform" or not at_once else fraction, environment)
+    yield from _of_torch(total, fraction if at_once else 0.0, environment)
     yield _tape(gpu.local_hardware_id)
 
 

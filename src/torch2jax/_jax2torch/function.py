@@ -19,8 +19,9 @@ from .._bridge.calls.function import TorchFunction
 from .._bridge.calls.names import label_of
 from .._compat.jax import local_device
 from .._compat.torch import dispatch_modes
-from .._conversions.convert import GPU, needed_cpu
+from .._conversions.convert import needed_cpu
 from .._conversions.dtypes import dtype_j2t
+from .._conversions.refusals import GPU
 from .._errors import SignatureError, Torch2JaxError, UnsupportedDtypeError
 from .autograd import apply
 from .graph_sites import named

@@ -15,8 +15,9 @@ import torch
 
 from .._bridge.handler import extension
 from .._compat.jax import cpu_device, export_capsule, import_capsule, ready_on_gpu
-from .._conversions.convert import GPU, array_beside, j2t
+from .._conversions.convert import array_beside, j2t
 from .._conversions.dtypes import dtype_t2j
+from .._conversions.refusals import GPU
 from .._errors import Torch2JaxError
 from .._refusals import check_may_call_jax
 
