@@ -19,7 +19,7 @@ REVERSE ?= .venv-reverse
 TORCHAX ?=
 BENCH ?=
 
-# Options of the GPU's checks: make gpu-check GPU="--help"
+# Options of the GPU's checks: make gpu-check GPU="--rehearse"
 GPU ?=
 
 # Options of the soak: make soak SOAK="--scale 0.1 --only hangs"
