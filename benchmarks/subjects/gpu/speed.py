@@ -60,7 +60,7 @@ def training_step() -> Found:
         )
     )
     value = float(loss(variables["params"])[0])
-    expected = float((net(x) ** 2).mean())
+    expected = float((net(x) ** 2).mean().detach())
     assert abs(value - expected) <= 1e-3 * abs(expected), (value, expected)
     rounds = 30 if big else 3
     torchs, ours = median_ms(native, rounds), median_ms(lambda: loss(variables["params"]), rounds)

@@ -297,11 +297,23 @@ _SETTINGS: tuple[Any, ...] = (
     _abstract_mesh,
     _concrete_mesh,
 )
+_precision_here: Any = _default_matmul_precision.get_local
+_abstract_mesh_here: Any = _abstract_mesh.get_local
+_concrete_mesh_here: Any = _concrete_mesh.get_local
 
 
 def settings() -> tuple[Any, ...]:
-    """Return what this thread is told that decides what is traced: 64-bit types come first."""
-    return tuple([setting.value for setting in _SETTINGS])
+    """Return what this thread is told that decides what is traced: 64-bit types come first.
+
+    What it is not told is one object for all threads, which ``under`` takes as well.
+    """
+    # It is written out, because each call of jax2torch asks.
+    return (
+        _enable_x64.value,
+        _precision_here(),
+        _abstract_mesh_here(),
+        _concrete_mesh_here(),
+    )
 
 
 @contextlib.contextmanager
