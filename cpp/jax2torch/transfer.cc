@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "handler/cuda_driver.h"
+#include "handler/release.h"
 #include "jax2torch/leaves.h"
 #include "shared/dlpack_abi.h"
 #include "shared/dtypes.h"
@@ -253,7 +254,11 @@ Owned ToTensors(const Torch& torch, PyObject* arrays, PyObject* export_capsule, 
   Owned tensors = Owned::Steal(size < 0 ? nullptr : PyTuple_New(size));
   if (!tensors) return Owned();
   Owned stream;
+  std::optional<OnDevice> on_device;
   if (place >= 0) {
+    Owned number = Owned::Steal(PyLong_FromLong(place));
+    if (number) on_device.emplace(torch, number.get());
+    if (!on_device || !on_device->ok()) return Owned();
     std::optional<void*> current = CurrentStreamOf(torch, place);
     if (!current) return Owned();
     // In DLPack 1 stands for CUDA's default stream, whose handle is 0.
@@ -265,6 +270,7 @@ Owned ToTensors(const Torch& torch, PyObject* arrays, PyObject* export_capsule, 
     Owned item = Owned::Steal(PySequence_GetItem(arrays, i));
     if (item && stream) {
       item = CallFunction(export_capsule, item.get(), stream.get());
+      if (item && !OrderRelease(torch, item.get())) return Owned();  // see NOTE [Release]
     } else if (item) {
       item = CallFunction(export_capsule, item.get());
       if (const dl::Tensor* view = item ? ViewOf(item) : nullptr) KeepFreedMemory(Bytes(*view));

@@ -141,6 +141,18 @@ def test_jax2torch_forward_and_backward(gpu: Any, xla: Any) -> None:
     torch.testing.assert_close(gpu.host(w.grad), q.grad)
 
 
+def test_results_go_back_to_xla_in_the_order_of_streams(gpu: Any, xla: Any) -> None:
+    """XLA would use the memory again while PyTorch still reads it."""
+    made = entry(lambda x: (x + 1,), f"notes XLA's stream {id(xla)}")
+    gpu.call(made.name, [gpu.buffer(np.ones(3, np.float32))], [gpu.empty((3,), np.float32)])
+    f = jax2torch(jnp.sin)
+    with gpu.on_stream(gpu.stream()):
+        y = f(gpu.tensor([1.0]))
+        gpu.reset()
+        del y
+        assert gpu.count("cuEventRecord") == gpu.count("cuStreamWaitEvent") == 1
+
+
 def test_other_tensors_go_by_way_of_python(gpu: Any, xla: Any) -> None:
     """Transposed and unaligned ones are copied, on the device."""
     f = jax2torch(lambda x, y: x + y)

@@ -12,7 +12,7 @@ import torch
 
 from torch2jax import j2t
 from torch2jax._compat import jax as compat
-from torch2jax._conversions import convert
+from torch2jax._conversions import convert, lifetimes
 from torch2jax._jax2torch import transfer
 
 
@@ -88,6 +88,7 @@ def install(monkeypatch: pytest.MonkeyPatch, gpu: Any, numbers: tuple[int, ...],
     xla = FakeXla(gpu, devices)
     monkeypatch.setattr(jax, "local_devices", local_devices)
     monkeypatch.setattr(convert, "default_device", lambda: devices[0])
+    monkeypatch.setattr(lifetimes, "_xla_stream", gpu.xla_streams.__getitem__)
     monkeypatch.setattr(jax.dlpack, "from_dlpack", xla.from_dlpack)
     monkeypatch.setattr(transfer, "import_capsule", xla.import_capsule)
     monkeypatch.setattr(transfer, "export_capsule", xla.export_capsule)

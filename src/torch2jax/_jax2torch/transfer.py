@@ -7,7 +7,6 @@ result.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from .._bridge.handler import extension
 from .._compat.jax import cpu_device, export_capsule, import_capsule, ready_on_gpu
 from .._conversions.convert import array_beside, j2t
 from .._conversions.dtypes import dtype_t2j
+from .._conversions.lifetimes import find_stream
 from .._conversions.refusals import GPU
 from .._errors import Torch2JaxError
 from .._refusals import check_may_call_jax
@@ -32,7 +32,14 @@ _EXPORTED = frozenset(
     )
 )
 _is_pinned = torch.Tensor.is_pinned if torch.cuda.is_available() else None
-_ready = functools.partial(ready_on_gpu, GPU)
+
+
+def _ready(number: int) -> tuple[Any, int] | None:
+    found = ready_on_gpu(GPU, number)
+    if found is not None:
+        find_stream(number)  # results that PyTorch drops go back in the order of that stream
+    return found
+
 
 Place = int | None
 """Where all tensors of a call are: ``ON_CPU``, on the GPU of a number, or None for what else."""
