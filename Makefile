@@ -22,7 +22,7 @@ BENCH ?=
 # Options of the sweep over other libraries' models: make sweep SWEEP="--only mixtral --surface lower"
 SWEEP ?=
 
-# Options of the GPU's checks: make gpu-check GPU="--help"
+# Options of the GPU's checks: make gpu-check GPU="--rehearse"
 GPU ?=
 
 # Options of the soak: make soak SOAK="--scale 0.1 --only hangs"

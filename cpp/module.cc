@@ -183,14 +183,14 @@ nb::object Returned(Owned object) {
   return nb::steal(object.release());
 }
 
-nb::object ArraysOf(nb::handle operands, bool x64, nb::handle import_capsule, nb::handle device,
-                    nb::handle is_pinned, nb::handle other) {
-  Importer importer{import_capsule.ptr(), device.ptr(), is_pinned.ptr(), other.ptr(), x64};
+nb::object ArraysOf(nb::handle operands, bool x64, nb::handle import_capsule, nb::handle cpu,
+                    nb::handle gpu, nb::handle is_pinned, nb::handle other) {
+  Importer importer{import_capsule.ptr(), cpu.ptr(), gpu.ptr(), is_pinned.ptr(), other.ptr(), x64};
   return Returned(ToArrays(*GetTorch(), operands.ptr(), importer));
 }
 
-nb::object TensorsOf(nb::handle arrays, nb::handle export_capsule) {
-  return Returned(ToTensors(*GetTorch(), arrays.ptr(), export_capsule.ptr()));
+nb::object TensorsOf(nb::handle arrays, nb::handle export_capsule, int place) {
+  return Returned(ToTensors(*GetTorch(), arrays.ptr(), export_capsule.ptr(), place));
 }
 
 nb::object IndicesRequiringGrad(nb::handle operands) {
@@ -328,14 +328,17 @@ NB_MODULE(_ext, m) {
       "force_capsules: do without the exchange API and libc10's functions. rocm: PyTorch and XLA "
       "use HIP.");
   m.def("to_arrays", &ArraysOf, nb::arg("operands"), nb::arg("x64"), nb::arg("import_capsule"),
-        nb::arg("device"), nb::arg("is_pinned").none(), nb::arg("other"),
-        "A sequence with JAX's arrays for tensors, as a list; the number of tensors; and whether "
-        "there are any, all of them on a CPU.\n\n"
-        "What XLA can read in place becomes `import_capsule(capsule, device, None)`, any other "
-        "tensor `other(tensor, i)`.\nx64: 64-bit dtypes may pass. is_pinned: asks a tensor, or "
-        "None where no memory is pinned.\nAfter setup().");
-  m.def("to_tensors", &TensorsOf, nb::arg("arrays"), nb::arg("export_capsule"),
-        "A tuple of the tensors in the memory of arrays. After setup().");
+        nb::arg("cpu").none(), nb::arg("gpu"), nb::arg("is_pinned").none(), nb::arg("other"),
+        "A sequence with JAX's arrays for tensors, as a list; the number of tensors; and where all "
+        "of them are: -1 for a\nCPU, the number of a GPU, or None.\n\n"
+        "What XLA can read in place becomes `import_capsule(capsule, device, stream)`, any other "
+        "tensor `other(tensor, i)`.\nThe device is `cpu`, without a stream, or "
+        "`gpu(number) -> (device, stream)`. x64: 64-bit dtypes may pass.\nis_pinned: asks a "
+        "tensor, or None where no memory is pinned. After setup().");
+  m.def("to_tensors", &TensorsOf, nb::arg("arrays"), nb::arg("export_capsule"), nb::arg("place"),
+        "A tuple of the tensors in the memory of arrays at a place that to_arrays told. After "
+        "setup().");
+  m.def("in_gpu_call", &CurrentStream::Entered, "Whether this thread is in a call on a GPU.");
   m.def(
       "requiring_grad", &IndicesRequiringGrad, nb::arg("operands"),
       "A tuple of the indices of those that are tensors which require a gradient. After setup().");

@@ -1,12 +1,13 @@
 """The checks and benchmarks that need an NVIDIA GPU, in one command of at most 8 minutes.
 
     make gpu-check                         # with a GPU, torch and jax; fetches nothing
-    python benchmarks/programs/gpu.py --rehearse    # without: what a CPU can run, written nowhere
+    python benchmarks/programs/gpu.py --rehearse    # without: all of it in short, on a CPU
 
 Builds the package from this tree without isolation (or installs the wheel that is in dist/), runs
-each part below in a process of its own, then the tests that can run on the GPU, if pytest is there,
-and writes the section of docs/gpu.md. Ends with status 1 where something failed, and with 2,
-before anything is done, where there is no GPU.
+each part below in a process of its own, then examples and the tests that can run on the GPU, if
+what they import is there, and writes the section of docs/gpu.md. The whole page is also a file in
+$OUT, or in build/, and the last line names it. Ends with status 1 where something failed, and with
+2, before anything is done, where there is no GPU. A rehearsal leaves docs/gpu.md as it is.
 """
 
 from __future__ import annotations
@@ -15,18 +16,21 @@ import argparse
 import importlib.util
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pages.page import measured, table, write_section
-from subjects.gpu_checks import NEED_A_GPU, PARTS
+from subjects.gpu_checks import LIMITS, MAY_HANG, PARTS, PREALLOCATING
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "gpu.md"
@@ -47,6 +51,10 @@ TESTS = (
     "bridge/tape",
 )
 """As many of them as there is time for."""
+EXAMPLES = ("jax_in_pytorch", "custom_operator", "gpt_on_jax", "train_digits", "ode_layer")
+"""As many of them, in short, as there is time for, and whose imports are there."""
+REHEARSED = ("conversions/test_values.py", "custom_operator")
+"""The tests and the example of a rehearsal."""
 
 
 class Line(NamedTuple):
@@ -72,9 +80,18 @@ def run_part(name: str) -> list[Line]:
 
 def in_process(name: str, seconds: float) -> list[Line]:
     command = [sys.executable, __file__, "--part", name]
+    environment = dict(os.environ)
+    if name in PREALLOCATING:
+        del environment["XLA_PYTHON_CLIENT_PREALLOCATE"]
     try:
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=seconds)
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, text=True, timeout=seconds, env=environment
+        )
     except subprocess.TimeoutExpired:
+        if name in MAY_HANG:
+            return [
+                Line(name, f"hangs, as the documentation says: ended after {seconds:.0f} s", "-")
+            ]
         return [Line(name, f"not done after {seconds:.0f} s", "FAILED")]
     if done.returncode != 0:
         return [Line(name, f"the process ended with status {done.returncode}", "FAILED")]
@@ -82,17 +99,44 @@ def in_process(name: str, seconds: float) -> list[Line]:
 
 
 def tests(name: str, seconds: float) -> Line:
-    """Tests whose arrays are on jax's default device, which is the GPU."""
+    """Tests whose arrays are on jax's default device, which is the GPU. Warnings are warnings."""
+    title = f"tests/{name}"
     if importlib.util.find_spec("pytest") is None:
-        return Line(name, "not run: pytest is not installed", "-")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/{name}"]
+        return Line(title, "not run: pytest is not installed", "-")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    command += ["-o", "filterwarnings=default", title]
     try:
         done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=seconds)
     except subprocess.TimeoutExpired:
-        return Line(name, f"not done after {seconds:.0f} s", "-")
+        return Line(title, f"not done after {seconds:.0f} s", "-")
     print(done.stdout[-4000:])
     said = (done.stdout.strip().splitlines() or ["nothing"])[-1].strip("= ")
-    return Line(name, said, "right" if done.returncode == 0 else "FAILED")
+    return Line(title, said, "right" if done.returncode == 0 else "FAILED")
+
+
+def example(name: str, seconds: float) -> Line:
+    """An example in its short form."""
+    title = f"examples/{name}.py"
+    script = ROOT / "examples" / f"{name}.py"
+    roots = re.findall(r"^(?:import|from) (\w+)", script.read_text(encoding="utf-8"), re.M)
+    absent = sorted({root for root in roots if importlib.util.find_spec(root) is None} - _OURS)
+    if absent:
+        return Line(title, f"not run: {', '.join(absent)} is not installed", "-")
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            done = subprocess.run(
+                [sys.executable, str(script), "--smoke"],
+                cwd=folder, stdout=subprocess.PIPE, text=True, timeout=seconds,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            return Line(title, f"not done after {seconds:.0f} s", "-")
+    if done.returncode != 0:
+        return Line(title, f"ended with status {done.returncode}", "FAILED")
+    return Line(title, "ran to its end", "right")
+
+
+_OURS = {"torch2jax"}
+"""``install`` puts it where the children of this process find it."""
 
 
 def no_gpu() -> str | None:
@@ -141,22 +185,26 @@ def versions() -> dict[str, str]:
     return found
 
 
-def all_parts(rehearse: bool, deadline: float) -> Iterator[Line]:
-    for name in (*PARTS, *(() if rehearse else TESTS)):
+def everything(rehearse: bool, deadline: float) -> Iterator[Line]:
+    work: list[tuple[str, Callable[[str, float], list[Line]]]] = []
+    work += [(name, in_process) for name in PARTS]
+    chosen = [name for name in EXAMPLES if not rehearse or name in REHEARSED]
+    work += [(name, lambda name, left: [example(name, left)]) for name in chosen]
+    chosen = [REHEARSED[0]] if rehearse else [*TESTS]
+    work += [(name, lambda name, left: [tests(name, left)]) for name in chosen]
+    for name, run in work:
         left = deadline - time.monotonic()
-        if rehearse and name in NEED_A_GPU:
-            yield Line(name, "needs a GPU", "-")
-        elif left < 20:
+        if left < 20:
             yield Line(name, "not run: no time was left", "FAILED" if name in PARTS else "-")
-        elif name in PARTS:
-            yield from in_process(name, left if rehearse else min(left, PART_S))
         else:
-            yield tests(name, left)
+            limit = LIMITS.get(name, PART_S if name in PARTS else left)
+            yield from run(name, left if rehearse else min(left, limit))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--rehearse", action="store_true", help="on a CPU, written nowhere")
+    parser.add_argument("--rehearse", action="store_true", help="on a CPU, in short")
+    parser.add_argument("--only", choices=list(PARTS), help="this part alone; the page stays")
     parser.add_argument("--part", choices=list(PARTS), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.part:
@@ -169,20 +217,39 @@ def main() -> int:
         return 2
     if not arguments.rehearse:
         install()
-    lines = []
     limit = 4 * LIMIT_S if arguments.rehearse else LIMIT_S
-    for line in all_parts(arguments.rehearse, started + limit):
+    if arguments.only:
+        found: Iterable[Line] = in_process(arguments.only, limit)
+    else:
+        found = everything(arguments.rehearse, started + limit)
+    lines = []
+    for line in found:
         print(f"{line.verdict:<7} {line.what}: {line.found}", flush=True)
         lines.append(line)
-    seconds = time.monotonic() - started
-    text = f"{measured(load, versions())}\nAll of it took {seconds:.0f} s.\n\n"
-    text += table(["check", "found", "verdict"], lines)
-    if arguments.rehearse:
-        print(f"\n{text}")
-    else:
+    failed = any(line.verdict == "FAILED" for line in lines)
+    if not arguments.only:
+        seconds = time.monotonic() - started
+        text = f"{measured(load, versions())}\nAll of it took {seconds:.0f} s.\n\n"
+        text += table(["check", "found", "verdict"], [[_cell(x) for x in line] for line in lines])
+        print(f"Written: {written(text, arguments.rehearse)}")
+    return int(failed)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def written(text: str, rehearse: bool) -> Path:
+    """The page with the text as its section, as a file that can be taken away."""
+    folder = Path(os.environ.get("OUT") or ROOT / "build")
+    folder.mkdir(parents=True, exist_ok=True)
+    copy = folder / ("gpu-rehearsal.md" if rehearse else "gpu.md")
+    if not rehearse:
         write_section(PAGE, text, "gpu")
-        print(f"\nWritten to {PAGE.relative_to(ROOT)}.")
-    return int(any(line.verdict == "FAILED" for line in lines))
+    shutil.copy(PAGE, copy)
+    if rehearse:
+        write_section(copy, f"**A rehearsal on a CPU.** {text}", "gpu")
+    return copy
 
 
 if __name__ == "__main__":

@@ -9,6 +9,13 @@
 #include "shared/dtypes.h"
 
 namespace bridge {
+namespace {
+
+thread_local int entered = 0;
+
+}  // namespace
+
+bool CurrentStream::Entered() noexcept { return entered > 0; }
 
 CurrentStream::CurrentStream(const Torch& torch, const Target& target) : torch_(torch) {
   if (!Remember(target)) return;
@@ -18,6 +25,7 @@ CurrentStream::CurrentStream(const Torch& torch, const Target& target) : torch_(
   // This makes the stream's device the current one too.
   set_ =
       static_cast<bool>(CallFunction(torch.set_stream.get(), id.get(), target_device_.get(), type));
+  if (set_) ++entered;
 }
 
 bool CurrentStream::Remember(const Target& target) {
@@ -41,6 +49,7 @@ bool CurrentStream::Remember(const Target& target) {
 
 CurrentStream::~CurrentStream() {
   if (!set_) return;
+  --entered;
   Owned restored =
       CallFunction(torch_.set_stream.get(), PyTuple_GetItem(stream_.get(), 0),
                    PyTuple_GetItem(stream_.get(), 1), PyTuple_GetItem(stream_.get(), 2));

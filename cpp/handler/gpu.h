@@ -30,6 +30,8 @@ class CurrentStream {
   ~CurrentStream();
   // False: a Python exception is set.
   bool ok() const noexcept { return set_; }
+  // Whether such an object exists on this thread: a call on a GPU is under way.
+  static bool Entered() noexcept;
   // The handle of the stream that was the current one.
   void* before() const noexcept { return handle_; }
 

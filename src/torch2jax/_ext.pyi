@@ -52,13 +52,15 @@ def to_arrays(
     operands: Sequence[Any],
     x64: bool,
     import_capsule: Callable[..., Any],
-    device: Any,
+    cpu: Any,
+    gpu: Callable[[int], tuple[Any, int] | None],
     is_pinned: Callable[[torch.Tensor], bool] | None,
     other: Callable[[torch.Tensor, int], Any],
-) -> tuple[list[Any], int, bool]: ...
+) -> tuple[list[Any], int, int | None]: ...
 def to_tensors(
-    arrays: Sequence[Any], export_capsule: Callable[[Any], Any]
+    arrays: Sequence[Any], export_capsule: Callable[..., Any], place: int
 ) -> tuple[torch.Tensor, ...]: ...
+def in_gpu_call() -> bool: ...
 def requiring_grad(operands: Sequence[Any]) -> tuple[int, ...]: ...
 def eager_dispatch(
     *,

@@ -10,8 +10,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import torch
 from jax.tree_util import tree_flatten_with_path
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
@@ -20,7 +18,7 @@ from ._bridge.calls.checks import argument_label
 from ._bridge.calls.function import TorchFunction
 from ._bridge.torch_side.modules.forward import Forward
 from ._bridge.torch_side.modules.replica import Layout
-from ._conversions.convert import j2t, t2j
+from ._conversions.convert import j2t, own_array
 from ._conversions.float64 import admit, narrow_floats
 from ._errors import SignatureError
 from ._torch2jax import torch2jax
@@ -184,7 +182,10 @@ def from_module(
     for dtype in {t.dtype for tensors in layout.tensors.values() for t in tensors.values()}:
         admit(dtype)
     variables: Variables = {
-        group: {name: _copy(t) for name, t in layout.tensors[group].items()} for group in _GROUPS
+        group: {
+            name: own_array(narrow_floats(t.detach())) for name, t in layout.tensors[group].items()
+        }
+        for group in _GROUPS
     }
     wrap = _verbatim(wrap) if kwargs else wrap
     return Apply(layout, wrap, kwargs, options, example_args), variables
@@ -250,14 +251,6 @@ def _verbatim(wrap: Callable[[Any], Any]) -> Callable[[Any], Any]:
         return lambda args, own: call(*args, **own)
 
     return wrapped
-
-
-def _copy(t: torch.Tensor) -> jax.Array:
-    array = t2j(narrow_floats(t.detach()).clone())
-    if jax.default_backend() == "cpu":
-        # The CPU is the only place, so the array is bound to none and joins others on a mesh.
-        return jnp.array(np.asarray(array))
-    return array
 
 
 def _uncompiled(module: torch.nn.Module) -> tuple[torch.nn.Module, Callable[[Any], Any]]:

@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from ._compat.torch import BackwardLocal
 from ._errors import SignatureError, Torch2JaxError
 
 # --- one of several devices ----------------------------------------------------------------------
 
 
-class _Thread(threading.local):
-    one_of_several = False
-
-
-_several_devices = _Thread()
+_one_of_several = BackwardLocal(f"{__name__.partition('.')[0]}: one of several devices")
 
 
 def on_one_of_several(run: Callable[..., Any]) -> Callable[..., Any]:
     """Return ``run`` on a thread that knows that its program runs on several devices at once."""
 
     def call(*args: Any) -> Any:
-        before, _several_devices.one_of_several = _several_devices.one_of_several, True
+        before = _one_of_several.get()
+        _one_of_several.set(True)
         try:
             return run(*args)
         finally:
-            _several_devices.one_of_several = before
+            _one_of_several.set(before)
 
     return call
 
@@ -36,7 +33,7 @@ def check_may_call_jax(what: str) -> None:
 
     Devices wait for each other in a collective, and what is called waits for a device.
     """
-    if _several_devices.one_of_several:
+    if _one_of_several.get():
         raise Torch2JaxError(
             f"{what} is called inside a torch2jax function that runs on several devices at once. "
             "Calling JAX from there deadlocks when the devices wait for each other: make the JAX "

@@ -45,8 +45,8 @@ def test_memory_that_xla_reads_is_not_used_again(
     known: Any, monkeypatch: pytest.MonkeyPatch, device: int
 ) -> None:
     gpu = known
-    monkeypatch.setattr(convert, "_array", Held)
-    monkeypatch.setattr(convert, "_check_device", lambda tensor: None)
+    monkeypatch.setattr(convert, "_bits", lambda tensor, imported: Held(tensor))
+    monkeypatch.setattr(convert, "check_device", lambda tensor: None)
     with gpu.on_stream(gpu.stream(device), device) as side:
         tensor = gpu.tensor([1.0, 2.0, 3.0], device)
         address = tensor.data_ptr()

@@ -26,6 +26,7 @@ from torch2jax import (
     t2j,
     torch2jax,
 )
+from torch2jax._conversions.convert import array_beside
 from torch2jax._jax2torch import transfer
 
 Pair = namedtuple("Pair", ["a", "b"])
@@ -144,7 +145,7 @@ def test_what_is_not_plain_goes_through_t2j(monkeypatch: pytest.MonkeyPatch) -> 
 
     def other(x: torch.Tensor, i: int) -> jax.Array:
         asked.append(i)
-        return t2j(x)
+        return array_beside(x)
 
     class Mine(torch.Tensor):
         pass
@@ -166,14 +167,15 @@ def test_what_is_not_plain_goes_through_t2j(monkeypatch: pytest.MonkeyPatch) -> 
         ),
         *(torch.ones(3, dtype=torch.complex64).conj(), torch.ones(3, dtype=torch.int64)),
     ]
-    arrays, n_tensors, on_cpu = transfer.to_arrays([*plain, 2.0, None, *others], False)
+    arrays, n_tensors, place = transfer.to_arrays([*plain, 2.0, None, *others], False)
     first = len(plain) + 2
     assert asked == list(range(first, first + len(others)))
     assert n_tensors == len(plain) + len(others)
-    assert on_cpu
+    assert place == -1
     assert arrays[len(plain) : first] == [2.0, None]
     for x, array in zip([*plain, *others], arrays[: len(plain)] + arrays[first:], strict=True):
         expected = t2j(x)
+        assert array.committed
         assert (array.shape, array.dtype) == (expected.shape, expected.dtype)
         np.testing.assert_array_equal(array, expected)
         np.testing.assert_array_equal(jax.jit(lambda a: a)(array), expected)
@@ -182,9 +184,9 @@ def test_what_is_not_plain_goes_through_t2j(monkeypatch: pytest.MonkeyPatch) -> 
             assert shared == (any(x is p for p in plain) or type(x) is Mine)
     asked.clear()
     with precision(True):
-        _, _, on_cpu = transfer.to_arrays([torch.ones(3, dtype=torch.int64)], True)
+        transfer.to_arrays([torch.ones(3, dtype=torch.int64)], True)
     assert not asked
-    assert transfer.to_arrays([1.0], False) == ([1.0], 0, False)
+    assert transfer.to_arrays([1.0], False) == ([1.0], 0, None)
 
 
 def test_static_arguments() -> None:
@@ -308,10 +310,10 @@ def test_shape_errors_are_jax_own() -> None:
 
 def test_arguments_are_not_copied() -> None:
     x = torch.ones(1 << 20)
-    (array,), _, on_cpu = transfer.to_arrays([x], False)
+    (array,), _, place = transfer.to_arrays([x], False)
     assert array.unsafe_buffer_pointer() == x.data_ptr()
-    assert on_cpu
-    (tensor,) = transfer.to_tensors([array], frozenset({array.dtype}), on_cpu)
+    assert place == -1
+    (tensor,) = transfer.to_tensors([array], frozenset({array.dtype}), place)
     assert tensor.data_ptr() == x.data_ptr()
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from torch2jax import Torch2JaxError, jax2torch
+from torch2jax._compat.jax import settings
 
 dynamo = pytest.importorskip("torch._dynamo")
 if not hasattr(dynamo, "nonstrict_trace"):
@@ -121,7 +122,7 @@ def test_opcheck() -> None:
         entry.program.batch((0, None, None, None)),
     ):
         for given in ([x, w], [x.detach(), w.detach()]):
-            site = graph_sites.Site.of(program, kinds, 4, 0, False)
+            site = graph_sites.Site.of(program, kinds, 4, 0, settings())
             torch.library.opcheck(graph_operator._op, (given, [2.0], [3], site.name))
 
 

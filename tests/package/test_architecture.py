@@ -26,7 +26,8 @@ SOURCES = sorted(FILES.values())
 STACK = [
     # Each line imports only what stands on lines above it, and itself.
     {"_errors"},
-    {"_refusals", "_compat", "_conversions.narrowed"},
+    {"_compat", "_conversions.narrowed"},
+    {"_refusals"},
     {"_conversions", "_bridge.torch_side"},
     {"_bridge.handler"},
     {"_bridge.jax_side"},

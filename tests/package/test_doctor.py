@@ -17,7 +17,7 @@ import torch
 
 from torch2jax import torch2jax
 from torch2jax._bridge.handler.extension import TARGET
-from torch2jax._doctor import findings, main, printing, proofs
+from torch2jax._doctor import allocators, findings, main, printing, proofs
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -135,7 +135,7 @@ def test_usage_is_refused() -> None:
 
 # -- settings that hurt ----------------------------------------------------------------------------
 
-GPU = SimpleNamespace(platform="gpu", id=0, device_kind="a GPU")
+GPU = SimpleNamespace(platform="gpu", id=5, local_hardware_id=1, device_kind="a GPU")
 
 
 def memory_warnings(monkeypatch: pytest.MonkeyPatch, *devices: Any, **environment: str) -> Any:
@@ -169,6 +169,67 @@ def test_memory_settings_of_a_gpu(
     environment: dict[str, str], expected: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert memory_warnings(monkeypatch, GPU, **environment) == expected
+
+
+@pytest.mark.parametrize(
+    ("environment", "jax_takes", "torch_takes"),
+    [
+        ({}, "JAX takes 60.0 GiB of 80.0 GiB of a GPU's memory at its start", "20.0 GiB at most"),
+        (
+            {"XLA_CLIENT_MEM_FRACTION": ".25"},
+            "takes 20.0 GiB of 80.0 GiB of a GPU's memory at its start",
+            "60.0 GiB at most",
+        ),
+        (
+            {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
+            "takes what arrays need, 60.0 GiB of 80.0 GiB at most",
+            "80.0 GiB at most",
+        ),
+        (
+            {"XLA_PYTHON_CLIENT_ALLOCATOR": "cuda_async"},
+            "XLA_PYTHON_CLIENT_ALLOCATOR=cuda_async takes what arrays need",
+            "80.0 GiB at most",
+        ),
+        (
+            {"XLA_PYTHON_CLIENT_ALLOCATOR": "platform"},
+            "asks the driver for every array",
+            "80.0 GiB at most",
+        ),
+    ],
+)
+def test_what_the_two_allocators_do(
+    environment: dict[str, str],
+    jax_takes: str,
+    torch_takes: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[Any] = []
+
+    def mem_get_info(number: int) -> tuple[int, int]:
+        asked.append(number)
+        return 10 * 2**30, 80 * 2**30
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", mem_get_info)
+    monkeypatch.setattr(allocators, "default_budget", lambda device: 2**30 * (1 + device.index))
+    found = list(allocators.allocators(GPU, environment))
+    assert asked == [1]  # the GPU of this process, by the number of the driver
+    told = {check.name: check.detail for check in found}
+    assert jax_takes in found[0].detail
+    assert torch_takes in told["PyTorch's"]
+    assert "up to 2.0 GiB" in told["tape"]
+    (fragments,) = [check for check in found if check.name == "fragments"]
+    assert "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True" in fragments.remedy
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        set_so = {**environment, name: "expandable_segments:True"}
+        assert "fragments" not in {check.name for check in allocators.allocators(GPU, set_so)}
+
+
+def test_two_names_of_one_variable() -> None:
+    both = {"XLA_CLIENT_MEM_FRACTION": ".4", "XLA_PYTHON_CLIENT_MEM_FRACTION": ".4"}
+    (check,) = allocators.allocators(GPU, both)
+    assert check.status == "failed"
+    assert "older name" in check.remedy
 
 
 def test_memory_settings_of_a_gpu_do_not_matter_without_one(

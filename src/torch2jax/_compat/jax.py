@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -18,7 +19,11 @@ from jax._src import effects as _effects
 # The public class of arrays, jax.Array, is an ABC whose instance check costs a microsecond.
 from jax._src.array import ArrayImpl
 
-# The public way to ask whether 64-bit types are on takes two functions of Python.
+# The public way to ask for these settings takes two functions of Python, and two have none.
+from jax._src.config import abstract_mesh_context_manager as _abstract_mesh
+from jax._src.config import default_device as _default_device
+from jax._src.config import default_matmul_precision as _default_matmul_precision
+from jax._src.config import device_context as _concrete_mesh
 from jax._src.config import enable_x64 as _enable_x64
 
 # The public way to ask whether a transform is under way takes more than a microsecond. Which one it
@@ -38,16 +43,23 @@ __all__ = [
     "TorchEffect",
     "cpu_device",
     "current_mesh",
+    "default_device",
     "device_count",
     "export_capsule",
     "get_opaque_trace_state",
+    "has_run",
     "import_capsule",
+    "local_device",
     "precision",
     "random_effect",
+    "ready_on_gpu",
     "register_dce_rule",
     "result_aval",
+    "settings",
     "torch_effect",
     "trace_state_clean",
+    "uncommitted",
+    "under",
     "varying_axes",
     "varying_everywhere",
     "varying_together",
@@ -201,28 +213,118 @@ def result_aval(shape: tuple[int, ...], dtype: Any, operands: Iterable[Any]) -> 
     return _core.ShapedArray(shape, dtype, sharding=sharding, vma=axes)  # type: ignore[call-arg]
 
 
+# --- devices -------------------------------------------------------------------------------------
+
+
+@functools.cache
+def cpu_device() -> Any:
+    """Return JAX's CPU; None where JAX_PLATFORMS leaves it out."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return None
+
+
+@functools.cache
+def local_device(platform: str, hardware_id: int) -> Any:
+    """Return the device of this process that the driver knows by that number, or None.
+
+    The number is not the place in a list: with one GPU per process the only device of the second
+    process has the number 1.
+    """
+    try:
+        found = jax.local_devices(backend=platform)
+    except RuntimeError:
+        return None
+    return next((d for d in found if d.local_hardware_id == hardware_id), None)
+
+
+def default_device() -> Any:
+    """Return the device on which JAX puts new arrays, in this thread."""
+    chosen = _default_device.value
+    if chosen is None:
+        return _first_device()
+    return jax.local_devices(backend=chosen)[0] if isinstance(chosen, str) else chosen
+
+
+@functools.cache
+def _first_device() -> Any:
+    return jax.local_devices()[0]
+
+
+def uncommitted(array: Any) -> Any:
+    """Return the same memory as an array that follows the arrays with which it is combined."""
+    return ArrayImpl(array.aval, array.sharding, [array], committed=False, _skip_checks=True)
+
+
 # --- DLPack at the speed of a call ---------------------------------------------------------------
 # jax.dlpack.from_dlpack takes 22 µs, and the import that it ends in takes 3. The same is true of
 # __dlpack__ and its export.
 
 
-@functools.cache
-def cpu_device() -> Any:
-    """Return the device to which ``import_capsule`` imports."""
-    return jax.local_devices(backend="cpu")[0]
-
-
 import_capsule: Any = _xla.dlpack_managed_tensor_to_buffer
-"""Called with ``(capsule, cpu_device(), None)`` it returns the array of a DLPack capsule that holds
-row-major CPU memory, aligned to 64 bytes."""
+"""Called with ``(capsule, device, stream)`` it returns the array of a DLPack capsule that holds
+row-major memory. On a CPU that memory is aligned to 64 bytes, any CPU device will do, and there is
+no stream, but None."""
 
 export_capsule: Any = _xla.buffer_to_dlpack_managed_tensor
-"""This returns a DLPack capsule of an array on one CPU device, which is computed by then."""
+"""Called with an array on one CPU device it returns a DLPack capsule, and the array is computed by
+then. Called with an array on a GPU and a stream, it has the stream wait for the array."""
+
+
+def ready_on_gpu(platform: str, number: int) -> tuple[Any, int] | None:
+    """Return a GPU and the stream to which ``import_capsule`` looks there; None where JAX has none.
+
+    An array that is imported with this stream is ready when what is queued on it now is done.
+    """
+    device = local_device(platform, number)
+    return None if device is None else (device, device.get_stream_for_external_ready_events())
 
 
 def x64_enabled() -> bool:
     """Return whether JAX carries 64-bit values now, in this thread."""
     return _enable_x64.value
+
+
+def has_run(jitted: Any) -> bool:
+    """Return whether a function of ``jax.jit`` has been compiled, for whatever operands."""
+    return jitted._cache_size() > 0
+
+
+_SETTINGS: tuple[Any, ...] = (
+    _enable_x64,
+    _default_matmul_precision,
+    _abstract_mesh,
+    _concrete_mesh,
+)
+_precision_here: Any = _default_matmul_precision.get_local
+_abstract_mesh_here: Any = _abstract_mesh.get_local
+_concrete_mesh_here: Any = _concrete_mesh.get_local
+
+
+def settings() -> tuple[Any, ...]:
+    """Return what this thread is told that decides what is traced: 64-bit types come first.
+
+    What it is not told is one object for all threads, which ``under`` takes as well.
+    """
+    # It is written out, because each call of jax2torch asks.
+    return (
+        _enable_x64.value,
+        _precision_here(),
+        _abstract_mesh_here(),
+        _concrete_mesh_here(),
+    )
+
+
+@contextlib.contextmanager
+def under(values: tuple[Any, ...]) -> Iterator[None]:
+    """In this context ``settings()`` are these, in this thread."""
+    before = [setting.swap_local(x) for setting, x in zip(_SETTINGS, values, strict=True)]
+    try:
+        yield
+    finally:
+        for setting, x in zip(_SETTINGS, before, strict=True):
+            setting.set_local(x)
 
 
 def precision(x64: bool) -> Any:

@@ -134,6 +134,28 @@ def pull_back_rows(
         torch._C._vmapmode_decrement_nesting()
 
 
+_stash: Any = torch._C._stash_obj_in_tls  # type: ignore[attr-defined]
+_stashed: Any = torch._C._get_obj_in_tls  # type: ignore[attr-defined]
+_is_stashed: Any = torch._C._is_key_in_tls  # type: ignore[attr-defined]
+
+
+class BackwardLocal:
+    """A flag of a thread that holds in the backward passes which the thread starts, too.
+
+    PyTorch runs those of GPUs on threads of its own, one for each GPU, and there sets what it calls
+    the state of the thread that asked: grad mode, and objects like this one.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def get(self) -> bool:
+        return _is_stashed(self._name) and _stashed(self._name)
+
+    def set(self, value: bool) -> None:
+        _stash(self._name, value)
+
+
 # --- jax2torch -----------------------------------------------------------------------------------
 
 transforms_active: Any = torch._C._are_functorch_transforms_active

@@ -2,11 +2,16 @@
 
 NOTE [When t2j and j2t copy]. Both go through DLPack, which hands over a pointer. `j2t` never copies
 a `jax.Array`. `t2j` copies what XLA cannot read in place: strides other than row-major, lazy
-conjugation or negation, a CPU address off XLA's alignment, int64 while x64 is off. XLA could take a
+conjugation or negation, an address off XLA's alignment, int64 while x64 is off. XLA could take a
 dense transposed block as it is, but such an array has a layout of its own: functions compiled ahead
 of time refuse it, `jax.jit` compiles once more for it, an FFI call transposes it each time, and
 jaxlib 0.7 reads it wrong on CPU without an error. The table for users, row by row as the tests hold
 it, is in docs/conversions.md.
+
+NOTE [Where arrays are]. A tensor on a CPU says nothing about where JAX should compute, so its array
+is where JAX puts new arrays: on the default device, committed to none. All CPU devices of JAX read
+the same memory, so that costs no copy where the default device is a CPU. A tensor on a GPU was put
+there, so its array is committed to that GPU.
 """
 
 from __future__ import annotations
@@ -15,17 +20,34 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
-from jax.core import Tracer
+from torch.utils.dlpack import to_dlpack
 
-from .._errors import SignatureError, Torch2JaxError, UnsupportedDtypeError
+from .._compat.jax import (
+    cpu_device,
+    default_device,
+    import_capsule,
+    uncommitted,
+)
+from .._errors import Torch2JaxError, UnsupportedDtypeError
 from .._refusals import check_may_call_jax
-from .dtypes import TO_JAX, carrier_of, dtype_j2t, dtype_t2j, needs_x64, type_name, x64_enabled
+from .dtypes import TO_JAX, carrier_of, dtype_j2t, needs_x64, x64_enabled
 from .lifetimes import borrowed, lend
 from .narrowed import NARROWED
+from .refusals import GPU, check_array, check_device, check_tensor
 
-__all__ = ["j2t", "t2j", "tree_j2t", "tree_t2j"]
+__all__ = [
+    "array_beside",
+    "default_array",
+    "j2t",
+    "needed_cpu",
+    "own_array",
+    "t2j",
+    "tree_j2t",
+    "tree_t2j",
+]
 
 NDArray: TypeAlias = "np.ndarray[Any, Any]"
 
@@ -35,7 +57,12 @@ _ENABLE_X64 = 'jax.config.update("jax_enable_x64", True)'
 
 # --- tensor to array -----------------------------------------------------------------------------
 
-_ALIGNMENT = 64  # XLA reads CPU memory in place where it is aligned to so many bytes
+_ALIGNMENT = 64
+"""XLA reads CPU memory in place where it is aligned to so many bytes."""
+
+_GPU_ALIGNMENT = 16
+"""A program that XLA compiled for a GPU takes operands that are aligned to so many bytes, and ends
+with an error for others: ``kEntryParameterAlignBytes`` in XLA's ``gpu_constants.h``."""
 
 
 def t2j(tensor: torch.Tensor) -> jax.Array:
@@ -51,13 +78,14 @@ def t2j(tensor: torch.Tensor) -> jax.Array:
             history, as if the tensor were detached.
 
     Returns:
-        An array of the same shape in row-major layout, committed to the device on which the tensor
-        is, of the dtype of the same name; while x64 is off, int32 for int64.
+        An array of the same shape in row-major layout, of the dtype of the same name; while x64 is
+        off, int32 for int64. That of a tensor on a GPU is committed to that GPU. That of a tensor
+        on a CPU is on JAX's default device and, like one from `jnp.asarray`, committed to none.
 
-        These are copied, on that device: a tensor that is not contiguous (transposed, expanded,
-        sliced with a step), one lazily conjugated or negated, int64 while x64 is off; on a CPU also
-        memory that is not aligned to 64 bytes (most slices that do not begin at the first element)
-        or is pinned.
+        These are copied: a tensor on a CPU where JAX's default device is none; one that is not
+        contiguous (transposed, expanded, sliced with a step), one lazily conjugated or negated,
+        int64 while x64 is off; memory that is not aligned to 64 bytes on a CPU (most slices that do
+        not begin at the first element) or to 16 bytes on a GPU; pinned memory.
 
     Raises:
         SignatureError: not a tensor, or one without dense memory of its own (sparse, nested, meta,
@@ -77,7 +105,61 @@ def t2j(tensor: torch.Tensor) -> jax.Array:
         True
     """
     check_may_call_jax("t2j")
-    _check_tensor(tensor)
+    tensor = _readable(tensor)
+    if not tensor.is_cpu:
+        return _on_gpu(tensor)
+    device = default_device()
+    if device.platform != "cpu":
+        return _new(tensor)
+    return uncommitted(_array(_aligned(tensor), device, None))
+
+
+def array_beside(tensor: torch.Tensor) -> jax.Array:
+    """Return what `t2j` does, committed to the device on which the tensor is, a CPU too."""
+    tensor = _readable(tensor)
+    if not tensor.is_cpu:
+        return _on_gpu(tensor)
+    return _array(_aligned(tensor), needed_cpu("a tensor is"), None)
+
+
+def needed_cpu(what: str) -> Any:
+    """Return JAX's CPU, or raise where JAX has none; ``what`` should be on it."""
+    device = cpu_device()
+    if device is None:
+        raise Torch2JaxError(
+            f"{what} on the CPU, and JAX has no such device here: JAX_PLATFORMS leaves it out. Add "
+            f'it, as in JAX_PLATFORMS="{GPU},cpu", or move the tensors to the GPU.'
+        )
+    return device
+
+
+def own_array(tensor: torch.Tensor) -> jax.Array:
+    """Return an array in memory of its own. That of a tensor on a CPU is JAX's, and can be donated.
+
+    It is committed if the tensor is on another GPU than the default one. See NOTE [Where arrays
+    are].
+    """
+    if tensor.is_cpu:
+        return _new(_readable(tensor))
+    array = t2j(tensor.clone())
+    return uncommitted(array) if array.devices() == {default_device()} else array
+
+
+def default_array(tensor: torch.Tensor) -> jax.Array:
+    """Return an array of a tensor that only the array uses, on JAX's default device, uncommitted.
+
+    A tensor that is already there is not copied.
+    """
+    array = t2j(tensor)
+    if tensor.is_cpu:
+        return array
+    device = default_device()
+    return uncommitted(array if array.devices() == {device} else jax.device_put(array, device))
+
+
+def _readable(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a plain tensor with these values in row-major memory, or raise."""
+    check_tensor(tensor)
     if tensor.dtype in NARROWED and not x64_enabled():
         tensor = _narrowed(tensor)
     if tensor.requires_grad or type(tensor) is not torch.Tensor:
@@ -86,25 +168,53 @@ def t2j(tensor: torch.Tensor) -> jax.Array:
     if min(tensor.shape, default=2) < 2:
         # The strides of such sizes are arbitrary, and XLA would read a layout into them.
         tensor = tensor.reshape(-1).view(tensor.shape)
-    if tensor.is_cpu:
-        # Pinned memory would go to JAX's GPU backend; what comes from the CPU stays on the CPU.
-        if tensor.data_ptr() % _ALIGNMENT or tensor.is_pinned():
-            tensor = tensor.clone()
-        return _array(tensor)
-    _check_device(tensor)
+    return tensor
+
+
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    # Pinned memory would go to JAX's GPU backend; what comes from the CPU stays on the CPU.
+    return tensor.clone() if tensor.data_ptr() % _ALIGNMENT or tensor.is_pinned() else tensor
+
+
+def _on_gpu(tensor: torch.Tensor) -> jax.Array:
+    check_device(tensor)
+    if tensor.data_ptr() % _GPU_ALIGNMENT:
+        tensor = tensor.clone()
     with torch.cuda.device(tensor.device):  # torch exports from the current device only
-        array = _array(tensor)
+        array = _bits(tensor, jax.dlpack.from_dlpack)
     lend(tensor)
     return array
 
 
-def _array(tensor: torch.Tensor) -> jax.Array:
+def _array(tensor: torch.Tensor, device: Any, stream: int | None) -> jax.Array:
+    return _bits(tensor, lambda x: import_capsule(to_dlpack(x), device, stream))
+
+
+def _bits(tensor: torch.Tensor, imported: Callable[[torch.Tensor], jax.Array]) -> jax.Array:
+    """Return the array of a tensor; where DLPack lacks its dtype, by way of its bits."""
     carrier = carrier_of(tensor.dtype)
     if carrier is None:
-        return jax.dlpack.from_dlpack(tensor)
-    bits = jax.dlpack.from_dlpack(tensor.view(carrier))
+        return imported(tensor)
+    bits = imported(tensor.view(carrier))
     with jax.ensure_compile_time_eval():  # it is an array also while a function is traced
         return jax.lax.bitcast_convert_type(bits, TO_JAX[tensor.dtype])
+
+
+def _new(tensor: torch.Tensor) -> jax.Array:
+    """Return a copy of a tensor on a CPU, as JAX makes one of a NumPy array."""
+    with jax.ensure_compile_time_eval():
+        return jnp.array(_as_numpy(tensor))
+
+
+def _as_numpy(tensor: torch.Tensor) -> NDArray:
+    dtype = TO_JAX[tensor.dtype]
+    if dtype.isbuiltin == 1:
+        return tensor.numpy()
+    return tensor.view(_SIGNED[dtype.itemsize]).numpy().view(dtype)
+
+
+_SIGNED = {1: torch.int8, 2: torch.int16}
+"""NumPy knows the bits of bfloat16 and float8 as those of such integers."""
 
 
 def _narrowed(tensor: torch.Tensor) -> torch.Tensor:
@@ -124,82 +234,6 @@ def _narrowed(tensor: torch.Tensor) -> torch.Tensor:
                 f"Switch them on: {_ENABLE_X64}."
             )
     return tensor.to(torch.int32, memory_format=torch.contiguous_format)
-
-
-def _check_tensor(tensor: object) -> None:
-    if not isinstance(tensor, torch.Tensor):
-        if isinstance(tensor, jax.Array):
-            remedy = "It is a JAX array already; j2t goes the other way."
-        elif isinstance(tensor, torch.nn.Module):
-            remedy = "from_module(module) makes a JAX function and its variables of a module."
-        elif isinstance(tensor, torch.dtype):
-            remedy = "dtype_t2j converts dtypes."
-        elif callable(tensor):
-            remedy = "torch2jax(fn) makes a JAX function of a PyTorch function."
-        else:
-            remedy = (
-                "jnp.asarray makes arrays of numbers, lists and NumPy arrays; "
-                "tree_t2j takes trees of tensors."
-            )
-        raise SignatureError(f"t2j takes a torch.Tensor, got {type_name(tensor)}. {remedy}")
-    dtype_t2j(tensor.dtype)
-    without_memory = _without_memory(tensor)
-    if without_memory is not None:
-        raise SignatureError(f"t2j got {without_memory}")
-
-
-def _without_memory(tensor: torch.Tensor) -> str | None:
-    """Say what a tensor without dense memory of its own is, and the remedy; None for others."""
-    if tensor.is_nested:
-        return (
-            "a nested tensor, and JAX arrays are dense. Convert it first: "
-            "tensor.to_padded_tensor(padding), or tensor.unbind() and tree_t2j."
-        )
-    if tensor.layout is not torch.strided:
-        return (
-            f"a tensor of layout {tensor.layout}, and JAX arrays are dense. "
-            f"Convert it first: tensor.to_dense()."
-        )
-    if tensor.is_meta:
-        return (
-            "a meta tensor, which has a shape and no values. Give it values first, "
-            'for example torch.zeros_like(tensor, device="cpu").'
-        )
-    try:
-        if type(tensor) is not torch.Tensor and tensor.untyped_storage().device.type == "meta":
-            return (
-                "a fake tensor, which has a shape and no values. PyTorch makes them where it "
-                "traces (torch.compile, torch.export, shape inference): convert outside of that."
-            )
-        if tensor.data_ptr() or not tensor.numel():
-            return None
-    except ValueError:
-        return "a parameter that is not initialized. Run its lazy module once first."
-    except RuntimeError:
-        return (
-            "a tensor inside a torch.func transform (vmap, grad, jvp), which holds no values "
-            "of its own. Convert outside of the transform; jax2torch calls a JAX function in it."
-        )
-    return (
-        f"a tensor of type {type_name(tensor)} that holds no memory of its own. "
-        f"Convert the tensors that it wraps, or a dense copy."
-    )
-
-
-def _check_device(tensor: torch.Tensor) -> None:
-    if not tensor.is_cuda:  # ROCm's tensors are "cuda" too
-        raise SignatureError(
-            f"t2j got a tensor on {tensor.device}, and PyTorch and JAX share memory on CPU, CUDA "
-            f"and ROCm devices. Move it first: tensor.cpu()."
-        )
-    try:
-        jax.local_devices(backend="rocm" if torch.version.hip else "cuda")
-    except RuntimeError:
-        found = ", ".join(sorted({device.platform for device in jax.local_devices()}))
-        raise Torch2JaxError(
-            f"t2j got a tensor on {tensor.device}, and JAX has no such device here, only: {found}. "
-            f"Move it first, tensor.cpu(), or install JAX for this GPU."
-        ) from None
 
 
 # --- array to tensor -----------------------------------------------------------------------------
@@ -240,7 +274,7 @@ def j2t(array: jax.Array | NDArray) -> torch.Tensor:
     """
     if isinstance(array, np.ndarray):
         return _from_numpy(array)
-    _check_array(array)
+    check_array(array)
     dtype = dtype_j2t(array.dtype)
     carrier = carrier_of(dtype)
     if carrier is None:
@@ -262,56 +296,6 @@ def _from_numpy(array: NDArray) -> torch.Tensor:
         return torch.from_numpy(native)
     # It is bfloat16 or float8.
     return torch.from_numpy(native.view(f"i{native.itemsize}")).view(dtype)
-
-
-def _check_array(array: object) -> None:
-    if not isinstance(array, jax.Array):
-        if isinstance(array, torch.Tensor):
-            remedy = "It is a tensor already; t2j goes the other way."
-        elif isinstance(array, np.dtype | type):
-            remedy = "dtype_j2t converts dtypes."
-        elif callable(array):
-            remedy = "jax2torch(fn) makes a PyTorch function of a JAX function."
-        else:
-            remedy = (
-                "torch.tensor makes tensors of numbers and lists; tree_j2t takes trees of arrays."
-            )
-        raise SignatureError(
-            f"j2t takes a jax.Array or a NumPy array, got {type_name(array)}. {remedy}"
-        )
-    if isinstance(array, Tracer):
-        raise SignatureError(
-            f"j2t got a tracer, {array.aval}, which has no values yet: this code runs inside "
-            f"jax.jit, jax.grad, jax.vmap or another transform. Call the PyTorch code through "
-            f"torch2jax(fn), which works there, or convert outside."
-        )
-    if array.is_deleted():
-        raise Torch2JaxError(
-            f"j2t got an array, {array.aval}, that is deleted: it "
-            f"was donated to a jitted call (donate_argnums), or delete() "
-            f"was called. Use what that call returned, or donate a copy: jnp.copy(array)."
-        )
-    devices = array.sharding.device_set
-    if len(devices) > 1:
-        raise SignatureError(
-            f"j2t got an array, {array.aval}, over {len(devices)} devices "
-            f"({array.sharding}), and a tensor is on one. Gather "
-            f"it first, jax.device_put(array, jax.devices()[0]), or convert its shards: "
-            f"[shard.data for shard in array.addressable_shards]."
-        )
-    (device,) = devices
-    if not array.is_fully_addressable:
-        raise SignatureError(
-            f"j2t got an array, {array.aval}, on {device}, which "
-            f"belongs to process {device.process_index}, not to this one "
-            f"({jax.process_index()}). Convert it there, or bring it here first: "
-            f"jax.experimental.multihost_utils.process_allgather(array)."
-        )
-    if device.platform != "cpu" and not (device.platform == "gpu" and torch.cuda.is_available()):
-        raise Torch2JaxError(
-            f"j2t got an array, {array.aval}, on {device}, which PyTorch does not reach here. "
-            f'Move it first: jax.device_put(array, jax.devices("cpu")[0]).'
-        )
 
 
 # --- trees ---------------------------------------------------------------------------------------

@@ -25,6 +25,11 @@ def order_by(xla_stream: Callable[[int], int | None], order_release: Callable[[A
     _xla_stream, _order_release = xla_stream, order_release
 
 
+def find_stream(device: int) -> None:
+    """See to it that XLA's stream on a GPU is known, by which memory goes back in order."""
+    _xla_stream(device)
+
+
 def lend(tensor: torch.Tensor) -> None:
     """Let PyTorch's memory stay as it is until XLA's stream is done with it.
 

@@ -20,6 +20,7 @@ import torch
 from .. import __version__
 from .._bridge.handler.extension import PLATFORMS, TARGET, dlpack_path, dtype_routes
 from .._bridge.torch_side.tape.table import default_budget, tape_info
+from .allocators import allocators
 from .diagnosis import Check
 
 LIBRARIES = ("flax", "equinox", "optax", "orbax-checkpoint", "numpyro", "transformers")
@@ -114,34 +115,9 @@ def memory() -> Iterator[Check]:
     """Yield settings that cost memory or time: allocators, the tape's budget, and switches."""
     gpus = [d for d in visible_devices() if d.platform == "gpu"]
     if gpus:
-        yield from _memory_of_gpus()
+        yield from allocators(gpus[0])
     yield from _memory_of_host()
     yield from _switches(bool(gpus))
-
-
-def _memory_of_gpus() -> Iterator[Check]:
-    environment = os.environ
-    if environment.get("XLA_PYTHON_CLIENT_ALLOCATOR") == "platform":
-        yield Check(
-            "Memory",
-            "allocator",
-            "warning",
-            "XLA_PYTHON_CLIENT_ALLOCATOR=platform asks the driver for every array",
-            "Leave it unset.",
-        )
-    elif environment.get("XLA_PYTHON_CLIENT_PREALLOCATE", "true").lower() not in ("false", "0"):
-        fraction = environment.get("XLA_CLIENT_MEM_FRACTION") or environment.get(
-            "XLA_PYTHON_CLIENT_MEM_FRACTION", "0.75"
-        )
-        if float(fraction) > 0.6:
-            yield Check(
-                "Memory",
-                "preallocation",
-                "warning",
-                f"JAX takes {float(fraction):.0%} of a GPU's memory at its start; PyTorch's "
-                "activations have to fit into the rest",
-                "Set XLA_PYTHON_CLIENT_PREALLOCATE=false, or XLA_CLIENT_MEM_FRACTION=.4",
-            )
 
 
 def _memory_of_host() -> Iterator[Check]:

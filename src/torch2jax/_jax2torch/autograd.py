@@ -6,7 +6,7 @@ every composition of transforms, to any order, is a chain of such applications.
 
 NOTE [Residuals]. An application that a gradient is asked of runs the program's emission. The
 residuals are further results of it, without derivatives, and are saved like all tensors: hooks
-(``torch.utils.checkpoint``, ``save_on_cpu``) see them, operands and results among them keep
+(``torch.utils.checkpoint``, ``save_place``) see them, operands and results among them keep
 PyTorch's version check, and a backward pass frees them. Where nothing but autograd looks on,
 ``Direct`` keeps them as arrays, which spares the way to tensors and back, 4 µs each.
 
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from .._bridge.handler.extension import requiring_grad
-from .._compat.jax import precision
+from .._compat.jax import settings, under
 from .._compat.torch import (
     asks_for_gradient,
     eager,
@@ -39,10 +39,9 @@ from .._compat.torch import (
     transforms_active,
     unwrap_if_dead,
 )
-from .._conversions.dtypes import x64_enabled
 from .programs import Dims, JaxProgram
 from .residuals import Facts, Indices
-from .transfer import to_arrays, to_tensors
+from .transfer import ON_CPU, to_arrays, to_tensors
 
 Tensor = torch.Tensor
 
@@ -50,18 +49,21 @@ Tensor = torch.Tensor
 class Call:
     """A call is one application of a program: it knows what it is told, and its trace's facts."""
 
-    __slots__ = ("facts", "kept", "n_primals", "program", "x64")
+    __slots__ = ("facts", "kept", "n_primals", "program", "settings")
     facts: Facts
     kept: Any
     """A backward pass needs this beside saved tensors; None when it is freed. See ``Direct``."""
 
-    def __init__(self, program: JaxProgram, x64: bool, n_primals: int) -> None:
-        self.program, self.x64 = program, x64
+    settings: tuple[Any, ...]
+    """JAX's settings at the call; the first says whether 64-bit types are on."""
+
+    def __init__(self, program: JaxProgram, settings: tuple[Any, ...], n_primals: int) -> None:
+        self.program, self.settings = program, settings
         self.n_primals = n_primals  # the operands after them are cotangents and held values
 
     def another(self, program: JaxProgram, n_primals: int) -> Call:
         """Return a call of a derived program."""
-        return type(self)(program, self.x64, n_primals)
+        return type(self)(program, self.settings, n_primals)
 
     def run(self, operands: Sequence[Any]) -> Sequence[Tensor]:
         """Return the results, then the residuals."""
@@ -69,15 +71,17 @@ class Call:
         if reads is not None:
             n = self.n_primals
             operands = [x if i >= n or i in reads else None for i, x in enumerate(operands)]
-        arrays, _, on_cpu = to_arrays(operands, self.x64)
+        arrays, _, place = to_arrays(operands, self.settings[0])
+        if place != ON_CPU:
+            self.program.refuse_compiling()
         traced = self.program.jitted(*arrays)
         self.facts = traced.facts
-        return to_tensors((*traced.outs, *traced.residuals), traced.facts.dtypes, on_cpu)
+        return to_tensors((*traced.outs, *traced.residuals), traced.facts.dtypes, place)
 
 
 def apply(program: JaxProgram, operands: Sequence[Any], kind: type[Call] = Call) -> Any:
     """Return the results of a program, and the tree that they are the leaves of."""
-    call = kind(program, x64_enabled(), len(operands))
+    call = kind(program, settings(), len(operands))
     outs = _apply(call, operands)
     facts = call.facts
     return outs[: facts.n_out], facts.tree
@@ -127,11 +131,11 @@ def _emit(call: Call, wrt: Indices) -> None:
 
 
 def _as_in_forward(rule: Callable[..., Any], ctx: Any, *args: Any) -> Any:
-    """Run a rule with 64-bit types on or off as they were in the forward pass.
+    """Run a rule under JAX's settings of the forward pass.
 
-    They are a setting of the thread, and PyTorch may run the rule on a thread of its own.
+    They are settings of a thread, and PyTorch runs the rules of a GPU on a thread of its own.
     """
-    with precision(ctx.call.x64):
+    with under(ctx.call.settings):
         return rule(ctx, *args)
 
 
@@ -166,7 +170,7 @@ class ApplyProgram(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        if x64_enabled() is not ctx.call.x64:
+        if settings() != ctx.call.settings:
             return _as_in_forward(ApplyProgram.backward, ctx, *cotangents)
         operands, held = _saved(ctx)
         n, needs = len(operands), ctx.needs_input_grad
@@ -182,7 +186,7 @@ class ApplyProgram(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        if x64_enabled() is not ctx.call.x64:
+        if settings() != ctx.call.settings:
             return _as_in_forward(ApplyProgram.jvp, ctx, *tangents)
         operands, _ = _saved(ctx)
         n = len(operands)
@@ -212,11 +216,13 @@ class Direct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: Call, *operands: Any) -> tuple[Tensor, ...]:
-        arrays, n_tensors, on_cpu = to_arrays(operands, call.x64)
+        arrays, n_tensors, place = to_arrays(operands, call.settings[0])
+        if place != ON_CPU:
+            call.program.refuse_compiling()
         traced = call.program.jitted(*arrays)
         call.facts = facts = traced.facts
         results, recipe = traced.outs, facts.recipe
-        outs = to_tensors(results, facts.dtypes, on_cpu)
+        outs = to_tensors(results, facts.dtypes, place)
         ctx.set_materialize_grads(False)
         if recipe.integers:
             ctx.mark_non_differentiable(*[outs[j] for j in recipe.integers])
@@ -226,14 +232,14 @@ class Direct(torch.autograd.Function):
             others = _others(operands)
         ctx.save_for_backward(*tensors, *map(outs.__getitem__, recipe.kept))
         held = (*map(results.__getitem__, recipe.kept), *traced.residuals)
-        call.kept = others, recipe.read(arrays), held, on_cpu
+        call.kept = others, recipe.read(arrays), held, place
         ctx.call = call
         return outs
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         call = ctx.call
-        if x64_enabled() is not call.x64:
+        if settings() != call.settings:
             return _as_in_forward(Direct.backward, ctx, *cotangents)
         needs, recipe = ctx.needs_input_grad[1:], call.facts.recipe
         n, missing = len(needs), tuple([c is None for c in cotangents])
@@ -242,19 +248,21 @@ class Direct(torch.autograd.Function):
             return _gradients(n, wrt, ())
         given = cotangents if len(of) == len(missing) else [cotangents[j] for j in of]
         saved = ctx.saved_tensors  # this raises where one of them is changed, or freed
-        others, read, held, on_cpu = call.kept
+        others, read, held, place = call.kept
         if grad_enabled() or not eager():
             n_tensors, n_kept = len(saved) - len(recipe.kept), len(recipe.kept)
             operands = _operands(others or [None] * n, saved[:n_tensors])
             kept = [x.detach() for x in saved[n_tensors:]]
             residuals = held[n_kept:]
             dtypes = frozenset(x.dtype for x in residuals)
-            kept += to_tensors(residuals, dtypes, on_cpu)
+            kept += to_tensors(residuals, dtypes, place)
             grads = _apply(call.another(program, n), [*operands, *given, *kept])
         else:
-            arrays, _, _ = to_arrays(given, call.x64)
+            arrays, _, _ = to_arrays(given, call.settings[0])
+            if place != ON_CPU:
+                program.refuse_compiling()
             traced = program.jitted(*read, *arrays, *held)
-            grads = to_tensors(traced.outs, traced.facts.dtypes, on_cpu)
+            grads = to_tensors(traced.outs, traced.facts.dtypes, place)
         if not keeps_graph():
             call.kept = None  # autograd frees what it saved, too
         return _gradients(n, wrt, grads)

@@ -17,8 +17,11 @@ from .._bridge.calls import checks
 from .._bridge.calls.arguments import Static, mark_static
 from .._bridge.calls.function import TorchFunction
 from .._bridge.calls.names import label_of
+from .._compat.jax import local_device
 from .._compat.torch import dispatch_modes
+from .._conversions.convert import needed_cpu
 from .._conversions.dtypes import dtype_j2t
+from .._conversions.refusals import GPU
 from .._errors import SignatureError, Torch2JaxError, UnsupportedDtypeError
 from .autograd import apply
 from .graph_sites import named
@@ -299,18 +302,15 @@ def _same_device(a: torch.device, b: torch.device) -> bool:
 
 
 def _jax_device(device: torch.device) -> Any:
-    platform = {"cuda": "rocm" if torch.version.hip else "cuda"}.get(device.type, device.type)
-    try:
-        found = jax.local_devices(backend=platform)
-    except RuntimeError:
-        found = []
-    index = device.index or 0
-    if platform == "cpu":
-        return found[0]
-    if index >= len(found):
-        here = ", ".join(f"{d.platform}:{d.id}" for d in jax.local_devices())
+    if device.type == "cpu":
+        found = needed_cpu("jax2torch is to run")
+    else:
+        platform = GPU if device.type == "cuda" else device.type
+        found = local_device(platform, device.index or 0)
+    if found is None:
+        here = ", ".join(f"{d.platform}:{d.local_hardware_id}" for d in jax.local_devices())
         raise Torch2JaxError(
             f"JAX has no device {device} here, but {here}: leave device= out, or install the JAX "
             "that knows it."
         )
-    return found[index]
+    return found

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 
 from .._bridge.handler.extension import requiring_grad
+from .._compat.jax import settings
 from .._compat.torch import forward_ad_active, nonstrict_trace, transforms_active
-from .._conversions.dtypes import dtype_j2t, x64_enabled
+from .._conversions.dtypes import dtype_j2t
 from .._errors import Torch2JaxError
 from .autograd import Call, apply
 from .graph_sites import Site, Tensor, kind_of, named, site_named
@@ -39,11 +40,10 @@ def apply_in_graph(program: JaxProgram, operands: Sequence[Any]) -> Any:
     """Do what ``apply`` of ``autograd`` does, as one node of a graph."""
     if transforms_active() or forward_ad_active():  # there the operator has no derivatives
         return apply(program, operands, GraphCall)
-    x64 = x64_enabled()
     asking = requiring_grad(operands) if torch.is_grad_enabled() else ()
     if asking:
         program = program.emission(asking)
-    site = Site.of(program, tuple(map(kind_of, operands)), len(operands), 0, x64)
+    site = Site.of(program, tuple(map(kind_of, operands)), len(operands), 0, settings())
     traced = site.shapes(operands)
     outs = _call(site, operands)
     return outs[: len(traced.outs)], traced.facts.tree
@@ -56,7 +56,7 @@ class GraphCall(Call):
 
     def run(self, operands: Sequence[Any]) -> list[Tensor]:
         kinds = tuple(map(kind_of, operands))
-        site = Site.of(self.program, kinds, self.n_primals, 0, self.x64)
+        site = Site.of(self.program, kinds, self.n_primals, 0, self.settings)
         traced = site.shapes(operands)
         self.facts = traced.facts
         return _call(site, operands)
@@ -130,7 +130,7 @@ def _backward(ctx: Any, cotangents: Sequence[Tensor | None]) -> Any:
         held = held if recipe else ()
         program = site.program.pullback(n, wrt, of, recipe)
         kinds = (*site.kinds, *["tensor"] * (len(of) + len(held)))
-        pullback = Site.of(program, kinds, n, len(held), site.x64)
+        pullback = Site.of(program, kinds, n, len(held), site.settings)
         operands = site.operands(tensors, ctx.floats, ctx.ints)
         found = _call(pullback, [*operands, *(cotangents[j] for j in of), *held])
         for i, grad in zip(wrt, found, strict=True):
@@ -147,7 +147,7 @@ def _vmap(
     for i, d in zip(site.tensors, in_dims[0], strict=True):
         dims[i] = d
     program_of_rows = site.program.batch(tuple(dims))
-    batched = Site.of(program_of_rows, site.kinds, site.n_primals, site.n_held, site.x64)
+    batched = Site.of(program_of_rows, site.kinds, site.n_primals, site.n_held, site.settings)
     rows = _op(tensors, floats, ints, batched.name)
     return rows, [0] * len(rows)
 

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import torch
 
-from .._compat.jax import precision
+from .._compat.jax import settings, under
 from .._conversions.dtypes import canonical, needs_x64
 from .._errors import Torch2JaxError, UnsupportedDtypeError
 from .autograd import Call
@@ -32,16 +32,22 @@ _sites: weakref.WeakValueDictionary[str, Site] = weakref.WeakValueDictionary()
 class Site:
     """A site is a program with the kinds of its operands.
 
-    The program keeps the site alive, and graphs hold its name. ``kinds`` are "tensor", "float",
+    The program keeps the site alive, and graphs hold its name. The program runs under JAX's
+    ``settings`` of the call that was traced. ``kinds`` are "tensor", "float",
     "int", or a tuple of one value that is a part of the graph. The operands after the first
     ``n_primals`` are cotangents, and at the end there are ``n_held`` held values.
     """
 
     def __init__(
-        self, program: JaxProgram, kinds: tuple[Any, ...], n_primals: int, n_held: int, x64: bool
+        self,
+        program: JaxProgram,
+        kinds: tuple[Any, ...],
+        n_primals: int,
+        n_held: int,
+        settings: tuple[Any, ...],
     ) -> None:
         self._program = weakref.ref(program)
-        self.kinds, self.n_primals, self.n_held, self.x64 = kinds, n_primals, n_held, x64
+        self.kinds, self.n_primals, self.n_held, self.settings = kinds, n_primals, n_held, settings
         self.tensors = [i for i, kind in enumerate(kinds) if kind == "tensor"]
         self.name = f"{program.name}/{_PROCESS}/{next(_numbers)}"
         _sites[self.name] = self
@@ -55,10 +61,14 @@ class Site:
 
     @staticmethod
     def of(
-        program: JaxProgram, kinds: tuple[Any, ...], n_primals: int, n_held: int, x64: bool
+        program: JaxProgram,
+        kinds: tuple[Any, ...],
+        n_primals: int,
+        n_held: int,
+        settings: tuple[Any, ...],
     ) -> Site:
         """Return the one site of a program for these operands."""
-        key = (kinds, n_primals, n_held, x64)
+        key = (kinds, n_primals, n_held, settings)
         site = program.sites.get(key)
         return site or program.sites.setdefault(key, Site(program, *key))
 
@@ -69,12 +79,16 @@ class Site:
 
     def run(self, operands: Sequence[Any]) -> list[Tensor]:
         """Return the results, then the residuals."""
-        return list(Call(self.program, self.x64, self.n_primals).run(operands))
+        call = Call(self.program, self.settings, self.n_primals)
+        if settings() == self.settings:
+            return list(call.run(operands))
+        with under(self.settings):  # a backward pass on a GPU has a thread of PyTorch's own
+            return list(call.run(operands))
 
     def shapes(self, operands: Sequence[Any]) -> Traced:
         """Return what ``run`` will return, without computing; ``run`` finds the trace again."""
         reads = self.program.reads
-        with precision(self.x64):
+        with under(self.settings):
             avals = [
                 None if reads is not None and i < self.n_primals and i not in reads else aval_of(x)
                 for i, x in enumerate(operands)

@@ -23,7 +23,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from .._bridge.handler.extension import in_gpu_call
+from .._compat.jax import has_run
 from .._conversions.cotangents import cotangents_of, gradient_of
+from .._errors import Torch2JaxError
 from .residuals import Facts, Indices, PullbackRecipe, Traced, unflatten
 
 Flags = tuple[bool, ...]
@@ -186,6 +189,20 @@ class JaxProgram:
 
         call.__name__ = call.__qualname__ = self.name
         self.jitted = jax.jit(call)
+
+    def refuse_compiling(self) -> None:
+        """Raise in a call on a GPU where the program has never been compiled.
+
+        XLA's compiler tries kernels on the GPU, and to be alone there it waits for the programs
+        that run on it. The one around the call would wait for the compiler: a deadlock.
+        """
+        if in_gpu_call() and not has_run(self.jitted):
+            raise Torch2JaxError(
+                f"{self.name}, a JAX function, is called for the first time inside a torch2jax "
+                "function that runs on a GPU. JAX would compile it there, and XLA's compiler waits "
+                "for the programs that run on the GPU, this one too: a deadlock. Call it once "
+                "before, with arguments of the same shapes, or compose the functions in JAX."
+            )
 
     def emission(self, wrt: Indices) -> JaxProgram:
         return self._derived.get((WithResiduals, wrt)) or self._derive(WithResiduals, wrt)

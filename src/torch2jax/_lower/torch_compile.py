@@ -10,7 +10,7 @@ import torch
 
 from .._bridge.calls.options import Options
 from .._bridge.wrapping import wrapped
-from .._conversions.convert import j2t, t2j
+from .._conversions.convert import array_beside, j2t
 from .._conversions.float64 import admit, narrow_floats
 from ..device.tensors.tensor import Tensor, wrap
 from .function import LoweredFunction
@@ -68,7 +68,9 @@ def _compiled(graph: torch.fx.GraphModule, examples: list[Any]) -> Callable[...,
         program, fn = programs[arguments, given]
         for dtype in {x.dtype for x in tensors if not isinstance(x, Tensor)}:
             admit(dtype)
-        arrays = [x.jax() if isinstance(x, Tensor) else t2j(narrow_floats(x)) for x in tensors]
+        arrays = [
+            x.jax() if isinstance(x, Tensor) else array_beside(narrow_floats(x)) for x in tensors
+        ]
         # XLA may read shared memory after the call returns, so the results are awaited.
         results = iter(jax.block_until_ready(program(*arrays)))
         return [None if d is None else as_tensor(next(results), d) for d in fn.dtypes]

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import torch
 
+from ..._compat.jax import default_device as jax_default_device
 from ..._conversions.dtypes import dtype_j2t, x64_enabled
 from ..._errors import (
     SignatureError,
@@ -338,12 +339,17 @@ def _traced_for(arguments: Arguments, avals: Avals) -> str:
 
 _SHOWN = 8
 
-# They are made here, where no mode of a caller sees them.
-_CPU, _CUDA = torch.device("cpu"), torch.device("cuda")
+# It is made here, where no mode of a caller sees it.
+_CPU = torch.device("cpu")
 
 
 def default_device() -> torch.device:
-    """Return the device on which torch computes for JAX's default backend."""
-    if jax.default_backend() in ("gpu", "cuda", "rocm") and torch.cuda.is_available():
-        return _CUDA
+    """Return the device on which torch computes for JAX's default device.
+
+    PyTorch numbers GPUs as the driver does, and its current one may be another: with one GPU per
+    process, weights are on the GPU of the process, whatever PyTorch's current device is.
+    """
+    device = jax_default_device()
+    if device.platform == "gpu" and torch.cuda.is_available():
+        return torch.device("cuda", device.local_hardware_id)
     return _CPU

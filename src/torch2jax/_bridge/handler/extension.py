@@ -25,7 +25,7 @@ PREFETCH = f"{TARGET}_prefetch"
 
 dlpack_path, dtype_routes = _ext.dlpack_path, _ext.dtype_routes
 to_arrays, to_tensors = _ext.to_arrays, _ext.to_tensors
-requiring_grad = _ext.requiring_grad
+requiring_grad, in_gpu_call = _ext.requiring_grad, _ext.in_gpu_call
 eager_dispatch, forget_replays = _ext.eager_dispatch, _ext.forget_replays
 Entry, begin_shutdown = _ext.Entry, _ext.begin_shutdown
 

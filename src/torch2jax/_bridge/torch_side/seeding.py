@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
@@ -49,12 +49,13 @@ def refusing(fn: Callable[..., Tensors], label: str) -> Callable[..., Tensors]:
     """Return ``fn``, which raises where it draws: a derivative must draw from a key."""
 
     def run(*operands: Tensor) -> Tensors:
-        if torch._C._len_torch_dispatch_stack():  # in a fake run the generator stands still
+        if torch._C._len_torch_dispatch_stack():  # in a fake run the generators stand still
             return fn(*operands)
         with lock:
-            before = _state_of_generator()
+            generators = _generators(operands)
+            before = _states(generators)
             out = fn(*operands)
-            drew = before != _state_of_generator()
+            drew = before != _states(generators)
         if drew:
             raise RuntimeError(
                 f"{label} draws random numbers, and output_shapes= kept that from being seen when "
@@ -66,17 +67,21 @@ def refusing(fn: Callable[..., Tensors], label: str) -> Callable[..., Tensors]:
     return run
 
 
-def _state_of_generator() -> bytes:
-    with outside_transforms():
-        return torch.default_generator.get_state().numpy().tobytes()
+def _generators(tensors: Iterable[Tensor]) -> list[torch.Generator]:
+    """Return the generator of the CPU, and those of the GPUs on which the tensors are."""
+    gpus = {x.device.index or 0 for x in tensors if x.device.type == "cuda"}
+    return [torch.default_generator, *(torch.cuda.default_generators[i] for i in sorted(gpus))]
+
+
+def _states(generators: Iterable[torch.Generator]) -> list[bytes]:
+    with outside_transforms():  # a GPU's generator is on the host, too, so nothing waits for it
+        return [g.get_state().numpy().tobytes() for g in generators]
 
 
 @contextlib.contextmanager
 def _generators_from(words: Tensor) -> Iterator[None]:
     seed = seed_of(words_of(words))
-    generators = [torch.default_generator]
-    if words.device.type == "cuda":
-        generators.append(torch.cuda.default_generators[words.device.index or 0])
+    generators = _generators((words,))
     with lock:
         states = [g.get_state() for g in generators]
         try:

@@ -21,7 +21,7 @@ from jax.core import Tracer
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..._compat.jax import ArrayImpl, get_opaque_trace_state, trace_state_clean
-from ..._conversions.convert import j2t, t2j
+from ..._conversions.convert import default_array, j2t
 from ..._conversions.float64 import narrow_floats
 from ..._errors import UnsupportedDtypeError
 from ...lowerings.promotion import array_dtype
@@ -249,13 +249,13 @@ def from_torch(x: torch.Tensor) -> Any:
     # An alias would see what torch writes later, so the memory has to be the array's own.
     x = x.resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
     try:
-        return t2j(x)
+        return default_array(x)
     except UnsupportedDtypeError:
         if x.dtype is not torch.int64:
             raise
     # The greatest and the least int64 are those of int32, as in device/operators/extremes.py.
     x = x.masked_fill(x == 2**63 - 1, 2**31 - 1)
-    return t2j(x.masked_fill(x == -(2**63), -(2**31)))
+    return default_array(x.masked_fill(x == -(2**63), -(2**31)))
 
 
 class ValueNeeded(ValuesAsked):
