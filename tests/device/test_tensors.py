@@ -604,8 +604,8 @@ def test_extract() -> None:
 
 
 WRONG: dict[str, tuple[Any, type[Exception], str]] = {
-    "product": (lambda x: x @ x, RuntimeError, r"aten\.matmul.*float32\[2,3\].*contracting"),
-    "sum": (lambda x: x + torch.ones(2, device="jax"), RuntimeError, "ncompatible shapes"),
+    "product": (lambda x: x @ x, RuntimeError, "same reduction dim"),
+    "sum": (lambda x: x + torch.ones(2, device="jax"), RuntimeError, "broadcast"),
     "dimension": (lambda x: x.sum(5), IndexError, "Dimension out of range"),
     "index": (lambda x: x[7], IndexError, "out of bounds"),
     "view": (lambda x: x.view(4), RuntimeError, "invalid for input of size 6"),
@@ -616,7 +616,7 @@ WRONG: dict[str, tuple[Any, type[Exception], str]] = {
         "single memory location",
     ),
     "expanded": (lambda x: x.expand(2, 2, 3).add_(1), RuntimeError, "single memory location"),
-    "in place": (lambda x: x.int().add_(1.5), RuntimeError, "can't be cast"),
+    "in place": (lambda x: x.int().add_(1.5), RuntimeError, "in-place ops|can't be cast"),
     "another device": (lambda x: torch.ones(2, device="jax:1"), RuntimeError, "index 0 alone"),
     "move": (lambda x: x.cpu().to("jax:1"), RuntimeError, "index 0 alone"),
     "move of ours": (lambda x: x.to("jax:1"), RuntimeError, "index 0 alone"),

@@ -29,7 +29,7 @@ from ..._errors import Torch2JaxError
 from ..tensors.tensor import Cell, Observer, Tensor, captures
 from ..thread_state import state
 
-__all__ = ["Watch", "capturing", "noting_leaves"]
+__all__ = ["MoreInputs", "Watch", "capturing", "noting_leaves"]
 
 
 class Leaves(Observer):
@@ -97,6 +97,13 @@ class Capture(Leaves):
     def survivors(self) -> list[Cell]:
         cells = [ref() for ref in self.made]
         return [c for c in cells if c is not None and isinstance(c.array, Tracer)]
+
+
+class MoreInputs(Exception):
+    """A trace has read cells, and drawn from generators, that its program has not as inputs."""
+
+    def __init__(self, cells: list[Cell], draws: Any) -> None:
+        self.cells, self.draws = cells, draws
 
 
 @contextlib.contextmanager

@@ -28,7 +28,7 @@ from ..setup.changes_of_pytorch import compiling, replacing
 from ..tensors.tensor import Cell, Tensor, become, wrap, write
 from ..tracing.bridged_modules import Choice, chosen_for, module_calls
 from ..tracing.scope import differentiated
-from .captured import Watch, capturing
+from .captured import MoreInputs, Watch, capturing
 from .known_values import KnownValues, warn_of_changes
 from .results import TENSOR, flatten_result
 from .surroundings import Change, Surroundings
@@ -248,7 +248,7 @@ class CompiledCall:
             for cell, array in zip(self.inputs, before, strict=True):
                 cell.array = array
         if found or set(draws.counts) != {g._cdata for g in sources}:
-            raise _MoreInputs(found, draws)
+            raise MoreInputs(found, draws)
         self.written, self.made = changed, made
         self.known = KnownValues(known, self.around.numbers() if known else None)
         return results, new_state, (new_made, new_grads, new_arguments)
@@ -328,7 +328,7 @@ class CompiledCall:
             try:
                 jax.eval_shape(run, arrays, state, no_words, drawn)
                 break
-            except _MoreInputs as more:
+            except MoreInputs as more:
                 self.inputs += more.cells
                 numbers = self.around.numbers()
                 self.numbers += [numbers.get(id(c)) for c in more.cells]
@@ -396,11 +396,6 @@ class CompiledCall:
 def _add_gradient(x: Tensor, gradient: Tensor) -> None:
     with torch.no_grad():
         x.grad = gradient if x.grad is None else x.grad.add_(gradient)
-
-
-class _MoreInputs(Exception):
-    def __init__(self, cells: list[Cell], draws: random_streams.Draws) -> None:
-        self.cells, self.draws = cells, draws
 
 
 def _is_same(x: Any, y: Any) -> bool:

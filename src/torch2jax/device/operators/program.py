@@ -171,6 +171,8 @@ class OperatorProgram:
 
     def _all_arguments(self, values: Sequence[Any]) -> tuple[list[Any], dict[str, Any]]:
         kwargs = {k: fill(v, values) for k, v in self.kwargs.items()}
+        if self.route.generator is not None:
+            kwargs["generator"] = None
         return [fill(a, values) for a in self.args], kwargs
 
     def _decomposed(self, values: list[Any], key: Any) -> tuple[Any, list[Any] | None]:
