@@ -30,7 +30,7 @@ from ..tracing.bridged_modules import Choice, chosen_for, module_calls
 from ..tracing.scope import differentiated
 from .captured import MoreInputs, Watch, capturing
 from .known_values import KnownValues, warn_of_changes
-from .results import TENSOR, flatten_result
+from .results import TENSOR, add_gradient, flatten_result
 from .surroundings import Change, Surroundings
 
 __all__ = ["CompiledCall"]
@@ -385,17 +385,12 @@ class CompiledCall:
             cell.array = array
         grads = iter(new_grads)
         for i, dtype in self.argument_grads:
-            _add_gradient(tensors[i], wrap(next(grads), dtype))
+            add_gradient(tensors[i], wrap(next(grads), dtype))
         for ref, dtype in self.new_grads:
             new = None if dtype is None else wrap(next(grads), dtype)
             leaf = ref()
             if leaf is not None:
                 leaf.grad = new
-
-
-def _add_gradient(x: Tensor, gradient: Tensor) -> None:
-    with torch.no_grad():
-        x.grad = gradient if x.grad is None else x.grad.add_(gradient)
 
 
 def _is_same(x: Any, y: Any) -> bool:
