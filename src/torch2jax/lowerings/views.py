@@ -16,6 +16,8 @@ import numpy as np
 import torch
 
 from .._conversions.dtypes import dtype_t2j
+from .._conversions.small import widened
+from .._errors import UnsupportedDtypeError
 
 aten = torch.ops.aten
 Get = Callable[..., Any]
@@ -234,7 +236,13 @@ def _complex_of_parts(x: Any) -> Any:
 
 
 def _bits(x: Any, dtype: torch.dtype) -> Any:
-    new = dtype_t2j(dtype)
+    wide = widened(x)
+    if wide is not x and wide.dtype.kind == "f":
+        raise UnsupportedDtypeError(
+            f"view({dtype}) of a tensor of 4-bit floats: an array has one value in each element, "
+            "and PyTorch packs two. x.float() has the values."
+        )
+    new, x = dtype_t2j(dtype), wide
     old_size, new_size = x.dtype.itemsize, new.itemsize
     if new_size == old_size:
         return _bitcast(x, new)
@@ -266,6 +274,9 @@ def _bitcast(x: Any, dtype: Any) -> Any:
 
 
 def _bits_back(x: Any, value: Any, dtype: torch.dtype) -> Any:
+    wide = widened(x)
+    if wide is not x:
+        return _bits_back(wide, value, dtype).astype(x.dtype)
     old = x.dtype
     if value.dtype.itemsize == old.itemsize:
         return _bitcast(value, old)

@@ -12,11 +12,12 @@ import torch
 
 from .. import device as _device
 from .._compat.jax import trace_state_clean
-from .._conversions.dtypes import canonical, dtype_j2t
+from .._conversions.small import shown_dtype
 from ..device import random_streams
 from ..device.tensors.tensor import Tensor, wrap
 from ..device.tracing.bridged_modules import module_calls, retried
 from ..device.tracing.scope import running
+from .dtypes import t2j_dtype
 from .environment import default_env
 
 Function = Callable[..., Any]
@@ -37,7 +38,7 @@ def _to_jax(x: Any) -> Any:
     if isinstance(x, _PLAIN):
         return x
     if isinstance(x, torch.dtype):
-        return canonical(x)
+        return t2j_dtype(x)
     if isinstance(x, torch.Tensor):
         return _device.jax_view(x)  # it says what is wrong
     if callable(x) and not isinstance(x, torch.nn.Module):
@@ -58,11 +59,11 @@ def torch_view(tree: Any) -> Any:
 def _to_torch(x: Any) -> Any:
     if isinstance(x, jax.Array):
         is_key = jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
-        return x if is_key else wrap(x, dtype_j2t(x.dtype))
+        return x if is_key else wrap(x, shown_dtype(x.dtype))
     if isinstance(x, (*_PLAIN, torch.Tensor)):
         return x
     if isinstance(x, np.dtype):
-        return dtype_j2t(x)
+        return shown_dtype(x)
     if callable(x) and not isinstance(x, torch.nn.Module):
         return functools.partial(call_jax, x)
     return x

@@ -18,10 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .. import device as _device
 from .._conversions.convert import j2t
 from .._conversions.float64 import admit
+from .._conversions.small import shown_dtype, widened
 from ..device import random_streams
 from ..device.operators import dispatch
 from ..device.operators.special import table
-from ..device.tensors.tensor import Tensor, from_torch, read
+from ..device.tensors.tensor import Tensor, from_torch, read, wrap
 from .config import Configuration
 from .promotions import on_jax, promoted
 
@@ -255,7 +256,9 @@ class Environment(contextlib.ContextDecorator):
 
     def j2t_iso(self, tree: Any) -> Any:
         """Return arrays as tensors on device jax."""
-        return _device.torch_view(tree)
+        return jax.tree.map(
+            lambda x: wrap(x, shown_dtype(x.dtype)) if isinstance(x, jax.Array) else x, tree
+        )
 
     def t2j_copy(self, tree: Any) -> Any:
         """Return tensors of any device as arrays."""
@@ -271,7 +274,8 @@ class Environment(contextlib.ContextDecorator):
     def j2t_copy(self, tree: Any) -> Any:
         """Return arrays as tensors in PyTorch's own CPU memory."""
         return jax.tree.map(
-            lambda x: j2t(np.asarray(x)).clone() if isinstance(x, jax.Array) else x, tree
+            lambda x: j2t(widened(np.asarray(x))).clone() if isinstance(x, jax.Array) else x,
+            tree,
         )
 
 
