@@ -295,7 +295,7 @@ def test_a_function_is_overridden_in_an_environment_that_is_entered_already() ->
         env.override_op_definition(F.hardswish, lambda x, inplace=False: x * 100)
         assert F.hardswish(x).tolist() == [100.0, 100.0]
     finally:
-        env._definitions.pop(F.hardswish)
+        del env._ops[F.hardswish]
         torchax.disable_globally()
     assert F.hardswish(x).tolist() != [100.0, 100.0]
 
@@ -313,7 +313,7 @@ def test_overridden_operators() -> None:
     try:
         assert torchax.interop.jax_jit(lambda x: F.silu(x))(x).tolist() == [7.0] * 3
     finally:
-        del shared._definitions[F.silu]
+        del shared._ops[F.silu]
 
     with torch.library._scoped_library("torch2jax_test", "DEF") as library:
         library.define("shout(Tensor x) -> Tensor")
@@ -645,7 +645,7 @@ def test_registered_operators() -> None:
         with env:
             np.testing.assert_allclose(F.selu(x).jax(), np.sin(np.ones(3)), rtol=1e-6)  # pyright: ignore
     finally:
-        del env._definitions[F.selu]
+        del env._ops[F.selu]
 
 
 def test_mappings() -> None:
@@ -698,6 +698,7 @@ np.testing.assert_allclose(out.detach().cpu(), expected.detach(), rtol=1e-5, ato
 
 strict = SingleAxisSharder("fsdp", 4)
 assert strict("w", jax.ShapeDtypeStruct((3, 8), np.float32)) == P(None, "fsdp")
+assert strict("w", jax.ShapeDtypeStruct((3, 8, 5), np.float32)) == P(None, "fsdp", None)
 try:
     mesh.initialize_model_sharded(net, (8,), override_sharder=strict)
 except AssertionError as error:

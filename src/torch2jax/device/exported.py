@@ -28,7 +28,7 @@ from .interop import call_torch
 from .setup.enable import enable
 from .tensors.tensor import Tensor, from_torch, read
 
-__all__ = ["export", "extract_exported", "input_avals"]
+__all__ = ["Interpreter", "export", "extract_exported", "input_avals"]
 
 aten = torch.ops.aten
 
@@ -72,7 +72,7 @@ def extract_exported(program: ExportedProgram) -> tuple[dict[str, Any], Callable
                     f"the program has an input of kind {spec.kind.name} ({spec.target}), which "
                     "cannot be converted."
                 )
-        outs = _Interpreter(core.graph_module).run(*values, enable_io_processing=False)
+        outs = Interpreter(core.graph_module).run(*values, enable_io_processing=False)
         return torch_tree.tree_unflatten([outs[i] for i in wanted], out_spec)
 
     return state, fn
@@ -141,7 +141,7 @@ def input_avals(program: ExportedProgram) -> tuple[tuple[Any, ...], dict[str, An
     return torch_tree.tree_unflatten(user, calls.in_spec)
 
 
-class _Interpreter(torch.fx.Interpreter):
+class Interpreter(torch.fx.Interpreter):
     """An interpreter runs a graph of core operators on arrays."""
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:

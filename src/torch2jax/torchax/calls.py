@@ -29,10 +29,11 @@ def jax_view(tree: Any) -> Any:
     Tensors on device jax become arrays, PyTorch's dtypes become JAX's, and functions of tensors
     become functions of arrays.
     """
-    return jax.tree.map(_to_jax, tree)
+    return jax.tree.map(jax_view_elem, tree)
 
 
-def _to_jax(x: Any) -> Any:
+def jax_view_elem(x: Any) -> Any:
+    """Turn one value into what JAX has, as ``jax_view`` does."""
     if isinstance(x, Tensor):
         return x.jax()
     if isinstance(x, _PLAIN):
@@ -53,10 +54,11 @@ def torch_view(tree: Any) -> Any:
     autograd graph, and neither have results of a function that it returns: ``j2t_autograd`` gives
     a function JAX's derivative.
     """
-    return jax.tree.map(_to_torch, tree)
+    return jax.tree.map(torch_view_elem, tree)
 
 
-def _to_torch(x: Any) -> Any:
+def torch_view_elem(x: Any) -> Any:
+    """Turn one value into what PyTorch has, as ``torch_view`` does."""
     if isinstance(x, jax.Array):
         is_key = jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
         return x if is_key else wrap(x, shown_dtype(x.dtype))

@@ -15,9 +15,19 @@ from ..device.sharding import mark_sharding
 from ..device.tensors.tensor import Tensor, become, concrete, read, to_torch, wrap, write
 from .calls import call_jax
 from .environment import Environment, default_env
+from .modes import XLADispatchMode, XLAFunctionMode
 from .ops.mappings import NUMPY_UNSUPPORTED_DTYPES, j2t, t2j
+from .registry import OperatorNotFound
 
-__all__ = ["Environment", "Tensor", "j2t", "t2j"]
+__all__ = [
+    "Environment",
+    "OperatorNotFound",
+    "Tensor",
+    "XLADispatchMode",
+    "XLAFunctionMode",
+    "j2t",
+    "t2j",
+]
 
 
 def apply_jax(self: Tensor, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

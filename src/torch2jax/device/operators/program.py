@@ -101,7 +101,9 @@ class OperatorProgram:
         """Return results and new values of what is written to, from the values of all operands."""
         given = values
         if self.route.func is not _CLONE:
-            given = [v if d is None else widened(v) for v, d in zip(values, self.dtypes, strict=True)]
+            given = [
+                v if d is None else widened(v) for v, d in zip(values, self.dtypes, strict=True)
+            ]
         out, new = self._results(given, key)
         checked = []
         for slot, value in zip(self.mutated, new, strict=True):
