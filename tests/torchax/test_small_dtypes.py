@@ -30,6 +30,7 @@ def test_tensors_of_small_dtypes(small: Any, shown: torch.dtype, wide: Any) -> N
     values = torch.from_numpy(VALUES.astype(wide))
     assert x.dtype is shown
     assert interop.jax_view(x) is a
+    kept: Any
     for kept in (x.T, x[0], x.detach(), torch.nn.Parameter(x, False), x.clone(), copy.deepcopy(x)):
         assert kept.jax().dtype == small
     assert x.tolist() == values.tolist()

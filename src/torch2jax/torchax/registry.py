@@ -79,10 +79,10 @@ class Operators(MutableMapping[Any, Operator]):
                 SPECIAL.pop(one, None)
                 _device.register_lowering(one, func)
             else:
-                called = _calling(func) if operator.is_jax_function else func
+                called = self._of_arrays(func) if operator.is_jax_function else func
                 special(one)(_of_tensors(called))
         if not overloads:
-            self._definitions[key] = _calling(func) if operator.is_jax_function else func
+            self._definitions[key] = self._of_arrays(func) if operator.is_jax_function else func
         self._given[key] = operator
         dispatch.forget()
 
@@ -100,6 +100,16 @@ class Operators(MutableMapping[Any, Operator]):
     def __len__(self) -> int:
         return len(list(iter(self)))
 
+    def _of_arrays(self, func: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a function of arrays as one of tensors."""
+        env = self._env
+
+        def called(*args: Any, **kwargs: Any) -> Any:
+            args, kwargs = env.t2j_iso((args, kwargs))
+            return env.j2t_iso(func(*args, **kwargs))
+
+        return called
+
     def _restore(self, one: Any) -> None:
         for table, was in zip((TABLE, SPECIAL), self._before[one], strict=True):
             table.pop(one, None)
@@ -115,9 +125,3 @@ def _overloads(key: Any) -> list[Any]:
 
 def _of_tensors(func: Callable[..., Any]) -> Callable[[Any, Any], Any]:
     return lambda args, kwargs: func(*args, **kwargs)
-
-
-def _calling(func: Callable[..., Any]) -> Callable[..., Any]:
-    from .calls import call_jax  # it imports the environment, which has a registry
-
-    return functools.partial(call_jax, func)
