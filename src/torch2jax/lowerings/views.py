@@ -7,6 +7,7 @@ returns the new array. ``view_chains`` says how operators follow each other.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -90,7 +91,7 @@ def _at(x: Any, dim: int, item: Any) -> tuple[Any, ...]:
 
 def _bounds(n: int, start: int | None, end: int | None, step: int) -> slice:
     first = 0 if start is None else start
-    last = n if end is None else end
+    last = n if end is None or end == sys.maxsize else end  # n may be symbolic
     first = min(max(first + n if first < 0 else first, 0), n)
     last = min(max(last + n if last < 0 else last, first), n)
     return slice(first, last, step)
