@@ -14,10 +14,10 @@ from .. import device as _device
 from .._compat.jax import trace_state_clean
 from .._conversions.small import shown_dtype
 from ..device import random_streams
-from ..device.tensors.tensor import Tensor, wrap
+from ..device.tensors.tensor import Tensor, captures, wrap
 from ..device.tracing.bridged_modules import module_calls, retried
 from ..device.tracing.scope import running
-from .dtypes import t2j_dtype
+from .dtypes import JAX_DTYPE_TO_TORCH, t2j_dtype
 from .environment import default_env
 
 Function = Callable[..., Any]
@@ -35,7 +35,7 @@ def jax_view(tree: Any) -> Any:
 def jax_view_elem(x: Any) -> Any:
     """Turn one value into what JAX has, as ``jax_view`` does."""
     if isinstance(x, Tensor):
-        return x.jax()
+        return x.jax() if captures or x._chain is not None else x._cell.array
     if isinstance(x, _PLAIN):
         return x
     if isinstance(x, torch.dtype):
@@ -60,6 +60,9 @@ def torch_view(tree: Any) -> Any:
 def torch_view_elem(x: Any) -> Any:
     """Turn one value into what PyTorch has, as ``torch_view`` does."""
     if isinstance(x, jax.Array):
+        dtype = JAX_DTYPE_TO_TORCH.get(x.dtype)
+        if dtype is not None:
+            return wrap(x, dtype)
         is_key = jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
         return x if is_key else wrap(x, shown_dtype(x.dtype))
     if isinstance(x, (*_PLAIN, torch.Tensor)):
@@ -80,8 +83,10 @@ def call_jax(jax_func: Function, *args: Any, **kwargs: Any) -> Any:
     PyTorch's autograd does not see the call, so results have no graph. ``j2t_autograd`` and
     ``torch2jax.device.call_jax`` give them one.
     """
-    args, kwargs = jax_view((args, kwargs))
-    return torch_view(jax_func(*args, **kwargs))
+    # A tree of one leaf need not be taken apart.
+    given = [jax_view_elem(x) if isinstance(x, Tensor) else jax_view(x) for x in args]
+    out = jax_func(*given, **(jax_view(kwargs) if kwargs else {}))
+    return torch_view_elem(out) if isinstance(out, jax.Array) else torch_view(out)
 
 
 def call_torch(torch_func: Function, *args: Any, **kwargs: Any) -> Any:
