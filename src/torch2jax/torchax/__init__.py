@@ -2,7 +2,8 @@
 
 A program says ``import torch2jax.torchax as torchax``, or it calls ``torch2jax.torchax.install()``
 before an unchanged ``import torchax``. Importing this module enables the device "jax". As in
-torchax, PyTorch's default device stays the CPU.
+torchax, PyTorch's default device stays the CPU, ``x.jax`` exists for tensors on device jax alone,
+and ``x.numpy()`` has the dtypes of ml_dtypes where NumPy has none.
 """
 
 from __future__ import annotations

@@ -83,9 +83,14 @@ def call_jax(jax_func: Function, *args: Any, **kwargs: Any) -> Any:
     PyTorch's autograd does not see the call, so results have no graph. ``j2t_autograd`` and
     ``torch2jax.device.call_jax`` give them one.
     """
+    return _called(jax_func, (), args, kwargs)
+
+
+def _called(fn: Function, first: tuple[Any, ...], args: Any, kwargs: Any) -> Any:
+    """Call a JAX function with what ``first`` has for JAX, and then with tensors."""
     # A tree of one leaf need not be taken apart.
     given = [jax_view_elem(x) if isinstance(x, Tensor) else jax_view(x) for x in args]
-    out = jax_func(*given, **(jax_view(kwargs) if kwargs else {}))
+    out = fn(*first, *given, **(jax_view(kwargs) if kwargs else {}))
     return torch_view_elem(out) if isinstance(out, jax.Array) else torch_view(out)
 
 
@@ -144,6 +149,6 @@ def jax_jit(
     def call(*args: Any, **kwargs: Any) -> Any:
         missing = random_streams.current() is None and not trace_state_clean()
         words = None if missing else random_streams.next_words()
-        return retried(torch_function, lambda: call_jax(compiled, words, *args, **kwargs))
+        return retried(torch_function, lambda: _called(compiled, (words,), args, kwargs))
 
     return call
