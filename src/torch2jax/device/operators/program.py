@@ -20,8 +20,8 @@ from ..._conversions.convert import j2t
 from ..._conversions.dtypes import dtype_j2t, x64_enabled
 from ..._conversions.float64 import WIDE_FLOATS
 from ..._conversions.narrowed import NARROWED, WIDENED
-from ..._errors import Torch2JaxError
 from ..._conversions.small import shown_dtype, widened
+from ..._errors import Torch2JaxError
 from ...lowerings.registry import DataDependentShape
 from ...lowerings.vision import SHAPES_DEPEND_ON_VALUES
 from ..tensors.tensor import Tensor, from_torch, wrap
