@@ -27,6 +27,7 @@ NEEDS = {
     "specifications": ["rich"],
     "stablehlo_without_torch": [],
     "train_digits": ["optax", "sklearn", "rich", "matplotlib"],
+    "vllm_style": ["transformers"],
 }
 """What an example imports beside jax and torch."""
 
@@ -36,6 +37,7 @@ PRINTS = {
     "stablehlo_without_torch": ["ran", "the results are PyTorch's"],
     "ode_layer": ["error of the rates"],
     "train_digits": ["Test accuracy", "native PyTorch"],
+    "vllm_style": ["of int8", "donated", "those of plain PyTorch"],
 }
 SUFFIXES = {
     "equinox_digits": ".eqx",
@@ -45,6 +47,7 @@ SUFFIXES = {
     "ode_layer": None,
     "specifications": None,
     "stablehlo_without_torch": None,
+    "vllm_style": None,
 }
 """Of what an example writes; the others draw a picture."""
 

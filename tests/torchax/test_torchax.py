@@ -295,7 +295,7 @@ def test_a_function_is_overridden_in_an_environment_that_is_entered_already() ->
         env.override_op_definition(F.hardswish, lambda x, inplace=False: x * 100)
         assert F.hardswish(x).tolist() == [100.0, 100.0]
     finally:
-        env._definitions.pop(F.hardswish)
+        del env._ops[F.hardswish]
         torchax.disable_globally()
     assert F.hardswish(x).tolist() != [100.0, 100.0]
 
@@ -313,7 +313,7 @@ def test_overridden_operators() -> None:
     try:
         assert torchax.interop.jax_jit(lambda x: F.silu(x))(x).tolist() == [7.0] * 3
     finally:
-        del shared._definitions[F.silu]
+        del shared._ops[F.silu]
 
     with torch.library._scoped_library("torch2jax_test", "DEF") as library:
         library.define("shout(Tensor x) -> Tensor")
@@ -560,25 +560,16 @@ def test_checkpoints_of_many_steps(tmp_path: Any) -> None:
         torchax.load_checkpoint(tmp_path / "file.pt")
 
 
-def test_an_unchanged_import(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
+def test_an_unchanged_import(installed: None) -> None:
+    import torch_xla2  # pyright: ignore
+    import torchax as theirs  # pyright: ignore
+    from torchax import amp, checkpoint, config, flax, tensor, train, util, view  # noqa: F401  # pyright: ignore
+    from torchax.export import exported_program_to_jax  # noqa: F401  # pyright: ignore
+    from torchax.interop import JittableModule, jax_jit  # noqa: F401  # pyright: ignore
+    from torchax.mesh_util import Mesh  # noqa: F401  # pyright: ignore
+    from torchax.ops.mappings import t2j_dtype  # noqa: F401  # pyright: ignore
 
-    before = dict(sys.modules)
-    torchax.install()
-    try:
-        import torch_xla2  # pyright: ignore
-        import torchax as theirs  # pyright: ignore
-        from torchax import amp, checkpoint, config, flax, tensor, train, util, view  # noqa: F401  # pyright: ignore
-        from torchax.export import exported_program_to_jax  # noqa: F401  # pyright: ignore
-        from torchax.interop import JittableModule, jax_jit  # noqa: F401  # pyright: ignore
-        from torchax.mesh_util import Mesh  # noqa: F401  # pyright: ignore
-        from torchax.ops.mappings import t2j_dtype  # noqa: F401  # pyright: ignore
-
-        assert theirs is torch_xla2 is torchax
-    finally:
-        for name in set(sys.modules) - set(before):
-            if name.split(".")[0] in ("torchax", "torch_xla2"):
-                del sys.modules[name]
+    assert theirs is torch_xla2 is torchax
 
 
 # --- exported programs ---------------------------------------------------------------------------
@@ -594,7 +585,7 @@ def test_exported_programs() -> None:
     names, raw, _ = torchax.export.exported_program_to_jax(program, export_raw=True)
     assert len(names) == len(raw) == len(states)
     assert {"0.weight", "0.bias", "1.running_mean"} <= set(names)
-    got = jax.jit(fn)(states, (jnp.asarray(x.numpy()),))
+    (got,) = jax.jit(fn)(states, (jnp.asarray(x.numpy()),))
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
     (aval,) = torchax.export.extract_avals(program)
@@ -604,7 +595,7 @@ def test_exported_programs() -> None:
     assert "stablehlo" in exported.mlir_module()
     again = jax.export.deserialize(exported.serialize())
     for n in (5, 2):
-        out = again.call(weights, (jnp.asarray(x[:n].numpy()),))
+        (out,) = again.call(weights, (jnp.asarray(x[:n].numpy()),))
         np.testing.assert_allclose(out, expected[:n], rtol=1e-5, atol=1e-5)
 
 
@@ -617,10 +608,11 @@ def test_an_exported_program_of_keyword_arguments() -> None:
     program = torch.export.export(Scaled(), (x,), {"by": by})
     states, fn = torchax.export.exported_program_to_jax(program)
     assert states == []
-    assert fn(states, (jnp.ones(2),), {"by": jnp.asarray([2.0, 3.0])})["out"].tolist() == [2.0, 3.0]
+    (out,) = fn(states, (jnp.ones(2),), {"by": jnp.asarray([2.0, 3.0])})
+    assert out.tolist() == [2.0, 3.0]
     weights, exported = torchax.export.exported_program_to_stablehlo(program)
     out = exported.call(weights, (jnp.ones(2),), {"by": jnp.asarray([2.0, 3.0])})
-    assert out["out"].tolist() == [2.0, 3.0]
+    assert out[0].tolist() == [2.0, 3.0]
 
 
 # --- operators of one's own ----------------------------------------------------------------------
@@ -645,7 +637,7 @@ def test_registered_operators() -> None:
         with env:
             np.testing.assert_allclose(F.selu(x).jax(), np.sin(np.ones(3)), rtol=1e-6)  # pyright: ignore
     finally:
-        del env._definitions[F.selu]
+        del env._ops[F.selu]
 
 
 def test_mappings() -> None:
@@ -698,6 +690,7 @@ np.testing.assert_allclose(out.detach().cpu(), expected.detach(), rtol=1e-5, ato
 
 strict = SingleAxisSharder("fsdp", 4)
 assert strict("w", jax.ShapeDtypeStruct((3, 8), np.float32)) == P(None, "fsdp")
+assert strict("w", jax.ShapeDtypeStruct((3, 8, 5), np.float32)) == P(None, "fsdp", None)
 try:
     mesh.initialize_model_sharded(net, (8,), override_sharder=strict)
 except AssertionError as error:

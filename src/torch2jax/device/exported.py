@@ -14,12 +14,13 @@ from typing import Any
 import jax
 import torch
 from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind, OutputKind
+from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.utils import _pytree as torch_tree
 
 from .. import lowerings  # noqa: F401  the import fills the table
 from .._conversions.float64 import admit
 from .._errors import SignatureError, Torch2JaxError
+from ..lowerings.interpolation import DYNAMIC
 from ..lowerings.promotion import array_dtype, cast
 from ..lowerings.registry import lowering_of
 from ..lowerings.views import GETTERS
@@ -28,7 +29,7 @@ from .interop import call_torch
 from .setup.enable import enable
 from .tensors.tensor import Tensor, from_torch, read
 
-__all__ = ["export", "extract_exported", "input_avals"]
+__all__ = ["Interpreter", "export", "extract_exported", "input_avals"]
 
 aten = torch.ops.aten
 
@@ -72,7 +73,7 @@ def extract_exported(program: ExportedProgram) -> tuple[dict[str, Any], Callable
                     f"the program has an input of kind {spec.kind.name} ({spec.target}), which "
                     "cannot be converted."
                 )
-        outs = _Interpreter(core.graph_module).run(*values, enable_io_processing=False)
+        outs = Interpreter(core.graph_module).run(*values, enable_io_processing=False)
         return torch_tree.tree_unflatten([outs[i] for i in wanted], out_spec)
 
     return state, fn
@@ -130,18 +131,21 @@ def input_avals(program: ExportedProgram) -> tuple[tuple[Any, ...], dict[str, An
     scope = jax.export.SymbolicScope(bounds)
 
     def aval(value: Any) -> Any:
+        if isinstance(value, bool | int | float):
+            return jax.ShapeDtypeStruct((), jax.dtypes.canonicalize_dtype(type(value)))
         if not isinstance(value, torch.Tensor):
             return value
         dims = ", ".join(str(d) for d in value.shape)
         shape = jax.export.symbolic_shape(dims, scope=scope) if dims else ()
         return jax.ShapeDtypeStruct(shape, array_dtype(value.dtype))
 
-    user = [aval(nodes[name]) for name in program.graph_signature.user_inputs]
+    given = [s.arg for s in program.graph_signature.input_specs if s.kind is InputKind.USER_INPUT]
+    user = [aval(x.value if isinstance(x, ConstantArgument) else nodes[x.name]) for x in given]
     calls: Any = program.call_spec
     return torch_tree.tree_unflatten(user, calls.in_spec)
 
 
-class _Interpreter(torch.fx.Interpreter):
+class Interpreter(torch.fx.Interpreter):
     """An interpreter runs a graph of core operators on arrays."""
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
@@ -167,6 +171,8 @@ class _Interpreter(torch.fx.Interpreter):
             return lowered.fn(*args, **kwargs)
         arrays = [x for x in jax.tree.leaves((args, kwargs)) if isinstance(x, jax.Array)]
         if any(not isinstance(d, int) for x in arrays for d in x.shape):
+            if target in DYNAMIC:
+                return DYNAMIC[target](*args, **kwargs)
             raise Torch2JaxError(f"{target} has no lowering that takes dynamic shapes.")
         return call_torch(target, *args, **kwargs)
 

@@ -4,6 +4,7 @@ from . import activations as activations
 from . import attention as attention
 from . import binary as binary
 from . import choices as choices
+from . import collectives as collectives
 from . import comparisons as comparisons
 from . import convolution as convolution
 from . import embeddings as embeddings

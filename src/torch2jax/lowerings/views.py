@@ -7,6 +7,7 @@ returns the new array. ``view_chains`` says how operators follow each other.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +17,8 @@ import numpy as np
 import torch
 
 from .._conversions.dtypes import dtype_t2j
+from .._conversions.small import widened
+from .._errors import UnsupportedDtypeError
 
 aten = torch.ops.aten
 Get = Callable[..., Any]
@@ -88,7 +91,7 @@ def _at(x: Any, dim: int, item: Any) -> tuple[Any, ...]:
 
 def _bounds(n: int, start: int | None, end: int | None, step: int) -> slice:
     first = 0 if start is None else start
-    last = n if end is None else end
+    last = n if end is None or end == sys.maxsize else end  # n may be symbolic
     first = min(max(first + n if first < 0 else first, 0), n)
     last = min(max(last + n if last < 0 else last, first), n)
     return slice(first, last, step)
@@ -234,7 +237,13 @@ def _complex_of_parts(x: Any) -> Any:
 
 
 def _bits(x: Any, dtype: torch.dtype) -> Any:
-    new = dtype_t2j(dtype)
+    wide = widened(x)
+    if wide is not x and wide.dtype.kind == "f":
+        raise UnsupportedDtypeError(
+            f"view({dtype}) of a tensor of 4-bit floats: an array has one value in each element, "
+            "and PyTorch packs two. x.float() has the values."
+        )
+    new, x = dtype_t2j(dtype), wide
     old_size, new_size = x.dtype.itemsize, new.itemsize
     if new_size == old_size:
         return _bitcast(x, new)
@@ -266,6 +275,9 @@ def _bitcast(x: Any, dtype: Any) -> Any:
 
 
 def _bits_back(x: Any, value: Any, dtype: torch.dtype) -> Any:
+    wide = widened(x)
+    if wide is not x:
+        return _bits_back(wide, value, dtype).astype(x.dtype)
     old = x.dtype
     if value.dtype.itemsize == old.itemsize:
         return _bitcast(value, old)

@@ -2,7 +2,8 @@
 
 A program says ``import torch2jax.torchax as torchax``, or it calls ``torch2jax.torchax.install()``
 before an unchanged ``import torchax``. Importing this module enables the device "jax". As in
-torchax, PyTorch's default device stays the CPU.
+torchax, PyTorch's default device stays the CPU, ``x.jax`` exists for tensors on device jax alone,
+and ``x.numpy()`` has the dtypes of ml_dtypes where NumPy has none.
 """
 
 from __future__ import annotations
@@ -18,7 +19,20 @@ import jax
 import torch
 
 from .. import device as _device
-from . import amp, checkpoint, config, flax, interop, mesh_util, ops, tensor, train, util, view
+from . import (
+    amp,
+    checkpoint,
+    config,
+    flax,
+    interop,
+    mesh_util,
+    ops,
+    tensor,
+    train,
+    types,
+    util,
+    view,
+)
 from .checkpoint import load_checkpoint, save_checkpoint
 from .environment import Environment, default_env
 
@@ -26,8 +40,10 @@ if TYPE_CHECKING:
     from . import export
 
 __all__ = [
+    "VERSION",
     "CompileOptions",
     "Environment",
+    "__version__",
     "amp",
     "checkpoint",
     "compile",
@@ -49,9 +65,14 @@ __all__ = [
     "save_checkpoint",
     "tensor",
     "train",
+    "types",
     "util",
     "view",
 ]
+
+__version__ = "0.0.14"
+"""The release of torchax that is followed."""
+VERSION = __version__
 
 
 def enable_globally() -> Environment:
@@ -129,8 +150,12 @@ _device.enable()
 
 _PARTS = (
     *("amp", "checkpoint", "config", "export", "flax", "interop", "mesh_util", "ops"),
-    *("ops.mappings", "ops.ops_registry", "tensor", "train", "util", "view"),
+    *("ops.jaten", "ops.jc10d", "ops.jlibrary", "ops.jtorch", "ops.mappings", "ops.ops_registry"),
+    *("tensor", "train", "types", "util", "view"),
 )
+
+
+_OURS = (__name__, tensor.Tensor.__module__)
 
 
 def __getattr__(name: str) -> Any:
@@ -140,10 +165,19 @@ def __getattr__(name: str) -> Any:
 
 
 def install() -> None:
-    """Let ``import torchax`` and ``import torch_xla2`` find this module."""
+    """Let ``import torchax`` and ``import torch_xla2`` find this module.
+
+    Public classes say that they are torchax's, ``type(x).__module__ == "torchax.tensor"``, because
+    programs ask by that whether a tensor is on device jax.
+    """
     for part in _PARTS:
         importlib.import_module(f".{part}", __name__)
     for name in ("torchax", "torch_xla2"):
         sys.modules[name] = sys.modules[__name__]
         for part in _PARTS:
             sys.modules[f"{name}.{part}"] = sys.modules[f"{__name__}.{part}"]
+    for part in _PARTS:
+        module = sys.modules[f"{__name__}.{part}"]
+        for value in (getattr(module, name) for name in module.__all__):
+            if isinstance(value, type) and value.__module__.startswith(_OURS):
+                value.__module__ = f"torchax.{part}"

@@ -12,11 +12,12 @@ import torch
 
 from .. import device as _device
 from .._compat.jax import trace_state_clean
-from .._conversions.dtypes import canonical, dtype_j2t
+from .._conversions.small import shown_dtype
 from ..device import random_streams
-from ..device.tensors.tensor import Tensor, wrap
+from ..device.tensors.tensor import Tensor, captures, wrap
 from ..device.tracing.bridged_modules import module_calls, retried
 from ..device.tracing.scope import running
+from .dtypes import JAX_DTYPE_TO_TORCH, t2j_dtype
 from .environment import default_env
 
 Function = Callable[..., Any]
@@ -28,16 +29,17 @@ def jax_view(tree: Any) -> Any:
     Tensors on device jax become arrays, PyTorch's dtypes become JAX's, and functions of tensors
     become functions of arrays.
     """
-    return jax.tree.map(_to_jax, tree)
+    return jax.tree.map(jax_view_elem, tree)
 
 
-def _to_jax(x: Any) -> Any:
+def jax_view_elem(x: Any) -> Any:
+    """Turn one value into what JAX has, as ``jax_view`` does."""
     if isinstance(x, Tensor):
-        return x.jax()
+        return x.jax() if captures or x._chain is not None else x._cell.array
     if isinstance(x, _PLAIN):
         return x
     if isinstance(x, torch.dtype):
-        return canonical(x)
+        return t2j_dtype(x)
     if isinstance(x, torch.Tensor):
         return _device.jax_view(x)  # it says what is wrong
     if callable(x) and not isinstance(x, torch.nn.Module):
@@ -52,17 +54,21 @@ def torch_view(tree: Any) -> Any:
     autograd graph, and neither have results of a function that it returns: ``j2t_autograd`` gives
     a function JAX's derivative.
     """
-    return jax.tree.map(_to_torch, tree)
+    return jax.tree.map(torch_view_elem, tree)
 
 
-def _to_torch(x: Any) -> Any:
+def torch_view_elem(x: Any) -> Any:
+    """Turn one value into what PyTorch has, as ``torch_view`` does."""
     if isinstance(x, jax.Array):
+        dtype = JAX_DTYPE_TO_TORCH.get(x.dtype)
+        if dtype is not None:
+            return wrap(x, dtype)
         is_key = jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
-        return x if is_key else wrap(x, dtype_j2t(x.dtype))
+        return x if is_key else wrap(x, shown_dtype(x.dtype))
     if isinstance(x, (*_PLAIN, torch.Tensor)):
         return x
     if isinstance(x, np.dtype):
-        return dtype_j2t(x)
+        return shown_dtype(x)
     if callable(x) and not isinstance(x, torch.nn.Module):
         return functools.partial(call_jax, x)
     return x
@@ -77,8 +83,15 @@ def call_jax(jax_func: Function, *args: Any, **kwargs: Any) -> Any:
     PyTorch's autograd does not see the call, so results have no graph. ``j2t_autograd`` and
     ``torch2jax.device.call_jax`` give them one.
     """
-    args, kwargs = jax_view((args, kwargs))
-    return torch_view(jax_func(*args, **kwargs))
+    return _called(jax_func, (), args, kwargs)
+
+
+def _called(fn: Function, first: tuple[Any, ...], args: Any, kwargs: Any) -> Any:
+    """Call a JAX function with what ``first`` has for JAX, and then with tensors."""
+    # A tree of one leaf need not be taken apart.
+    given = [jax_view_elem(x) if isinstance(x, Tensor) else jax_view(x) for x in args]
+    out = fn(*first, *given, **(jax_view(kwargs) if kwargs else {}))
+    return torch_view_elem(out) if isinstance(out, jax.Array) else torch_view(out)
 
 
 def call_torch(torch_func: Function, *args: Any, **kwargs: Any) -> Any:
@@ -136,6 +149,6 @@ def jax_jit(
     def call(*args: Any, **kwargs: Any) -> Any:
         missing = random_streams.current() is None and not trace_state_clean()
         words = None if missing else random_streams.next_words()
-        return retried(torch_function, lambda: call_jax(compiled, words, *args, **kwargs))
+        return retried(torch_function, lambda: _called(compiled, (words,), args, kwargs))
 
     return call

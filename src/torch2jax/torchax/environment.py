@@ -12,18 +12,17 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import torch
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import device as _device
 from .._conversions.convert import j2t
 from .._conversions.float64 import admit
+from .._conversions.small import shown_dtype, widened
 from ..device import random_streams
-from ..device.operators import dispatch
-from ..device.operators.special import table
-from ..device.tensors.tensor import Tensor, from_torch, read
+from ..device.tensors.tensor import Tensor, from_torch, read, wrap
 from .config import Configuration
+from .modes import XLADispatchMode, XLAFunctionMode
 from .promotions import on_jax, promoted
+from .registry import Operator, OperatorNotFound, Operators
 
 __all__ = ["Environment", "Properties", "default_env", "words_of"]
 
@@ -40,47 +39,8 @@ class _Thread(threading.local):
     def __init__(self) -> None:
         self.entered: list[Any] = []
         self.mesh: Any = None
-
-
-class _Mode(TorchFunctionMode):
-    """This mode calls PyTorch's functions as torchax does.
-
-    A user's definition replaces a function, device "cuda" means jax where the configuration says
-    so, and what PyTorch refuses is promoted; see ``promotions``.
-    """
-
-    def __init__(self, env: Environment) -> None:
-        super().__init__()
-        self.env = env
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        definition = self.env._definitions.get(func)
-        if definition is not None:
-            return definition(*args, **kwargs)
-        if self.env.config.treat_cuda_as_jax_device:
-            func, args, kwargs = on_jax(func, args, kwargs)
-        args, kwargs = promoted(func, args, kwargs, self.env.config)
-        return func(*args, **kwargs)
-
-
-class _Printer(TorchDispatchMode):
-    """This mode prints each operator to stderr."""
-
-    def __init__(self, operands: bool) -> None:
-        super().__init__()
-        self.operands = operands
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        text = str(func)
-        if self.operands:
-            text += " " + ", ".join(_described(x) for x in (*args, *(kwargs or {}).values()))
-        print(text, file=sys.stderr)
-        return func(*args, **(kwargs or {}))
-
-
-def _described(x: Any) -> str:
-    return f"{x.dtype}{list(x.shape)}" if isinstance(x, torch.Tensor) else repr(x)
+        self.key: tuple[Any, Any] | None = None
+        """The key that ``prng_key`` was set to, and the state of the generator that it left."""
 
 
 class Environment(contextlib.ContextDecorator):
@@ -101,6 +61,9 @@ class Environment(contextlib.ContextDecorator):
         _device.enable()
         self.config = configuration or Configuration()
         self._definitions: dict[Any, Callable[..., Any]] = {}
+        self._ops = self._decomps = Operators(self, self._definitions)
+        self._function_mode = XLAFunctionMode(self)
+        self._dispatch_mode = XLADispatchMode(self)
         self._thread = _Thread()
 
     # --- the environment as a context
@@ -114,7 +77,7 @@ class Environment(contextlib.ContextDecorator):
         stack = contextlib.ExitStack()
         stack.enter_context(self.functions())
         if self.config.debug_print_each_op:
-            stack.enter_context(_Printer(self.config.debug_print_each_op_operands))
+            stack.enter_context(XLADispatchMode(self))
         self._thread.entered.append(stack)
         return self
 
@@ -153,14 +116,30 @@ class Environment(contextlib.ContextDecorator):
             an operator stays PyTorch's. That of a function is the derivative of ``op_impl``.
           is_view_op: has no effect: results share memory where ``op_impl`` makes them share it.
         """
-        if isinstance(op_to_override, torch._ops.OpOverloadPacket):
-            for which in op_to_override.overloads():
-                self.override_op_definition(getattr(op_to_override, which), op_impl)
-        elif isinstance(op_to_override, torch._ops.OpOverload):
-            table.special(op_to_override)(lambda args, kwargs: op_impl(*args, **kwargs))
-            dispatch.forget()
-        else:
-            self._definitions[op_to_override] = op_impl
+        self._ops[op_to_override] = Operator(
+            op_to_override, op_impl, False, True, False, is_view_op
+        )
+
+    def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call one of PyTorch's functions as torchax does.
+
+        A user's definition replaces a function, device "cuda" means jax where the configuration
+        says so, and what PyTorch refuses is promoted; see ``promotions``.
+        """
+        kwargs = kwargs or {}
+        definition = self._definitions.get(func)
+        if definition is not None:
+            return definition(*args, **kwargs)
+        if self.config.treat_cuda_as_jax_device:
+            func, args, kwargs = on_jax(func, args, kwargs)
+        args, kwargs = promoted(func, args, kwargs, self.config)
+        return func(*args, **kwargs)
+
+    def _get_op_or_decomp(self, func: Any) -> Operator:
+        try:
+            return self._ops[func]
+        except KeyError:
+            raise OperatorNotFound(f"{func} is no operator, and is not overridden") from None
 
     @contextlib.contextmanager
     def functions(self) -> Iterator[None]:
@@ -171,7 +150,7 @@ class Environment(contextlib.ContextDecorator):
         with contextlib.ExitStack() as stack:
             if "torch._dynamo" in sys.modules:  # loading it takes seconds
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
-            stack.enter_context(_Mode(self))
+            stack.enter_context(XLAFunctionMode(self))
             yield
 
     # --- random numbers and other properties
@@ -181,11 +160,26 @@ class Environment(contextlib.ContextDecorator):
         """Return the key from which the next draw of this thread follows."""
         stream = random_streams.current()
         if stream is not None:
-            return jax.random.fold_in(stream.key, stream.count)
+            # A key that is given is the next one, until a draw has been made from it.
+            return jax.random.fold_in(stream.key, stream.count) if stream.count else stream.key
         before = random_streams.get_state()
+        given = self._thread.key
+        if given is not None and torch.equal(given[1], before):
+            return given[0]
         words = random_streams.next_words()
         random_streams.set_state(before)
         return jax.random.wrap_key_data(words)
+
+    @prng_key.setter
+    def prng_key(self, key: Any) -> None:
+        key = words_of(key)
+        stream = random_streams.current()
+        if stream is not None:
+            stream.key, stream.count = jax.random.wrap_key_data(key), 0
+            return
+        high, low = (int(x) for x in np.asarray(key)[-2:])
+        random_streams.seed(high << 32 | low)
+        self._thread.key = jax.random.wrap_key_data(key), random_streams.get_state()
 
     def get_and_rotate_prng_key(self, generator: torch.Generator | None = None) -> jax.Array:
         """Return a key that has not been used."""
@@ -255,7 +249,9 @@ class Environment(contextlib.ContextDecorator):
 
     def j2t_iso(self, tree: Any) -> Any:
         """Return arrays as tensors on device jax."""
-        return _device.torch_view(tree)
+        return jax.tree.map(
+            lambda x: wrap(x, shown_dtype(x.dtype)) if isinstance(x, jax.Array) else x, tree
+        )
 
     def t2j_copy(self, tree: Any) -> Any:
         """Return tensors of any device as arrays."""
@@ -271,7 +267,8 @@ class Environment(contextlib.ContextDecorator):
     def j2t_copy(self, tree: Any) -> Any:
         """Return arrays as tensors in PyTorch's own CPU memory."""
         return jax.tree.map(
-            lambda x: j2t(np.asarray(x)).clone() if isinstance(x, jax.Array) else x, tree
+            lambda x: j2t(widened(np.asarray(x))).clone() if isinstance(x, jax.Array) else x,
+            tree,
         )
 
 

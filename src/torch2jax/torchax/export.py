@@ -10,9 +10,18 @@ import jax.export
 from torch.export import ExportedProgram
 from torch.utils import _pytree as torch_tree
 
-from ..device.exported import extract_exported, input_avals
+from ..device.exported import Interpreter, extract_exported, input_avals
 
-__all__ = ["exported_program_to_jax", "exported_program_to_stablehlo", "extract_avals"]
+__all__ = [
+    "JaxInterpreter",
+    "exported_program_to_jax",
+    "exported_program_to_stablehlo",
+    "extract_avals",
+]
+
+
+class JaxInterpreter(Interpreter):
+    """An interpreter runs a graph of ``torch.fx``, whose operators are of aten, on arrays."""
 
 
 def exported_program_to_jax(exported_program: ExportedProgram, export_raw: bool = False) -> Any:
@@ -24,8 +33,8 @@ def exported_program_to_jax(exported_program: ExportedProgram, export_raw: bool 
 
     Returns:
       ``(states, fn)``: a list of arrays, which are copies of the program's parameters, buffers and
-      constants, and ``fn(states, args, kwargs=None)``. With ``export_raw`` it is
-      ``(names, states, fn)``.
+      constants, and ``fn(states, args, kwargs=None)``, which returns a tuple of all results, one
+      after the other. With ``export_raw`` it is ``(names, states, fn)``.
     """
     names, states, fn = _listed(exported_program)
     return (names, states, fn) if export_raw else (states, fn)
@@ -43,7 +52,8 @@ def exported_program_to_stablehlo(
 
     Returns:
       ``(states, exported)``. ``exported.call(states, args)`` runs it, where ``args`` is a tuple. A
-      program with keyword arguments takes ``(states, args, kwargs)``.
+      program with keyword arguments takes ``(states, args, kwargs)``. It returns a tuple of all
+      results, one after the other.
     """
     _, states, fn = _listed(exported_program)
     args, kwargs = input_avals(exported_program)
@@ -57,6 +67,7 @@ def _listed(program: ExportedProgram) -> tuple[list[str], list[Any], Callable[..
     names = list(state)
 
     def fn(states: Any, args: Any, kwargs: Any = None) -> Any:
-        return inner(dict(zip(names, states, strict=True)), args, kwargs)
+        out = inner(dict(zip(names, states, strict=True)), args, kwargs)
+        return tuple(torch_tree.tree_leaves(out))
 
     return names, list(state.values()), fn

@@ -9,7 +9,17 @@ import jax
 import torch
 
 from .. import device as _device
-from .calls import Function, call_jax, call_torch, jax_jit, jax_view, torch_view, wrap_jax_jit
+from .calls import (
+    Function,
+    call_jax,
+    call_torch,
+    jax_jit,
+    jax_view,
+    jax_view_elem,
+    torch_view,
+    torch_view_elem,
+    wrap_jax_jit,
+)
 from .jittable import JittableModule, extract_all_buffers, set_all_buffers
 
 __all__ = [
@@ -24,8 +34,11 @@ __all__ = [
     "jax_shard_map",
     "jax_value_and_grad",
     "jax_view",
+    "jax_view_elem",
     "set_all_buffers",
+    "shard_map",
     "torch_view",
+    "torch_view_elem",
     "wrap_jax_jit",
 ]
 
@@ -54,6 +67,7 @@ def j2t_autograd(fn: Function, call_jax: Function = call_jax) -> Function:
 
 
 fori_loop = torch_view(jax.lax.fori_loop)
+shard_map = jax.shard_map
 
 
 def jax_shard_map(
@@ -62,7 +76,7 @@ def jax_shard_map(
     """Apply ``jax.shard_map`` to a function of tensors on device jax, and compile it."""
 
     def compiled(fn: Function, **options: Any) -> Function:
-        return jax.jit(jax.shard_map(fn, **options))
+        return jax.jit(shard_map(fn, **options))
 
     return wrap_jax_jit(torch_function, compiled, kwargs_for_jax_shard_map)
 

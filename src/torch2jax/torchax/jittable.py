@@ -75,7 +75,7 @@ class JittableModule(torch.nn.Module):
             env, extra_jit_args = None, env
         self._model = m
         self._env = env or default_env()
-        self._options = extra_jit_args or {}
+        self._extra_jit_args = extra_jit_args or {}
         self._jitted: dict[str, Callable[..., Any]] = {}
         # torchax's programs read and replace these dicts. ``buffers`` hides a method of Module.
         self.params: dict[str, Any]
@@ -144,7 +144,7 @@ class JittableModule(torch.nn.Module):
         """Let the method of this name run compiled from now on."""
         from .calls import jax_jit
 
-        compiled = jax_jit(functools.partial(self.functional_call, key), self._options)
+        compiled = jax_jit(functools.partial(self.functional_call, key), self._extra_jit_args)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             plain = {k: x for k, x in self.buffers.items() if self._is_input(k, x)}

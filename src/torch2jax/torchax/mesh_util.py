@@ -31,15 +31,17 @@ class SingleAxisSharder:
         self.replicate_unshardable = replicate_unshardable
 
     def __call__(self, name: str, shapedtype: Any) -> PartitionSpec:
-        for dim, size in enumerate(shapedtype.shape):
+        shape = tuple(shapedtype.shape)
+        for dim, size in enumerate(shape):
             if size % self.axis_size == 0:
-                return PartitionSpec(*[None] * dim, self.axis_name)
+                rest = [None] * (len(shape) - dim - 1)
+                return PartitionSpec(*[None] * dim, self.axis_name, *rest)
         if not self.replicate_unshardable:
             raise AssertionError(
                 f"{name} {tuple(shapedtype.shape)} has no dimension that {self.axis_size} devices "
                 f"of {self.axis_name!r} divide; replicate_unshardable=True puts it on every one."
             )
-        return PartitionSpec()
+        return PartitionSpec(*[None] * len(shape))
 
 
 class Mesh:

@@ -20,6 +20,7 @@ from ..._conversions.convert import j2t
 from ..._conversions.dtypes import dtype_j2t, x64_enabled
 from ..._conversions.float64 import WIDE_FLOATS
 from ..._conversions.narrowed import NARROWED, WIDENED
+from ..._conversions.small import shown_dtype, widened
 from ..._errors import Torch2JaxError
 from ...lowerings.registry import DataDependentShape
 from ...lowerings.vision import SHAPES_DEPEND_ON_VALUES
@@ -34,6 +35,7 @@ from .route import Route
 __all__ = ["NoDecompositionHere", "OperatorProgram"]
 
 _PYTHON = {bool: torch.bool, int: torch.int64, float: torch.float32, complex: torch.complex64}
+_CLONE = torch.ops.aten.clone.default  # it keeps the dtype of an array that shows a wider one
 _IGNORED = ("layout", "pin_memory", "memory_format", "non_blocking")
 
 
@@ -97,7 +99,12 @@ class OperatorProgram:
 
     def compute(self, values: list[Any], key: Any) -> tuple[Any, list[Any]]:
         """Return results and new values of what is written to, from the values of all operands."""
-        out, new = self._results(values, key)
+        given = values
+        if self.route.func is not _CLONE:
+            given = [
+                v if d is None else widened(v) for v, d in zip(values, self.dtypes, strict=True)
+            ]
+        out, new = self._results(given, key)
         checked = []
         for slot, value in zip(self.mutated, new, strict=True):
             old, dtype = values[slot], self.dtypes[slot]
@@ -256,7 +263,7 @@ class OperatorProgram:
     def _dtypes_of(self, out: Any, args: Any, kwargs: Any, values: Any) -> list[torch.dtype]:
         """Return PyTorch's dtypes. While x64 is off arrays of 32 bits stand for 64 too."""
         leaves = [x if hasattr(x, "dtype") else np.asarray(x) for x in jax.tree.leaves(out)]
-        found = [dtype_j2t(x.dtype) for x in leaves]
+        found = [shown_dtype(x.dtype) for x in leaves]
         if x64_enabled():
             return found
         if self.carries:

@@ -12,7 +12,8 @@ changes stay. ``change_pytorch`` makes them. Other tensors are computed as befor
 - The devices and types of ``foreach``: without ours in PyTorch's lists, optimizers and the clipping
   of gradients would take one parameter at a time.
 - The name of the device (``set_up_device`` in the compat file): with it PyTorch gives all tensors
-  ``x.jax()`` and ``x.is_jax``, and all modules ``module.jax()``.
+  ``x.jax()`` and ``x.is_jax``, and all modules ``module.jax()``. ``torch2jax.torchax`` takes
+  ``x.jax`` away from tensors of other devices.
 - The device "lazy": C++ knows our tensors by that name (NOTE [The wrapper's C++ device is lazy]),
   so PyTorch's own lazy tensors cannot be used in the same process.
 

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ..._compat.jax import ArrayImpl, get_opaque_trace_state, trace_state_clean
 from ..._conversions.convert import default_array, j2t
 from ..._conversions.float64 import narrow_floats
+from ..._conversions.small import PACKED, widened
 from ..._errors import UnsupportedDtypeError
 from ...lowerings.promotion import array_dtype
 from ...lowerings.registry import ValuesAsked
@@ -296,8 +297,11 @@ def stays(t: Tensor, device: torch.device) -> bool:
 
 
 def to_torch(t: Tensor, what: str = "cpu()") -> torch.Tensor:
-    """Copy the values to PyTorch's own CPU memory, in the tensor's dtype."""
+    """Copy the values to PyTorch's own CPU memory, in the tensor's dtype.
+
+    Values of 4-bit floats are float32 there, because PyTorch packs two of them in one element.
+    """
     array = concrete(t, what)
     with _disable_current_modes():
-        host = np.asarray(array)
-        return j2t(host).to(t.dtype)
+        host = j2t(widened(np.asarray(array)))
+        return host if t.dtype is PACKED else host.to(t.dtype)

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import torch
 
-from ..._conversions.dtypes import canonical, dtype_j2t
+from ...device.tensors.tensor import Tensor, to_torch
+from ..dtypes import JAX_DTYPE_TO_TORCH, TORCH_DTYPE_TO_JAX, j2t_dtype, t2j_dtype
 from ..environment import default_env
 
-__all__ = ["j2t", "j2t_dtype", "t2j", "t2j_dtype"]
+__all__ = [
+    "JAX_DTYPE_TO_TORCH",
+    "NUMPY_UNSUPPORTED_DTYPES",
+    "TORCH_DTYPE_TO_JAX",
+    "j2t",
+    "j2t_dtype",
+    "t2j",
+    "t2j_dtype",
+]
+
+NUMPY_UNSUPPORTED_DTYPES = {
+    theirs: mine
+    for theirs, mine in TORCH_DTYPE_TO_JAX.items()
+    if theirs is not None and mine.isbuiltin != 1
+}
+"""The dtypes that NumPy itself lacks, such as bfloat16, with those of JAX."""
 
 
 def t2j(t: torch.Tensor, use_dlpack: bool = True) -> jax.Array:
@@ -18,16 +32,8 @@ def t2j(t: torch.Tensor, use_dlpack: bool = True) -> jax.Array:
     return default_env().t2j_copy(t)
 
 
-def j2t(x: jax.Array, use_dlpack: bool = True) -> torch.Tensor:
-    """Copy an array into a tensor in PyTorch's own CPU memory."""
+def j2t(x: jax.Array | torch.Tensor, use_dlpack: bool = True) -> torch.Tensor:
+    """Copy an array, or a tensor on device jax, into a tensor in PyTorch's own CPU memory."""
+    if isinstance(x, Tensor):
+        return to_torch(x.detach(), "j2t")  # type: ignore[arg-type]
     return default_env().j2t_copy(x)
-
-
-def t2j_dtype(dtype: torch.dtype) -> Any:
-    """Return the dtype of the array of such a tensor; it has 32 bits for 64 while x64 is off."""
-    return canonical(dtype)
-
-
-def j2t_dtype(dtype: Any) -> torch.dtype:
-    """Return the dtype of the tensor of such an array."""
-    return dtype_j2t(dtype)

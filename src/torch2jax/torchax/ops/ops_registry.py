@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
-from ... import device as _device
-from ..calls import call_jax
 from ..environment import default_env
+from ..registry import Operator, Operators
 
-__all__ = ["register_torch_dispatch_op", "register_torch_function_op"]
+__all__ = [
+    "Operator",
+    "all_aten_ops",
+    "all_torch_functions",
+    "register_torch_dispatch_op",
+    "register_torch_function_op",
+]
+
+all_aten_ops: Operators = default_env()._ops
+all_torch_functions: Operators = default_env()._ops
+"""Both are ``default_env()._ops``: what computes each operator, and each overridden function."""
 
 
 def register_torch_dispatch_op(
@@ -35,11 +43,9 @@ def register_torch_dispatch_op(
     Returns:
       ``impl_callable``.
     """
-    impl = _with_env(impl_callable, needs_env)
-    if is_jax_function:
-        _device.register_lowering(aten_op, impl)
-    else:
-        default_env().override_op_definition(aten_op, impl)
+    all_aten_ops[aten_op] = Operator(
+        aten_op, impl_callable, is_jax_function, is_user_defined, needs_env, is_view_op
+    )
     return impl_callable
 
 
@@ -59,12 +65,6 @@ def register_torch_function_op(
     Returns:
       ``impl_callable``.
     """
-    impl = _with_env(impl_callable, needs_env)
-    if is_jax_function:
-        impl = functools.partial(call_jax, impl)
-    default_env().override_op_definition(torch_func, impl)
-    return impl_callable
-
-
-def _with_env(impl: Callable[..., Any], needs_env: bool) -> Callable[..., Any]:
-    return functools.partial(impl, env=default_env()) if needs_env else impl
+    return register_torch_dispatch_op(
+        torch_func, impl_callable, is_jax_function, is_user_defined, needs_env, is_view_op
+    )

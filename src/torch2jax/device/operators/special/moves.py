@@ -9,6 +9,7 @@ import torch
 
 from ...._conversions.dtypes import x64_enabled
 from ...._conversions.float64 import admit
+from ...._conversions.small import PACKED
 from ...._errors import Torch2JaxError
 from ....lowerings.promotion import cast
 from ...tensors.tensor import (
@@ -50,7 +51,8 @@ def _to_copy(args: Any, kwargs: Any) -> Any:
         return _cast(x, dtype)
     if torch.device(device).type == "meta":
         return torch.empty(x.shape, dtype=dtype, device="meta")
-    return to_torch(x, f"to({device})").to(device=device, dtype=dtype)
+    host = to_torch(x, f"to({device})")
+    return host.to(device=device, dtype=host.dtype if dtype is PACKED else dtype)
 
 
 @functools.cache
