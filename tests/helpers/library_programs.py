@@ -304,7 +304,6 @@ PROGRAMS: dict[str, Program] = {
     "zuko, neural": Program(
         lambda: Uses(likelihood, flow=zuko.flows.NAF(3, transforms=1, hidden_features=[8])),
         (randn(4, 3),),
-        "bridge device",
     ),
     "zuko, integrals": Program(
         lambda: Uses(likelihood, flow=zuko.flows.UNAF(3, transforms=1, hidden_features=[8])),

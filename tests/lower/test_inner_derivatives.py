@@ -51,7 +51,7 @@ class Inner:
         leaves = [given[i].detach().requires_grad_() for i in self.places]
         for i, x, w in zip(self.places, leaves, weights, strict=True):
             given[i] = x * w
-        outs = [x for x in self.sample.smooth(*given) if is_inexact(x) and x.requires_grad]
+        outs = [x for x in self.sample.smooth(*given) if is_inexact(x) and x.grad_fn is not None]
         found = torch.autograd.grad(
             outs, leaves, weights_of(outs), create_graph=True, allow_unused=True
         )
