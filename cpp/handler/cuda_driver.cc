@@ -14,8 +14,6 @@ namespace {
 // Both drivers have these signatures. The handles are opaque pointers. Device pointers are integers
 // in CUDA and pointers in HIP, and both travel in the same register.
 struct Api {
-  int (*pointer_get_attribute)(void* data, int attribute, uint64_t pointer) = nullptr;
-  int (*get_device)(int* device) = nullptr;
   int (*copy_async)(uint64_t to, uint64_t from, size_t bytes, void* stream) = nullptr;
   int (*copy_from_host)(uint64_t to, const void* from, size_t bytes, void* stream) = nullptr;
   int (*copy_to_host)(void* to, uint64_t from, size_t bytes, void* stream) = nullptr;
@@ -32,7 +30,6 @@ struct Api {
 };
 
 // These are the same numbers in both.
-constexpr int kPointerAttributeDeviceOrdinal = 9;
 constexpr unsigned kEventDisableTiming = 2;
 constexpr unsigned kHostAllocPortable = 1;
 
@@ -48,8 +45,6 @@ Api Load() {
     entry = reinterpret_cast<std::decay_t<decltype(entry)>>(dlsym(library, rocm ? hip : cuda));
     complete = complete && entry != nullptr;
   };
-  resolve(api.pointer_get_attribute, "cuPointerGetAttribute", "hipPointerGetAttribute");
-  resolve(api.get_device, "cuCtxGetDevice", "hipGetDevice");
   resolve(api.copy_async, "cuMemcpyDtoDAsync_v2", "hipMemcpyDtoDAsync");
   resolve(api.copy_from_host, "cuMemcpyHtoDAsync_v2", "hipMemcpyHtoDAsync");
   resolve(api.copy_to_host, "cuMemcpyDtoHAsync_v2", "hipMemcpyDtoHAsync");
@@ -120,18 +115,6 @@ struct ThreadEvents {
 }  // namespace
 
 void Driver::UseRocm(bool rocm) noexcept { use_rocm.store(rocm); }
-
-int32_t Driver::DeviceOf(const void* pointer) noexcept {
-  const Api& api = GetApi();
-  int device = 0;
-  if (!api.loaded) return 0;
-  if (pointer != nullptr && api.pointer_get_attribute(&device, kPointerAttributeDeviceOrdinal,
-                                                      reinterpret_cast<uint64_t>(pointer)) == 0) {
-    return device;
-  }
-  // XLA has made its device the current one. In CUDA a device's handle is its number.
-  return api.get_device(&device) == 0 ? device : 0;
-}
 
 std::string Driver::Copy(void* to, const void* from, size_t bytes, void* stream) {
   const Api& api = GetApi();

@@ -3,8 +3,7 @@
 // machines without one.
 //
 // Where a launch queue is full, the driver's functions wait for the GPU. So callers release the GIL
-// before they call any of these, except DeviceOf. Functions that can fail return an empty text, or
-// what went wrong.
+// before they call any of these. Functions that can fail return an empty text, or what went wrong.
 
 #ifndef CPP_HANDLER_CUDA_DRIVER_H_
 #define CPP_HANDLER_CUDA_DRIVER_H_
@@ -19,9 +18,6 @@ class Driver {
  public:
   // Chooses HIP in place of CUDA. To be called before anything else here is used.
   static void UseRocm(bool rocm) noexcept;
-  // The device of the memory at `pointer`. Where `pointer` is null or of no device, this is the
-  // thread's current device, or 0.
-  static int32_t DeviceOf(const void* pointer) noexcept;
 
   // Copies on `stream`. The host's memory is pinned, and may not change before the copy is done.
   static std::string Copy(void* to, const void* from, size_t bytes, void* stream);

@@ -36,17 +36,6 @@ class InFlight {
   bool refused() const noexcept { return shutting_down.load(); }
 };
 
-dl::Device DeviceOf(const ffi::RemainingArgs& args, const ffi::RemainingRets& rets, bool rocm) {
-  const void* pointer = nullptr;
-  for (size_t i = 0; i < args.size() && pointer == nullptr; ++i) {
-    pointer = args.get<ffi::AnyBuffer>(i)->untyped_data();
-  }
-  for (size_t i = 0; i < rets.size() && pointer == nullptr; ++i) {
-    pointer = (*rets.get<ffi::AnyBuffer>(i))->untyped_data();
-  }
-  return {rocm ? dl::kRocm : dl::kCuda, Driver::DeviceOf(pointer)};
-}
-
 // Registers what an unknown name stands for; exported programs bring such names. Returns an empty
 // text, or why it cannot.
 std::string Resolve(const Torch& torch, std::string_view name) {
@@ -88,7 +77,7 @@ ffi::Error Dispatch(GpuCall* gpu, int64_t run_id, const ffi::RemainingArgs& args
     Call call(*torch, found, args, rets, {{dl::kCpu, 0}, nullptr});
     return call.RunOnCpu(run_id);
   }
-  gpu->target.device = DeviceOf(args, rets, torch->rocm);
+  gpu->target.device.device_type = torch->rocm ? dl::kRocm : dl::kCuda;
   Call call(*torch, found, args, rets, gpu->target);
   return call.RunOnGpu(*gpu);
 }
@@ -110,12 +99,13 @@ ffi::Error HandleCpu(ffi::RunId run_id, ffi::RemainingArgs args, ffi::RemainingR
 }
 
 // Programs that were exported have a name alone.
-ffi::Error HandleGpu(ffi::RunId run_id, void* stream, ffi::RemainingArgs args,
+ffi::Error HandleGpu(ffi::RunId run_id, int32_t device, void* stream, ffi::RemainingArgs args,
                      ffi::RemainingRets rets, ffi::Dictionary attributes) {
   ffi::ErrorOr<std::string_view> name = attributes.get<std::string_view>("name");
   if (!name) return name.error();
   GpuCall call;
   call.run_id = run_id.run_id;
+  call.target.device.device_id = device;
   call.target.stream = stream;
   for (auto [key, value] : {std::pair("site", &call.site), std::pair("key", &call.key)}) {
     if (!attributes.contains(key)) continue;
@@ -142,6 +132,7 @@ XLA_FFI_Error* CpuHandler(XLA_FFI_CallFrame* call_frame) {
 XLA_FFI_Error* GpuHandler(XLA_FFI_CallFrame* call_frame) {
   static const auto* handler = ffi::Ffi::Bind()
                                    .Ctx<ffi::RunId>()
+                                   .Ctx<ffi::DeviceOrdinal>()
                                    .Ctx<ffi::PlatformStream<void*>>()
                                    .RemainingArgs()
                                    .RemainingRets()

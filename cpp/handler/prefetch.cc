@@ -34,10 +34,9 @@ Table& GetTable() {
 
 constexpr size_t kMost = 4096;
 
-ffi::Error Prefetch(ffi::RunId run_id, void* stream, ffi::AnyBuffer words,
+ffi::Error Prefetch(ffi::RunId run_id, int32_t device, void* stream, ffi::AnyBuffer words,
                     ffi::Result<ffi::AnyBuffer> same, int64_t site) {
   const size_t bytes = words.size_bytes();
-  const int32_t device = Driver::DeviceOf(words.untyped_data());
   if (words.untyped_data() != same->untyped_data()) {
     std::string error = Driver::Copy(same->untyped_data(), words.untyped_data(), bytes, stream);
     if (!error.empty()) return ffi::Error::Internal("a key: " + error);
@@ -68,6 +67,7 @@ ffi::Error Prefetch(ffi::RunId run_id, void* stream, ffi::AnyBuffer words,
 XLA_FFI_Error* PrefetchHandler(XLA_FFI_CallFrame* call_frame) {
   static const auto* handler = ffi::Ffi::Bind()
                                    .Ctx<ffi::RunId>()
+                                   .Ctx<ffi::DeviceOrdinal>()
                                    .Ctx<ffi::PlatformStream<void*>>()
                                    .Arg<ffi::AnyBuffer>()
                                    .Ret<ffi::AnyBuffer>()

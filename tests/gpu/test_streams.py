@@ -173,3 +173,19 @@ def test_python_runs_while_the_driver_waits(gpu: Any, function: str) -> None:
 
     assert runs_elsewhere(gpu, call, gpu.blocked(function))
     np.testing.assert_array_equal(y.array, jnp.zeros(2))
+
+
+def test_a_call_without_elements_runs_on_its_device(gpu: Any) -> None:
+    """XLA says which device it is; memory without elements has no address to ask for."""
+    seen: list[int | None] = []
+
+    def fn(x: torch.Tensor) -> tuple[torch.Tensor]:
+        seen.append(x.device.index)
+        return (x.sin(),)
+
+    made = entry(fn, "test_a_call_without_elements")
+    for device in (1, 0, 1):
+        x, y = gpu.buffer(np.empty(0, np.float32), device), gpu.empty((0,), np.float32, device)
+        gpu.call(made.name, [x], [y], device=device)
+    assert seen == [1, 0, 1]
+    assert gpu.count("cuPointerGetAttribute") == gpu.count("cuCtxGetDevice") == 0
