@@ -90,7 +90,7 @@ def admit(dtype: torch.dtype | None, asked: bool = True) -> None:
         kind = UnsupportedDtypeError if asked else Torch2JaxError
         raise kind(
             f"{dtype} needs 64-bit values, which JAX has switched off. Switch them on, {on}, or "
-            f"use {narrow}. (device.strict_float64() forbids to carry it as {narrow}.)"
+            f"use {narrow}. (device.strict_float64() forbids carrying it as {narrow}.)"
         )
     frame = _users_frame()
     warnings.warn_explicit(

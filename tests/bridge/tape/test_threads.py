@@ -7,12 +7,9 @@ from typing import Any
 
 import jax
 import pytest
-import torch
 from tape_functions import close, run_python, through_scan
 
 from torch2jax import tape_info, torch2jax
-from torch2jax._bridge.torch_side.derivatives import UserProgram
-from torch2jax._bridge.torch_side.tape import kept_graph, programs
 
 
 def test_threads_share_a_function(x):
@@ -98,44 +95,52 @@ def test_two_threads_and_two_devices_share_a_module(checkpointed):
     assert out.split()[:2] == ["0", "0"]
 
 
-def test_one_call_does_not_decide_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_call_does_not_decide_for_another() -> None:
     """A call that holds a view of its operand keeps no graph, whatever another call finds.
 
     The other call has begun when nothing was known of the function, and ends while this one
-    decides.
+    decides. A process of its own: what is counted are references to the other call's operand.
     """
-    views: list[torch.Tensor] = []
-    begun, go_on = threading.Event(), threading.Event()
+    run_python(
+        """
+        import threading
+        import torch
+        from PACKAGE._bridge.torch_side.derivatives import UserProgram
+        from PACKAGE._bridge.torch_side.tape import kept_graph, programs
 
-    def fn(x: torch.Tensor) -> tuple[torch.Tensor]:
-        if threading.current_thread() is other:
-            begun.set()
-            assert go_on.wait(60)
-        else:
-            views.append(x.detach().view(-1))
-        return (x.sin(),)
+        views, found = [], []
+        begun, go_on = threading.Event(), threading.Event()
 
-    policy = kept_graph.GraphPolicy("fn", (0,), seeded=False)
-    keep = programs.KeepGraph(UserProgram(fn, None, True, ()), policy)
-    found: list[kept_graph.KeptGraph | None] = []
-    other = threading.Thread(target=lambda: found.append(keep.forward((torch.ones(3),))[1]))
-    empty = programs.empty
+        def fn(x):
+            if threading.current_thread() is other:
+                begun.set()
+                assert go_on.wait(60)
+            else:
+                views.append(x.detach().view(-1))
+            return (x.sin(),)
 
-    def empty_after_other(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        if threading.current_thread() is not other and other.is_alive():
-            go_on.set()
-            other.join(60)
-        return empty(dtype, device)
+        policy = kept_graph.GraphPolicy("fn", (0,), seeded=False)
+        keep = programs.KeepGraph(UserProgram(fn, None, True, ()), policy)
+        other = threading.Thread(target=lambda: found.append(keep.forward((torch.ones(3),))[1]))
+        empty = programs.empty
 
-    monkeypatch.setattr(programs, "empty", empty_after_other)
-    other.start()
-    assert begun.wait(60)
-    (out,), graph = keep.forward((torch.ones(3),))
-    assert not other.is_alive()  # it ended before this call had decided
-    assert torch.equal(out, torch.ones(3).sin())
-    assert len(views) == 1
-    assert graph is None
-    assert found[0] is not None
-    again = keep.forward((torch.ones(3),))[1]
-    assert again is not None
-    assert again.owned  # what was learnt is not forgotten
+        def empty_after_other(dtype, device):
+            if threading.current_thread() is not other and other.is_alive():
+                go_on.set()
+                other.join(60)
+            return empty(dtype, device)
+
+        programs.empty = empty_after_other
+        other.start()
+        assert begun.wait(60)
+        (out,), graph = keep.forward((torch.ones(3),))
+        assert not other.is_alive()  # it ended before this call had decided
+        assert torch.equal(out, torch.ones(3).sin())
+        assert len(views) == 1
+        assert graph is None
+        assert found[0] is not None
+        again = keep.forward((torch.ones(3),))[1]
+        assert again is not None
+        assert again.owned  # what was learnt is not forgotten
+        """
+    )
