@@ -167,6 +167,9 @@ class JittableModule(torch.nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.jittable_call("forward", *args, **kwargs)
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.forward(*args, **kwargs)  # hooks are those of the module itself
+
 
 def _is_key(x: Any) -> bool:
     if isinstance(x, torch.Tensor):
