@@ -244,7 +244,8 @@ def forecast(self: Any, x: torch.Tensor) -> Any:
 
 def private() -> nn.Module:
     """Opacus puts its own attention into PyTorch's layers."""
-    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 8, 0.0), 1)
+    layer = nn.TransformerEncoderLayer(8, 2, 8, 0.0)
+    encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
     return Uses(masked, encoder=opacus.validators.ModuleValidator.fix(encoder))
 
 
