@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import diffrax
 import jax
 import jax.numpy as jnp
+import lineax
 import numpy as np
+import optimistix
 import pytest
 import torch
 
@@ -162,3 +165,93 @@ def test_a_constant_matrix_is_not_computed_from_the_linear_operand() -> None:
     [found] = jax.linear_transpose(inverse, A)(A)
     twin = jax.jacobian(lambda x: jnp.tanh(x) * x.sum())(A)
     np.testing.assert_allclose(found, jnp.linalg.solve(twin.T, A), rtol=1e-4)
+
+
+# --- solvers of libraries, beside PyTorch's own gradients ------------------------------------------
+
+
+def equation(w: torch.Tensor, a: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return x + 0.3 * torch.tanh(w @ x) - a
+
+
+def symmetric(w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return x + 0.3 * w.T @ (w @ x)
+
+
+bridged = torch2jax(equation)
+bridged_symmetric = torch2jax(symmetric)
+
+
+def by_root(w: jax.Array, a: jax.Array) -> jax.Array:
+    solver = optimistix.Newton(rtol=1e-6, atol=1e-6)
+    f = lambda x, args: bridged(*args, x)  # noqa: E731
+    return optimistix.root_find(f, solver, jnp.zeros(2), (w, a)).value
+
+
+def by_fixed_point(w: jax.Array, a: jax.Array) -> jax.Array:
+    solver = optimistix.FixedPointIteration(rtol=1e-6, atol=1e-6)
+    f = lambda x, args: x - bridged(*args, x)  # noqa: E731
+    return optimistix.fixed_point(f, solver, jnp.zeros(2), (w, a)).value
+
+
+def by_conjugate_gradients(w: jax.Array, a: jax.Array) -> jax.Array:
+    operator = lineax.FunctionLinearOperator(
+        lambda x: bridged_symmetric(w, x),
+        jax.eval_shape(lambda: a),
+        lineax.positive_semidefinite_tag,
+    )
+    return lineax.linear_solve(operator, a, lineax.CG(rtol=1e-6, atol=1e-6)).value
+
+
+def by_implicit_steps(w: jax.Array, a: jax.Array) -> jax.Array:
+    return diffrax.diffeqsolve(
+        diffrax.ODETerm(lambda t, x, args: -bridged(*args, x)), diffrax.Kvaerno3(), 0.0, 1.0, 0.1,
+        jnp.ones(2), (w, a), stepsize_controller=diffrax.PIDController(rtol=1e-5, atol=1e-6),
+    ).ys[0]  # fmt: skip
+
+
+def torch_root_of(w: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+    x = torch.zeros(2)
+    for _ in range(60):
+        x = x - equation(w, a, x)
+    return x
+
+
+def torch_solution(w: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.solve(torch.eye(2) + 0.3 * w.T @ w, a)
+
+
+def torch_steps(w: torch.Tensor, a: torch.Tensor, n: int = 20) -> torch.Tensor:
+    """Runge and Kutta's."""
+    x, h = torch.ones(2), 1 / n
+    for _ in range(n):
+        k1 = -equation(w, a, x)
+        k2 = -equation(w, a, x + h / 2 * k1)
+        k3 = -equation(w, a, x + h / 2 * k2)
+        k4 = -equation(w, a, x + h * k3)
+        x = x + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+    return x
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (by_root, torch_root_of),
+        (by_fixed_point, torch_root_of),
+        (by_conjugate_gradients, torch_solution),
+        (by_implicit_steps, torch_steps),
+    ],
+    ids=["optimistix, root", "optimistix, fixed point", "lineax", "diffrax"],
+)
+def test_a_solver_of_a_library(ours: Any, theirs: Any) -> None:
+    """The value, and the gradients of matrix and right-hand side."""
+    w = torch.tensor([[0.5, -0.3], [0.2, 0.8]], requires_grad=True)
+    a = torch.tensor([1.0, -2.0], requires_grad=True)
+    want = theirs(w, a)
+    (want**3).sum().backward()
+    given = jnp.asarray(w.detach().numpy()), jnp.asarray(a.detach().numpy())
+    grad = jax.grad(lambda w, a: (ours(w, a) ** 3).sum(), (0, 1))
+    for compiled in (lambda f: f, jax.jit):
+        np.testing.assert_allclose(compiled(ours)(*given), want.detach(), rtol=1e-3)
+        for actual, expected in zip(compiled(grad)(*given), (w.grad, a.grad), strict=True):
+            np.testing.assert_allclose(actual, expected, rtol=2e-3, atol=1e-3)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import e3nn.math
+import e3nn.util.jit
 import gpytorch
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,10 @@ import pytest
 import pytorch_tcn
 import torch
 import torchdiffeq
+import torchrecurrent
 import torchsde
+import transformers
+from e3nn import o3
 from ncps.torch import LTC, CfC
 from ncps.wirings import AutoNCP
 
@@ -107,39 +112,109 @@ class Noisy(torch.nn.Module):
         return torch.sigmoid(self.diffusion(y))
 
 
-def test_a_generator_of_a_library() -> None:
-    """torchsde draws from generators with seeds of its own, which no key changes."""
-    torch.manual_seed(0)
-    equation = Noisy()
+def solved() -> tuple[torch.nn.Module, torch.Tensor]:
+    """torchsde: noise by intervals of time, from seeds that are drawn themselves."""
 
-    def solve(y: torch.Tensor) -> torch.Tensor:
+    def run(self: Any, y: torch.Tensor) -> torch.Tensor:
         noise = torchsde.BrownianInterval(0.0, 1.0, size=tuple(y.shape), dtype=y.dtype, entropy=1)
         times = torch.linspace(0, 1, 3)
-        return torchsde.sdeint(equation, y, times, bm=noise, method="euler", dt=0.25)
+        return torchsde.sdeint(self.equation, y, times, bm=noise, method="euler", dt=0.25)
 
-    y = torch.linspace(-1, 1, 6).reshape(2, 3).requires_grad_()
-    want = solve(y)
+    return programs.Uses(run, equation=Noisy()), programs.randn(2, 3)
+
+
+def normalized() -> tuple[torch.nn.Module, torch.Tensor]:
+    """e3nn: the moments of an activation, by a million random numbers."""
+
+    def run(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return self.activation(x) / e3nn.math.moment(self.activation, 2, dtype=x.dtype).sqrt()
+
+    return programs.Uses(run, activation=torch.nn.PReLU()), programs.randn(2, 3)
+
+
+def spoken() -> tuple[torch.nn.Module, torch.Tensor]:
+    """transformers: a vocoder makes a voice of noise."""
+
+    def run(self: Any, spectrogram: torch.Tensor) -> torch.Tensor:
+        return self.net(spectrogram, generator=torch.Generator().manual_seed(3)).waveforms
+
+    config = transformers.UnivNetConfig(
+        model_in_channels=2, model_hidden_channels=2, num_mel_bins=3, resblock_kernel_sizes=[3],
+        resblock_stride_sizes=[2], resblock_dilation_sizes=[[1]], kernel_predictor_num_blocks=1,
+        kernel_predictor_hidden_channels=2,
+    )  # fmt: skip
+    return programs.Uses(run, net=transformers.UnivNetModel(config)), programs.randn(1, 4, 3)
+
+
+@pytest.mark.parametrize("make", [solved, normalized, spoken])
+def test_a_generator_of_a_library(make: Any) -> None:
+    """It has a seed of its own, which no key changes."""
+    torch.manual_seed(0)
+    module, y = make()
+    y.requires_grad_()
+    want = module(y)
     want.square().sum().backward()
-    f = torch2jax(solve, stochastic=True)
+    apply, variables = from_module(module)
     x = jnp.asarray(y.detach().numpy())
+
+    def loss(params: Any, x: Any, key: Any) -> Any:
+        return (apply({**variables, "params": params}, x, rng=key) ** 2).sum()
+
+    step = jax.jit(jax.value_and_grad(loss, (0, 1)))
     for seed in range(2):
-        key = jax.random.key(seed)
-        value, grad = jax.jit(jax.value_and_grad(lambda x, k: (f(x, rng=k) ** 2).sum()))(x, key)
+        value, (grads, slope) = step(variables["params"], x, jax.random.key(seed))
         np.testing.assert_allclose(value, want.detach().square().sum(), rtol=1e-5)
-        np.testing.assert_allclose(grad, y.grad, rtol=1e-4, atol=1e-5)
+        programs.close(slope, y.grad, "input")
+        for name, p in module.named_parameters():
+            programs.close(grads[name], p.grad, name)
+
+
+def traced_convolutions() -> tuple[torch.nn.Module, Any, torch.Tensor]:
+    module = pytorch_tcn.TCN(3, [4, 4], kernel_size=3, use_norm="batch_norm", dropout=0.0).eval()
+    x = programs.randn(2, 3, 12)
+    return module, torch.jit.trace(module, x), x
+
+
+def traced_recurrence() -> tuple[torch.nn.Module, Any, torch.Tensor]:
+    module, x = torchrecurrent.MGU(3, 4), programs.randn(4, 2, 3)
+    return module, torch.jit.trace(module, x), x
+
+
+def scripted_cell() -> tuple[torch.nn.Module, Any, torch.Tensor]:
+    module = torchrecurrent.MGUCell(3, 4)
+    return module, torch.jit.script(module), programs.randn(2, 3)
+
+
+def scripted_irreps() -> tuple[torch.nn.Module, Any, torch.Tensor]:
+    module = torch.nn.Sequential(
+        o3.Linear("2x0e + 1x1o", "1x0e + 2x1o"), o3.Norm("1x0e + 2x1o"), o3.Linear("3x0e", "2x0e")
+    )
+    return module, e3nn.util.jit.script(module), programs.randn(3, 5)
+
+
+def first(out: Any) -> Any:
+    return out[0] if isinstance(out, tuple | list) else out
 
 
 @pytest.mark.parametrize("lower", [False, True])
+@pytest.mark.parametrize(
+    "make", [traced_convolutions, traced_recurrence, scripted_cell, scripted_irreps]
+)
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
-def test_a_traced_module_of_a_library(lower: bool) -> None:
+def test_torchscript_of_a_library(make: Any, lower: bool) -> None:
     torch.manual_seed(0)
-    module = pytorch_tcn.TCN(3, [4, 4], kernel_size=3, use_norm="batch_norm", dropout=0.0).eval()
-    x = torch.linspace(-1, 1, 72).reshape(2, 3, 12)
-    traced = torch.jit.trace(module, x)
-    module(x).square().sum().backward()
-    apply, variables = from_module(traced, lower=lower)
-    loss = lambda p: (apply({**variables, "params": p}, jnp.asarray(x)) ** 2).sum()  # noqa: E731
-    value, grads = jax.jit(jax.value_and_grad(loss))(variables["params"])
-    np.testing.assert_allclose(value, module(x).detach().square().sum(), rtol=1e-5)
+    module, compiled, x = make()
+    x.requires_grad_()
+    want = first(module(x))
+    want.square().sum().backward()
+    apply, variables = from_module(compiled, lower=lower)
+
+    def loss(params: Any, x: Any) -> Any:
+        return (first(apply({**variables, "params": params}, x)) ** 2).sum()
+
+    step = jax.jit(jax.value_and_grad(loss, (0, 1)))
+    value, (grads, slope) = step(variables["params"], jnp.asarray(x.detach().numpy()))
+    np.testing.assert_allclose(value, want.detach().square().sum(), rtol=1e-5)
+    programs.close(slope, x.grad, "input")
     for name, p in module.named_parameters():
-        np.testing.assert_allclose(grads[name], p.grad, rtol=1e-3, atol=1e-4, err_msg=name)
+        programs.close(grads[name], p.grad, name)

@@ -252,3 +252,17 @@ def test_numbers_of_the_cpu_would_be_constants() -> None:
         f(x)
         with pytest.raises(Torch2JaxError, match="happen once"):
             f(x)
+
+
+def test_generators_that_a_function_makes() -> None:
+    """Each trace would find another one, without an end."""
+
+    def draws(x: torch.Tensor) -> torch.Tensor:
+        return x + torch.rand(3, device=J, generator=torch.Generator(J).manual_seed(0))
+
+    f, x = device.jit(draws), torch.zeros(3, device=J)
+    f(x)
+    for _ in range(2):
+        with pytest.raises(Torch2JaxError, match="makes itself"):
+            f(x)
+    assert torch.equal(draws(x), draws(x))

@@ -13,9 +13,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import captum.attr
+import gpytorch
 import jax
 import jax.numpy as jnp
 import numpy as np
+import opacus.validators
 import opt_einsum
 import pytorch_tcn
 import snntorch
@@ -25,11 +27,13 @@ import torch
 import torch_geometric.nn as geometric
 import torchcde
 import torchrecurrent
+import transformers
 import x_transformers
 import zuko
 from e3nn import nn as e3nn_layers
 from e3nn import o3
 from minGRU_pytorch import minGRU
+from mtst.Models.full_model import MTST_full
 from torch import nn
 from torch_geometric.nn.attention import QFormer
 from torchcrf import CRF
@@ -93,6 +97,28 @@ def triples(self: Any, head: torch.Tensor, relation: torch.Tensor, tail: torch.T
 
 def adjacency(self: Any, x: torch.Tensor, weights: torch.Tensor) -> Any:
     return self.convolution(x, torch.sparse_coo_tensor(EDGES, weights, (6, 6)))
+
+
+def sparse_language_model() -> nn.Module:
+    """Embeddings of a user's own, whose gradients are sparse."""
+    embedding = x_transformers.x_transformers.TokenEmbedding(16, 12)
+    embedding.emb.sparse = True
+    layers = x_transformers.Decoder(dim=16, depth=1, heads=2, attn_dim_head=8)
+    return x_transformers.TransformerWrapper(
+        num_tokens=12, max_seq_len=8, attn_layers=layers, token_emb=embedding
+    )
+
+
+def interpolation() -> nn.Module:
+    kernel = gpytorch.kernels.GridInterpolationKernel(
+        gpytorch.kernels.RBFKernel(), grid_size=8, grid_bounds=((0.0, 1.0),)
+    )
+    return Uses(interpolated, kernel=kernel)
+
+
+def interpolated(self: Any, points: torch.Tensor, y: torch.Tensor) -> Any:
+    """Points between a grid's are products with sparse matrices, which have the weights."""
+    return self.kernel(points.sigmoid()).evaluate_kernel() @ y
 
 
 # --- derivatives inside --------------------------------------------------------------------------
@@ -183,6 +209,50 @@ def spiking(self: Any, x: torch.Tensor) -> Any:
     return torch.stack(found)
 
 
+# --- caches outside of modules --------------------------------------------------------------------
+
+
+def transformer(kind: Any, config: Any) -> nn.Module:
+    sizes = {"image_size": 8, "patch_size": 4, "hidden_size": 8, "intermediate_size": 8}
+    net = kind(config(**sizes, num_hidden_layers=1, num_attention_heads=2))
+    return Uses(hidden, net=net)
+
+
+def hidden(self: Any, x: torch.Tensor) -> Any:
+    return self.net(x).last_hidden_state
+
+
+def coupled(self: Any, x: torch.Tensor, y: torch.Tensor) -> Any:
+    symbols = o3.wigner_3j(1, 1, 2, dtype=x.dtype, device=x.device)
+    return torch.einsum("ai,aj,ijk->ak", x, y, symbols)
+
+
+# --- PyTorch's layers of transformers --------------------------------------------------------------
+
+
+def forecaster() -> nn.Module:
+    net = MTST_full(
+        3, embed_dim=8, heads=2, dropout=0.0, n_layers=1, output_len=2, max_len=16,
+        positional_encoding="absolute",
+    )  # fmt: skip
+    return Uses(forecast, net=net)
+
+
+def forecast(self: Any, x: torch.Tensor) -> Any:
+    return self.net(x, 1, 2, 3)
+
+
+def private() -> nn.Module:
+    """Opacus puts its own attention into PyTorch's layers."""
+    layer = nn.TransformerEncoderLayer(8, 2, 8, 0.0)
+    encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+    return Uses(masked, encoder=opacus.validators.ModuleValidator.fix(encoder))
+
+
+def masked(self: Any, x: torch.Tensor, mask: torch.Tensor) -> Any:
+    return self.encoder(x, mask=mask.bool())
+
+
 # --- equations with time -------------------------------------------------------------------------
 
 
@@ -251,6 +321,21 @@ PROGRAMS: dict[str, Program] = {
         (randn(6, 4), randn(8)),
         "bridge",
     ),
+    "gpytorch, sparse interpolation": Program(
+        interpolation, (randn(5, 1), randn(5, 2)), "bridge"
+    ),
+    "x-transformers, sparse embeddings": Program(sparse_language_model, (TOKENS,)),
+    "transformers, DINOv3": Program(
+        lambda: transformer(transformers.DINOv3ViTModel, transformers.DINOv3ViTConfig),
+        (randn(1, 3, 8, 8),),
+    ),
+    "transformers, BEiT": Program(
+        lambda: transformer(transformers.BeitModel, transformers.BeitConfig),
+        (randn(1, 3, 8, 8),),
+    ),
+    "e3nn, coupling": Program(lambda: Uses(coupled), (randn(4, 3), randn(4, 3))),
+    "mtst": Program(forecaster, (randn(2, 8, 3),)),
+    "opacus": Program(private, (randn(5, 2, 8), (torch.ones(5, 5).tril(-2) > 0).long())),
     "geometric, encoder layers": Program(lambda: QFormer(8, 8, 6, 2, 1, 0.0), (randn(2, 5, 8),)),
     "geometric, multi-head attention": Program(
         lambda: geometric.GPSConv(4, geometric.GINConv(nn.Linear(4, 4)), heads=2), NODES, "bridge"

@@ -49,7 +49,7 @@ def test_the_extras_have_them() -> None:
         for extra in ("test", "demo", "flax", "equinox", "orbax", "safetensors", "numpyro")
         for name in optional[extra]
     }
-    own = {"orbax": "orbax_checkpoint", "torchcrf": "pytorch_crf"}
+    own = {"orbax": "orbax_checkpoint", "torchcrf": "pytorch_crf", "mtst": "mtst_forecasting"}
     missing = {
         row.library
         for row in programs.rows()

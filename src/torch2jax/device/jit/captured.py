@@ -105,6 +105,16 @@ class MoreInputs(Exception):
     def __init__(self, cells: list[Cell], draws: Any) -> None:
         self.cells, self.draws = cells, draws
 
+    def check(self, generators: Sequence[Any]) -> None:
+        """Of these the last trace has drawn; a function that makes its own has new ones again."""
+        for g in generators:
+            if isinstance(g, torch.Generator) and g._cdata not in self.draws.counts:  # type: ignore[attr-defined]
+                raise Torch2JaxError(
+                    "a function that is compiled for device jax draws from a torch.Generator that "
+                    "it makes itself. Make it outside of the function: it is an input then, and "
+                    "goes on from call to call."
+                )
+
 
 @contextlib.contextmanager
 def noting_leaves() -> Iterator[Leaves]:

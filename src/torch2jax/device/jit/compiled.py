@@ -322,6 +322,7 @@ class CompiledCall:
         """Trace the function until no more is found that it closes over."""
         run = functools.partial(self.run)  # JAX looks up traces by function
         no_words = random_streams.NO_WORDS
+        self.generators = []  # of an earlier trace, before more modules went through the bridge
         while True:
             state = [c.array for c in self.inputs]
             drawn = [np.zeros((count, 2), np.uint32) for _, count in self.generators]
@@ -329,6 +330,7 @@ class CompiledCall:
                 jax.eval_shape(run, arrays, state, no_words, drawn)
                 break
             except MoreInputs as more:
+                more.check([source for source, _ in self.generators])
                 self.inputs += more.cells
                 numbers = self.around.numbers()
                 self.numbers += [numbers.get(id(c)) for c in more.cells]
