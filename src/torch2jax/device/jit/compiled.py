@@ -348,7 +348,7 @@ class CompiledCall:
             cell = None if x.grad is None else x.grad._cell  # type: ignore[attr-defined]
             if cell is not None and id(cell) in places:
                 self.of_grads.append((places[id(cell)], weakref.ref(x)))
-        self.jitted = jax.jit(run, **self.options)
+        self.jitted = jax.jit(functools.partial(self.run), **self.options)  # it checks seeds again
         self.pulled = jax.jit(functools.partial(self._with_pullback))
         self.ready = True
 
