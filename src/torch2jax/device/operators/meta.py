@@ -47,7 +47,7 @@ def results_for(
         else:
             raise Unknown
     args, kwargs = arguments(metas)
-    if "device" in kwargs:
+    if any(x.name == "device" for x in func._schema.arguments):
         kwargs["device"] = "meta"
     try:
         with _disable_current_modes():

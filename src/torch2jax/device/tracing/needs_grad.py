@@ -3,11 +3,13 @@
 PyTorch's autograd does not record there, so the attribute would be False. The function must take
 the way that it takes where a derivative is wanted: the answer is True for what JAX differentiates.
 That is every tensor of floating-point numbers that is traced, except where the derivative has been
-ended: by ``detach``, or because gradients were off where it was computed.
+ended: by ``detach``, or because gradients were off where it was computed. PyTorch's own code, which
+asks in order to record, gets PyTorch's answer.
 """
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -25,10 +27,12 @@ class NeedsGrad(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if out is False and func == _GET:
-            return _is_differentiated(args[0])
+            root = sys._getframe(1).f_globals.get("__name__", "").partition(".")[0]
+            return root not in _NOT_THE_USERS and _is_differentiated(args[0])
         return out
 
 
+_NOT_THE_USERS = ("torch", __name__.partition(".")[0])
 _GET: Any = torch.Tensor.requires_grad.__get__  # type: ignore[attr-defined]
 
 
