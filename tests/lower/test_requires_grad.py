@@ -66,12 +66,12 @@ def test_what_ends_a_derivative() -> None:
         seen[:] = [
             x.requires_grad, (x * 2).requires_grad, x[0].requires_grad, x.detach().requires_grad,
             off.requires_grad, n.requires_grad, x.detach().requires_grad_().requires_grad,
-            (x > 0).requires_grad, torch.ones(2).requires_grad, repr(x).count("requires_grad"),
+            (x > 0).requires_grad, torch.ones(2).requires_grad,
         ]  # fmt: skip
         return x
 
     torch2jax(fn, lower=True)(jnp.ones(2), jnp.arange(2))
-    assert seen == [True, True, True, False, False, False, True, False, False, 0]
+    assert seen == [True, True, True, False, False, False, True, False, False]
 
 
 def test_device_jit() -> None:

@@ -4,7 +4,8 @@ PyTorch's autograd does not record there, so the attribute would be False. The f
 the way that it takes where a derivative is wanted: the answer is True for what JAX differentiates.
 That is every tensor of floating-point numbers that is traced, except where the derivative has been
 ended: by ``detach``, or because gradients were off where it was computed. PyTorch's own code, which
-asks in order to record, gets PyTorch's answer.
+asks in order to record, gets PyTorch's answer. A tensor of which it was said is a leaf of PyTorch's
+graph from then on, so that ``torch.autograd.grad`` takes it.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ class NeedsGrad(TorchFunctionMode):
         out = func(*args, **(kwargs or {}))
         if out is False and func == _GET:
             root = sys._getframe(1).f_globals.get("__name__", "").partition(".")[0]
-            return root not in _NOT_THE_USERS and _is_differentiated(args[0])
+            if root not in _NOT_THE_USERS and _is_differentiated(args[0]):
+                args[0].requires_grad_()
+                return True
         return out
 
 
