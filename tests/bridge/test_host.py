@@ -22,7 +22,7 @@ def _without_a_handler() -> Iterator[None]:
     jax.clear_caches()
     mlir.register_lowering(torch_call_p, lowering.lower_on_host, platform="cpu")
     yield
-    mlir.register_lowering(torch_call_p, lowering._lower, platform="cpu")
+    lowering.lower_for_handlers()
     jax.clear_caches()
 
 

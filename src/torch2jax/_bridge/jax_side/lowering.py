@@ -79,7 +79,13 @@ def _numbered(
 
 lower_on_host = mlir.lower_fun(call_on_host, multiple_results=True)
 
+
+def lower_for_handlers() -> None:
+    """Let calls on each platform for which the extension has a handler go to that handler."""
+    for platform in extension.PLATFORMS:
+        rule = functools.partial(_lower, gpu=platform != "cpu")
+        register_lowering(torch_call_p, rule, platform=platform)
+
+
 register_lowering(torch_call_p, lower_on_host)
-for _platform in extension.PLATFORMS:
-    rule = functools.partial(_lower, gpu=_platform != "cpu")
-    register_lowering(torch_call_p, rule, platform=_platform)
+lower_for_handlers()
