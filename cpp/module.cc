@@ -11,6 +11,8 @@
 #include <utility>
 #include <vector>
 
+#include "compiled/handler.h"
+#include "compiled/library.h"
 #include "device/eager.h"
 #include "handler/cuda_driver.h"
 #include "handler/gpu.h"
@@ -264,6 +266,23 @@ NB_MODULE(_ext, m) {
       "The handler for CUDA and ROCm buffers, for `jax.ffi.register_ffi_target` "
       "(api_version=1).");
 
+  m.def(
+      "compiled_cpu_handler", [] { return HandlerCapsule(compiled::CpuHandler); },
+      "A capsule for jax.ffi.register_ffi_target: calls of compiled libraries on CPUs.");
+  m.def(
+      "compiled_gpu_handler", [] { return HandlerCapsule(compiled::GpuHandler); },
+      "The same on GPUs.");
+  m.def(
+      "load_library", &compiled::Load, nb::arg("name"), nb::arg("path"),
+      "Lets programs call the library at `path` by `name`, until the process ends. A name that has "
+      "a library keeps it. Raises RuntimeError where it cannot be loaded.");
+  m.def(
+      "library_calls",
+      [](const std::string& name) {
+        compiled::Library* library = compiled::Find(name);
+        return library == nullptr ? int64_t{-1} : library->calls.load();
+      },
+      nb::arg("name"), "How often programs have called a library; -1 where it is not loaded.");
   m.def(
       "prefetch_handler", [] { return HandlerCapsule(PrefetchHandler); },
       "The handler that brings a key's words to the host; see cpp/handler/prefetch.h.");

@@ -45,6 +45,7 @@ def torch2jax(
     mesh: Any = None,
     output_sharding_spec: Any = None,
     lower: bool | Literal["strict"] = False,
+    compiled: bool = False,
     name: str | None = None,
     use_torch_vjp: bool | None = None,
     use_zeros: bool | None = None,
@@ -104,6 +105,10 @@ def torch2jax(
         the bridge, and so does the innermost module that asks for values (``nonzero``, ``.item()``,
         ``if x.any()``). With "strict" both are errors. Tensors that ``fn`` closes over are
         constants. Options that only concern the bridge have no effect.
+      compiled: PyTorch compiles ``fn``, its derivatives and batches ahead of time into libraries,
+        which XLA calls without Python and without its lock. They are kept on disk. Needs a C++
+        compiler. ``fn`` is traced once for each set of shapes: it must not ask for values, change
+        tensors that it closes over (they are constants), or draw without ``stochastic=True``.
       name: stable name of the call in HLO, profiles, caches and exports; by default it is the
         qualified name of ``fn`` and a counter.
       use_torch_vjp: accepted for compatibility with older bridges, without effect.
@@ -141,6 +146,12 @@ def torch2jax(
         )
     if not isinstance(lower, bool) and lower != "strict":
         raise SignatureError(f'lower={lower!r} of {label} is not True, False or "strict".')
+    if compiled and (lower or side_effects or out_arg is not None):
+        other = "lower" if lower else "side_effects" if side_effects else "out_arg"
+        raise SignatureError(
+            f"compiled=True and {other}= of {label} exclude each other: a compiled call runs no "
+            "Python, and writes its results into XLA's buffers by itself."
+        )
     if depth is not None and (isinstance(depth, bool) or not isinstance(depth, int) or depth < 0):
         raise SignatureError(f"depth={depth!r} of {label} must be None or an int >= 0.")
     if output_sharding_spec is not None:
@@ -172,6 +183,7 @@ def torch2jax(
         static_argnums=static_argnums,
         static_argnames=static_argnames,
         stochastic=stochastic,
+        compiled=compiled,
         strict=lower == "strict",
         side_effects=side_effects,
         lock=process_lock if lock is True else (lock or None),

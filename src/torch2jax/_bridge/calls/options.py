@@ -34,6 +34,7 @@ class Options:
     stochastic: bool = False
     strict: bool = False
     """Whether ``lower="strict"`` was given."""
+    compiled: bool = False
     side_effects: bool = False
     lock: Any = None
     in_specs: Any = None

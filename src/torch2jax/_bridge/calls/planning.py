@@ -95,6 +95,7 @@ class Planner:
             roots=(fn,),
             vmap_method=options.vmap_method,
             tape=options.tape,
+            compiled=options.compiled,
             side_effects=options.side_effects,
             borrows=isinstance(fn, Forward),
         )
@@ -297,7 +298,8 @@ class Planner:
         outputs = [leaf.label for leaf in result.leaves]
         if inplace:
             n = len(outputs)
-            aliases = tuple((i, n + k) for k, i in enumerate(inplace))
+            # A library may write a result before it has read all of an operand.
+            aliases = tuple((i, n + k) for k, i in enumerate(() if options.compiled else inplace))
             options = replace(options, aliases=aliases)
             outputs += [f"the updated {arguments.labels[i]}" for i in inplace]
         elif out_arg is not None:

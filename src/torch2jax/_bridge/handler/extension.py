@@ -23,10 +23,14 @@ TARGET = __name__.partition(".")[0]
 PREFETCH = f"{TARGET}_prefetch"
 """The custom call that brings a key to the host, on a GPU."""
 
+COMPILED = f"{TARGET}_compiled"
+"""The custom call of a compiled library."""
+
 dlpack_path, dtype_routes = _ext.dlpack_path, _ext.dtype_routes
 to_arrays, to_tensors = _ext.to_arrays, _ext.to_tensors
 requiring_grad, in_gpu_call = _ext.requiring_grad, _ext.in_gpu_call
 eager_dispatch, forget_replays = _ext.eager_dispatch, _ext.forget_replays
+load_library, library_calls = _ext.load_library, _ext.library_calls
 Entry, begin_shutdown = _ext.Entry, _ext.begin_shutdown
 
 PLATFORMS = ("cpu", "cuda", "rocm")
@@ -65,6 +69,8 @@ words.read_by(_ext.call_site, _ext.read_words)
 xla_stream = functools.partial(probing.xla_stream, _ext.xla_stream, PREFETCH)
 lifetimes.order_by(xla_stream, _ext.order_release)
 jax.ffi.register_ffi_target(TARGET, _ext.cpu_handler(), platform="cpu")
+jax.ffi.register_ffi_target(COMPILED, _ext.compiled_cpu_handler(), platform="cpu")
 for _platform in ("CUDA", "ROCM"):
     jax.ffi.register_ffi_target(PREFETCH, _ext.prefetch_handler(), platform=_platform)
     jax.ffi.register_ffi_target(TARGET, _ext.gpu_handler(), platform=_platform)
+    jax.ffi.register_ffi_target(COMPILED, _ext.compiled_gpu_handler(), platform=_platform)

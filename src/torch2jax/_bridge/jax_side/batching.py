@@ -25,6 +25,7 @@ from jax.interpreters import batching
 from ..._conversions.dtypes import dtype_j2t
 from ..._errors import Torch2JaxError, Torch2JaxWarning
 from ..._refusals import refuse_symbolic
+from ..compiled.calls import on_rows
 from ..torch_side.callee import Callee
 from ..torch_side.inference import Spec, runs_on_fakes
 from ..torch_side.normalizations import in_parts
@@ -63,6 +64,8 @@ def _batch(
     A token that is returned has rows where the rows have graphs of their own. Otherwise it has
     none: it is the token of one graph for all rows, or says that nothing is kept.
     """
+    if callee.options.compiled and callee.plain is not None:
+        return _batch_with_residuals(callee, operands, dims, results, orders)
     f, keeps = untaped(callee), returns_token(callee)
     size = next(x.shape[d] for x, d in zip(operands, dims, strict=True) if d is not None)
     rows = [((size, *shape), dtype) for shape, dtype in (results[:-1] if keeps else results)]
@@ -95,6 +98,26 @@ def _batch(
     if keeps:  # nothing is kept
         return [*out, jnp.zeros(*TOKEN)], [*out_dims, None]
     return out, out_dims
+
+
+def _batch_with_residuals(
+    callee: Callee,
+    operands: Sequence[Any],
+    dims: Sequence[int | None],
+    results: Any,
+    orders: int | None,
+) -> tuple[list[Any], list[int | None]]:
+    """Batch a compiled call that returns residuals, or takes them; all of its results get rows."""
+    size = next(x.shape[d] for x, d in zip(operands, dims, strict=True) if d is not None)
+    rows = [((size, *shape), dtype) for shape, dtype in results]
+    plain = untaped(callee)
+    if size == 0:
+        out = [jnp.zeros(*row) for row in rows]
+    elif _choose(plain, callee.without_token(operands), callee.without_token(dims)) == "torch":
+        out = call(on_rows(callee, tuple(dims)), operands, rows, orders)
+    else:
+        out = _loop(callee, operands, dims, results, orders, unroll=False)
+    return out, [0] * len(out)
 
 
 def _batch_with_token(
@@ -186,7 +209,7 @@ def _everywhere(front: Sequence[Any], dims: Sequence[int | None], size: int) -> 
 def _choose(callee: Callee, operands: Sequence[Any], dims: Sequence[int | None]) -> str:
     """Return a method of ``vmap_method``, or "rows" where every row has a key of its own."""
     if _own_keys(callee, dims):
-        return "rows"
+        return "sequential" if callee.options.compiled else "rows"
     method = callee.options.vmap_method
     if method not in ("auto", "torch"):
         return method

@@ -7,7 +7,8 @@ zero and whose dtype has tangents) and inexact outputs ``D``:
     transpose   of f.jvp(S, D) in t:  c_x = f.vjp(S, D)(x, c)      and the other way round
 
 With the tape (see ``torch_side/tape``) the call of ``f`` keeps its graph and returns a token,
-which both derivatives take after the primals: ``f.vjp`` then runs only the backward pass.
+which both derivatives take after the primals: ``f.vjp`` then runs only the backward pass. A
+compiled call returns residuals in its place: see ``compiled.splitting``.
 
 A derivative is linear in its last operands, and its jvp in those alone is itself:
 
@@ -34,6 +35,7 @@ from jax.interpreters import ad
 
 from ..._compat.jax import register_dce_rule
 from ..._errors import DifferentiationError
+from ..compiled.calls import splitting, transposed_like, with_residuals
 from ..torch_side.callee import Callee
 from ..torch_side.tape.calls import keepable, keeping, returns_token, untaped, with_token
 from .primitive import TOKEN, call, torch_call_p
@@ -68,7 +70,8 @@ def _jvp(
         if not isinstance(t, ad.Zero) and is_inexact(jax.typeof(x).dtype)
     }
     wrt = tuple(seeds)
-    of = tuple(i for i, (_, dtype) in enumerate(results) if is_inexact(dtype))
+    own = results[: len(results) - len(callee.residuals)]  # residuals have no tangents
+    of = tuple(i for i, (_, dtype) in enumerate(own) if is_inexact(dtype))
     if not wrt or not of:
         out = call(callee, primals, results, orders)
         return out, [ad.Zero(jax.typeof(y).to_tangent_aval()) for y in out]
@@ -83,7 +86,16 @@ def _jvp(
         return out, call(f, [*operands[:at], *moved], results, one_less(orders))
     derived = f.jvp(wrt, of)
     token: list[Any] = []
-    if keepable(callee):
+    if callee.options.compiled:
+        keep = splitting(callee, wrt, of, list(map(_shape_dtype, primals)))
+        if keep is not None:
+            derived = with_residuals(derived, len(wrt), keep)
+            out = call(keep, primals, (*results, *keep.residuals), orders)
+            token = out[len(results) :]
+            del out[len(results) :]
+        else:
+            out = call(callee, primals, results, orders)
+    elif keepable(callee):
         keep = keeping(callee, wrt)
         derived = with_token(derived, len(wrt), keep)
         out = call(keep, primals, (*results, TOKEN), orders)
@@ -138,8 +150,11 @@ def _transpose(
         others = others[: len(transposed.inputs) - len(of)]
         if callee.token_at is not None:
             assert callee.keep is not None
-            others.append(operands[callee.token_at])
-            transposed = with_token(transposed, len(of), callee.keep)
+            others += operands[callee.token_at : callee.token_at + callee.tokens]
+            if callee.options.compiled:
+                transposed = transposed_like(transposed, len(of), callee)
+            else:
+                transposed = with_token(transposed, len(of), callee.keep)
         out = _call_transposed(transposed, f, where, others + seeds, avals, orders)
     else:
         at_zero = [jnp.zeros(*_shape_dtype(x)) if ad.is_undefined_primal(x) else x for x in primals]
@@ -191,6 +206,9 @@ def _drop_token(used: list[bool], eqn: Any) -> tuple[list[bool], Any]:
     if returns_token(callee) and not used[-1]:
         params = dict(eqn.params, callee=callee.parent, results=eqn.params["results"][:-1])
         eqn = eqn.replace(params=params, outvars=eqn.outvars[:-1])
+    elif (n := len(callee.residuals)) and not any(used[-n:]):
+        params = dict(eqn.params, callee=callee.plain, results=eqn.params["results"][:-n])
+        eqn = eqn.replace(params=params, outvars=eqn.outvars[:-n])
     return [True] * len(eqn.invars), eqn
 
 

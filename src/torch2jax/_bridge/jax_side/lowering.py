@@ -38,6 +38,8 @@ def _lower(
     avals: list[Any] = [*ctx.avals_in, *ctx.avals_out]
     for a in avals:
         refuse_symbolic(a.shape, f"an operand or a result of {callee.options.label}")
+    if callee.options.compiled:
+        return _lower_compiled(ctx, operands, callee)
     several = device_count(ctx) > 1
     numbers: dict[str, np.int64] = {}
     if ctx.module_context.lowering_parameters.for_export:
@@ -54,6 +56,21 @@ def _lower(
         operand_output_aliases=dict(callee.options.aliases) if is_root else {},
     )
     return lower(ctx, *operands, name=name, **numbers)
+
+
+def _lower_compiled(
+    ctx: mlir.LoweringRuleContext, operands: Sequence[Any], callee: Callee
+) -> Sequence[Any]:
+    from ..compiled.libraries import library_of  # PyTorch's compiler takes seconds to load
+
+    avals, results = list[Any](ctx.avals_in), list[Any](ctx.avals_out)
+    library = library_of(callee, [(tuple(x.shape), x.dtype) for x in avals])
+    ctx.module_context.add_keepalive(library)
+    library.check([(tuple(x.shape), x.dtype) for x in results])
+    held = [mlir.ir_constant(x) for x in library.constants]
+    inner = ctx.replace(avals_in=[*avals, *map(jax.typeof, library.constants)])
+    lower = jax.ffi.ffi_lowering(extension.COMPILED)
+    return lower(inner, *operands, *held, name=library.name)
 
 
 def _numbered(

@@ -231,6 +231,11 @@ def asked_in(error: BaseException) -> str | None:
     """Say in which line fake tensors were asked for values; None where the error is another."""
     if type(error).__name__ not in _ASKING and not _OF_FAKES.search(str(error)):
         return None
+    return users_line(error) or str(error).strip().partition("\n")[0]
+
+
+def users_line(error: BaseException) -> str | None:
+    """Return the innermost line of the user's code from which an error came, if there is one."""
     found = None
     traceback = error.__traceback__
     while traceback is not None:
@@ -238,7 +243,7 @@ def asked_in(error: BaseException) -> str | None:
             found = traceback
         traceback = traceback.tb_next
     if found is None:
-        return str(error).strip().partition("\n")[0]
+        return None
     file, line = found.tb_frame.f_code.co_filename, found.tb_lineno
     source = linecache.getline(file, line).strip()
     return f"{os.path.basename(file)}, line {line}" + (f": `{source}`" if source else "")

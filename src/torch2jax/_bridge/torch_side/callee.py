@@ -45,6 +45,8 @@ class CalleeOptions:
     """The operand that holds the words of a key. Random numbers are drawn from it."""
     draws: bool = False
     """Whether it takes numbers from torch's generator: it is never dropped, merged or moved."""
+    compiled: bool = False
+    """Whether XLA calls libraries that PyTorch compiled, instead of Python."""
     pass_outputs: bool = False
     """The root's ``run`` takes the output buffers after the operands."""
     notes: set[Any] = field(default_factory=set)
@@ -68,6 +70,10 @@ class Callee:
         suffix: str = "",
         token_at: int | None = None,
         keep: Callee | None = None,
+        tokens: int = 1,
+        plain: Callee | None = None,
+        residuals: Any = None,
+        inner: Callee | None = None,
     ) -> None:
         self.program: Any = program
         self.options = options
@@ -77,12 +83,24 @@ class Callee:
         """The operand that is a token, where this callee takes one. See ``tape``."""
         self.keep = keep
         """The callee whose graphs that token names."""
+        self.tokens = tokens
+        """How many operands there are residuals, where this callee is compiled."""
+        self.plain = plain
+        """The callee that computes the same without them."""
+        self.residuals: tuple[tuple[tuple[int, ...], Any], ...] = residuals or ()
+        """Shapes and dtypes of its last outputs, which are residuals: see ``compiled.calls``."""
         self.name: str | None = None
         """The name of a root in HLO, once it has one: ``entries`` gives it."""
         self.registrations: list[Any] = [None, None]
         """Entries in the handler's table, for one device and for several; made by ``entries``."""
         self.jitted: dict[Any, Any] = {}
         """Calls outside of jit, by the primitive's parameters; made by ``primitive``."""
+        self.inner = inner
+        """The callee on whose rows it works, where residuals have rows."""
+        self.splits: dict[str, Any] = {}
+        """Compiled derivatives, by what they were traced for; made by ``compiled.calls``."""
+        self.libraries: dict[Any, Any] = {}
+        """Libraries of a compiled callee, by operands; made by ``compiled.libraries``."""
         self.refusals: dict[Any, str | None] = {}
         """Why batches of a root cannot be, by path and operands; ``batching`` finds the reasons."""
         self._derived: weakref.WeakValueDictionary[str, Callee] = weakref.WeakValueDictionary()
@@ -101,9 +119,9 @@ class Callee:
         return (self.parent.path if self.parent else "") + self.suffix
 
     def without_token(self, operands: Sequence[Any]) -> Sequence[Any]:
-        """Return this callee's operands, or facts about them, without the token's."""
+        """Return this callee's operands, or facts about them, without tokens and residuals."""
         at = self.token_at
-        return operands if at is None else [*operands[:at], *operands[at + 1 :]]
+        return operands if at is None else [*operands[:at], *operands[at + self.tokens :]]
 
     def derive(
         self,
@@ -113,6 +131,7 @@ class Callee:
         outputs: Sequence[str],
         token_at: int | None = None,
         keep: Callee | None = None,
+        **residuals: Any,
     ) -> Callee:
         """Return the callee of ``make()`` under this one's name and ``suffix``.
 
@@ -123,8 +142,10 @@ class Callee:
             with _deriving:  # two threads would each make one of this name
                 child = self._derived.get(suffix)
                 if child is None:
+                    program = make()
                     child = Callee(
-                        make(), self.options, inputs, outputs, self, suffix, token_at, keep
+                        *(program, self.options, inputs, outputs, self, suffix, token_at, keep),
+                        **residuals,
                     )
                     self._derived[suffix] = child
         return child

@@ -171,14 +171,14 @@ class _Trial:
     integers: IntegerUse
 
     def on_fakes(self) -> Inference:
-        return self._run(_fake_tensors(), self._recorder)
+        return self._run(fake_tensors(), self._recorder)
 
     def on_symbols(self) -> Inference:
         """Run with a symbol for each size that depends on values; it shows in the result."""
         from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
         try:
-            return self._run(_fake_tensors(shape_env=ShapeEnv()), self._recorder)
+            return self._run(fake_tensors(shape_env=ShapeEnv()), self._recorder)
         except (Refused, FakeSurvived):
             raise
         except Exception as error:
@@ -192,7 +192,7 @@ class _Trial:
         sizes = {"shape_env": answering_shapes(branch.answer)} if symbols else {}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it warns of answers, which need not be true
-            return self._run(_fake_tensors(**sizes), lambda xs: self._recorder(xs, branch.call))
+            return self._run(fake_tensors(**sizes), lambda xs: self._recorder(xs, branch.call))
 
     def on_values(self) -> Inference:
         """Run on the values of the operands, and on made-up ones where they are not known."""
@@ -258,7 +258,7 @@ class _Trial:
 
 
 @contextlib.contextmanager
-def _fake_tensors(**options: Any) -> Iterator[None]:
+def fake_tensors(**options: Any) -> Iterator[None]:
     """Make every new tensor fake. What an operator refuses is raised, and not logged as well."""
     # Loading fake tensors takes most of a second.
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -316,7 +316,7 @@ def runs_on_fakes(
     with ambient.clean_surroundings(default_dtype), preserved(roots), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns of slow batching rules, which refuse nothing
         try:
-            with _fake_tensors():
+            with fake_tensors():
                 operands = [torch.empty(s.shape, dtype=s.dtype, device=s.device) for s in specs]
                 recorder = Recorder(operands)
                 # Gradients are on so that a checkpoint, which vmap cannot run again, shows itself.

@@ -47,7 +47,7 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.namespace != "prim":  # these query a device or a layout
             self.last = str(func)
-        if torch.Tag.nondeterministic_seeded in func.tags and _draws(func._schema, args, kwargs):
+        if torch.Tag.nondeterministic_seeded in func.tags and draws(func._schema, args, kwargs):
             self.draws = self.draws or str(func)
             generator = kwargs.get("generator")
             if generator is not None:
@@ -151,7 +151,7 @@ _LOOKUPS = {
 """Their argument ``sparse`` stands there."""
 
 
-def _draws(schema: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def draws(schema: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Return whether an operator that can draw does so: a dropout of zero draws nothing."""
     given = {**dict(zip((a.name for a in schema.arguments), args, strict=False)), **kwargs}
     if "bernoulli" in schema.name:

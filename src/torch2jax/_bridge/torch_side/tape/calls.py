@@ -13,7 +13,7 @@ from .table import tape
 
 
 def keepable(callee: Callee) -> bool:
-    """Return whether graphs of this callee, the user's function or its batched form, are kept."""
+    """Return whether this callee, the user's function or its batched form, may keep something."""
     while isinstance(callee.program, Vmap) and callee.parent is not None:
         callee = callee.parent
     return callee.options.tape and callee.parent is None
@@ -30,7 +30,9 @@ def is_vjp(callee: Callee) -> bool:
 
 
 def untaped(callee: Callee) -> Callee:
-    """Return the callee that computes the same and neither returns nor takes a token."""
+    """Return the callee that computes the same and neither returns nor takes a token or residuals."""
+    if callee.plain is not None:
+        return callee.plain
     if returns_token(callee) or callee.token_at is not None:
         assert callee.parent is not None
         return callee.parent
