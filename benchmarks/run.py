@@ -44,6 +44,7 @@ PROGRAMS = (
     Program("reverse", PAGE, "", "--rounds 3 --sizes 4", "--peers {reverse} {torchax}"),
     Program("device", PAGE, "", "--rounds 1", "--torchax {torchax}"),
     Program("seams", PAGE, "", "--calls 20 --rounds 2", "--torchax {torchax}"),
+    Program("compiled", PAGE, "", "--rounds 3"),
     Program("lowering", PAGE, "", "--rounds 2 --processes 1", "--torchax {torchax}"),
     Program("scaling", "docs/devices.md", quick="--rounds 3"),
     Program("summary", "README.md", folder="pages"),  # last: it reads what the others wrote

@@ -102,7 +102,8 @@ bool Library::Run(Container container, Tensor* tensors, size_t count, void* stre
 }
 
 std::string Library::LastError() const {
-  const char* text = last_error_ == nullptr ? nullptr : last_error_();
+  const char* text = nullptr;
+  if (last_error_ != nullptr && last_error_(&text) != 0) text = nullptr;
   std::string error = text == nullptr ? "" : text;
   const char* torch = shim_.exception_text == nullptr ? nullptr : shim_.exception_text();
   if (torch != nullptr && *torch != '\0') error += (error.empty() ? "" : ": ") + std::string(torch);

@@ -61,7 +61,7 @@ class Library {
   const Shim& shim_;
   CreateFn create_ = nullptr;
   RunFn run_ = nullptr;
-  const char* (*last_error_)() = nullptr;  // may be null
+  int32_t (*last_error_)(const char**) = nullptr;  // may be null
   std::atomic<Container> on_cpu_{nullptr};
   std::mutex mutex_;
   std::map<int32_t, Container> on_gpu_;

@@ -43,8 +43,10 @@ __all__ = [
     "j2t",
     "jax2torch",
     "jax_module",
+    "load_compiled",
     "lowering_report",
     "register",
+    "save_compiled",
     "set_tape_budget",
     "t2j",
     "tape_info",
@@ -61,15 +63,18 @@ if TYPE_CHECKING:
     from . import equinox as equinox
     from . import flax as flax
     from . import torchax as torchax
+    from ._bridge.compiled.archive import load_compiled, save_compiled
     from ._lower.report import lowering_report
 else:
 
     def __getattr__(name: str) -> Any:
-        # Optional libraries are imported on use, and so is what only lower=True and device need.
+        # Optional libraries are imported on use, and so is what few programs need.
         if name in ("device", "equinox", "flax", "torchax"):
             return importlib.import_module(f".{name}", __name__)
         if name == "lowering_report":
             from ._lower.report import lowering_report as found
 
             return found
+        if name in ("save_compiled", "load_compiled"):
+            return getattr(importlib.import_module("._bridge.compiled.archive", __name__), name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import recorded
 import torch
 from cases import CASES, Case
 from jax.dtypes import float0
@@ -98,10 +100,18 @@ def quick_jit(fn: Function) -> Function:
     return jax.jit(fn, compiler_options=quick_options())
 
 
+COMPILED = os.environ.get("T2J_COMPILED", "")
+"""With "recorded" the whole of tests/transforms runs on the graphs of compiled=True, in PyTorch; with
+"libraries" PyTorch compiles each (hours)."""
+
+if COMPILED == "recorded":
+    recorded.install()
+
+
 @functools.cache
 def bridge(case: Case) -> Function:
     """The case's torch function, as users wrap it."""
-    return torch2jax(case.torch_fn)
+    return torch2jax(case.torch_fn, compiled=bool(COMPILED))
 
 
 def check(actual: Any, expected: Any, scale: float = 1.0, floor: float = 0.0) -> None:

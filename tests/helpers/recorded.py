@@ -6,7 +6,7 @@ Everything before the compiler is what users have: tracing, splitting, derivativ
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -44,9 +44,13 @@ def _lower_recorded(ctx: Any, operands: Sequence[Any], callee: Any) -> Sequence[
     return jax.ffi.ffi_lowering(extension.TARGET)(ctx, *operands, name=entry.name)
 
 
+def install() -> None:
+    """Run recorded graphs instead of libraries, in this process."""
+    lowering._lower_compiled = _lower_recorded
+
+
 @pytest.fixture
-def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Run recorded graphs instead of libraries."""
+def recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run recorded graphs instead of libraries, in one test."""
     monkeypatch.setattr(lowering, "_lower_compiled", _lower_recorded)
     graphs.clear()
-    yield

@@ -5,8 +5,10 @@ This file imports torch, never JAX.
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -292,6 +294,42 @@ def uncompiled() -> Callable[[], None]:
         return lambda: None
     stance = torch.compiler.set_stance("force_eager")
     return lambda: stance.__exit__(None, None, None)
+
+
+@contextlib.contextmanager
+def refusing_foreign(refuse: Callable[[list[str]], Exception]) -> Iterator[None]:
+    """Raise ``refuse(names)`` where AOTInductor meets operators that a library cannot call."""
+    from torch._inductor import extern_node_serializer
+
+    def serialize(nodes: Sequence[Any]) -> str:
+        raise refuse(sorted({str(node.node.target) for node in nodes}))
+
+    theirs = extern_node_serializer.extern_node_json_serializer
+    extern_node_serializer.extern_node_json_serializer = serialize
+    try:
+        yield
+    finally:
+        extern_node_serializer.extern_node_json_serializer = theirs
+
+
+_flag_lock = threading.Lock()
+_flags: list[bool] = []
+
+
+@contextlib.contextmanager
+def compiling() -> Iterator[None]:
+    """In this scope ``torch.compiler.is_compiling()`` is True.
+
+    PyTorch's own code then asks for no values. All threads share the flag.
+    """
+    with _flag_lock:
+        _flags.append(torch.compiler._is_compiling_flag)
+        torch.compiler._is_compiling_flag = True
+    try:
+        yield
+    finally:
+        with _flag_lock:
+            torch.compiler._is_compiling_flag = _flags.pop()
 
 
 def foreach_types() -> list[list[Any]]:

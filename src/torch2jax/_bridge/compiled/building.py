@@ -22,7 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.fx.node import map_arg
 
+from ..._compat.torch import refusing_foreign
 from .graphs import Graph, NotCompiled, carried, restored, specs_of
 
 Tensor = torch.Tensor
@@ -69,7 +71,7 @@ def _text_of(graph: Graph) -> str:
     lines = []
     for i, node in enumerate(graph.module.graph.nodes):
         names[node] = f"%{i}"
-        args = torch.fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: _Named(names[n]))
+        args = map_arg((node.args, dict(node.kwargs)), lambda n: _Named(names[n]))
         target = "" if node.op in ("placeholder", "output") else str(node.target)
         lines.append(f"{names[node]} {node.op} {target} {args}")
     return "\n".join(lines)
@@ -99,21 +101,20 @@ def build(graph: Graph, path: Path, label: str) -> None:
             "CXX of the environment."
         )
 
-    def refuse_foreign(nodes: Sequence[Any], *_: Any) -> str:
-        names = sorted({getattr(n.node, "target", str(n)) for n in nodes})
-        raise NotCompiled(
-            f"{label} cannot be compiled: libraries cannot call {', '.join(map(str, names))}. "
-            "Leave compiled=True out: the bridge calls every operator."
+    def foreign(names: list[str]) -> NotCompiled:
+        return NotCompiled(
+            f"{label} cannot be compiled: libraries cannot call {', '.join(names)}. Leave "
+            "compiled=True out: the bridge calls every operator."
         )
 
     module, operands = _writing(graph)
     with tempfile.TemporaryDirectory(prefix="torch2jax-") as folder, _telling(label):
         target = os.path.join(folder, "library.so")
-        options = {"aot_inductor.output_path": target, "extern_node_serializer": refuse_foreign}
+        options = {**_OPTIONS, "aot_inductor.output_path": target}
         try:
-            with warnings.catch_warnings(), torch.no_grad():
+            with warnings.catch_warnings(), torch.no_grad(), refusing_foreign(foreign):
                 warnings.simplefilter("ignore")
-                aot_compile(module, tuple(operands), options={**_OPTIONS, **options})
+                aot_compile(module, tuple(operands), options=options)
         except Exception as error:
             cause: BaseException | None = error
             while cause is not None:
@@ -129,6 +130,9 @@ def build(graph: Graph, path: Path, label: str) -> None:
 
 
 _OPTIONS = {
+    # A loop has several threads where each gets so many elements: a team costs microseconds, and
+    # far more on a busy machine.
+    "cpp.min_chunk_size": 8192,
     "cpp.enable_unsafe_math_opt_flag": False,
     "aot_inductor.enable_line_tables": False,
 }

@@ -1,8 +1,8 @@
 """Compiled libraries are kept on disk. This file imports neither torch nor JAX.
 
-Each library ``NAME.so`` has a record ``NAME.json`` beside it with the digest of its bytes, its label
-and what it was made with. The folder is ``TORCH2JAX_CACHE_DIR``, or ``torch2jax`` in the platform's
-folder for caches. Processes may share it: a library appears whole, under a lock of its own.
+Each library ``NAME.so`` has a record ``NAME.json`` beside it with the digest of its bytes, its
+label and what it was made with. The folder is ``TORCH2JAX_CACHE_DIR``, or ``torch2jax`` in the
+platform's folder for caches. Processes may share it: a library appears whole, under its lock.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from filelock import FileLock
 
 from ..._errors import Torch2JaxError
 
@@ -80,6 +78,8 @@ def library(
     if is_whole(path):
         _touch(path)
         return path
+    from filelock import FileLock  # PyTorch needs it too
+
     with FileLock(base / f"{name}.lock"):
         if is_whole(path):  # another process has made it
             return path
@@ -89,7 +89,6 @@ def library(
             put(path, fresh, record)
         finally:
             fresh.unlink(missing_ok=True)
-    (base / f"{name}.lock").unlink(missing_ok=True)
     _evict(base, path)
     return path
 

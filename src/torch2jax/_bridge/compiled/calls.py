@@ -102,7 +102,8 @@ def transposed_like(transposed: Callee, after: int, callee: Callee) -> Callee:
     if callee.inner is None:
         assert callee.keep is not None
         return with_residuals(transposed, after, callee.keep)
-    assert transposed.parent is not None and callee.token_at is not None
+    assert transposed.parent is not None
+    assert callee.token_at is not None
     single = transposed_like(transposed.parent, after, callee.inner)
     dims, own = transposed.program.dims, callee.program.dims
     at, start = len(dims) - after, callee.token_at

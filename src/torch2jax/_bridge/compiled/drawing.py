@@ -12,61 +12,39 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-
-from ..._errors import SignatureError
-from ..torch_side.recorder import draws
 
 Tensor = torch.Tensor
 
-_MIX = 0x5851F42D4C957F2D
-"""An odd number: multiplication by it permutes the integers of 64 bits."""
+_WORD = 0xFFFFFFFF
 
 
-class Draws(TorchDispatchMode):
-    """Within it operators draw from ``words``, those of a JAX key; without words they raise."""
+def _mixed(x: Tensor) -> Tensor:
+    """Return a permutation of the integers of 32 bits in which every bit decides about each.
 
-    def __init__(self, words: Tensor | None, label: str) -> None:
-        super().__init__()
-        self._words, self._label = words, label
+    Its form is that of the finaliser of MurmurHash3; products of its numbers fit int64.
+    """
+    x = x ^ (x >> 16)
+    x = (x * 0x7FEB352D) & _WORD
+    x = x ^ (x >> 15)
+    x = (x * 0x31848BAB) & _WORD
+    return x ^ (x >> 14)
+
+
+class Draws:
+    """It draws for one trace from ``words``, those of a JAX key."""
+
+    def __init__(self, words: Tensor) -> None:
+        self._words = words
         self._drawn = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if torch.Tag.nondeterministic_seeded not in func.tags:
-            return func(*args, **kwargs)
-        draw = _DRAWS.get(func)
-        if draw is None:
-            with self:  # what it is made of may draw
-                made = func.decompose(*args, **kwargs)
-            if made is not NotImplemented:
-                return made
-            if not draws(func._schema, args, kwargs):
-                return func(*args, **kwargs)
-        if self._words is None:
-            raise SignatureError(
-                f"{self._label} draws random numbers ({func}): with compiled=True they come from a "
-                "key alone. Wrap it with stochastic=True and pass rng= (apply(..., rng=) for a "
-                "module)."
-            )
-        if draw is None:
-            raise SignatureError(
-                f"{self._label} draws random numbers by {func}, which compiled=True does not know; "
-                "leave compiled=True out."
-            )
-        return draw(self, *args, **kwargs)
 
     def uniform(self, size: Sequence[int], device: Any, normal: bool = False) -> Tensor:
         """Return float32 in [0, 1), or standard normals, from the next seed."""
-        assert self._words is not None
-        words = self._words.reshape(-1).to(torch.int64)
-        seed = torch.zeros((), dtype=torch.int64, device=words.device)
-        for i in range(words.shape[0]):
-            seed = (seed + words[i] + self._drawn) * _MIX
-            seed = seed ^ (seed >> 29)
+        # Inductor's generator reads 32 bits of a seed.
+        words = self._words.reshape(-1).to(torch.int64) & _WORD
         self._drawn += 1
+        seed = _mixed(words[0] ^ (0x9E3779B9 * self._drawn & _WORD))
+        for i in range(1, words.shape[0]):
+            seed = _mixed((seed + words[i]) & _WORD)
         mode = "randn" if normal else "rand"
         return torch.ops.prims.inductor_random(list(size), seed, mode)
 
@@ -194,7 +172,7 @@ def _multinomial(d: Draws, weights: Tensor, n: int, replacement: bool = False, *
 
 
 _aten: Any = torch.ops.aten
-_DRAWS: dict[Any, Callable[..., Any]] = {
+DRAWS: dict[Any, Callable[..., Any]] = {
     _aten.rand.default: _rand,
     _aten.randn.default: _randn,
     _aten.rand_like.default: _rand_like,
@@ -226,3 +204,4 @@ _DRAWS: dict[Any, Callable[..., Any]] = {
     _aten.geometric.default: _geometric_of,
     _aten.multinomial.default: _multinomial,
 }
+"""How each operator draws."""

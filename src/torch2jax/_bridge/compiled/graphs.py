@@ -15,20 +15,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.fx.node import map_arg
 
+from ..._compat.torch import compiling
 from ..._errors import Torch2JaxError
 from ..torch_side import ambient
 from ..torch_side.answers import asked_in, users_line
 from ..torch_side.inference import Spec, fake_tensors
 from ..torch_side.preserving import preserved, take_out
 from ..torch_side.recorder import Recorder
-from .drawing import Draws
+from .recording import Calls, NotCompiled
 
 Tensor = torch.Tensor
-
-
-class NotCompiled(Torch2JaxError):
-    """A function cannot be compiled; the message says why, and where in its code."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +65,7 @@ def trace(run: Callable[..., Any], specs: Sequence[Spec], around: Surroundings) 
       NotCompiled: where it asks for values, changes a tensor that is no operand, draws without a
         key, or calls what cannot be recorded.
     """
-    from torch._functorch._aot_autograd.functional_utils import from_fun, to_fun
+    from torch._functorch._aot_autograd.functional_utils import from_fun, has_data_mutation, to_fun
     from torch._inductor.decomposition import select_decomp_table
     from torch._subclasses.functional_tensor import FunctionalTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
@@ -75,9 +73,10 @@ def trace(run: Callable[..., Any], specs: Sequence[Spec], around: Surroundings) 
     def traced(*operands: Tensor) -> tuple[Tensor, ...]:
         with FunctionalTensorMode():
             given = tuple(map(to_fun, operands))
-            with Draws(None if around.rng is None else given[around.rng], around.label):
+            words = None if around.rng is None else given[around.rng]
+            with Calls(around.label, words, to_fun, has_data_mutation):
                 out = tuple(run(*given))
-            return tuple(map(from_fun, out))
+            return tuple(from_fun(t) for t in out)  # type: ignore[return-value]
 
     recorder = None
     try:
@@ -86,6 +85,7 @@ def trace(run: Callable[..., Any], specs: Sequence[Spec], around: Surroundings) 
             preserved(around.roots),
             warnings.catch_warnings(),
             fake_tensors(),
+            compiling(),
         ):
             warnings.simplefilter("ignore")  # torch warns of slow batching rules
             operands = [torch.empty(s.shape, dtype=s.dtype, device=s.device) for s in specs]
@@ -98,12 +98,11 @@ def trace(run: Callable[..., Any], specs: Sequence[Spec], around: Surroundings) 
             )
             with recorder.restoring(), recorder, torch.no_grad():
                 module = record(*operands)
-            _refuse_writes(module, around.label)
             constants = _lift_constants(module)
             results = tuple(
                 Spec(tuple(t.shape), t.dtype, t.device) for t in map(value_of, results_of(module))
             )
-    except NotCompiled:
+    except Torch2JaxError:
         raise
     except Exception as error:
         traceback.clear_frames(error.__traceback__)
@@ -142,25 +141,6 @@ def results_of(module: torch.fx.GraphModule) -> Sequence[Any]:
 
 def value_of(node: Any) -> Tensor:
     return node.meta["val"]
-
-
-def _refuse_writes(module: torch.fx.GraphModule, label: str) -> None:
-    """Raise where the graph writes into a tensor that is no operand and that it did not make."""
-    for node in module.graph.nodes:
-        if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
-            continue
-        for argument, value in zip(node.target._schema.arguments, node.args, strict=False):
-            if argument.alias_info is None or not argument.alias_info.is_write:
-                continue
-            for written in value if isinstance(value, list | tuple) else (value,):
-                if isinstance(written, torch.fx.Node) and view_base(written).op == "get_attr":
-                    lines = (node.stack_trace or "").strip().splitlines()
-                    at = "\n" + "\n".join(lines[-2:]) if lines else ""
-                    raise NotCompiled(
-                        f"{label} cannot be compiled. It changes a tensor that is not among its "
-                        f"arguments, by {node.target}.{at}\nPass it as an argument and return its "
-                        "new value (from_module does so for buffers), or leave compiled=True out."
-                    )
 
 
 def view_base(node: torch.fx.Node) -> torch.fx.Node:
@@ -251,7 +231,7 @@ def run_node(node: torch.fx.Node, values: dict[torch.fx.Node, Tensor]) -> Tensor
         assert isinstance(base, torch.fx.Node)
         run_node(base, values)
         target: Any = torch.ops.aten.reshape.default if node.target in _VIEWS else node.target
-        args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])
+        args, kwargs = map_arg((node.args, node.kwargs), lambda n: values[n])
         values[node] = target(*args, **kwargs)
     return values[node]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -77,12 +78,19 @@ def graph_of(callee: Callee, avals: Avals) -> Graph:
 def surroundings(callee: Callee) -> Surroundings:
     """Return the surroundings in which a callee is traced."""
     options = callee.options
-    label = options.label + callee.path
-    return Surroundings(label, options.default_dtype, options.roots, options.rng)
+    return Surroundings(described(callee), options.default_dtype, options.roots, options.rng)
+
+
+def described(callee: Callee) -> str:
+    """Return the user's function and what is derived from it, for messages."""
+    path, before = callee.path, None
+    while path != before:  # innermost parentheses first
+        path, before = re.sub(r"\([^()]*\)", "", path), path
+    return callee.options.label + path.replace("/", ", ").replace("residuals", "backward")
 
 
 def _load(callee: Callee, graph: Graph) -> Library:
-    label = callee.options.label + callee.path
+    label = described(callee)
     name = building.digest_of(graph)
     if name not in _loaded:
         record = {"label": label, **building.surroundings()}

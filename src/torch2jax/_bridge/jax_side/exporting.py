@@ -27,7 +27,10 @@ from ..torch_side.tape.calls import keeping, with_token
 
 Avals = Sequence[tuple[tuple[int, ...], Any]]
 
-export_checks = [jax.export.DisabledSafetyCheck.custom_call(extension.TARGET)]
+export_checks = [
+    jax.export.DisabledSafetyCheck.custom_call(target)
+    for target in (extension.TARGET, extension.COMPILED)
+]
 """``jax.export.export(..., disabled_checks=)`` needs these for programs that contain a call."""
 
 _lock = threading.RLock()

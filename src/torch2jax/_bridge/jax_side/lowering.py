@@ -65,7 +65,6 @@ def _lower_compiled(
 
     avals, results = list[Any](ctx.avals_in), list[Any](ctx.avals_out)
     library = library_of(callee, [(tuple(x.shape), x.dtype) for x in avals])
-    ctx.module_context.add_keepalive(library)
     library.check([(tuple(x.shape), x.dtype) for x in results])
     held = [mlir.ir_constant(x) for x in library.constants]
     inner = ctx.replace(avals_in=[*avals, *map(jax.typeof, library.constants)])

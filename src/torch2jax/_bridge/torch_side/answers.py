@@ -242,9 +242,17 @@ def users_line(error: BaseException) -> str | None:
         if _is_users(traceback.tb_frame):
             found = traceback
         traceback = traceback.tb_next
-    if found is None:
-        return None
-    file, line = found.tb_frame.f_code.co_filename, found.tb_lineno
+    return None if found is None else _quoted(found.tb_frame, found.tb_lineno)
+
+
+def line_of_the_user(frame: FrameType | None) -> str | None:
+    """Return the line of the user's code that runs now, under ``frame``, if there is one."""
+    found = _users_frame(frame)
+    return None if found is None else _quoted(found, found.f_lineno)
+
+
+def _quoted(frame: FrameType, line: int) -> str:
+    file = frame.f_code.co_filename
     source = linecache.getline(file, line).strip()
     return f"{os.path.basename(file)}, line {line}" + (f": `{source}`" if source else "")
 

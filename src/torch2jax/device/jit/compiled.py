@@ -21,10 +21,11 @@ import numpy as np
 import torch
 from torch.utils import _pytree as torch_tree
 
+from ..._compat.torch import compiling
 from ..._errors import Torch2JaxError
 from .. import random_streams
 from ..operators.constants import value_of
-from ..setup.changes_of_pytorch import compiling, replacing
+from ..setup.changes_of_pytorch import replacing
 from ..tensors.tensor import Cell, Tensor, become, wrap, write
 from ..tracing.bridged_modules import Choice, chosen_for, module_calls
 from ..tracing.scope import differentiated
@@ -191,9 +192,8 @@ class CompiledCall:
         ]
         for x, (_, needs, _) in zip(tensors, self.metas, strict=True):
             x._cut = not needs
-        leaves = list(self.statics)
         slots = iter(tensors)
-        leaves = [next(slots) if x is TENSOR else x for x in leaves]
+        leaves = [next(slots) if x is TENSOR else x for x in self.statics]
         args, kwargs = torch_tree.tree_unflatten(leaves, self.spec)
         scope = differentiated() if self.differentiable else replacing()
         grads = [(x, x.grad) for x in self.living()]

@@ -44,7 +44,7 @@ from ..tensors.tensor import LAZY, Tensor
 from ..thread_state import state
 from .generator import Generator
 
-__all__ = ["change_pytorch", "compiling", "replace_while_tracing", "replacing"]
+__all__ = ["change_pytorch", "replace_while_tracing", "replacing"]
 
 
 def change_pytorch() -> None:
@@ -138,7 +138,6 @@ def _allow_foreach() -> None:
 # --- while a function is traced ------------------------------------------------------------------
 
 _lock = threading.Lock()
-_compiling: list[bool] = []
 """PyTorch's flag as it was before each trace under way."""
 _traces = [0]
 """The number of traces under way on all threads."""
@@ -182,19 +181,3 @@ def replacing() -> Iterator[None]:
                 _theirs.clear()
                 restore = _stance.pop()
                 restore()
-
-
-@contextlib.contextmanager
-def compiling() -> Iterator[None]:
-    """In this scope ``torch.compiler.is_compiling()`` is True.
-
-    PyTorch's own code then asks for no values. All threads share the flag.
-    """
-    with _lock:
-        _compiling.append(torch.compiler._is_compiling_flag)
-        torch.compiler._is_compiling_flag = True
-    try:
-        yield
-    finally:
-        with _lock:
-            torch.compiler._is_compiling_flag = _compiling.pop()

@@ -30,7 +30,7 @@ def is_vjp(callee: Callee) -> bool:
 
 
 def untaped(callee: Callee) -> Callee:
-    """Return the callee that computes the same and neither returns nor takes a token or residuals."""
+    """Return the callee that computes the same without a token or residuals."""
     if callee.plain is not None:
         return callee.plain
     if returns_token(callee) or callee.token_at is not None:
