@@ -13,6 +13,7 @@ os.environ["XLA_FLAGS"] = (
 
 import jax
 import pytest
+from compiling import EVERYTHING, quickly
 
 from torch2jax import clear_tape
 
@@ -30,3 +31,13 @@ def _bounded_memory() -> Iterator[None]:
     jax.clear_caches()
     gc.collect()
     clear_tape()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compiled_quickly(request: pytest.FixtureRequest) -> Iterator[None]:
+    """See NOTE [Compiled quickly]."""
+    if EVERYTHING or request.node.get_closest_marker("optimized"):
+        yield
+        return
+    with quickly():
+        yield
