@@ -14,6 +14,7 @@ os.environ["XLA_FLAGS"] = (
 import jax
 import pytest
 from compiling import EVERYTHING, quickly
+from process_state import changes, process_state
 
 from torch2jax import clear_tape
 
@@ -41,3 +42,11 @@ def _compiled_quickly(request: pytest.FixtureRequest) -> Iterator[None]:
         return
     with quickly():
         yield
+
+
+@pytest.fixture(autouse=True)
+def _process_left_as_it_was() -> Iterator[None]:
+    """The test that changes what all share fails, and not those after it."""
+    before = process_state()
+    yield
+    assert not changes(before)
