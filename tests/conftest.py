@@ -10,6 +10,9 @@ from collections.abc import Iterator
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
+# Before torch is loaded: its threads would wait for each other's work in a loop, and the workers of
+# pytest have more threads together than there are cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import jax
 import pytest
