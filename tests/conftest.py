@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import os
+from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 # Before jax starts: the tests of several devices share one CPU.
 os.environ["XLA_FLAGS"] = (
@@ -20,6 +22,28 @@ from compiling import EVERYTHING, quickly
 from process_state import changes, process_state
 
 from torch2jax import clear_tape
+
+LONG = (
+    *("lower/test_lowerings.py", "package/test_examples.py", "package/test_docs.py"),
+    *("transforms/test_control.py", "bridge/test_operators.py", "extension/test_alias.py"),
+    *("lower/test_layers.py", "lower/test_bridged_modules.py", "bridge/test_distributed.py"),
+    *("bridge/test_lifetimes.py", "bridge/test_fuzz.py", "lower/test_libraries.py"),
+    *("bridge/test_libraries.py", "device/test_libraries.py", "bridge/test_huggingface.py"),
+    *(
+        "bridge/tape/test_memory.py",
+        "torchax/test_torchax.py",
+        "bridge/modules/test_torchscript.py",
+    ),
+)
+"""Files that take long, the longest first: no worker is left with one of them at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The long files first, then those with the most tests. `make test` keeps to this order."""
+    root = Path(__file__).parent
+    rank = {root / name: i for i, name in enumerate(LONG)}
+    count = Counter(item.path for item in items)
+    items.sort(key=lambda item: (rank.get(item.path, len(rank)), -count[item.path], item.path))
 
 
 @pytest.fixture(params=[False, True], ids=["x32", "x64"])
