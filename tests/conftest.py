@@ -46,6 +46,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: (rank.get(item.path, len(rank)), -count[item.path], item.path))
 
 
+def pytest_collection_finish() -> None:
+    """What was imported stays: without it a collection, of which tests make hundreds, is quick."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(params=[False, True], ids=["x32", "x64"])
 def x64(request: pytest.FixtureRequest) -> bool:
     """64-bit types off, as JAX starts, and on."""
