@@ -49,7 +49,7 @@ demo: $(VENV)/.demo ## train a PyTorch CNN with JAX on handwritten digits (one m
 	$(PY) examples/train_digits.py --output build/train_digits.png --require 0.97
 
 test: $(VENV)/.test $(VENV)/.demo ## run the tests; of PyTorch's operator samples one or two of each (test-ops: all)
-	$(PY) -m pytest -n $(JOBS) --dist loadfile --ignore=tests/lower/test_vision.py --ignore=tests/package/test_wheel.py $(PYTEST)
+	$(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --ignore=tests/lower/test_vision.py --ignore=tests/package/test_wheel.py $(PYTEST)
 
 test-ops: $(VENV)/.test $(VENV)/.vision ## all of PyTorch's own operator samples, also through the lowerings (hours)
 	T2J_ALL_OP_SAMPLES=1 $(PY) -m pytest -n $(JOBS) tests/bridge/test_operators.py tests/lower/test_lowerings.py tests/lower/test_inner_derivatives.py tests/device/test_eager_key.py $(PYTEST)

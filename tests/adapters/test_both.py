@@ -18,6 +18,8 @@ from torch import nn
 
 import torch2jax as package
 
+pytestmark = pytest.mark.optimized
+
 REASON = "the extra `test` is not installed"
 flax = pytest.importorskip("flax", reason=REASON)
 eqx = pytest.importorskip("equinox", reason=REASON)

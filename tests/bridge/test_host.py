@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from harness import precision
 from jax.interpreters import mlir
+from process_state import changes, process_state
 
 from torch2jax import from_module, torch2jax
 from torch2jax._bridge.jax_side import lowering
@@ -124,3 +126,16 @@ def test_errors_name_the_function() -> None:
 
     with pytest.raises(Exception, match="on the host"):
         jax.block_until_ready(jax.jit(torch2jax(raising))(X))
+
+
+def test_what_a_test_leaves_behind_is_seen() -> None:
+    """See _process_left_as_it_was, which every test goes through."""
+    before = process_state()
+    assert changes(before) == {}
+    with precision(True):
+        assert set(changes(before)) == {"jax_enable_x64"}
+    lowering.lower_for_handlers()
+    assert set(changes(before)) == {"lowerings"}
+    at_handlers = process_state()
+    mlir.register_lowering(torch_call_p, lowering._lower, platform="cpu")
+    assert set(changes(at_handlers)) == {"lowerings"}

@@ -32,6 +32,8 @@ from hugging_face import (
 
 from torch2jax import SignatureError, Torch2JaxWarning, clear_tape, from_module, to_state_dict
 
+pytestmark = pytest.mark.optimized
+
 
 @pytest.fixture(autouse=True)
 def quiet() -> Iterator[None]:

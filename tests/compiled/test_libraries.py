@@ -99,20 +99,20 @@ def _libraries_of_small() -> list[str]:
 def test_calls_go_on_while_another_thread_holds_the_gil() -> None:
     """A bridged call would wait: for a second this thread keeps Python's lock."""
     [name] = _libraries_of_small()
-    steps = 2_000_000
     looped = jax.jit(lambda a, b, n: jax.lax.fori_loop(0, n, lambda _, x: f(x, b), a))
     looped(A, B, 1).block_until_ready()
-    result = looped(A, B, steps)  # it is dispatched, and runs in a thread of XLA's
-    deadline = time.monotonic() + 30
     start = extension.library_calls(name)
+    thread = threading.Thread(target=lambda: looped(A, B, 600_000).block_until_ready())
+    thread.start()
+    deadline = time.monotonic() + 30
     while extension.library_calls(name) == start and time.monotonic() < deadline:
         time.sleep(0.01)
     before = extension.library_calls(name)
     ctypes.PyDLL(None).usleep(1_000_000)
     after = extension.library_calls(name)
+    thread.join()
     assert after - before > 1000
     assert extension.library_calls("no such library") == -1
-    del result
 
 
 def test_threads_at_once() -> None:

@@ -17,6 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from torch2jax import Torch2JaxError, Torch2JaxWarning, device, from_module, torch2jax
 
+pytestmark = pytest.mark.optimized
+
 device.enable()
 
 

@@ -24,6 +24,8 @@ from torch import nn
 import torch2jax as package
 from torch2jax import SignatureError, device, torch2jax
 
+pytestmark = pytest.mark.optimized
+
 device.enable()
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from harness import precision
-from torch.testing._internal.common_methods_invocations import op_db
+from op_samples import op_db
 from torch.utils import _pytree as torch_tree
 
 from torch2jax import device, torch2jax

@@ -16,6 +16,7 @@ import numpy as np
 import recorded
 import torch
 from cases import CASES, Case
+from compiling import quick_jit
 from jax.dtypes import float0
 
 from torch2jax import torch2jax
@@ -71,33 +72,6 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
-
-
-# Compiling the twins would take most of the suite's time: with these, a quarter of it.
-QUICK_COMPILE = {
-    "xla_backend_optimization_level": 0,
-    "xla_cpu_parallel_codegen_split_count": 1,
-    "xla_cpu_use_fusion_emitters": False,
-}
-
-
-@functools.cache
-def quick_options() -> dict[str, Any]:
-    """Those of the options that this XLA knows."""
-
-    def known(name: str, value: Any) -> bool:
-        try:
-            jax.jit(lambda x: x + 1, compiler_options={name: value})(1)
-        except jax.errors.JaxRuntimeError:
-            return False
-        return True
-
-    return {name: value for name, value in QUICK_COMPILE.items() if known(name, value)}
-
-
-def quick_jit(fn: Function) -> Function:
-    """jax.jit for the twins."""
-    return jax.jit(fn, compiler_options=quick_options())
 
 
 COMPILED = os.environ.get("T2J_COMPILED", "")

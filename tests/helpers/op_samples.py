@@ -21,8 +21,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # importing the table builds sparse tensors, which are in beta
+    from torch.testing._internal import common_utils
     from torch.testing._internal.common_methods_invocations import SampleInput as SampleInput
     from torch.testing._internal.common_methods_invocations import op_db
+    from torch.testing._internal.opinfo import core
+
+# The table looks for a TestCase in the stack, with the source of every frame: half a test's time.
+# There is none here, so this is what it finds.
+for module in (common_utils, core):
+    assert callable(module.extract_test_fn)
+    module.extract_test_fn = lambda: None
 
 ALL_SAMPLES = os.environ.get("T2J_ALL_OP_SAMPLES") == "1"
 

@@ -364,10 +364,11 @@ def test_modules_that_swap_their_parameters() -> None:
 
 
 def test_a_leaf_and_its_array_are_freed() -> None:
+    f = jax2torch(jnp.sum)
     for kind in (torch.nn.Parameter, lambda x: x.requires_grad_()):
         leaves = [kind(torch.ones(4)) for _ in range(100)]
         for x in leaves:
-            jax2torch(jnp.sum)(x).backward()
+            f(x).backward()
         freed = [weakref.ref(a) for x in leaves for a in (x, imported(x))]
         assert all(ref() is not None for ref in freed)
         del leaves, x

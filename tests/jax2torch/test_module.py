@@ -15,6 +15,8 @@ from harness import check
 
 from torch2jax import SignatureError, jax_module
 
+pytestmark = pytest.mark.optimized
+
 
 def params() -> dict[str, Any]:
     rng = np.random.default_rng(0)

@@ -18,6 +18,8 @@ import torch
 from lowered_models import agrees, wave
 from torch import nn
 
+pytestmark = pytest.mark.optimized
+
 ALL = os.environ.get("T2J_ALL_LOWERINGS") == "1"
 transformers = hf.transformers
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import pytest
 from cases import CASES, Case
+from compiling import quick_jit
 from harness import (
     agree_on_leaves,
     bridge,
@@ -14,7 +15,6 @@ from harness import (
     on_leaves,
     own_precision,
     precision,
-    quick_jit,
 )
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import Case
+from compiling import quick_jit
 from harness import (
     CORE,
     DIFFERENTIABLE,
@@ -23,7 +24,6 @@ from harness import (
     looping_allowed,
     own_precision,
     precision,
-    quick_jit,
     weigh,
     weighed,
 )

@@ -185,19 +185,20 @@ def wasteful_chain(x):
     "fn", [plain_chain, held_chain, func_chain, checkpointed_chain, wasteful_chain]
 )
 def test_memory_is_flat_where_no_backward_runs(fn):
+    """96 kB a run, all that one array is, are 19 MB when 200 leak."""
     f = torch2jax(fn)
-    xs = jnp.linspace(0.0, 1.0, 8 * 1024)
-    set_tape_budget(2**20)
+    xs = jnp.linspace(0.0, 1.0, 24 * 1024)
+    set_tape_budget(3 * 2**20)
     run = jax.jit(lambda x: jax.vjp(f, x))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Torch2JaxWarning)
-        for _ in range(200):
+        for _ in range(60):
             jax.block_until_ready(run(xs))
         before = resident()
-        for _ in range(800):
+        for _ in range(200):
             jax.block_until_ready(run(xs))
         assert resident() - before < 16 * 2**20
-        assert 0 < tape_info().bytes <= 2**20
+        assert 0 < tape_info().bytes <= 3 * 2**20
         assert 0 < tape_info().entries < 40
         clear_tape()
         assert tape_info().bytes == 0
