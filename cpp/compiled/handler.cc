@@ -86,13 +86,13 @@ ffi::Error Call(const ffi::RemainingArgs& args, const ffi::RemainingRets& rets,
   Tensors tensors(shim, count);
   for (size_t i = 0; i < count; ++i) {
     const bool is_arg = i < args.size();
-    ffi::AnyBuffer buffer = is_arg ? *args.get<ffi::AnyBuffer>(i)
-                                   : **rets.get<ffi::AnyBuffer>(i - args.size());
+    ffi::AnyBuffer buffer =
+        is_arg ? *args.get<ffi::AnyBuffer>(i) : **rets.get<ffi::AnyBuffer>(i - args.size());
     if (!tensors.Add(buffer, device_type, device)) {
-      return ffi::Error::Internal(std::string(is_arg ? "operand " : "result ") +
-                                  std::to_string(is_arg ? i : i - args.size()) +
-                                  " of a compiled call is no tensor of PyTorch's: " +
-                                  library->LastError());
+      return ffi::Error::Internal(
+          std::string(is_arg ? "operand " : "result ") +
+          std::to_string(is_arg ? i : i - args.size()) +
+          " of a compiled call is no tensor of PyTorch's: " + library->LastError());
     }
   }
   library->calls.fetch_add(1, std::memory_order_relaxed);
@@ -116,8 +116,8 @@ ffi::Error HandleCpu(ffi::RemainingArgs args, ffi::RemainingRets rets, std::stri
   return Handle(args, rets, name, false, 0, nullptr);
 }
 
-ffi::Error HandleGpu(int32_t device, void* stream, ffi::RemainingArgs args,
-                     ffi::RemainingRets rets, std::string_view name) {
+ffi::Error HandleGpu(int32_t device, void* stream, ffi::RemainingArgs args, ffi::RemainingRets rets,
+                     std::string_view name) {
   return Handle(args, rets, name, true, device, stream);
 }
 

@@ -28,8 +28,8 @@ struct Shim {
                               const int64_t* strides, int64_t offset, int32_t dtype,
                               int32_t device_type, int32_t device, Tensor* result) = nullptr;
   int32_t (*delete_tensor)(Tensor) = nullptr;
-  const char* (*exception_text)() = nullptr;  // may be null
-  int32_t cpu = 0, gpu = 0;                    // types of devices
+  const char* (*exception_text)() = nullptr;     // may be null
+  int32_t cpu = 0, gpu = 0;                      // types of devices
   std::array<int32_t, kDtypes.size()> dtypes{};  // PyTorch's numbers; -1 where it has none
 
   // Null: this libtorch has no such interface.

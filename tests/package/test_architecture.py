@@ -30,6 +30,7 @@ STACK = [
     {"_refusals"},
     {"_conversions", "_bridge.torch_side"},
     {"_bridge.handler"},
+    {"_bridge.compiled"},
     {"_bridge.jax_side"},
     {"_bridge.calls"},
     {"_bridge.wrapping", "_jax2torch"},

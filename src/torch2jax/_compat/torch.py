@@ -35,6 +35,7 @@ from torch.utils._device import DeviceContext as DeviceContext
 
 from .._errors import Torch2JaxError
 
+VERSION = torch.__version__
 unwrap_if_dead: Any = _unwrap_if_dead
 add_batch_dim: Any = _add_batch_dim
 remove_batch_dim: Any = _remove_batch_dim

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch.fx.node import map_arg
 
-from ..._compat.torch import refusing_foreign
+from ..._compat.torch import VERSION, refusing_foreign
 from .graphs import Graph, NotCompiled, carried, restored, specs_of
 
 Tensor = torch.Tensor
@@ -44,7 +44,7 @@ def digest_of(graph: Graph) -> str:
 def surroundings() -> dict[str, Any]:
     """Return what a library was made with and must be used with."""
     return {
-        "torch": torch.__version__,
+        "torch": VERSION,
         "machine": platform.machine(),
         "processor": _processor(),
         "threads": torch.get_num_threads(),
@@ -71,7 +71,7 @@ def _text_of(graph: Graph) -> str:
     lines = []
     for i, node in enumerate(graph.module.graph.nodes):
         names[node] = f"%{i}"
-        args = map_arg((node.args, dict(node.kwargs)), lambda n: _Named(names[n]))
+        args = map_arg((node.args, dict(node.kwargs)), lambda n: _Named(names[n]))  # type: ignore[arg-type,return-value]
         target = "" if node.op in ("placeholder", "output") else str(node.target)
         lines.append(f"{names[node]} {node.op} {target} {args}")
     return "\n".join(lines)
