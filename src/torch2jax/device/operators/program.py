@@ -24,6 +24,7 @@ from ..._conversions.small import shown_dtype, widened
 from ..._errors import Torch2JaxError
 from ...lowerings.registry import DataDependentShape
 from ...lowerings.vision import SHAPES_DEPEND_ON_VALUES
+from ..tensors.sized_jit import SizedJit
 from ..tensors.tensor import Tensor, from_torch, wrap
 from ..thread_state import state
 from . import meta
@@ -77,7 +78,7 @@ class OperatorProgram:
         self.asks_numbers = self.carries and any(type(x) is float for x in operands)
         self.narrow = None if x64_enabled() else extremes_of(route.target, self.kwargs, self.dtypes)
         self._way = getattr(self, _WAYS[route.kind])
-        self.jitted = jax.jit(self.run)
+        self.jitted = SizedJit(self.run)
         self._checked: set[Any] = set()
 
     def values(self, arrays: Sequence[Any]) -> list[Any]:
