@@ -52,7 +52,7 @@ test: $(VENV)/.test $(VENV)/.demo ## run the tests; of PyTorch's operator sample
 	$(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --ignore=tests/lower/test_vision.py --ignore=tests/package/test_wheel.py $(PYTEST)
 
 test-ops: $(VENV)/.test $(VENV)/.vision ## all of PyTorch's own operator samples, also through the lowerings (hours)
-	T2J_ALL_OP_SAMPLES=1 $(PY) -m pytest -n $(JOBS) tests/bridge/test_operators.py tests/lower/test_lowerings.py tests/lower/test_inner_derivatives.py tests/device/test_eager_key.py $(PYTEST)
+	T2J_ALL_OP_SAMPLES=1 $(PY) -m pytest -n $(JOBS) tests/bridge/test_operators.py tests/lower/test_lowerings.py tests/lower/test_inner_derivatives.py tests/device/test_eager_key.py tests/device/test_gradcheck.py $(PYTEST)
 	T2J_ALL_LOWERINGS=1 $(PY) -m pytest -n $(JOBS) tests/lower/test_models.py $(PYTEST)
 	T2J_ALL_LOWERINGS=1 PYTHONPATH=$(VENV)/vision $(PY) -m pytest -n $(JOBS) tests/lower/test_vision.py $(PYTEST)
 

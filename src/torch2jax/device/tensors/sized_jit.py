@@ -32,14 +32,17 @@ class _Large(Exception):
 class SizedJit:
     """``SizedJit(fn).call`` is ``jax.jit(fn)``, compiled in one of two ways by the sizes of arrays.
 
+    ``seen`` takes what ``fn`` takes, and returns further arrays that have to be small: those of
+    views, which may be expanded. Without optimisations XLA would store them.
+
     A function that meets a large array first has the usual way for all calls, and ``call`` is the
     jitted function itself. ``call`` may change in the first call.
     """
 
-    __slots__ = ("_fn", "_full", "_quick", "_shapes", "call")
+    __slots__ = ("_fn", "_full", "_quick", "_seen", "_shapes", "call")
 
-    def __init__(self, fn: Callable[..., Any]) -> None:
-        self._fn = fn
+    def __init__(self, fn: Callable[..., Any], seen: Callable[..., Any] | None = None) -> None:
+        self._fn, self._seen = fn, seen
         self._full: Callable[..., Any] = jax.jit(fn)
         self._quick: Callable[..., Any] = self._full
         self._shapes: set[Any] = set()
@@ -68,6 +71,8 @@ class SizedJit:
     def _small(self, *arrays: Any) -> Any:
         """Call the function, which is being traced."""
         _refuse_large(arrays)
+        if self._seen is not None:
+            _refuse_large(self._seen(*arrays))
         out = self._fn(*arrays)
         _refuse_large(out)
         return out
