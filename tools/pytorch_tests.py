@@ -282,7 +282,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=FILES, help="files of the folder")
     parser.add_argument("--tests", default="", help="a pattern of names of tests")
     parser.add_argument("--share", type=float, default=0.1, help="the share of tests that is run")
-    parser.add_argument("--most", type=int, default=40, help="the most tests of a file")
+    parser.add_argument("--least", type=int, default=15, help="the least tests of a file")
+    parser.add_argument("--most", type=int, default=25, help="the most tests of a file")
     parser.add_argument("--seed", type=int, default=0, help="the seed that chooses them")
     parser.add_argument("--limit", type=float, default=60.0, help="seconds for each test")
     parser.add_argument("--output", type=Path, default=Path("build/pytorch_tests.json"))
@@ -308,7 +309,8 @@ def main() -> None:
             chosen = [k for k, r in old.items() if r.get("jax") in ("failed", "slow")]
         else:
             chosen = sorted(tests_of(path, lines))
-            share = min(given.most, math.ceil(given.share * len(chosen)))
+            share = max(given.least, math.ceil(given.share * len(chosen)))
+            share = min(share, given.most, len(chosen))
             chosen = sorted(random.Random(given.seed).sample(chosen, share))
         chosen = [x for x in chosen if re.search(given.tests, x)]
         start = time.perf_counter()
