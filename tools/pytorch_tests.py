@@ -50,7 +50,8 @@ _GONE: dict[str, Callable[[Any], Any]] = {
 """What test files of PyTorch 2.6 import and 2.13 does not have any more: what stands for it, of the
 module in which it was."""
 GRACE = 120.0
-"""Seconds beyond a test's limit after which its process is ended: C++ cannot be interrupted."""
+"""A test that takes ten times its limit and so many seconds by the clock is ended with its process,
+because C++ cannot be interrupted."""
 
 
 # --- the process that runs tests of one file -----------------------------------------------------
@@ -82,6 +83,7 @@ def _import(path: Path) -> Any:
 
     common.device_type_test_bases[:] = [common.CPUTestBase, JaxTestBase]
     sys.path[:0] = [str(path.parent), str(path.parents[1])]
+    sys.argv[1:] = []  # the test files read it
     os.chdir(path.parent)
     while True:
         spec = importlib.util.spec_from_file_location(path.stem, path)
@@ -116,20 +118,22 @@ def _tests(module: Any) -> dict[str, tuple[Any, str, Any, str]]:
 
 
 def _run(case: Any, name: str, limit: float) -> tuple[str, str, float]:
-    """Run one test; return what became of it, the last line of an error, and its seconds."""
-    start = time.perf_counter()
+    """Run one test; return what became of it, the last line of an error, and its CPU seconds."""
+    start = time.process_time()
     result = unittest.TestResult()
-    signal.setitimer(signal.ITIMER_REAL, limit)
+    signal.setitimer(signal.ITIMER_PROF, limit)
     try:
         unittest.TestSuite([case(name)]).run(result)
     except _TooSlow:
-        return "slow", f"more than {limit:g} s", time.perf_counter() - start
+        return "slow", f"more than {limit:g} s", time.process_time() - start
     except BaseException as error:
-        return "failed", f"{type(error).__name__}: {error}"[:400], time.perf_counter() - start
+        return "failed", f"{type(error).__name__}: {error}"[:400], time.process_time() - start
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-    seconds = time.perf_counter() - start
+        signal.setitimer(signal.ITIMER_PROF, 0)
+    seconds = time.process_time() - start
     wrong = [*result.errors, *result.failures]
+    if wrong and "_TooSlow" in wrong[0][1]:
+        return "slow", f"more than {limit:g} s", seconds
     if wrong:
         return "failed", _said(wrong[0][1]), seconds
     if result.skipped:
@@ -146,18 +150,18 @@ def _said(trace: str) -> str:
     return f"{text[start[-1] :] if start else text[-300:]}"[:600] + f" [{place}]"
 
 
-def worker(path: Path, names: list[str], limit: float, output: Path) -> None:
+def worker(path: Path, choice: dict[str, Any], limit: float, output: Path) -> None:
     """Run tests of a file one after the other, and write a line of JSON for each."""
     warnings.filterwarnings("ignore")
-    signal.signal(signal.SIGALRM, _late)
+    signal.signal(signal.SIGPROF, _late)
     tests = _tests(_import(path))
+    names = choice["names"] if "names" in choice else _chosen(sorted(tests), **choice)
     with output.open("a") as file:
 
         def say(row: dict[str, Any]) -> None:
             print(json.dumps(row), file=file, flush=True)
 
-        if not names:
-            say({"tests": list(tests)})
+        say({"chosen": names})
         for name in names:
             case, here, twin, there = tests[name]
             say({"begin": name})
@@ -169,14 +173,23 @@ def worker(path: Path, names: list[str], limit: float, output: Path) -> None:
             say(row)
 
 
+def _chosen(
+    tests: list[str], pattern: str, share: float, least: int, most: int, seed: int
+) -> list[str]:
+    tests = [x for x in tests if re.search(pattern, x)]
+    count = min(max(least, math.ceil(share * len(tests))), most, len(tests))
+    return sorted(random.Random(seed).sample(tests, count))
+
+
 # --- the process that starts them ----------------------------------------------------------------
 
 
-def _start(path: Path, names: list[str], limit: float, lines: Path) -> subprocess.Popen[bytes]:
+def _start(
+    path: Path, choice: dict[str, Any], limit: float, lines: Path
+) -> subprocess.Popen[bytes]:
     lines.unlink(missing_ok=True)
     lines.touch()
-    wanted = lines.with_suffix(".names")
-    wanted.write_text("\n".join(names))
+    lines.with_suffix(".choice").write_text(json.dumps(choice))
     command = [sys.executable, __file__, str(path), "--worker", str(lines), "--limit", str(limit)]
     with lines.with_suffix(".log").open("ab") as log:
         return subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
@@ -187,45 +200,34 @@ def _read(lines: Path) -> list[dict[str, Any]]:
     return [json.loads(x) for x in whole.splitlines()]
 
 
-def tests_of(path: Path, lines: Path) -> list[str]:
-    process = _start(path, [], 0, lines)
-    process.wait()
-    found = _read(lines)
-    if not found:
-        print(f"{path.name} cannot be imported: see {lines.with_suffix('.log')}", flush=True)
-        return []
-    return found[0]["tests"]
-
-
-def run(path: Path, names: list[str], limit: float, lines: Path) -> list[dict[str, Any]]:
+def run(path: Path, choice: dict[str, Any], limit: float, lines: Path) -> list[dict[str, Any]]:
     """Run tests of one file, and go on in another process where one has ended or hangs."""
     rows: dict[str, dict[str, Any]] = {}
-    left = list(names)
-    while left:
-        process = _start(path, left, limit, lines)
+    names: list[str] | None = None
+    while names is None or len(rows) < len(names):
+        process = _start(path, choice, limit, lines)
         seen, since = 0, time.monotonic()
         while process.poll() is None:
             time.sleep(0.2)
             now = len(_read(lines))
             if now != seen:
                 seen, since = now, time.monotonic()
-            elif time.monotonic() - since > 2 * limit + GRACE:
+            elif time.monotonic() - since > 10 * limit + GRACE:
                 process.kill()
                 process.wait()
-        begun = ""
-        for row in _read(lines):
-            begun = row.get("begin", "")
-            if "name" in row:
-                rows[row["name"]] = row
+        said = _read(lines)
+        if not said:
+            print(f"{path.name} cannot be run: see {lines.with_suffix('.log')}", flush=True)
+            break
+        names = said[0]["chosen"] if names is None else names
+        rows |= {row["name"]: row for row in said if "name" in row}
+        begun = said[-1].get("begin")
         if begun:
             hung = process.returncode == -signal.SIGKILL
             text = "more than its limit" if hung else f"the process ended: {process.returncode}"
             rows[begun] = {"name": begun, "cpu": "passed", "jax": "slow" if hung else "failed"}
             rows[begun] |= {"text": text, "seconds": 0.0, "cpu_seconds": 0.0}
-        if len(rows) + len(left) == len(names):  # nothing was run
-            print(f"{path.name} ends at once: see {lines.with_suffix('.log')}", flush=True)
-            break
-        left = [x for x in names if x not in rows]
+        choice = {"names": [x for x in names if x not in rows]}
     return list(rows.values())
 
 
@@ -292,8 +294,8 @@ def main() -> None:
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.worker is not None:
-        names = given.worker.with_suffix(".names").read_text().split()
-        worker(given.folder.resolve(), names, given.limit, given.worker)
+        choice = json.loads(given.worker.with_suffix(".choice").read_text())
+        worker(given.folder.resolve(), choice, given.limit, given.worker)
         return
     output = given.output.resolve()
     before = json.loads(output.read_text()) if output.exists() else {"files": {}}
@@ -306,20 +308,15 @@ def main() -> None:
         path = given.folder / name
         old = {row["name"]: row for row in before["files"].get(name, [])}
         if given.again:
-            chosen = [k for k, r in old.items() if r.get("jax") in ("failed", "slow")]
+            wrong = [k for k, r in old.items() if r.get("jax") in ("failed", "slow")]
+            choice: dict[str, Any] = {"names": wrong}
         else:
-            chosen = sorted(tests_of(path, lines))
-            share = max(given.least, math.ceil(given.share * len(chosen)))
-            share = min(share, given.most, len(chosen))
-            chosen = sorted(random.Random(given.seed).sample(chosen, share))
-        chosen = [x for x in chosen if re.search(given.tests, x)]
+            choice = {"pattern": given.tests, "share": given.share, "seed": given.seed}
+            choice |= {"least": given.least, "most": given.most}
         start = time.perf_counter()
-        rows = run(path, chosen, given.limit, lines)
-        old = (
-            {**old, **{r["name"]: r for r in rows}}
-            if given.again or given.tests
-            else {r["name"]: r for r in rows}
-        )
+        rows = run(path, choice, given.limit, lines)
+        keeps = given.again or given.tests
+        old = {**(old if keeps else {}), **{r["name"]: r for r in rows}}
         before["files"][name] = list(old.values())
         output.write_text(json.dumps(before, indent=1))
         count = Counter(r.get("jax", "not on the CPU") for r in rows)
