@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -184,8 +184,7 @@ class OperatorProgram:
         left_out = "backward" in name or "_grouped_mm" in name
         if left_out or shapes in self._checked:
             return
-        with contextlib.suppress(meta.Unknown), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that an out= is resized
+        with contextlib.suppress(meta.Unknown), _quiet() if self.outs else _AS_IT_IS:
             meta.results_for(self.route.func, values, self.dtypes, self._all_arguments)
         self._checked.add(shapes)
 
@@ -333,6 +332,17 @@ def _filling(value: Any, shape: tuple[int, ...]) -> Any:
         raise RuntimeError(
             f"output with shape {list(shape)} doesn't match the broadcast shape {list(value.shape)}"
         ) from None
+
+
+_AS_IT_IS = contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Say nothing about an ``out=`` that is resized: of ours that is said later."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 _AXIS = re.compile(r"axis (-?\d+) is out of bounds for array of dimension (\d+)")
