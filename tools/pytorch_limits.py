@@ -22,6 +22,12 @@ LIMITS: tuple[Limit, ...] = (
         r"data pointer|torch\.storage|UntypedStorage|storage to share|python storage",
     ),
     Limit(
+        "copies on write",
+        "a lazy clone shares its array until a write, which PyTorch's flags do not show",
+        "lazy_clone",
+        "",
+    ),
+    Limit(
         "dtypes",
         "JAX has no complex32 and no quantised numbers",
         "",

@@ -61,7 +61,7 @@ def _random(p: Any) -> None:
     if isinstance(dtype, torch.dtype) and not (dtype.is_floating_point or dtype.is_complex):
         least, most = (0, 1) if dtype is torch.bool else _range(dtype)
         for name, x in (("from", low), ("to - 1", high - 1 if _is_number(high) else None)):
-            if _is_number(x) and not least <= x <= most:
+            if x is not None and _is_number(x) and not least <= x <= most:
                 raise RuntimeError(f"{name} is out of bounds for {dtype}")
     if _is_number(low) and _is_number(high) and low >= high:
         raise RuntimeError(

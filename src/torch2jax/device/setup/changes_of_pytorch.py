@@ -41,7 +41,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.utils import _foreach_utils
+from torch.utils import _foreach_utils, dlpack
 
 from ..._compat.torch import foreach_types, uncompiled
 from ..tensors.tensor import LAZY, Tensor
@@ -130,13 +130,13 @@ def _scale_without_float64() -> None:
 
 
 def _export_by_dlpack() -> None:
-    original = torch.utils.dlpack.to_dlpack
+    original = dlpack.to_dlpack
 
     @functools.wraps(original)
     def to_dlpack(tensor: torch.Tensor) -> Any:
         return tensor.__dlpack__() if type(tensor) is Tensor else original(tensor)
 
-    torch.utils.dlpack.to_dlpack = torch.to_dlpack = to_dlpack
+    dlpack.to_dlpack = torch.to_dlpack = to_dlpack
 
 
 _TYPE = re.compile(r"Lazy(\w+)Type")
