@@ -88,11 +88,12 @@ def _import(path: Path) -> Any:
     while True:
         spec = importlib.util.spec_from_file_location(path.stem, path)
         assert spec is not None
-        assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         sys.modules[path.stem] = module
         try:
-            spec.loader.exec_module(module)
+            # So 2.6 wrote it; a class that is derived further calls itself by this for ever.
+            text = path.read_text().replace("super(self.__class__, self)", "super()")
+            exec(compile(text, path, "exec"), vars(module))
         except ImportError as error:  # the file is of another version than the installed one
             missing = re.match(r"cannot import name '(\w+)' from '([\w.]+)'", str(error))
             if missing is None or missing[1] not in _GONE:
@@ -265,7 +266,7 @@ def table(found: dict[str, Any]) -> str:
         total += count
         lines.append(_line(f"`{name}`", count))
     lines += [_line("all", total), "", "| limit | tests | for example |", "| --- | ---: | --- |"]
-    for limit in LIMITS:
+    for limit in {x.name: x for x in reversed(LIMITS)}.values():
         if limits[limit.name]:
             lines.append(
                 f"| {limit.name}: {limit.why} | {limits[limit.name]} | `{shown[limit.name]}` |"
