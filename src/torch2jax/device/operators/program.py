@@ -208,11 +208,6 @@ class OperatorProgram:
             if type(error) not in (AssertionError, ValueError):
                 raise
             raise RuntimeError(f"{route.func}: {error}") from error
-        except RuntimeError as error:
-            said = error.args[0] if error.args else ""
-            if type(said) is not tuple:  # PyTorch's code gives some texts in pieces
-                raise
-            raise RuntimeError("".join(said)) from error
         finally:
             state.composite -= 1
             state.active = before
