@@ -1,8 +1,8 @@
 """Programs of small arrays are compiled in a third of the time: XLA leaves its optimisations out.
 
 A first eager call of an operator compiles, and for arrays of a few thousand numbers that takes far
-longer than all calls of it will. On a CPU their programs run as fast without the optimisations.
-Larger arrays get XLA's usual program.
+longer than most programs will ever run. On a CPU a program without the optimisations costs up to
+some ten microseconds more for such arrays. Larger arrays get XLA's usual program.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import jax
 __all__ = ["SizedJit"]
 
 _MOST = 4096
-"""The elements of a small array. From some 10,000 on the usual programs are faster."""
+"""The elements of a small array. Of 65,536 elements the quick programs took up to nine times as
+long."""
 
 _QUICK = {
     "xla_backend_optimization_level": 0,
