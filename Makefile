@@ -22,6 +22,10 @@ BENCH ?=
 # Options of the sweep over other libraries' models: make sweep SWEEP="--only mixtral --surface lower"
 SWEEP ?=
 
+# The folder of PyTorch's tests, and options: make pytorch-tests TESTS=~/pytorch/test SHARE="--share 1 --most 1000"
+TESTS ?=
+SHARE ?=
+
 # Options of the GPU's checks: make gpu-check GPU="--rehearse"
 GPU ?=
 
@@ -40,10 +44,10 @@ CPP     := $(wildcard cpp/*.cc cpp/*.h cpp/*/*.cc cpp/*/*.h)
 FAKES   := $(wildcard tests/gpu/*.cc tests/gpu/*.h)
 PYTHONS := src tests examples tools $(wildcard benchmarks) install_package_aliased.py
 
-.PHONY: help demo docs test test-ops test-fuzz test-matrix sweep asan tsan soak bench gpu-check wheel lint format clean
+.PHONY: help demo docs test test-ops test-fuzz test-matrix sweep pytorch-tests asan tsan soak bench gpu-check wheel lint format clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)/.demo ## train a PyTorch CNN with JAX on handwritten digits (one minute)
 	$(PY) examples/train_digits.py --output build/train_digits.png --require 0.97
@@ -52,12 +56,15 @@ test: $(VENV)/.test $(VENV)/.demo ## run the tests; of PyTorch's operator sample
 	$(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --ignore=tests/lower/test_vision.py --ignore=tests/package/test_wheel.py $(PYTEST)
 
 test-ops: $(VENV)/.test $(VENV)/.vision ## all of PyTorch's own operator samples, also through the lowerings (hours)
-	T2J_ALL_OP_SAMPLES=1 $(PY) -m pytest -n $(JOBS) tests/bridge/test_operators.py tests/lower/test_lowerings.py tests/lower/test_inner_derivatives.py tests/device/test_eager_key.py $(PYTEST)
+	T2J_ALL_OP_SAMPLES=1 $(PY) -m pytest -n $(JOBS) tests/bridge/test_operators.py tests/lower/test_lowerings.py tests/lower/test_inner_derivatives.py tests/device/test_eager_key.py tests/device/test_gradcheck.py $(PYTEST)
 	T2J_ALL_LOWERINGS=1 $(PY) -m pytest -n $(JOBS) tests/lower/test_models.py $(PYTEST)
 	T2J_ALL_LOWERINGS=1 PYTHONPATH=$(VENV)/vision $(PY) -m pytest -n $(JOBS) tests/lower/test_vision.py $(PYTEST)
 
 sweep: $(VENV)/.test $(VENV)/.timm ## tiny models of transformers and timm beside PyTorch: values, all gradients (hours)
 	PYTHONPATH=$(VENV)/vision $(PY) tools/sweep.py $(SWEEP)
+
+pytorch-tests: $(VENV)/.test ## PyTorch's own tests for devices: make pytorch-tests TESTS=the/folder/test (an hour)
+	$(PY) tools/pytorch_tests.py $(TESTS) $(SHARE)
 
 asan: $(VENV)/.test ## the extension under AddressSanitizer and UBSan, with leaks and injected faults
 	$(PY) tools/sanitize.py address -- $(PYTEST)

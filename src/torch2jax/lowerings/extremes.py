@@ -24,6 +24,14 @@ def _check_not_empty(x: Any, axes: tuple[int, ...], name: str) -> None:
         raise IndexError(f"{name}(): Expected reduction dim to be specified for input.numel() == 0")
 
 
+def _check_has_elements(x: Any, name: str) -> None:
+    if not x.size:
+        raise RuntimeError(
+            f"{name}(): Expected reduction dim to be specified for input.numel() == 0. Specify "
+            "the reduction dim with the 'dim' argument."
+        )
+
+
 @lowering("amax")
 def amax(self: Any, dim: Any = (), keepdim: bool = False) -> Any:
     _check_not_empty(self, dims_of(self, dim), "amax")
@@ -38,11 +46,13 @@ def amin(self: Any, dim: Any = (), keepdim: bool = False) -> Any:
 
 @lowering("max")
 def max_(self: Any) -> Any:
+    _check_has_elements(self, "max")
     return amax(self)
 
 
 @lowering("min")
 def min_(self: Any) -> Any:
+    _check_has_elements(self, "min")
     return amin(self)
 
 

@@ -178,6 +178,10 @@ def scatter_reduce(
 ) -> Any:
     if not index.size:
         return self
+    if self.dtype == bool:
+        counts, src = self.astype(np.int32), jnp.asarray(src).astype(np.int32)
+        out = scatter_reduce(counts, dim, index, src, reduce, include_self=include_self)
+        return out.astype(bool)
     x = self
     if not include_self:
         start = cast(_reduce_start(self, reduce), self.dtype)

@@ -19,6 +19,9 @@ def _key(words: Any) -> Any:
 
 
 def _uniform(words: Any, shape: Any, dtype: Any) -> Any:
+    if category(dtype) == 3:  # both parts are uniform
+        parts = jax.random.uniform(_key(words), (2, *shape), np.finfo(dtype).dtype)
+        return jax.lax.complex(*parts)
     return cast(jax.random.uniform(_key(words), tuple(shape), wide(dtype)), dtype)
 
 

@@ -263,7 +263,8 @@ def _bitcast(x: Any, dtype: Any) -> Any:
         return _bitcast(x, np.dtype(np.uint8)).astype(bool)
     if x.dtype.kind == "c":
         parts = _parts_of_complex(x)
-        if x.ndim and dtype.itemsize <= parts.dtype.itemsize:
+        wider = dtype.kind == "c" and dtype.itemsize > x.dtype.itemsize
+        if x.ndim and (wider or dtype.itemsize <= parts.dtype.itemsize):
             parts = parts.reshape((*x.shape[:-1], 2 * x.shape[-1]))
         return _bitcast(parts, dtype)
     if dtype.kind == "c":

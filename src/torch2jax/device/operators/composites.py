@@ -15,9 +15,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from jax.core import Tracer
 
 from ..._compat.torch import dispatch_modes, eager, plain_apply
-from ..tensors.tensor import Tensor
+from ..tensors.tensor import Tensor, known
 from ..thread_state import state
 from .dispatch import dispatch
 from .recurrent import KERNELS as RECURRENT
@@ -97,11 +98,29 @@ def register_composites() -> Any:
         kernel = _kernel(composite)
         for key in ("AutogradLazy", "AutogradPrivateUse1"):
             library.impl(composite.op._opname, kernel, key)
-    others = {"ctc_loss.Tensor": _ctc_loss, "cov": cov, "istft": istft, **RECURRENT, **_DENSE}
+    others = {
+        "one_hot": _one_hot,
+        "ctc_loss.Tensor": _ctc_loss,
+        "cov": cov,
+        "istft": istft,
+        **RECURRENT,
+        **_DENSE,
+    }
     for name, kernel in others.items():
         for key in ("AutogradLazy", "AutogradPrivateUse1", "Lazy", "PrivateUse1"):
             library.impl(name, kernel, key)
     return library
+
+
+def _one_hot(classes: Any, num_classes: int = -1) -> Any:
+    """Refuse classes that are not there, where they are known."""
+    values = known(classes) if type(classes) is Tensor and num_classes > 0 else None
+    if values is not None and not isinstance(values, Tracer) and values.size:
+        if int(values.min()) < 0:
+            raise RuntimeError("Class values must be non-negative.")
+        if int(values.max()) >= num_classes:
+            raise RuntimeError("Class values must be smaller than num_classes.")
+    return aten.one_hot.default.decompose(classes, num_classes)
 
 
 def _ctc_loss(scores: Any, targets: Any, steps: Any, sizes: Any, *rest: Any) -> Any:

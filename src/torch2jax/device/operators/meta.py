@@ -55,9 +55,22 @@ def results_for(
     except NotImplementedError as error:
         raise Unknown from error
     except (AssertionError, ValueError) as error:  # PyTorch's code in Python for such tensors
-        raise RuntimeError(str(error)) from error
-    except RuntimeError as error:
+        raise _type_of(func, str(error), RuntimeError)(str(error)) from error
+    except (RuntimeError, IndexError) as error:
         text = str(error)
         if "meta" in text or "on CPU" in text or "Declaration:" in text:  # not by its schema
             raise Unknown from error
-        raise
+        kind = _type_of(func, text, type(error))
+        if kind is type(error):
+            raise
+        raise kind(text) from error
+
+
+def _type_of(func: Any, text: str, kind: type[Exception]) -> type[Exception]:
+    """Return the type of the error that PyTorch's kernel for the CPU raises with such a text."""
+    name = func._opname
+    if name.startswith(("argmax", "argmin")) or "over zero-size dimension" in text:
+        return IndexError
+    if "tensors used as indices must" in text or (name == "index" and "broadcast" in text):
+        return IndexError
+    return RuntimeError if name in ("max", "min") and "to be specified" in text else kind

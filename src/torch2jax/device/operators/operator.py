@@ -179,7 +179,7 @@ class Operator:
             return None
         return (
             program,
-            program.jitted,
+            program.jitted.call,
             tuple(program.torch_dtypes),
             tuple(program.mutated),
             tuple(program.views_written),

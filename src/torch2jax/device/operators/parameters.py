@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 from jax.core import Tracer
 
 from ..tensors.tensor import Tensor, known
@@ -31,6 +32,9 @@ def _normal(p: Any) -> None:
     std = p.get("std")
     if _is_number(std) and std < 0:
         raise RuntimeError(f"normal expects std >= 0.0, but found std {std}")
+    values = _values(std)
+    if values is not None and (values < 0).any():
+        raise RuntimeError("normal expects all elements of std >= 0.0")
 
 
 def _uniform(p: Any) -> None:
@@ -42,13 +46,23 @@ def _uniform(p: Any) -> None:
 
 
 def _bernoulli(p: Any) -> None:
-    probability = p.get("p")
+    probability = p.get("p", p["self"])
     if _is_number(probability) and not 0 <= probability <= 1:
         raise RuntimeError(f"bernoulli_ expects p to be in [0, 1], but got p={probability}")
+    values = _values(probability)
+    if values is not None and not ((values >= 0) & (values <= 1)).all():
+        raise RuntimeError("Expected p_in >= 0 && p_in <= 1 to be true, but got false.")
 
 
 def _random(p: Any) -> None:
-    low, high = p.get("from", 0), p.get("to")
+    low, high = p.get("from", p.get("low", 0)), p.get("to", p.get("high"))
+    asked, like = p.get("dtype"), p.get("self")
+    dtype = like.dtype if type(like) is Tensor and asked is None else asked
+    if isinstance(dtype, torch.dtype) and not (dtype.is_floating_point or dtype.is_complex):
+        least, most = (0, 1) if dtype is torch.bool else _range(dtype)
+        for name, x in (("from", low), ("to - 1", high - 1 if _is_number(high) else None)):
+            if x is not None and _is_number(x) and not least <= x <= most:
+                raise RuntimeError(f"{name} is out of bounds for {dtype}")
     if _is_number(low) and _is_number(high) and low >= high:
         raise RuntimeError(
             f"random_ expects 'from' to be less than 'to', but got from={low} >= to={high}"
@@ -59,14 +73,33 @@ def _multinomial(p: Any) -> None:
     weights = p["self"]
     if p["num_samples"] <= 0:
         raise RuntimeError("cannot sample n_sample <= 0 samples")
-    values = known(weights) if type(weights) is Tensor else None
-    if values is None or isinstance(values, Tracer) or not values.size:
+    values = _values(weights)
+    if values is None:
         return
-    host = np.asarray(values).astype(np.float64)
+    host = values.astype(np.float64)
     if not np.isfinite(host).all() or (host < 0).any():
         raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
     if (host.sum(-1) <= 0).any():
         raise RuntimeError("invalid multinomial distribution (sum of probabilities <= 0)")
+
+
+def _range(dtype: torch.dtype) -> tuple[int, int]:
+    limits = torch.iinfo(dtype)
+    return limits.min, limits.max
+
+
+def _poisson(p: Any) -> None:
+    rates = _values(p["self"])
+    if rates is not None and (rates < 0).any():
+        raise RuntimeError("invalid Poisson rate, expected rate to be non-negative")
+
+
+def _values(x: Any) -> Any:
+    """Return the values of a tensor where they are known, or None."""
+    values = known(x) if type(x) is Tensor else None
+    if values is None or isinstance(values, Tracer) or not values.size:
+        return None
+    return np.asarray(values)
 
 
 def _is_number(x: Any) -> bool:
@@ -78,5 +111,7 @@ _RULES: dict[str, Callable[[Any], None]] = {
     **dict.fromkeys(("uniform", "uniform_"), _uniform),
     **dict.fromkeys(("bernoulli", "bernoulli_"), _bernoulli),
     **dict.fromkeys(("random", "random_"), _random),
+    **dict.fromkeys(("randint", "randint_like"), _random),
     "multinomial": _multinomial,
+    "poisson": _poisson,
 }

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import re
+import warnings
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -24,6 +26,7 @@ from ..._conversions.small import shown_dtype, widened
 from ..._errors import Torch2JaxError
 from ...lowerings.registry import DataDependentShape
 from ...lowerings.vision import SHAPES_DEPEND_ON_VALUES
+from ..tensors.sized_jit import SizedJit
 from ..tensors.tensor import Tensor, from_torch, wrap
 from ..thread_state import state
 from . import meta
@@ -77,11 +80,14 @@ class OperatorProgram:
         self.asks_numbers = self.carries and any(type(x) is float for x in operands)
         self.narrow = None if x64_enabled() else extremes_of(route.target, self.kwargs, self.dtypes)
         self._way = getattr(self, _WAYS[route.kind])
-        self.jitted = jax.jit(self.run)
+        self.jitted = SizedJit(self.run, self._seen if chains.count(None) < len(chains) else None)
         self._checked: set[Any] = set()
 
     def values(self, arrays: Sequence[Any]) -> list[Any]:
         return [a if p is None else p.get(a) for a, p in zip(arrays, self.patterns, strict=True)]
+
+    def _seen(self, *arrays: Any) -> list[Any]:
+        return self.values(arrays[:-1] if self.route.random else arrays)
 
     def run(self, *arrays: Any) -> tuple[Any, list[Any]]:
         """Return results, and the new arrays of the cells that are written to. JAX traces it."""
@@ -110,7 +116,7 @@ class OperatorProgram:
             old, dtype = values[slot], self.dtypes[slot]
             assert dtype is not None
             if value.shape != old.shape and not self._resized(slot):
-                value = jax.numpy.broadcast_to(value, old.shape)
+                value = _filling(value, old.shape)
             if value.dtype != old.dtype:
                 have = dtype_j2t(value.dtype)
                 if not torch.can_cast(have, dtype):
@@ -127,6 +133,8 @@ class OperatorProgram:
 
     def _results(self, values: list[Any], key: Any) -> tuple[Any, list[Any]]:
         route = self.route
+        if self.outs:
+            self._refuse_as_pytorch(values)
         out, new = self._way(values, key)
         if new is not None:
             return out, new
@@ -152,10 +160,12 @@ class OperatorProgram:
             args = [self.narrow(x) for x in args]
             kwargs = {k: self.narrow(x) for k, x in kwargs.items()}
         given = {k: v for k, v in kwargs.items() if k not in _IGNORED and k != "device"}
-        self._refuse_as_pytorch(values)
+        if not self.outs:
+            self._refuse_as_pytorch(values)
         try:
             out = lowered.fn(key, *args, **given) if lowered.random else lowered.fn(*args, **given)
         except (TypeError, ValueError) as error:
+            _raise_for_dim(error)
             if type(error) not in (TypeError, ValueError):
                 raise
             # PyTorch raises a RuntimeError. A TypeError in a + b would make Python try b's way.
@@ -172,9 +182,9 @@ class OperatorProgram:
         name = self.route.func._opname
         # A derivative is called with what fits; CUDA's grouped product takes less than ours.
         left_out = "backward" in name or "_grouped_mm" in name
-        if self.outs or left_out or shapes in self._checked:
+        if left_out or shapes in self._checked:
             return
-        with contextlib.suppress(meta.Unknown):
+        with contextlib.suppress(meta.Unknown), _quiet() if self.outs else _AS_IT_IS:
             meta.results_for(self.route.func, values, self.dtypes, self._all_arguments)
         self._checked.add(shapes)
 
@@ -312,6 +322,45 @@ class OperatorProgram:
         except Exception:
             return None
         return [x.dtype for x in torch_tree.tree_leaves(out) if isinstance(x, torch.Tensor)]
+
+
+def _filling(value: Any, shape: tuple[int, ...]) -> Any:
+    """Return a result in the shape of what it is written to."""
+    try:
+        return jax.numpy.broadcast_to(value, shape)
+    except ValueError:
+        raise RuntimeError(
+            f"output with shape {list(shape)} doesn't match the broadcast shape {list(value.shape)}"
+        ) from None
+
+
+_AS_IT_IS = contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Say nothing about an ``out=`` that is resized: of ours that is said later."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+_AXIS = re.compile(r"axis (-?\d+) is out of bounds for array of dimension (\d+)")
+
+
+def _raise_for_dim(error: Exception) -> None:
+    """Raise PyTorch's IndexError where JAX refuses a dimension."""
+    found = _AXIS.search(str(error))
+    if found is not None:
+        n = max(int(found[2]), 1)
+        raise IndexError(
+            f"Dimension out of range (expected to be in range of [{-n}, {n - 1}], but got "
+            f"{found[1]})"
+        ) from error
+    if "zero-size dimension for reduction" in str(error):
+        raise IndexError(
+            "Expected reduction dim to have non-zero size: there is nothing to reduce"
+        ) from error
 
 
 def _array_of(x: Any) -> Any:

@@ -127,7 +127,14 @@ class ViewOperator:
                 "as_strided of a view with another dtype is not supported on device jax; clone() "
                 "the view first."
             )
-        return (ROOT.then((), self.func, (rest[0], rest[1], offset)), *found)
+        size, stride, there = rest[0], rest[1], x._cell.array.size
+        ends = [(n - 1) * s for n, s in zip(size, stride, strict=True)]
+        if 0 not in size and not 0 <= offset + sum(ends) < there:
+            raise RuntimeError(
+                f"setStorage: sizes {list(size)}, strides {list(stride)}, storage offset {offset} "
+                f"are out of bounds for storage of {there} elements"
+            )
+        return (ROOT.then((), self.func, (size, stride, offset)), *found)
 
 
 def _check_bits(old: torch.dtype, new: torch.dtype) -> None:

@@ -9,6 +9,9 @@ changes stay. ``change_pytorch`` makes them. Other tensors are computed as befor
   jax. Modules that do not touch device jax are converted as before.
 - ``GradScaler.unscale_``: it computes in float64, which JAX may have switched off. For tensors on
   device jax float32 takes its place.
+- ``torch.utils.dlpack.to_dlpack`` and ``torch.to_dlpack``: PyTorch exports no tensor of a device
+  that is made in Python. For tensors on device jax they give what ``x.__dlpack__()`` gives.
+- Errors of backward passes: C++ names our tensors by its device "lazy", and users get "jax".
 - The devices and types of ``foreach``: without ours in PyTorch's lists, optimizers and the clipping
   of gradients would take one parameter at a time.
 - The name of the device (``set_up_device`` in the compat file): with it PyTorch gives all tensors
@@ -32,12 +35,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.utils import _foreach_utils
+from torch.utils import _foreach_utils, dlpack
 
 from ..._compat.torch import foreach_types, uncompiled
 from ..tensors.tensor import LAZY, Tensor
@@ -53,6 +57,8 @@ def change_pytorch() -> None:
     _keep_ties()
     _scale_without_float64()
     _allow_foreach()
+    _export_by_dlpack()
+    _name_jax_in_errors()
 
 
 # --- Module._apply -------------------------------------------------------------------------------
@@ -118,6 +124,41 @@ def _scale_without_float64() -> None:
             state.float64_is_float32 = before
 
     torch.amp.GradScaler.unscale_ = unscale_
+
+
+# --- exports, and errors of backward passes ------------------------------------------------------
+
+
+def _export_by_dlpack() -> None:
+    original = dlpack.to_dlpack
+
+    @functools.wraps(original)
+    def to_dlpack(tensor: torch.Tensor) -> Any:
+        return tensor.__dlpack__() if type(tensor) is Tensor else original(tensor)
+
+    dlpack.to_dlpack = torch.to_dlpack = to_dlpack
+
+
+_TYPE = re.compile(r"Lazy(\w+)Type")
+_DEVICE = re.compile(r"\blazy\b")
+
+
+def _name_jax_in_errors() -> None:
+    """Let errors of ``backward()`` and ``torch.autograd.grad`` say jax, where C++ says lazy."""
+    original: Any = torch.autograd._engine_run_backward  # type: ignore[attr-defined]
+
+    @functools.wraps(original)
+    def run_backward(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return original(*args, **kwargs)
+        except RuntimeError as error:
+            text = str(error)
+            if type(error) is not RuntimeError or "azy" not in text:
+                raise
+            text = _TYPE.sub(r"torch.jax.\1Tensor", text)
+            raise RuntimeError(_DEVICE.sub("jax", text)) from error
+
+    torch.autograd._engine_run_backward = run_backward  # type: ignore[attr-defined]
 
 
 # --- several tensors at a time -------------------------------------------------------------------

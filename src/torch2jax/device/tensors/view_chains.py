@@ -27,6 +27,7 @@ from ...lowerings.views import (
     slice_of,
     split_sizes,
 )
+from .sized_jit import SizedJit
 
 __all__ = ["ROOT", "Chain", "Pattern", "Step"]
 
@@ -70,7 +71,7 @@ class Pattern:
     def __init__(self, steps: tuple[Step, ...], count: int) -> None:
         self.steps, self.count = steps, count
         self._next: dict[Any, Pattern] = {}
-        self.jitted = jax.jit(self.get)
+        self.jitted = SizedJit(self.get)
 
     def get(self, operand: Any) -> Any:
         array, steps = self._with_starts(operand)
@@ -144,7 +145,7 @@ class Chain:
 
     def read(self, array: Any) -> Any:
         """Compute the values of the view by a compiled program."""
-        return self.pattern.jitted(self.operand(array))
+        return self.pattern.jitted.call(self.operand(array))
 
     def then(
         self, size: tuple[int, ...], op: Any, args: tuple[Any, ...], index: int | None = None

@@ -100,6 +100,12 @@ def _lift(args: Any, kwargs: Any) -> Any:
     return args[0]
 
 
+@special(getattr(aten._lazy_clone, "default", None))
+def _lazy_clone(args: Any, kwargs: Any) -> Any:
+    """Copy: arrays never change, so a copy costs nothing until a write."""
+    return aten.clone.default(args[0])
+
+
 for _op, _name in (
     (aten.t_.default, "t"),
     (aten.transpose_.default, "transpose"),

@@ -1,0 +1,96 @@
+"""The limits of device "jax" that PyTorch's tests for devices show, by name."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Limit(NamedTuple):
+    """A test whose name matches ``test``, and whose error matches ``text``, shows the limit."""
+
+    name: str
+    why: str
+    test: str
+    text: str
+
+
+LIMITS: tuple[Limit, ...] = (
+    Limit(
+        "storage",
+        "an array has no storage whose pointer could be asked for or shared",
+        "",
+        r"data pointer|torch\.storage|UntypedStorage|storage to share|python storage",
+    ),
+    Limit("storage", "memory has no address that could be compared", "TestAsArray", r"in _check\]"),
+    Limit(
+        "copies on write",
+        "a lazy clone shares its array until a write, which PyTorch's flags do not show",
+        "lazy_clone",
+        "",
+    ),
+    Limit(
+        "dtypes",
+        "JAX has no complex32 and no quantised numbers",
+        "",
+        r"no counterpart of torch\.(complex32|qu?int)",
+    ),
+    Limit("sparse", "arrays are dense", r"sparse|", r"aten::(_coalesced_|sparse|_sparse)|Sparse"),
+    Limit(
+        "channels last",
+        "XLA chooses how an array lies in memory",
+        r"channels_last|memory_format|n\w?hwc",
+        r"channels_last|memory.format|False is not true",
+    ),
+    Limit(
+        "determinism",
+        "`torch.use_deterministic_algorithms` changes nothing, and memory always has values",
+        r"determinis",
+        "",
+    ),
+    Limit(
+        "expanded memory",
+        "a write to an expanded tensor is an error where PyTorch warns",
+        "",
+        "more than one element of the written-to tensor",
+    ),
+    Limit(
+        "two devices", "an index or operand on the CPU is no constant", "", "at least two devices"
+    ),
+    Limit(
+        "values",
+        "an index beyond the end raises nothing, because a program would have to wait for it",
+        r"out_of_bounds|index_error|out_of_range",
+        "not raised",
+    ),
+    Limit(
+        "dtype of out=",
+        "of some operators it may be any to which the result can be cast",
+        r"_out|nonzero|out_",
+        "not raised",
+    ),
+    Limit(
+        "convolutions",
+        "XLA chooses the algorithm, so there is no name of one to compare",
+        "conv_backend",
+        "_ConvBackend",
+    ),
+    Limit(
+        "more dtypes",
+        "operators take dtypes for which PyTorch has no kernel",
+        "nonsupported_dtypes|no_suppot_input",
+        "not raised",
+    ),
+    Limit(
+        "texts",
+        "an error may have the text of PyTorch's code in Python",
+        "addcdiv_deprecated",
+        "does not match",
+    ),
+    Limit(
+        "rounding",
+        "products and sums are taken in another order",
+        r"reduce_prod",
+        "Tensor-likes are not equal",
+    ),
+    Limit("time", "more than 30 s of CPU, which compiling takes", "", r"^more than"),
+)
