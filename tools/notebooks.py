@@ -1,11 +1,11 @@
-"""Write the notebooks of examples/notebooks: two of the example scripts, cell by cell.
+"""Write the notebooks of examples/notebooks: two example scripts and a page, cell by cell.
 
     python tools/notebooks.py            # write them
-    python tools/notebooks.py --check    # fail where one is not what its script says
+    python tools/notebooks.py --check    # fail where one is not what its script or page says
 
-The script's docstring becomes text, its imports and each of its functions a cell, and the last
-cells call `main` and show the picture that it draws. Outputs are left out:
-tests/package/test_examples.py runs every notebook, in its short form.
+A script's docstring becomes text, its imports and each of its functions a cell, and the last cells
+call `main` and show the picture that it draws. A page's Python blocks become cells. Outputs are
+left out: tests/package/test_examples.py runs every notebook, scripts in their short form.
 """
 
 from __future__ import annotations
@@ -13,12 +13,16 @@ from __future__ import annotations
 import argparse
 import ast
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = ROOT / "examples"
 SCRIPTS = ("force_field", "physics_informed")
+PAGES = {"quick_start": "getting-started"}
+"""Notebooks that are pages of the site, which is what they are called there."""
 
 OPTIONS = 'options: list[str] = []  # ["--smoke"] for a short run'
 
@@ -59,8 +63,22 @@ def sources(script: Path) -> list[tuple[str, str]]:
     return found
 
 
-def notebook(script: Path) -> str:
-    cells = [cell(kind, source, number) for number, (kind, source) in enumerate(sources(script))]
+def of_page(page: Path) -> list[tuple[str, str]]:
+    """Return kind and text of the cells of a page; what its blocks print is left out."""
+    found = []
+    text = re.sub(r"^```text\n.*?^```\n", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    for part in re.split(r"^(```python\n.*?^```\n)", text, flags=re.M | re.S):
+        code = part.startswith("```python\n")
+        source = part.removeprefix("```python\n").removesuffix("```\n") if code else part
+        if source.strip():
+            # Links to other pages are seen from the notebooks' folder.
+            source = source if code else re.sub(r"\]\(([\w/-]+\.md)", r"](../../docs/\1", source)
+            found.append(("code" if code else "markdown", source.strip("\n")))
+    return found
+
+
+def notebook(parts: list[tuple[str, str]]) -> str:
+    cells = [cell(kind, source, number) for number, (kind, source) in enumerate(parts)]
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
     metadata = {"kernelspec": kernel, "language_info": {"name": "python"}}
     whole = {"cells": cells, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}
@@ -72,15 +90,18 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="write nothing")
     arguments = parser.parse_args()
     old = []
-    for name in SCRIPTS:
-        page, text = EXAMPLES / "notebooks" / f"{name}.ipynb", notebook(EXAMPLES / f"{name}.py")
+    parts = {name: sources(EXAMPLES / f"{name}.py") for name in SCRIPTS}
+    parts |= {name: of_page(ROOT / "docs" / f"{page}.md") for name, page in PAGES.items()}
+    for name, found in parts.items():
+        page, text = EXAMPLES / "notebooks" / f"{name}.ipynb", notebook(found)
         if not page.exists() or page.read_text(encoding="utf-8") != text:
             old.append(name)
             if not arguments.check:
                 page.parent.mkdir(exist_ok=True)
                 page.write_text(text, encoding="utf-8")
     if old:
-        print(f"{'differ from their scripts' if arguments.check else 'written'}: {', '.join(old)}")
+        said = "differ from their scripts or pages" if arguments.check else "written"
+        print(f"{said}: {', '.join(old)}")
     return int(bool(old) and arguments.check)
 
 

@@ -80,6 +80,92 @@ def test_results_go_on_as_tensors(group: Any) -> None:
     np.testing.assert_allclose(mapped(in_place, X).cpu(), each(ROWS.sum(0)))
 
 
+def into(make: Any, collective: Any) -> Any:
+    """Return a function whose result a collective of PyTorch writes, as programs call them."""
+
+    def run(x: Any) -> Any:
+        out = make(x)
+        assert collective(out, x) is None
+        return out[1] if isinstance(out, list) else out
+
+    return run
+
+
+def work_of(out: Any, x: Any) -> None:
+    work = dist.all_reduce(out, async_op=True)
+    work.wait()
+    assert work.is_completed()
+
+
+LIST = lambda x: list(torch.empty_like(x.reshape(N, -1)))  # noqa: E731
+EXCHANGED = ROWS.reshape(N, N, 2).swapaxes(0, 1)
+
+
+# PyTorch 2.13 has further names for two of them, which older ones lack.
+@pytest.mark.filterwarnings("ignore:.*_tensor. is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    ("make", "collective", "expected"),
+    [
+        (torch.clone, lambda out, x: dist.all_reduce(out), each(ROWS.sum(0))),
+        (torch.clone, work_of, each(ROWS.sum(0))),
+        (torch.clone, lambda out, x: dist.all_reduce(out, dist.ReduceOp.MAX), each(ROWS.max(0))),
+        (torch.clone, lambda out, x: dist.all_reduce(out, dist.ReduceOp.AVG), each(ROWS.mean(0))),
+        (torch.clone, lambda out, x: dist.broadcast(out, 3), each(ROWS[3])),
+        (
+            lambda x: x.new_empty(N * 16),
+            lambda out, x: dist.all_gather_into_tensor(out, x),
+            each(ROWS.reshape(-1)),
+        ),
+        (
+            lambda x: x.new_empty(N, 16),
+            lambda out, x: dist.all_gather_into_tensor(out, x),
+            each(ROWS),
+        ),
+        (
+            lambda x: [torch.empty_like(x) for _ in range(N)],
+            lambda out, x: dist.all_gather(out, x),
+            each(ROWS[1]),
+        ),
+        (
+            lambda x: x.new_empty(2),
+            lambda out, x: dist.reduce_scatter_tensor(out, x),
+            ROWS.sum(0).reshape(N, 2),
+        ),
+        (
+            lambda x: x.new_empty(2),
+            lambda out, x: dist.reduce_scatter(out, list(x.reshape(N, 2)), dist.ReduceOp.MIN),
+            ROWS.min(0).reshape(N, 2),
+        ),
+        (
+            torch.empty_like,
+            lambda out, x: dist.all_to_all_single(out, x),
+            EXCHANGED.reshape(N, 16),
+        ),
+        (
+            LIST,
+            lambda out, x: dist.all_to_all(out, list(x.reshape(N, 2))),
+            EXCHANGED[:, 1],
+        ),
+    ],
+)
+def test_collectives_that_write(group: Any, make: Any, collective: Any, expected: Any) -> None:
+    got = mapped(into(make, collective), X)
+    np.testing.assert_allclose(got.cpu(), expected, rtol=1e-6)
+
+
+def test_what_one_device_does_alone_is_refused(group: Any) -> None:
+    parts = lambda x: list(torch.empty_like(x).reshape(N, -1))  # noqa: E731
+    for f, message in (
+        (lambda x: dist.reduce(x, 0), r"distributed\.reduce .* Use all_reduce"),
+        (lambda x: dist.gather(x[:2], parts(x), 0), r"distributed\.gather .* Use all_gather"),
+        (lambda x: dist.scatter(x[:2], parts(x), 0), r"distributed\.scatter "),
+        (lambda x: dist.send(x, 1), r"distributed\.send .* Use all_to_all_single"),
+        (lambda x: dist.recv(x, 1), r"distributed\.recv "),
+    ):
+        with pytest.raises(NotImplementedError, match=message):
+            mapped(f, X)
+
+
 def test_gathering_exchanging_and_broadcasting(group: Any) -> None:
     got = mapped(lambda x: collectives.all_gather_single(x, 0, group), X)
     np.testing.assert_array_equal(got.cpu(), each(ROWS.reshape(-1)))

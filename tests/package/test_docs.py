@@ -42,6 +42,10 @@ NEEDS = {
     "jax2torch": ["flax", "equinox", "optimistix"],
     "migrating/callbacks": ["jax.experimental.buffer_callback"],
     "modules": ["optax", "transformers"],
+    "recipes/force_field": ["e3nn"],
+    "recipes/libraries": ["torchdiffeq", "gpytorch", "torch_geometric"],
+    "recipes/reward_model": ["transformers", "optax"],
+    "recipes/vector_field": ["diffrax", "optax"],
 }
 """What a page imports beside jax and torch."""
 

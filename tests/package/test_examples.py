@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -99,14 +100,14 @@ def test_example(name: str, tmp_path: Path) -> None:
 NOTEBOOKS = sorted((ROOT / "examples" / "notebooks").glob("*.ipynb"))
 
 
-def test_notebooks_are_what_their_scripts_say(tmp_path: Path) -> None:
-    assert len(NOTEBOOKS) == 2
+def test_notebooks_are_what_their_scripts_and_pages_say(tmp_path: Path) -> None:
+    assert len(NOTEBOOKS) == 3
     run(str(ROOT / "tools" / "notebooks.py"), "--check", cwd=tmp_path)
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.stem)
 def test_notebook(notebook: Path, tmp_path: Path) -> None:
-    for library in ["nbclient", "ipykernel", *NEEDS[notebook.stem]]:
+    for library in ["nbclient", "ipykernel", *NEEDS.get(notebook.stem, [])]:
         pytest.importorskip(
             library, reason="the extras `test` and `demo` are not installed", exc_type=ImportError
         )
@@ -114,9 +115,18 @@ def test_notebook(notebook: Path, tmp_path: Path) -> None:
     import nbformat
 
     cells = nbformat.read(notebook, as_version=4)
-    (options,) = [cell for cell in cells.cells if cell.source.startswith("options")]
-    options.source = 'options = ["--smoke"]'
+    options = [cell for cell in cells.cells if cell.source.startswith("options")]
+    assert len(options) == (notebook.stem in NEEDS)  # the others are pages
+    for cell in options:
+        cell.source = 'options = ["--smoke"]'
     resources = {"metadata": {"path": str(tmp_path)}}
     nbclient.NotebookClient(cells, timeout=300, resources=resources).execute()
+    if notebook.stem == "quick_start":
+        outputs = [cell.outputs for cell in cells.cells if cell.cell_type == "code"]
+        printed = ["".join(part.get("text", "") for part in parts) for parts in outputs]
+        page = (ROOT / "docs" / "getting-started.md").read_text("utf-8")
+        shown = re.findall(r"^```text\n(.*?)^```", page, re.M | re.S)
+        assert [text for text in printed if text] == shown
+        return
     (shown,) = cells.cells[-1].outputs
     assert len(shown.data["image/png"]) > 10_000

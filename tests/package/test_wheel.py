@@ -56,7 +56,7 @@ def test_the_sdist_has_what_a_build_needs_and_no_more() -> None:
         paths = [name.partition("/")[2] for name in archive.getnames()]
     tops = {path.partition("/")[0] for path in paths}
     assert {"CMakeLists.txt", "LICENSE", "README.md", "cpp", "pyproject.toml", "src"} <= tops
-    assert not tops & {"benchmarks", "docs", "examples", "tools", ".ci"}
+    assert not tops & {"benchmarks", "docs", "examples", "tools", ".ci", ".github"}
     assert not [path for path in paths if path.endswith((".so", ".pyc"))]
     assert sdist.stat().st_size < 600_000
 

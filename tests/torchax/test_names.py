@@ -52,6 +52,22 @@ def of(module: str) -> Any:
         return None
 
 
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize(
+    ("module", "names"),
+    [
+        ("", "default_env interop tensor torch"),
+        ("interop", "JittableModule call_jax jax_view shard_map torch_view"),
+        ("ops.jtorch", "register_function"),
+        ("ops.mappings", "TORCH_DTYPE_TO_JAX j2t j2t_dtype t2j t2j_dtype"),
+        ("tensor", "Tensor"),
+    ],
+)
+def test_what_tpu_inference_asks_of_torchax_is_there(module: str, names: str) -> None:
+    there = importlib.import_module(f"torchax.{module}".rstrip("."))
+    assert [name for name in names.split() if not hasattr(there, name)] == []
+
+
 def test_the_page_lists_every_name_of_torchax() -> None:
     table = rows()
     assert set(table) == set(NAMES)

@@ -489,6 +489,43 @@ def test_tensors_made_and_changed() -> None:
         y.sum().backward()
 
 
+# One warning says that 64-bit values are switched off, as in torchax.
+@pytest.mark.filterwarnings("ignore:Explicitly requested dtype")
+def test_float64_is_float32_within_the_environment() -> None:
+    f32 = torch.float32
+    before = torch.ones(2, dtype=torch.float64, device="jax")
+    net = nn.Linear(3, 2).double()
+    with torchax.default_env():
+        x = torch.ones(3, device="jax", requires_grad=True)
+        made = {
+            "double": x.double(),
+            "to": x.to(torch.float64),
+            "type": x.type(torch.float64),
+            "arange": torch.arange(3.0, dtype=torch.float64, device="jax"),
+            "tensor": torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64, device="jax"),
+            "sum": x.sum(dtype=torch.float64),
+            "moved": torch.ones(3, dtype=torch.float64).to("jax"),
+            "operands": x * torch.tensor(2.0, dtype=torch.float64),
+            "several": torch.split(x, 1)[0].double(),
+            "module": net.to("jax").weight,
+        }
+        assert {name: y.dtype for name, y in made.items()} == dict.fromkeys(made, f32)
+        assert torch.ones(2, dtype=torch.complex128, device="jax").dtype is torch.complex64
+        assert made["double"].detach().numpy().dtype == np.float32
+        (made["double"] * made["arange"]).sum().backward()
+        assert x.grad is not None
+        assert (x.grad.tolist(), x.grad.dtype) == ([0.0, 1.0, 2.0], f32)
+        leaf = torch.ones(2, dtype=torch.float64, device="jax", requires_grad=True)
+        assert (leaf.is_leaf, leaf.requires_grad, leaf.dtype) == (True, True, f32)
+        # One that was there before is written to, and so are its views.
+        assert before.add_(1) is before
+        before[0].mul_(3)
+        assert (before.tolist(), before.dtype) == ([6.0, 2.0], torch.float64)
+        assert torch.ones(2, dtype=torch.float64).dtype is torch.float64  # on the CPU
+    assert torchax.interop.jax_jit(lambda x: x + x.double())(x).dtype is f32
+    assert x.double().dtype is torch.float64
+
+
 def test_accuracy_and_performance_mode() -> None:
     before = jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision  # pyright: ignore
     try:

@@ -115,6 +115,18 @@ def register_lowering(primitive: Any, rule: Any, platform: str | None = None) ->
     mlir.register_lowering(primitive, rule, platform=platform, **options)
 
 
+def called(ctx: Any, name: str) -> Any:
+    """Return a context in which operations are called ``name`` in HLO and in profiles.
+
+    XLA takes an instruction's name from the last part of its location.
+    """
+    from jax.extend.mlir import ir
+
+    here = f"{ctx.name_stack}/{name}" if str(ctx.name_stack) else name
+    inside: Any = ir.Location.current
+    return ir.Location.name(here, childLoc=inside)
+
+
 def lowered_so_far(ctx: Any) -> int:
     """Return how many objects the program holds that is being lowered."""
     return len(ctx.module_context.keepalives)

@@ -360,3 +360,33 @@ def answering_shapes(answer: Callable[[], bool]) -> Any:
                 return sympy.true if answer() else sympy.false
 
     return Answering()
+
+
+# --- process groups ------------------------------------------------------------------------------
+
+
+def _groups() -> Any:
+    return torch._C._distributed_c10d  # type: ignore[attr-defined]
+
+
+def group_name(boxed: Any) -> str:
+    """Return the name of a process group as an operator gets it."""
+    return _groups().ProcessGroup.unbox(boxed).group_name
+
+
+def group_size(boxed: Any) -> int:
+    """Return the number of ranks of a process group as an operator gets it."""
+    return _groups().ProcessGroup.unbox(boxed).size()
+
+
+def reduction(boxed: Any) -> str:
+    """Return the name of a reduction as an operator gets it, such as "sum"."""
+    members: dict[str, Any] = _groups().ReduceOp.RedOpType.__members__
+    return next(name for name, x in members.items() if int(x) == boxed.op()).lower()
+
+
+def finished_work() -> Any:
+    """Return the handle of a collective that is done, as an operator returns it."""
+    future: Any = torch.futures.Future()
+    future.set_result([])
+    return _groups()._create_work_from_future(future).boxed()

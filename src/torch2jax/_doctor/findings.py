@@ -22,6 +22,7 @@ from .._bridge.handler.extension import PLATFORMS, TARGET, dlpack_path, dtype_ro
 from .._bridge.torch_side.tape.table import default_budget, tape_info
 from .allocators import allocators
 from .diagnosis import Check
+from .private_names import NAMES, gone
 
 LIBRARIES = ("flax", "equinox", "optax", "orbax-checkpoint", "numpyro", "transformers")
 """Optional libraries; the doctor shows the versions of those that are installed."""
@@ -87,7 +88,7 @@ def devices() -> Iterator[Check]:
 
 
 def bridge() -> Iterator[Check]:
-    """Yield how the extension passes tensors on, and whether 64-bit types are on."""
+    """Yield how the extension passes tensors on, what it relies on, and if 64-bit types are on."""
 
     def found(name: str, detail: str) -> Check:
         return Check("Bridge", name, "ok", detail)
@@ -102,6 +103,20 @@ def bridge() -> Iterator[Check]:
     detours = sorted(name for name, route in dtype_routes().items() if name != route)
     if detours:
         yield Check("Bridge", "dtypes", "info", f"as bytes, reinterpreted: {', '.join(detours)}")
+    lacking = gone()
+    if lacking:
+        yield Check(
+            "Bridge",
+            "private names",
+            "warning",
+            "gone: "
+            + "; ".join(
+                f"{name} ({NAMES[name][0].lower()}{NAMES[name][1:-1]})" for name in lacking
+            ),
+            "Install a PyTorch and a JAX of the README's table of versions.",
+        )
+    else:
+        yield found("private names", f"all {len(NAMES)} of PyTorch and JAX are there")
     x64 = jax.config.jax_enable_x64  # type: ignore[attr-defined]
     yield Check(
         "Bridge",

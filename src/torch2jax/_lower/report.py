@@ -11,6 +11,7 @@ import jax
 from .._bridge.calls.names import label_of
 from .._bridge.calls.options import Options
 from .._bridge.wrapping import wrapped
+from .._html import bar, page, table
 from ..device.tracing.events import recorded
 from .function import LoweredFunction
 
@@ -43,6 +44,28 @@ class Report:
             for (name, question, where), count in sorted(self.modules.items()):
                 lines.append(f"  {count:4d}  {name}: {question} {where}")
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        kinds = {
+            "lowered": self.native,
+            "decomposed": self.decomposed,
+            "through the bridge": self.bridge,
+        }
+        counts = {name: sum(found.values()) for name, found in kinds.items()}
+        rows: list[list[Any]] = [
+            [count, op, name, where]
+            for name, found in reversed(kinds.items())  # first what XLA does not see
+            for (op, where), count in sorted(found.items())
+        ]
+        parts = [bar({f"{count} {name}": count for name, count in counts.items()})]
+        if self.modules:
+            asked = [
+                [count, name, question, where]
+                for (name, question, where), count in sorted(self.modules.items())
+            ]
+            parts.append(table(["calls", "module on the bridge", "asks for", "in"], asked))
+        parts.append(table(["calls", "operator", "", "in"], rows))
+        return page("What became of the operators", *parts)
 
 
 def lowering_report(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:

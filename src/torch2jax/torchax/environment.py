@@ -21,7 +21,7 @@ from ..device import random_streams
 from ..device.tensors.tensor import Tensor, from_torch, read, wrap
 from .config import Configuration
 from .modes import XLADispatchMode, XLAFunctionMode
-from .promotions import on_jax, promoted
+from .promotions import narrowed, on_jax, promoted
 from .registry import Operator, OperatorNotFound, Operators
 
 __all__ = ["Environment", "Properties", "default_env", "words_of"]
@@ -124,7 +124,8 @@ class Environment(contextlib.ContextDecorator):
         """Call one of PyTorch's functions as torchax does.
 
         A user's definition replaces a function, device "cuda" means jax where the configuration
-        says so, and what PyTorch refuses is promoted; see ``promotions``.
+        says so, what PyTorch refuses is promoted, and a new tensor has its array's floating dtype;
+        see ``promotions``.
         """
         kwargs = kwargs or {}
         definition = self._definitions.get(func)
@@ -133,7 +134,7 @@ class Environment(contextlib.ContextDecorator):
         if self.config.treat_cuda_as_jax_device:
             func, args, kwargs = on_jax(func, args, kwargs)
         args, kwargs = promoted(func, args, kwargs, self.config)
-        return func(*args, **kwargs)
+        return narrowed(func(*args, **kwargs), args, kwargs)
 
     def _get_op_or_decomp(self, func: Any) -> Operator:
         try:

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from .._conversions.float64 import WIDE_FLOATS, is_carried
+from .._conversions.narrowed import NARROWED
 from ..device.tensors.tensor import Tensor
 from .config import Configuration
 
-__all__ = ["on_jax", "promoted"]
+__all__ = ["narrowed", "on_jax", "promoted"]
 
 _T = torch.Tensor
 _INDICES = dict.fromkeys((torch.take_along_dim, _T.take_along_dim), 1) | {F.one_hot: 0}
@@ -86,3 +88,27 @@ def _is_cuda(x: Any) -> bool:
     if isinstance(x, torch.device):
         return x.type == "cuda"
     return isinstance(x, str) and x.partition(":")[0] == "cuda"
+
+
+def narrowed(out: Any, args: Any, kwargs: Any) -> Any:
+    """Return the result of a function, in which a new tensor of float64 is one of float32.
+
+    So it is while x64 is off, and complex128 is complex64: in torchax a tensor has the dtype of its
+    array. Where an operand is of float64, because it was made outside of the environment, a result
+    may be that operand or share its memory, and stays as it is.
+    """
+    if isinstance(out, Tensor):
+        dtype = out.dtype
+        if dtype not in WIDE_FLOATS or not is_carried(dtype) or _wide(args, kwargs):
+            return out
+        if out.requires_grad and out.is_leaf:
+            return out.detach().to(NARROWED[dtype]).requires_grad_()
+        return out.to(NARROWED[dtype])
+    if type(out) in (tuple, list) and any(isinstance(x, Tensor) for x in out):
+        return type(out)(narrowed(x, args, kwargs) for x in out)
+    return out
+
+
+def _wide(args: Any, kwargs: Any) -> bool:
+    operands = (*args, *kwargs.values())
+    return any(isinstance(x, Tensor) and x.dtype in WIDE_FLOATS for x in operands)

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.interpreters import mlir
 
-from ..._compat.jax import device_count, lowered_so_far, maker_of, register_lowering
+from ..._compat.jax import called, device_count, lowered_so_far, maker_of, register_lowering
 from ..._refusals import refuse_symbolic
 from ..handler import entries, extension
 from ..handler.host_callback import call_on_host
@@ -55,7 +55,8 @@ def _lower(
         has_side_effect=callee.options.side_effects or callee.options.draws,
         operand_output_aliases=dict(callee.options.aliases) if is_root else {},
     )
-    return lower(ctx, *operands, name=name, **numbers)
+    with called(ctx, callee.shown):
+        return lower(ctx, *operands, name=name, **numbers)
 
 
 def _lower_compiled(

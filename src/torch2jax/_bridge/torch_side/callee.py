@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -117,6 +118,14 @@ class Callee:
     def path(self) -> str:
         """The path leads here from the user's function, as in ``/vjp(0;0)/vmap(0,None)``."""
         return (self.parent.path if self.parent else "") + self.suffix
+
+    @property
+    def shown(self) -> str:
+        """Profiles show this name: ``my_loss``, or ``my_loss_vjp`` for its backward pass."""
+        called = self.options.name if self.options.named else self.options.label
+        own = re.sub(r"\W+", "_", called.rpartition("<locals>.")[2]).strip("_")
+        steps = [x for x in re.findall(r"/(\w+)\(", self.path) if x not in ("keep", "tape")]
+        return "_".join([own or "call", *steps])
 
     def without_token(self, operands: Sequence[Any]) -> Sequence[Any]:
         """Return this callee's operands, or facts about them, without tokens and residuals."""

@@ -15,7 +15,7 @@ import jax
 
 __all__ = ["SizedJit"]
 
-_MOST = 4096
+_MOST = 1024
 """The elements of a small array. Of 65,536 elements the quick programs took up to nine times as
 long."""
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ...._errors import SignatureError, Torch2JaxWarning
+from ...._html import bar, bytes_of, page, table
 from ..gradients import Tensor
 from ..words import call_site, words_of
 from .kept_graph import GraphPolicy, KeptGraph
@@ -56,6 +57,17 @@ class TapeInfo:
     misses: int = 0
     evictions: int = 0
     on_copies: list[str] = field(default_factory=list)
+
+    def _repr_html_(self) -> str:
+        budget = "a quarter of the memory" if self.budget is None else bytes_of(self.budget)
+        held = {f"{bytes_of(self.bytes)} are kept by {self.entries} graphs": self.bytes}
+        passes = {
+            f"{self.hits} backward passes found their graph": self.hits,
+            f"{self.misses} ran forward again": self.misses,
+        }
+        rows = [["budget on each device", budget], ["dropped for the budget", self.evictions]]
+        rows += [["runs on copies of its operands", name] for name in self.on_copies]
+        return page("The tape", bar(held, self.budget), bar(passes), table(["", ""], rows))
 
 
 class _Account:
