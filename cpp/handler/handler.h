@@ -13,7 +13,7 @@ namespace bridge {
 XLA_FFI_Error* CpuHandler(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* GpuHandler(XLA_FFI_CallFrame* call_frame);
 
-// The id of the program's execution whose call this thread is in; not positive: in none, or unknown.
+// The id of the program's execution whose call this thread is in, perhaps a negative one; 0: none.
 int64_t CurrentExecution() noexcept;
 
 // Refuses calls from now on. Waits up to some seconds, without the GIL, for calls under way. Must

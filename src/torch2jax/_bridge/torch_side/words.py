@@ -33,7 +33,7 @@ def read_by(
 
 
 def execution() -> int:
-    """Return the program's execution whose call this thread is in; not positive: unknown."""
+    """Return the program's execution whose call this thread is in; 0: none."""
     return _execution()
 
 

@@ -82,7 +82,7 @@ class Habit:
     def taken(self, token: Token, execution: int) -> None:
         """Learn from a backward call that found its graph."""
         kept = self._kept.get(token)
-        if kept is not None and (kept[1] != execution or execution <= 0):
+        if kept is not None and (kept[1] != execution or execution == 0):
             self.reach = max(self.reach, self._made - kept[0])
 
     def missed(self, token: Token) -> None:
@@ -98,7 +98,7 @@ class Habit:
         if self._account.bytes + _EACH * len(self._kept) <= LITTLE:
             return None
         token, (number, maker, _) = next(iter(self._kept.items()))
-        if maker == execution and execution > 0:
+        if maker == execution and execution != 0:
             return None
         self.left(token)
         self._dropped[token] = number
