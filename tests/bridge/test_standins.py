@@ -180,3 +180,9 @@ print("torch._dynamo" in sys.modules)
 assert jnp.allclose(torch2jax(lambda a: a + torch.ones(4))(x), x + 1)  # it needs fake tensors
 print("torch._dynamo" in sys.modules)
 """
+
+
+def test_the_import_loads_no_pallas():
+    program = "import torch2jax, sys; print('jax._src.pallas.core' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, encoding="utf-8")
+    assert done.stdout.strip() == "False", done.stderr

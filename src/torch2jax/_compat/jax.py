@@ -39,6 +39,7 @@ from jax.interpreters import mlir
 
 __all__ = [
     "ArrayImpl",
+    "Primitive",
     "RandomEffect",
     "TorchEffect",
     "cpu_device",
@@ -66,6 +67,10 @@ __all__ = [
     "varying_together",
     "x64_enabled",
 ]
+
+# The public name, jax.extend.core.Primitive, is a fifth of this package's import: jax.extend loads
+# pallas.
+Primitive = _core.Primitive
 
 
 class TorchEffect(_effects.Effect):

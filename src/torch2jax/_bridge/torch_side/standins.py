@@ -56,7 +56,7 @@ def without_compiler(mode: type[TorchDispatchMode]) -> None:
     That takes seconds, and where it is not loaded, nothing is compiled.
     """
     wrapped: Any = mode.__torch_dispatch__
-    mode.__torch_dispatch__ = getattr(wrapped, "__wrapped__", wrapped)
+    setattr(mode, "__torch_dispatch__", getattr(wrapped, "__wrapped__", wrapped))  # noqa: B010
 
 
 class RecorderOfStandins(Recorder):
@@ -75,12 +75,10 @@ class Standin(torch.Tensor):
 
     _zeros: torch.Tensor
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         raise GivenUp  # the mode is switched off
 
 
