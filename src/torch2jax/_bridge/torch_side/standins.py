@@ -133,7 +133,9 @@ class StandinMode(TorchDispatchMode):
             return x._zeros
         if isinstance(x, list | tuple):
             return [self._of(item, inside) for item in x]
-        if x is None or type(x) in _PLAIN or x is torch.strided or x == _CPU:
+        if x is None or type(x) in _PLAIN or x is torch.strided:
+            return x
+        if type(x) is torch.device and x == _CPU:
             return x
         return self._give_up()
 
@@ -165,4 +167,4 @@ def standin_for(shape: tuple[int, ...], dtype: torch.dtype) -> Standin:
     if math.prod(shape) > _LARGE:
         raise GivenUp
     with _disable_current_modes():
-        return _standin(torch.zeros(shape, dtype=dtype))
+        return _standin(torch.zeros(shape, dtype=dtype, device=_CPU))
