@@ -289,6 +289,7 @@ NB_MODULE(_ext, m) {
   m.def("call_site", &CallSite,
         "(execution, device, site) of the call on a GPU that this thread is in. None where it is "
         "in none, or the program says nothing of the call's token.");
+  m.def("current_execution", &CurrentExecution, "See cpp/handler/handler.h.");
   m.def("read_words", &WordsAt, nb::arg("address"), nb::arg("count"),
         "A list of 32-bit words of the device, in the order of the stream of the call that this "
         "thread is in. None where it is in none.");

@@ -36,6 +36,22 @@ class InFlight {
   bool refused() const noexcept { return shutting_down.load(); }
 };
 
+thread_local int64_t current_execution = 0;
+
+// Calls nest where a function runs a program of JAX's.
+class InExecution {
+ public:
+  explicit InExecution(int64_t run_id) noexcept : outer_(current_execution) {
+    current_execution = run_id;
+  }
+  InExecution(const InExecution&) = delete;
+  InExecution& operator=(const InExecution&) = delete;
+  ~InExecution() { current_execution = outer_; }
+
+ private:
+  int64_t outer_;
+};
+
 // Registers what an unknown name stands for; exported programs bring such names. Returns an empty
 // text, or why it cannot.
 std::string Resolve(const Torch& torch, std::string_view name) {
@@ -73,6 +89,7 @@ ffi::Error Dispatch(GpuCall* gpu, int64_t run_id, const ffi::RemainingArgs& args
                         refusal.empty() ? "the name of a PyTorch function leads nowhere" : refusal);
     }
   }
+  InExecution inside(run_id);
   if (gpu == nullptr) {
     Call call(*torch, found, args, rets, {{dl::kCpu, 0}, nullptr});
     return call.RunOnCpu(run_id);
@@ -141,6 +158,8 @@ XLA_FFI_Error* GpuHandler(XLA_FFI_CallFrame* call_frame) {
                                    .release();
   return handler->Call(call_frame);
 }
+
+int64_t CurrentExecution() noexcept { return current_execution; }
 
 void BeginShutdown() noexcept {
   shutting_down.store(true);

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -39,6 +39,7 @@ from jax.interpreters import mlir
 
 __all__ = [
     "ArrayImpl",
+    "Primitive",
     "RandomEffect",
     "TorchEffect",
     "cpu_device",
@@ -54,6 +55,7 @@ __all__ = [
     "random_effect",
     "ready_on_gpu",
     "register_dce_rule",
+    "register_remat_rule",
     "result_aval",
     "settings",
     "torch_effect",
@@ -65,6 +67,10 @@ __all__ = [
     "varying_together",
     "x64_enabled",
 ]
+
+# The public name, jax.extend.core.Primitive, is a fifth of this package's import: jax.extend loads
+# pallas.
+Primitive = _core.Primitive
 
 
 class TorchEffect(_effects.Effect):
@@ -92,6 +98,35 @@ def register_dce_rule(primitive: Any, rule: Callable[[list[bool], Any], Any]) ->
     From jax 0.12 on JAX also tells which inputs are live.
     """
     partial_eval.dce_rules[primitive] = lambda used, *_and_eqn: rule(used, _and_eqn[-1])
+
+
+def register_remat_rule(primitive: Any, staged: Callable[[Any, list[bool]], Any]) -> None:
+    """Register ``staged(equation, operands that are recomputed)`` for ``jax.checkpoint``.
+
+    It returns the equation that takes the place of one that has to wait for its tangents. All else
+    is what JAX does with a primitive that has no rule. Such rules have no public registration.
+    """
+
+    def rule(
+        saveable: Callable[..., Any],
+        unknown: Sequence[bool],
+        instantiated: Sequence[bool],
+        eqn: Any,
+    ) -> tuple[Any, Any, list[bool], list[bool], list[Any]]:
+        some, every = [False] * len(eqn.outvars), [True] * len(eqn.outvars)
+        ready = dict(zip(map(id, eqn.invars), instantiated, strict=True))
+        if any(unknown):
+            recomputed = [i and not u for i, u in zip(instantiated, unknown, strict=True)]
+            eqn = staged(eqn, recomputed)
+        else:
+            policy = saveable(eqn.primitive, *[x.aval for x in eqn.invars], **eqn.params)
+            policy = partial_eval.ensure_enum(policy)
+            if eqn.effects or not isinstance(policy, partial_eval.RecomputeType):
+                return eqn, None, some, some, []  # what a policy would offload is saved
+        saved = [x for x in eqn.invars if isinstance(x, _core.Var) and not ready[id(x)]]
+        return (None, eqn, every, every, saved) if any(unknown) else (eqn, eqn, some, every, saved)
+
+    partial_eval.partial_eval_jaxpr_custom_rules[primitive] = rule
 
 
 def device_count(ctx: Any) -> int:

@@ -26,10 +26,9 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from jax import lax
-from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from .._compat.jax import result_aval, varying_together
+from .._compat.jax import Primitive, result_aval, varying_together
 from .promotion import array_dtype, cast, wide
 from .registry import lowering
 

@@ -65,7 +65,7 @@ def set_up(**others: Any) -> None:
 set_up()
 # In a forked process the handler refuses calls: what it asks before each of them raises.
 os.register_at_fork(after_in_child=lambda: set_up(ambient_clean=_refusals.refuse_forked))
-words.read_by(_ext.call_site, _ext.read_words)
+words.read_by(_ext.call_site, _ext.current_execution, _ext.read_words)
 xla_stream = functools.partial(probing.xla_stream, _ext.xla_stream, PREFETCH)
 lifetimes.order_by(xla_stream, _ext.order_release)
 jax.ffi.register_ffi_target(TARGET, _ext.cpu_handler(), platform="cpu")

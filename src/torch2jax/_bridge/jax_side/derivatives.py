@@ -33,7 +33,7 @@ import jax
 import jax.numpy as jnp
 from jax.interpreters import ad
 
-from ..._compat.jax import register_dce_rule
+from ..._compat.jax import register_dce_rule, register_remat_rule
 from ..._errors import DifferentiationError
 from ..compiled.calls import splitting, transposed_like, with_residuals
 from ..torch_side.callee import Callee
@@ -212,6 +212,23 @@ def _drop_token(used: list[bool], eqn: Any) -> tuple[list[bool], Any]:
     return [True] * len(eqn.invars), eqn
 
 
+def _without_recomputed_token(eqn: Any, recomputed: list[bool]) -> Any:
+    """Let a derivative under ``jax.checkpoint`` run forward by itself, where it would take a token.
+
+    XLA does not see what the tape holds. It may run all the recomputed calls early, and their
+    graphs would lie on the tape together. Without its token a derivative depends on nothing that
+    was kept early: it runs forward when its cotangent is there. The call that would have kept the
+    graph goes, where nothing else needs its results.
+    """
+    callee = eqn.params["callee"]
+    at = callee.token_at
+    if at is None or not recomputed[at]:
+        return eqn
+    params = dict(eqn.params, callee=untaped(callee))
+    return eqn.replace(params=params, invars=list(callee.without_token(eqn.invars)))
+
+
 ad.primitive_jvps[torch_call_p] = _jvp
 register_dce_rule(torch_call_p, _drop_token)
+register_remat_rule(torch_call_p, _without_recomputed_token)
 ad.primitive_transposes[torch_call_p] = _transpose

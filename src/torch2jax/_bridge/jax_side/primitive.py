@@ -11,9 +11,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.extend.core import Primitive
 
-from ..._compat.jax import random_effect, result_aval, torch_effect, varying_together
+from ..._compat.jax import Primitive, random_effect, result_aval, torch_effect, varying_together
 from ..torch_side.callee import Callee
 from .sharded_types import check_whole
 

@@ -1,7 +1,8 @@
 """What a function returns is inferred on stand-ins for its arguments.
 
 This file imports torch, never JAX. ``fn`` runs on fake tensors, which have shapes and dtypes
-and no values. Where it needs values (``.item()``, ``.numpy()``, ``if x.any()``), these runs are
+and no values; or, until these are loaded, on stand-ins, where they will do: see ``standins``.
+Where it needs values (``.item()``, ``.numpy()``, ``if x.any()``), these runs are
 tried in turn:
 
 1. on the values of the operands, where all are known: an eager call has them, and examples do;
@@ -41,6 +42,7 @@ from .answers import (
 from .integers import IntegerUse
 from .preserving import preserved, take_out
 from .recorder import Recorder
+from .standins import RecorderOfStandins, StandinMode, fakes_are_loaded, standin_for
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,10 @@ def infer(
     ``guess`` it raises ``ValuesNeeded`` where a guess would be next.
     """
     trial = _Trial(fn, specs, describe, default_dtype, tuple(roots), integers)
+    if not fakes_are_loaded():
+        found = trial.on_standins()
+        if found is not None:
+            return found
     try:
         try:
             return trial.on_fakes()
@@ -169,6 +175,21 @@ class _Trial:
     default_dtype: torch.dtype
     roots: tuple[Any, ...]
     integers: IntegerUse
+
+    def on_standins(self) -> Inference | None:
+        """Run on stand-ins, which take no time to load; None where they do not carry through."""
+        if any(s.device.type != "cpu" for s in self.specs):
+            return None
+        mode = StandinMode()
+        try:
+            found = self._run(
+                mode,
+                lambda operands: RecorderOfStandins(operands, self.integers),
+                lambda _, s: standin_for(s.shape, s.dtype),
+            )
+        except Exception:
+            return None  # whatever it was, the run on fake tensors meets and raises it
+        return None if mode.given_up or fakes_are_loaded() else found
 
     def on_fakes(self) -> Inference:
         return self._run(fake_tensors(), self._recorder)

@@ -1,4 +1,6 @@
-"""The host reads words of a device: tokens and keys. This file imports torch, never JAX.
+"""The host reads words of a device, tokens and keys, and knows where a call is.
+
+This file imports torch, never JAX.
 
 A read waits for the GPU. So the handler reads, which knows on which stream the words are written,
 and lets other threads run Python meanwhile.
@@ -16,15 +18,23 @@ Site = tuple[int, int, int]
 """An execution of a program, a device, and a place in the program."""
 
 _call_site: Callable[[], Site | None]
+_execution: Callable[[], int]
 _read: Callable[[int, int], Sequence[int] | None]
 
 
 def read_by(
-    call_site: Callable[[], Site | None], read: Callable[[int, int], Sequence[int] | None]
+    call_site: Callable[[], Site | None],
+    execution: Callable[[], int],
+    read: Callable[[int, int], Sequence[int] | None],
 ) -> None:
     """Have these functions of the extension say where a call is, and read."""
-    global _call_site, _read
-    _call_site, _read = call_site, read
+    global _call_site, _execution, _read
+    _call_site, _execution, _read = call_site, execution, read
+
+
+def execution() -> int:
+    """Return the program's execution whose call this thread is in; 0: none."""
+    return _execution()
 
 
 def call_site() -> Site | None:

@@ -32,6 +32,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_
 
 from ..gradients import Indices, Tensor, Tensors
 from ..modules import loans
+from .habits import Habit
 
 
 class GraphPolicy:
@@ -55,6 +56,8 @@ class GraphPolicy:
         """Whether its graph refuses ``autograd.grad``, so that ``backward()`` must do."""
         self.small: dict[tuple[torch.Size, ...], int] = {}
         """Shapes of operands whose copies cost less than hooks, and the bytes of their graph."""
+        self.habits: dict[torch.device, Habit] = {}
+        """How late its graphs are taken, by device."""
 
 
 class KeptGraph:

@@ -19,7 +19,8 @@ import torch
 from ...._errors import SignatureError, Torch2JaxWarning
 from ...._html import bar, bytes_of, page, table
 from ..gradients import Tensor
-from ..words import call_site, words_of
+from ..words import call_site, execution, words_of
+from .habits import Account, Habit
 from .kept_graph import GraphPolicy, KeptGraph
 from .sites import Token, Waiting
 
@@ -45,7 +46,8 @@ class TapeInfo:
         most half of what is free for PyTorch there.
       hits: backward passes that found their graph.
       misses: backward passes that ran forward again.
-      evictions: graphs that were dropped for the budget.
+      evictions: graphs that were dropped for the budget, or because no backward pass of their
+        function has ever come so late.
       on_copies: functions whose operands are copied, because their graphs cannot be kept on views
         of XLA's memory.
     """
@@ -70,30 +72,6 @@ class TapeInfo:
         return page("The tape", bar(held, self.budget), bar(passes), table(["", ""], rows))
 
 
-class _Account:
-    """An account counts what is kept on one device."""
-
-    def __init__(self) -> None:
-        self.bytes = 0
-        self.storages: dict[int, tuple[int, int]] = {}
-        """How many graphs hold a storage, and its bytes, by address. Each counts once."""
-
-    def enter(self, storages: dict[int, int]) -> None:
-        for address, size in storages.items():
-            # An address may have been another storage's before: the larger size counts.
-            graphs, counted = self.storages.get(address, (0, 0))
-            self.storages[address] = graphs + 1, max(size, counted)
-            self.bytes += max(size - counted, 0)
-
-    def leave(self, storages: dict[int, int]) -> None:
-        for address in storages:
-            graphs, counted = self.storages.pop(address)
-            if graphs > 1:
-                self.storages[address] = graphs - 1, counted
-            else:
-                self.bytes -= counted
-
-
 def _budget_of_environment() -> int | None:
     given = os.environ.get(_ENVIRONMENT, "")
     if given and not given.isdecimal():
@@ -107,7 +85,7 @@ class Tape:
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self._graphs: OrderedDict[Token, KeptGraph] = OrderedDict()
-        self._accounts: defaultdict[torch.device, _Account] = defaultdict(_Account)
+        self._accounts: defaultdict[torch.device, Account] = defaultdict(Account)
         self._used: OrderedDict[Token, None] = OrderedDict()
         self._waiting = Waiting()
         self._nonce = secrets.randbits(63) + 1
@@ -116,6 +94,7 @@ class Tape:
         """Tokens to come, with their words. They are made in blocks, as each costs microseconds."""
         self._budget = _budget_of_environment()
         self._hits = self._misses = self._evictions = 0
+        self._warned = False
         self._copying: dict[str, None] = {}
 
     def add(self, graph: KeptGraph) -> Tensor:
@@ -130,7 +109,14 @@ class Tape:
             token, words = self._fresh.pop()
             if graph.device.type == "cuda":
                 self._waiting.made(token, call_site())
+            habit = graph.policy.habits.get(graph.device)
+            if habit is None:
+                habit = graph.policy.habits[graph.device] = Habit()
+            now = execution()
+            habit.made(token, graph.storages, now)
             self._enter(token, graph, self._accounts[graph.device])
+            if self._budget is None:
+                self._drop_overdue(habit, now)
             return words
 
     def add_nothing(self, device: torch.device) -> Tensor:
@@ -159,14 +145,14 @@ class Tape:
                         self._remove(other)
             self._enter(token, graph, self._accounts[graph.device])
 
-    def _enter(self, token: Token, graph: KeptGraph, account: _Account) -> None:
+    def _enter(self, token: Token, graph: KeptGraph, account: Account) -> None:
         if graph.policy.copies:
             self._copying[graph.policy.label] = None
         self._graphs[token] = graph
         account.enter(graph.storages)
         self._evict(graph.device, account)
 
-    def _evict(self, device: torch.device, account: _Account) -> None:
+    def _evict(self, device: torch.device, account: Account) -> None:
         budget = default_budget(device) if self._budget is None else self._budget
         while account.bytes > budget or budget == 0:
             oldest = next((t for t, g in self._graphs.items() if g.device == device), None)
@@ -174,6 +160,12 @@ class Tape:
                 return
             self._remove(oldest)
             self._evicted(budget)
+
+    def _drop_overdue(self, habit: Habit, now: int) -> None:
+        """Drop graphs that nobody will take, by what their function has taught."""
+        while (token := habit.overdue(now)) is not None:
+            self._remove(token)
+            self._evictions += 1
 
     def name_of(self, words: Tensor) -> Token:
         """Return the token that these words are. See NOTE [Sites]."""
@@ -189,10 +181,15 @@ class Tape:
             if device.type == "cuda":
                 self._waiting.taken(token)
             graph = self._graphs.get(token)
+            habit = policy.habits.get(device)
             if graph is None or graph.policy is not policy or graph.device != device:
                 self._misses += token[:4] != _NO_TOKEN
+                if habit is not None:
+                    habit.missed(token)
                 return None
             self._hits += 1
+            if habit is not None:
+                habit.taken(token, execution())
             if graph.reused:
                 self._graphs.move_to_end(token)
                 return graph
@@ -252,10 +249,14 @@ class Tape:
         graph = self._graphs.pop(token, None)
         if graph is not None:  # freeing another graph may have freed the callee of this one
             self._accounts[graph.device].leave(graph.storages)
+            habit = graph.policy.habits.get(graph.device)
+            if habit is not None:
+                habit.left(token)
 
     def _evicted(self, budget: int) -> None:
         self._evictions += 1
-        if self._evictions == 1 and budget > 0:
+        if not self._warned and budget > 0:
+            self._warned = True
             warnings.warn(
                 f"The tape holds more than its budget of {budget:,} bytes, so the oldest forward "
                 "passes are dropped and their backward passes run forward again. Differentiate "
@@ -306,7 +307,9 @@ def set_tape_budget(bytes: int | None) -> None:
     """Set how many bytes of activations the tape keeps on each device.
 
     None stands for a quarter of its memory, on a GPU for at most half of what is free for PyTorch
-    there when the tape is first used. 0 keeps nothing: every backward pass runs forward again.
+    there when the tape is first used. With None the tape also drops graphs of former executions
+    that wait far longer than any graph of their function has waited for its backward pass. 0 keeps
+    nothing: every backward pass runs forward again.
 
     Raises:
       SignatureError: for anything but None and an int of at least 0.
