@@ -95,6 +95,7 @@ NAMES = {
     "torch._dynamo.backends.common.aot_autograd": 'Is the way in for torch.compile(backend="torch2jax").',
     "torch._guards.TracingContext.try_get": "Tells whether torch.compile traces.",
     "torch._subclasses.fake_tensor.FakeTensorMode": "Infers shapes without computing.",
+    "torch.autograd._engine_run_backward": "Lets errors of a backward pass say jax.",
     "torch.overrides._pop_mode": "Leaves the caller's function modes for a call.",
     "torch.overrides._push_mode": "Leaves the caller's function modes for a call.",
     "torch.utils._device.DeviceContext": "Is the class of the mode of a default device.",
@@ -117,6 +118,14 @@ SOMETIMES = {
     "jax._src.mesh.empty_abstract_mesh": "Stands for jax.sharding.get_mesh, which jax 0.7 lacks.",
     "jax._src.mesh.get_concrete_mesh": "Stands for jax.sharding.get_mesh, which jax 0.7 lacks.",
     "torch._C._get_privateuse1_backend_name": 'Tells whether another library has made a device; device "jax" needs PyTorch 2.10.',
+    "torch._functorch._aot_autograd.functional_utils.from_fun": "Records writes as results, for compiled=True.",
+    "torch._functorch._aot_autograd.functional_utils.has_data_mutation": "Tells whether compiled=True met a write into a constant.",
+    "torch._functorch._aot_autograd.functional_utils.to_fun": "Records writes as results, for compiled=True.",
+    "torch._functorch.partitioners.min_cut_rematerialization_partition": "Splits a joint graph, for compiled=True.",
+    "torch._inductor.aot_compile": "Compiles a graph into a library, for compiled=True.",
+    "torch._inductor.decomposition.select_decomp_table": "Takes operators apart, for compiled=True.",
+    "torch._inductor.extern_node_serializer.extern_node_json_serializer": "Tells the operators that a library cannot call.",
+    "torch._subclasses.functional_tensor.FunctionalTensorMode": "Records writes as results, for compiled=True.",
     "torch.utils.backend_registration._setup_privateuseone_for_python_backend": "Makes a device of Python, from PyTorch 2.10 on.",
 }
 """Some of the supported versions lack these, and the code asks for them first."""
