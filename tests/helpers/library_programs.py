@@ -465,9 +465,8 @@ PROGRAMS: dict[str, Program] = {
         (randn(4, 3),),
     ),
     "zuko, integrals": Program(
-        lambda: Uses(likelihood, flow=zuko.flows.UNAF(3, transforms=1, hidden_features=[8])),
+        lambda: Uses(likelihood, flow=zuko.flows.UNAF(3, transforms=1, hidden_features=[4])),
         (randn(4, 3),),
-        "bridge",
     ),
     "torchcde": Program(lambda: controlled(False), (randn(3, 5, 2), randn(3, 4)), "bridge lower"),
     "torchcde, adjoint": Program(
