@@ -81,7 +81,33 @@ class Uses(nn.Module):
         return self.run(self, x)
 
 
-PROGRAMS = [of_parameters, of_nothing_passed, of_what_was_computed, of_an_integer, nested]
+class Twice(torch.autograd.Function):
+    """A function whose backward pass calls a function that takes the callable, and so on."""
+
+    @staticmethod
+    def forward(ctx: Any, f: Any, x: Any) -> Any:
+        ctx.f = f
+        ctx.save_for_backward(x)
+        return f(x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Any) -> Any:
+        return None, Twice.apply(ctx.f, *ctx.saved_tensors) * g
+
+
+def of_itself(self: Any, x: torch.Tensor) -> torch.Tensor:
+    scale = self.net(x).exp()
+    return Twice.apply(lambda s: (s * scale).exp(), x) + scale
+
+
+PROGRAMS = [
+    of_itself,
+    of_parameters,
+    of_nothing_passed,
+    of_what_was_computed,
+    of_an_integer,
+    nested,
+]
 
 
 def expected(run: Callable[..., Any]) -> tuple[Uses, torch.Tensor, torch.Tensor]:

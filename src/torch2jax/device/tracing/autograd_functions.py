@@ -39,6 +39,8 @@ __all__ = ["differentiable_by_jax"]
 
 class _Active(threading.local):
     depth = 0
+    backwards = 0
+    """How many backward passes are being traced beside their forward pass."""
 
 
 _active = _Active()
@@ -110,6 +112,7 @@ class _Differentiated:
         self.out_spec: Any = None
         self.written: dict[int, int] = {}
         """Which input an output is (``mark_dirty``), by their places among the tensors."""
+        self._users = cls.__module__.partition(".")[0] != __name__.partition(".")[0]
         self._has_callables = any(map(callable, self.leaves))
         self.objects: list[Tensor | None] = [None] * len(places)
         """The arguments' own tensors, while a run may use them."""
@@ -121,7 +124,8 @@ class _Differentiated:
         try:
             call, held, outs = _converted(self._call, *arrays)
             backward, kept = self._backward, []
-            if held or self._has_callables:
+            # A backward pass may call its own function, so it is traced to one depth only.
+            if self._users and not _active.backwards and (held or self._has_callables):
                 backward, kept = self._traced_backward(arrays, outs)
         finally:
             # No tensor of the trace is kept, because JAX keeps this object with the program.
@@ -152,6 +156,7 @@ class _Differentiated:
             left = iter(chosen)
             return [next(left) if is_float else None for is_float in floats]
 
+        _active.backwards += 1
         try:
             back, kept, _ = _converted(lambda a, c: self._backward(a, full(c)), arrays, like)
         except Exception as error:
@@ -161,6 +166,8 @@ class _Differentiated:
                 raise raised
 
             return refuse, []
+        finally:
+            _active.backwards -= 1
 
         def backward(arrays: Any, cotangents: Any, *kept: Any) -> Any:
             chosen = [c for c, is_float in zip(cotangents, floats, strict=True) if is_float]
