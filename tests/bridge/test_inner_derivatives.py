@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from torch.autograd import grad
+from torch.autograd import forward_ad, grad
 
 from torch2jax import TorchCallError, from_module, torch2jax
 
@@ -65,6 +65,52 @@ def test_forces(name: str, declared: bool) -> None:
         np.testing.assert_allclose(
             transform(f)(X), transform(jax_force)(X), rtol=2e-4, atol=1e-5, err_msg=name
         )
+
+
+def pushed(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """A derivative along a direction: autograd saves wrappers, which have no storage."""
+    return torch.func.jvp(lambda y: (y * w).tanh() @ w, (x,), (torch.ones_like(x) + w,))[1]
+
+
+def jacobian(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return torch.func.jacfwd(lambda y: (y * w).tanh() * y.sum())(x) @ (w + 1)
+
+
+def dual(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    with forward_ad.dual_level():
+        y = forward_ad.make_dual(x, torch.ones_like(x) + w)
+        return forward_ad.unpack_dual((y * w).tanh() @ w).tangent
+
+
+def jax_pushed(x: jax.Array, w: jax.Array) -> jax.Array:
+    return jax.jvp(lambda y: jnp.tanh(y * w) @ w, (x,), (1 + w,))[1]
+
+
+def jax_jacobian(x: jax.Array, w: jax.Array) -> jax.Array:
+    return jax.jacfwd(lambda y: jnp.tanh(y * w) * y.sum())(x) @ (w + 1)
+
+
+@pytest.mark.parametrize(
+    ("fn", "twin"), [(pushed, jax_pushed), (dual, jax_pushed), (jacobian, jax_jacobian)]
+)
+def test_forward_mode_inside(fn: Any, twin: Any) -> None:
+    f, w = torch2jax(fn), jnp.array([0.5, 0.2, -0.7])
+    transforms: tuple[Callable[[Any], Any], ...] = (
+        lambda f: f,
+        lambda f: jax.grad(lambda *a: (f(*a) ** 2).sum(), (0, 1)),
+        lambda f: jax.jit(jax.grad(lambda *a: (f(*a) ** 2).sum(), (0, 1))),
+        lambda f: jax.hessian(lambda *a: (f(*a) ** 2).sum(), 1),
+        lambda f: (
+            lambda x, w: jax.vmap(jax.grad(lambda *a: f(*a).sum(), 1))(
+                jnp.stack([x, 2 * x]), jnp.stack([w, w + 1])
+            )
+        ),
+    )
+    for transform in transforms:
+        for actual, expected in zip(
+            jax.tree.leaves(transform(f)(X, w)), jax.tree.leaves(transform(twin)(X, w)), strict=True
+        ):
+            np.testing.assert_allclose(actual, expected, rtol=2e-4, atol=1e-5)
 
 
 def test_values_of_backward() -> None:

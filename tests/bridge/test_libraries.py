@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import e3nn.math
+import e3nn.nn
 import e3nn.util.jit
 import gpytorch
 import jax
@@ -192,13 +193,20 @@ def scripted_irreps() -> tuple[torch.nn.Module, Any, torch.Tensor]:
     return module, e3nn.util.jit.script(module), programs.randn(3, 5)
 
 
+def scripted_gate() -> tuple[torch.nn.Module, Any, torch.Tensor]:
+    """Its activations have numbers that a script asks for."""
+    module = e3nn.nn.Gate("2x0e", [torch.tanh], "2x0e", [torch.sigmoid], "2x1o")
+    return module, e3nn.util.jit.script(module), programs.randn(3, 10)
+
+
 def first(out: Any) -> Any:
     return out[0] if isinstance(out, tuple | list) else out
 
 
 @pytest.mark.parametrize("lower", [False, True])
 @pytest.mark.parametrize(
-    "make", [traced_convolutions, traced_recurrence, scripted_cell, scripted_irreps]
+    "make",
+    [traced_convolutions, traced_recurrence, scripted_cell, scripted_irreps, scripted_gate],
 )
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_torchscript_of_a_library(make: Any, lower: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import jax
@@ -115,6 +116,30 @@ def test_eager_compiled_and_differentiated(fn: Any, x: Any) -> None:
         f = torch2jax(lambda a: fn(a))
         grad = wrap(jax.grad(lambda a: (f(a) ** 2).sum()))(x)  # noqa: B023
         np.testing.assert_allclose(grad, leaf.grad, rtol=1e-4, atol=1e-4)
+
+
+def placed_where_positive(x):
+    chosen = torch.nn.functional.pad(x[x > 0][:, None].cumsum(0), (1, 0))
+    return x.index_put(((x > 0).nonzero()[:, 0],), chosen.sum(-1))
+
+
+@pytest.mark.parametrize("lower", [False, True])
+def test_a_size_that_depends_on_values_logs_nothing(
+    lower: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Placed(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return placed_where_positive(x)
+
+    logger = logging.getLogger("torch")
+    logger.addHandler(caplog.handler)  # PyTorch's loggers pass nothing on
+    try:
+        apply, variables = from_module(Placed(), lower=lower)
+        out = jax.jit(apply)(variables, X - 2)
+    finally:
+        logger.removeHandler(caplog.handler)
+    np.testing.assert_allclose(out, value(placed_where_positive, X - 2))
+    assert not [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
 
 
 def test_both_branches_run_with_one_trace() -> None:

@@ -13,9 +13,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import captum.attr
+import geomloss
 import gpytorch
 import jax
 import jax.numpy as jnp
+import normflows
 import numpy as np
 import opacus.validators
 import opt_einsum
@@ -35,9 +37,13 @@ from e3nn import o3
 from minGRU_pytorch import minGRU
 from mtst.Models.full_model import MTST_full
 from torch import nn
+from torch_geometric.nn.aggr.utils import PoolingByMultiheadAttention
 from torch_geometric.nn.attention import QFormer
 from torchcrf import CRF
+from transformers.models.encodec import modeling_encodec as encodec
+from transformers.models.siglip2 import modeling_siglip2 as siglip2
 from vector_quantize_pytorch import FSQ, ResidualVQ, VectorQuantize
+from x_transformers.next_latent_wrapper import RolloutGRU
 
 tensorly.set_backend("pytorch")
 
@@ -49,6 +55,8 @@ class Program(NamedTuple):
     args: tuple[torch.Tensor, ...]
     ways: str = "bridge lower device"
     steps: int = 0
+    draws: bool = False
+    """Whether it needs a key, which the result does not depend on."""
 
 
 class Uses(nn.Module):
@@ -253,6 +261,52 @@ def masked(self: Any, x: torch.Tensor, mask: torch.Tensor) -> Any:
     return self.encoder(x, mask=mask.bool())
 
 
+def pooled_by_attention() -> nn.Module:
+    """PyTorch's attention, whose mask a model of transformers makes of that of its patches."""
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
+    config = transformers.Siglip2VisionConfig(**sizes, num_hidden_layers=1)
+    return siglip2.Siglip2MultiheadAttentionPoolingHead(config)
+
+
+def pooled_sets(self: Any, x: torch.Tensor, mask: torch.Tensor) -> Any:
+    return self.pool(x, mask.bool())
+
+
+# --- modules that ask for values -----------------------------------------------------------------
+
+
+def flow() -> nn.Module:
+    """The spline of each number is chosen by a mask that is an index."""
+    spline = normflows.flows.CoupledRationalQuadraticSpline(4, 1, 8, num_bins=3)
+    base = normflows.distributions.DiagGaussian(4, trainable=True)
+    return Uses(flow_likelihood, flow=normflows.NormalizingFlow(base, [spline]))
+
+
+def flow_likelihood(self: Any, x: torch.Tensor) -> Any:
+    return self.flow.log_prob(x)
+
+
+def transport() -> nn.Module:
+    """As many steps as the diameter of the points says."""
+    loss = geomloss.SamplesLoss("sinkhorn", p=2, blur=0.5, backend="tensorized")
+    return Uses(transported, linear=nn.Linear(3, 3), loss=loss)
+
+
+def transported(self: Any, x: torch.Tensor, y: torch.Tensor) -> Any:
+    return self.loss(self.linear(x), y)
+
+
+# --- recurrent layers ----------------------------------------------------------------------------
+
+
+def rolled_out(self: Any, embeddings: torch.Tensor, latent: torch.Tensor) -> Any:
+    return self.rollout(embeddings, latent)
+
+
+def jumps(self: Any, *layers: torch.Tensor) -> Any:
+    return self.jump(list(layers))
+
+
 # --- equations with time -------------------------------------------------------------------------
 
 
@@ -300,7 +354,7 @@ PROGRAMS: dict[str, Program] = {
         lambda: geometric.GIN(4, 8, 2, 3, norm="BatchNorm"), NODES, steps=2
     ),
     "geometric, self loops": Program(
-        lambda: geometric.GCN(4, 8, 2, 3), NODES, "bridge"  # they are told by their values
+        lambda: geometric.GCN(4, 8, 2, 3), NODES, "bridge lower"  # they are told by their values
     ),
     "geometric, LSTM": Program(
         lambda: Uses(
@@ -338,8 +392,30 @@ PROGRAMS: dict[str, Program] = {
     "opacus": Program(private, (randn(5, 2, 8), (torch.ones(5, 5).tril(-2) > 0).long())),
     "geometric, encoder layers": Program(lambda: QFormer(8, 8, 6, 2, 1, 0.0), (randn(2, 5, 8),)),
     "geometric, multi-head attention": Program(
-        lambda: geometric.GPSConv(4, geometric.GINConv(nn.Linear(4, 4)), heads=2), NODES, "bridge"
+        lambda: geometric.GPSConv(4, geometric.GINConv(nn.Linear(4, 4)), heads=2), NODES,
+        "bridge lower",
     ),
+    "geometric, masked attention": Program(
+        lambda: Uses(pooled_sets, pool=PoolingByMultiheadAttention(8, 1, 2, False)),
+        (randn(2, 4, 8), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])),
+    ),
+    "transformers, masked attention": Program(
+        pooled_by_attention, (randn(2, 4, 8), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]))
+    ),
+    "transformers, LSTM": Program(
+        lambda: encodec.EncodecLSTM(transformers.EncodecConfig(num_lstm_layers=1), 4),
+        (randn(1, 4, 8),),
+    ),
+    "x-transformers, GRU": Program(
+        lambda: Uses(rolled_out, rollout=RolloutGRU(8)), (randn(5, 2, 3, 8), randn(2, 3, 8))
+    ),
+    "geometric, layers of LSTM": Program(
+        lambda: Uses(jumps, jump=geometric.JumpingKnowledge("lstm", 4, 2)),
+        (randn(3, 4), randn(5, 4)[:3], randn(6, 4)[:3]),
+        "bridge lower",
+    ),
+    "normflows": Program(flow, (randn(6, 4),), "bridge lower"),
+    "geomloss": Program(transport, (randn(4, 3), randn(5, 3)), "bridge lower"),
     "geometric, forces": Program(
         molecule, (randn(6, 3), torch.tensor([1, 6, 1, 1, 6, 1])), "bridge device"
     ),
@@ -358,11 +434,18 @@ PROGRAMS: dict[str, Program] = {
             torch.tensor([[0, 1, 2, 1], [2, 2, 0, 0]]),
             torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]),
         ),
-        "bridge",  # it looks whether the mask begins with ones
+        "bridge lower",  # it looks whether the mask begins with ones
     ),
     "x-transformers": Program(language_model, (TOKENS,)),
     "vector quantization": Program(  # it asks a buffer whether codes exist yet
         lambda: quantizer(VectorQuantize), (randn(2, 5, 8),), "bridge device", 3
+    ),
+    "vector quantization, k-means": Program(  # as many codes as vectors, whatever is drawn
+        lambda: VectorQuantize(dim=8, codebook_size=6, kmeans_init=True, kmeans_iters=2),
+        (randn(2, 3, 8),),
+        "bridge lower",
+        1,
+        True,
     ),
     "vector quantization, residual": Program(
         lambda: quantizer(ResidualVQ, num_quantizers=2), (randn(2, 5, 8),), "bridge", 2
@@ -391,13 +474,12 @@ PROGRAMS: dict[str, Program] = {
         (randn(4, 3),),
     ),
     "zuko, integrals": Program(
-        lambda: Uses(likelihood, flow=zuko.flows.UNAF(3, transforms=1, hidden_features=[8])),
+        lambda: Uses(likelihood, flow=zuko.flows.UNAF(3, transforms=1, hidden_features=[4])),
         (randn(4, 3),),
-        "bridge",
     ),
-    "torchcde": Program(lambda: controlled(False), (randn(3, 5, 2), randn(3, 4)), "bridge"),
+    "torchcde": Program(lambda: controlled(False), (randn(3, 5, 2), randn(3, 4)), "bridge lower"),
     "torchcde, adjoint": Program(
-        lambda: controlled(True), (randn(3, 5, 2), randn(3, 4)), "bridge"
+        lambda: controlled(True), (randn(3, 5, 2), randn(3, 4)), "bridge lower"
     ),
     "minGRU": Program(lambda: minGRU(8), (randn(2, 6, 8),)),
     "torchrecurrent, MGU": Program(lambda: torchrecurrent.MGU(3, 4), STEPS),
@@ -493,7 +575,8 @@ def check(apply: Any, variables: Any, program: Program, want: Expected) -> None:
         for i, x in zip(where, chosen, strict=True):
             args[i] = x
         given = {**variables, "params": params, "buffers": buffers}
-        result = apply(given, *args, train=train)
+        key = {"rng": jax.random.key(0)} if program.draws else {}
+        result = apply(given, *args, train=train, **key)
         out, buffers = result if train else (result, buffers)
         return score(out), (out, buffers)
 
@@ -513,4 +596,7 @@ def check(apply: Any, variables: Any, program: Program, want: Expected) -> None:
         close(g, zeros_of(g) if x is None else x, f"input {k}")
     for name, b in buffers.items():
         if name in want.buffers:
-            close(b, want.buffers[name], name)
+            x = want.buffers[name]
+            # What is drawn decides the order.
+            b, x = (jnp.sort(b, None), x.flatten().sort().values) if program.draws else (b, x)
+            close(b, x, name)

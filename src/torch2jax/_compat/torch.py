@@ -355,8 +355,10 @@ def answering_shapes(answer: Callable[[], bool]) -> Any:
             try:
                 return super().evaluate_expr(orig_expr, *args, **kwargs)
             except GuardOnDataDependentSymNode:
-                if not isinstance(orig_expr, sympy.logic.boolalg.Boolean):
-                    raise  # it asks for the size itself, as a number
+                # To sympy a symbol is a number and a truth value at once.
+                is_number = isinstance(orig_expr, sympy.Expr)
+                if is_number or not isinstance(orig_expr, sympy.logic.boolalg.Boolean):
+                    raise  # it asks for the size itself
                 return sympy.true if answer() else sympy.false
 
     return Answering()

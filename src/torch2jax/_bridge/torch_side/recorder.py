@@ -45,6 +45,8 @@ class Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is _VALUE_OF and not isinstance(args[0], torch.Tensor):
+            return args[0]  # a number of TorchScript's, which arrives as what it is
         if func.namespace != "prim":  # these query a device or a layout
             self.last = str(func)
         if torch.Tag.nondeterministic_seeded in func.tags and draws(func._schema, args, kwargs):
@@ -105,6 +107,9 @@ class Recorder(TorchDispatchMode):
         if any(r() is not None for r in self._results):
             gc.collect()
         return [t for r in self._results if (t := r()) is not None]
+
+
+_VALUE_OF: Any = torch.ops.aten._local_scalar_dense.default
 
 
 def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -4,6 +4,13 @@ Under ``lower=True`` JAX differentiates what the forward pass did, operator by o
 with a derivative of its own (a straight-through estimator) must keep that. So ``apply`` becomes a
 ``jax.custom_vjp``. Its backward pass runs the forward pass again under PyTorch's autograd, on
 tracers, and then PyTorch's backward pass.
+
+NOTE [Callables among the arguments]. A callable may close over tensors. Those that are arguments,
+too, get derivatives as such: PyTorch knows them by identity. So the runs are made on the arguments'
+own objects, which hold the arrays of the run for that time. All others are constants to PyTorch's
+derivative, and so they are to JAX's. JAX takes no closed-over tracers, so they become operands
+without a derivative. Where there are such tensors, the backward pass is traced beside the forward
+pass, as long as they are there.
 """
 
 from __future__ import annotations
@@ -16,6 +23,7 @@ from typing import Any
 import jax
 import torch
 from jax.core import Tracer
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from torch.utils import _pytree as torch_tree
 from torch.utils.checkpoint import CheckpointFunction
 
@@ -23,7 +31,7 @@ from ..._compat.torch import custom_function_base
 from .. import random_streams
 from ..operators.constants import value_of
 from ..setup.changes_of_pytorch import replace_while_tracing, replacing
-from ..tensors.tensor import Tensor, become, recorded, wrap, write
+from ..tensors.tensor import Cell, Tensor, become, recorded, wrap, write
 from ..thread_state import state
 
 __all__ = ["differentiable_by_jax"]
@@ -31,6 +39,8 @@ __all__ = ["differentiable_by_jax"]
 
 class _Active(threading.local):
     depth = 0
+    backwards = 0
+    """How many backward passes are being traced beside their forward pass."""
 
 
 _active = _Active()
@@ -68,16 +78,16 @@ def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
     if not any(leaves[i].is_floating_point() or leaves[i].is_complex() for i in places):
         return _plain(cls, *args, **kwargs)
     function = _Differentiated(cls, leaves, spec, places)
-    arrays = [value_of(leaves[i]) for i in places]
-    if not any(recorded(leaves[i]) for i in places):
-        return function.outputs(function.call(*arrays), [leaves[i] for i in places])
+    given = [leaves[i] for i in places]
+    if not any(map(recorded, given)):
+        return function.outputs(function.results(given), given)
     # PyTorch's own autograd is at work here. Its graph gets values that have JAX's derivative.
     out = _plain(cls, *args, **kwargs)
     made = [x for x in torch_tree.tree_leaves(out) if isinstance(x, Tensor)]
     after = function.stream.count if function.stream is not None else 0
-    given = {id(leaves[i]._cell) for i in places}
-    for x, result in zip(made, function.call(*arrays), strict=True):
-        if any(x is leaves[i] for i in places) or id(x._cell) not in given:
+    cells = {id(x._cell) for x in given}
+    for x, result in zip(made, function.results(given), strict=True):
+        if any(x is y for y in given) or id(x._cell) not in cells:
             write(x, result)
         else:
             become(x, wrap(result, x.dtype))
@@ -102,16 +112,96 @@ class _Differentiated:
         self.out_spec: Any = None
         self.written: dict[int, int] = {}
         """Which input an output is (``mark_dirty``), by their places among the tensors."""
-        self.call = jax.custom_vjp(self._call)
-        self.call.defvjp(lambda *arrays: (self.call(*arrays), arrays), self._backward)
+        self._users = cls.__module__.partition(".")[0] != __name__.partition(".")[0]
+        self._has_callables = any(map(callable, self.leaves))
+        self.objects: list[Tensor | None] = [None] * len(places)
+        """The arguments' own tensors, while a run may use them."""
+
+    def results(self, given: list[Tensor]) -> list[Any]:
+        """Return the arrays of the function's outputs, which have its derivative for JAX."""
+        arrays = [value_of(x) for x in given]
+        self.objects = [x if x.is_leaf else None for x in given]
+        try:
+            call, held, outs = _converted(self._call, *arrays)
+            backward, kept = self._backward, []
+            # A backward pass may call its own function, so it is traced to one depth only.
+            if self._users and not _active.backwards and (held or self._has_callables):
+                backward, kept = self._traced_backward(arrays, outs)
+        finally:
+            # No tensor of the trace is kept, because JAX keeps this object with the program.
+            self.objects = [None] * len(given)
+        n, m = len(arrays), len(arrays) + len(held)
+
+        def function(*operands: Any) -> list[Any]:
+            return call(*operands[:m])
+
+        def backwards(operands: Any, cotangents: Any) -> Any:
+            found = backward(operands[:n], cotangents, *operands[m:])
+            return (*found, *[None] * (len(operands) - n))
+
+        custom = jax.custom_vjp(function)
+        custom.defvjp(lambda *operands: (function(*operands), operands), backwards)
+        return custom(*arrays, *held, *kept)
+
+    def _traced_backward(self, arrays: Any, outs: Any) -> tuple[Any, Any]:
+        """Trace the backward pass; return it and the tensors that it uses beside its arguments."""
+        floats = [jax.numpy.issubdtype(x.dtype, jax.numpy.inexact) for x in outs]
+        like = [
+            jax.numpy.zeros(x.shape, x.dtype)
+            for x, is_float in zip(outs, floats, strict=True)
+            if is_float
+        ]
+
+        def full(chosen: Any) -> list[Any]:
+            left = iter(chosen)
+            return [next(left) if is_float else None for is_float in floats]
+
+        _active.backwards += 1
+        try:
+            back, kept, _ = _converted(lambda a, c: self._backward(a, full(c)), arrays, like)
+        except Exception as error:
+            raised = _without_frames(error)  # of a derivative that may not be asked for
+
+            def refuse(*_: Any) -> Any:
+                raise raised
+
+            return refuse, []
+        finally:
+            _active.backwards -= 1
+
+        def backward(arrays: Any, cotangents: Any, *kept: Any) -> Any:
+            chosen = [c for c, is_float in zip(cotangents, floats, strict=True) if is_float]
+            return back(*arrays, *chosen, *kept)
+
+        return backward, kept
 
     def _call(self, *arrays: Any) -> list[Any]:
-        return [value_of(x) for x in self._run(arrays, False)[1]]
+        with self._inputs(arrays) as inputs:
+            return [value_of(x) for x in self._run(inputs, False)]
 
-    def _run(self, arrays: Any, requires_grad: bool) -> tuple[list[Tensor], list[Tensor]]:
-        """Return inputs and outputs of the function on these arrays."""
+    @contextlib.contextmanager
+    def _inputs(self, arrays: Any) -> Iterator[list[Tensor]]:
+        """Give tensors that hold the arrays: the arguments' own objects, where there are some."""
+        inputs = [
+            wrap(a, d) if x is None else x
+            for a, d, x in zip(arrays, self.dtypes, self.objects, strict=True)
+        ]
+        own = [x for x in self.objects if x is not None]
+        before = [(x, x._cell, x._chain, x._memo, recorded(x)) for x in own]
+        try:
+            for x, a, mine in zip(inputs, arrays, self.objects, strict=True):
+                if mine is not None:
+                    x._cell, x._chain, x._memo = Cell(a), None, None
+                    x.requires_grad_(False)
+            yield inputs
+        finally:
+            for x, cell, chain, memo, was_recorded in before:
+                x._cell, x._chain, x._memo = cell, chain, memo
+                x.requires_grad_(was_recorded)
+
+    def _run(self, tensors: list[Tensor], requires_grad: bool) -> list[Tensor]:
+        """Return the outputs of the function on these inputs."""
         with self.resume():
-            tensors = [wrap(a, d) for a, d in zip(arrays, self.dtypes, strict=True)]
             given = tensors
             if requires_grad:
                 for t in tensors:
@@ -137,14 +227,14 @@ class _Differentiated:
                 self.written = {
                     j: i for j, x in enumerate(made) for i, t in enumerate(given) if x is t
                 }
-        return tensors, made
+        return made
 
     def _backward(self, arrays: Any, cotangents: Any) -> Any:
-        with self.resume():
-            return self._gradients(arrays, cotangents)
+        with self.resume(), self._inputs(arrays) as inputs:
+            return self._gradients(inputs, arrays, cotangents)
 
-    def _gradients(self, arrays: Any, cotangents: Any) -> Any:
-        inputs, outs = self._run(arrays, True)
+    def _gradients(self, inputs: list[Tensor], arrays: Any, cotangents: Any) -> Any:
+        outs = self._run(inputs, True)
         pairs = [
             (x, wrap(ct, x.dtype)) for x, ct in zip(outs, cotangents, strict=True) if recorded(x)
         ]
@@ -191,7 +281,37 @@ class _Differentiated:
         return torch_tree.tree_unflatten(found, self.out_spec)
 
 
-_TENSOR = object()
+def _converted(fn: Any, *args: Any) -> tuple[Any, list[Any], Any]:
+    """Trace ``fn``; return it for flat operands, the tracers that it closes over, its result.
+
+    These are its last operands. ``jax.closure_convert`` leaves tracers of integers where they are.
+    """
+    closed, out = jax.make_jaxpr(fn, return_shape=True)(*args)
+    jaxpr, spec = closed.jaxpr, jax.tree.structure(out)
+    held = [c for c in closed.consts if isinstance(c, Tracer)]
+    count = len(held)  # the tracers themselves are not kept
+    fixed = [_HELD if isinstance(c, Tracer) else c for c in closed.consts]
+
+    def call(*operands: Any) -> Any:
+        n = len(operands) - count
+        last = iter(operands[n:])
+        consts = [next(last) if c is _HELD else c for c in fixed]
+        results = jaxpr_as_fun(ClosedJaxpr(jaxpr, consts))(*operands[:n])
+        return jax.tree.unflatten(spec, results)
+
+    return call, held, out
+
+
+def _without_frames(error: Exception) -> Exception:
+    """Take the frames, which keep tensors of a trace, from an error and those that it came from."""
+    link: BaseException | None = error
+    while link is not None:
+        link.__traceback__ = None
+        link = link.__cause__ or link.__context__
+    return error
+
+
+_TENSOR, _HELD = object(), object()
 
 
 replace_while_tracing(custom_function_base, "apply", classmethod(_apply))

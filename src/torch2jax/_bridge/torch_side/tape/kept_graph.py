@@ -160,9 +160,11 @@ class _View(NamedTuple):
 def refuses_hooks(error: RuntimeError) -> bool:
     """Return whether a function cannot run under hooks on saved tensors.
 
-    ``torch.func.grad`` inside it says so; a checkpoint under vmap saves tensors without storage.
+    ``torch.func.grad`` inside it says so; ``torch.func.jvp``, and a checkpoint under vmap, save
+    tensors without storage.
     """
-    return "saved tensor hooks" in str(error) or "BatchedTensorImpl" in str(error)
+    words = ("saved tensor hooks", "BatchedTensorImpl", "invalid python storage")
+    return any(x in str(error) for x in words)
 
 
 def packing(saved: SavedTensors) -> saved_tensors_hooks:
