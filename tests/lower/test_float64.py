@@ -301,7 +301,7 @@ def rt_detr() -> Any:
 
 @pytest.mark.usefixtures("quiet")
 def test_rt_detr() -> None:
-    """Its values: PyTorch 2.13's own gradients are wrong, by batch norm's before a transposition."""
+    """Its values: PyTorch 2.13's own gradients are wrong for a batch of one. See reliability.md."""
     torch.manual_seed(0)
     model, x = rt_detr().eval(), wave(1, 3, 64, 64)
     apply, variables = from_module(model, lower=True)
