@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from torch import nn
 
 from torch2jax import SignatureError, Torch2JaxError, from_module, torch2jax
 from torch2jax._bridge.compiled import cache, command
+from torch2jax._bridge.compiled.building import digest_of
+from torch2jax._bridge.compiled.graphs import Graph
+from torch2jax._bridge.torch_side.inference import Spec
 
 X = jnp.ones(3)
 HELD = torch.zeros(3)
@@ -78,6 +82,23 @@ def test_a_module_that_draws_without_a_key() -> None:
     apply, variables = from_module(nn.Dropout(0.5), compiled=True)
     with pytest.raises(SignatureError, match="pass a JAX key as rng="):
         apply(variables, X, train=True)
+
+
+def test_libraries_of_other_graphs_have_other_names() -> None:
+    """A graph may hold graphs: the branches of ``torch.cond``."""
+
+    def graph(number: float) -> Graph:
+        inner = torch.fx.symbolic_trace(lambda x: x + number)
+        outer = torch.fx.Graph()
+        x = outer.placeholder("x")
+        held = outer.get_attr("inner")
+        outer.output((outer.call_function(operator.call, (held, x)),))
+        module = torch.fx.GraphModule({"inner": inner}, outer)
+        spec = Spec((3,), torch.float32, torch.device("cpu"))
+        return Graph(module, (spec,), (), (spec,))
+
+    assert digest_of(graph(1.0)) == digest_of(graph(1.0))
+    assert digest_of(graph(1.0)) != digest_of(graph(2.0))
 
 
 def _put(folder: Path, name: str, size: int, age: float) -> Path:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import operator
 import os
 import platform
 import shutil
@@ -33,10 +34,10 @@ Tensor = torch.Tensor
 def digest_of(graph: Graph) -> str:
     """Return what the library of a graph is called: a digest of all that decides it."""
     facts = [
-        _text_of(graph),
+        _text_of(graph.module),
         *(f"{s.shape} {s.dtype} {s.device}" for s in (*graph.operands, *graph.results)),
         *(f"{tuple(c.shape)} {c.dtype} {c.device}" for c in graph.constants),
-        json.dumps(surroundings(), sort_keys=True),
+        json.dumps([surroundings(), _OPTIONS], sort_keys=True),
     ]
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:40]
 
@@ -65,15 +66,18 @@ def _processor() -> str:
     return hashlib.sha256(" ".join(sorted(text.split())).encode()).hexdigest()[:16]
 
 
-def _text_of(graph: Graph) -> str:
-    """Return the graph as text that is the same in each process."""
+def _text_of(module: torch.fx.GraphModule) -> str:
+    """Return a graph as text that is the same in each process, with the graphs that it holds."""
     names: dict[Any, str] = {}
     lines = []
-    for i, node in enumerate(graph.module.graph.nodes):
+    for i, node in enumerate(module.graph.nodes):
         names[node] = f"%{i}"
         args = map_arg((node.args, dict(node.kwargs)), lambda n: _Named(names[n]))  # type: ignore[arg-type,return-value]
         target = "" if node.op in ("placeholder", "output") else str(node.target)
         lines.append(f"{names[node]} {node.op} {target} {args}")
+        if node.op == "get_attr":  # an operator of higher order, such as torch.cond, has branches
+            held = operator.attrgetter(node.target)(module)
+            lines.append(_text_of(held) if isinstance(held, torch.fx.GraphModule) else repr(held))
     return "\n".join(lines)
 
 
