@@ -11,7 +11,7 @@
 #include <utility>
 #include <vector>
 
-#include "compiled/handler.h"
+#include "compiled/calls.h"
 #include "compiled/library.h"
 #include "device/eager.h"
 #include "handler/cuda_driver.h"

@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 NEEDS = {
     "bert_topics": ["transformers", "optax", "scipy", "rich", "matplotlib"],
+    "compiled_dynamics": [],
     "custom_operator": ["rich", "matplotlib"],
     "equinox_digits": ["equinox", "sklearn", "rich", "matplotlib"],
     "feature_extractor": ["flax", "sklearn", "rich", "matplotlib"],
@@ -33,6 +34,7 @@ NEEDS = {
 """What an example imports beside jax and torch."""
 
 PRINTS = {
+    "compiled_dynamics": ["steps a second", "energy drifts by 0.0"],
     "jax_in_pytorch": ["ms an update"],
     "llama_sharded": ["(8, 64) on each of 8 devices", "those of one device"],
     "stablehlo_without_torch": ["ran", "the results are PyTorch's"],
@@ -41,6 +43,7 @@ PRINTS = {
     "vllm_style": ["of int8", "donated", "those of plain PyTorch"],
 }
 SUFFIXES = {
+    "compiled_dynamics": None,
     "equinox_digits": ".eqx",
     "gpt_on_jax": None,
     "jax_in_pytorch": None,

@@ -57,12 +57,13 @@ def save_compiled(
         loaded, or a function of PyTorch that is not compiled.
 
     Examples:
-      >>> import jax, jax.numpy as jnp, torch
+      >>> import os, tempfile, jax, jax.numpy as jnp, torch
       >>> from torch2jax import export_checks, torch2jax
       >>> f = torch2jax(lambda x: 2 * x, compiled=True)
       >>> export = jax.export.export(jax.jit(f), disabled_checks=export_checks)
-      >>> save_compiled("double.zip", export(jnp.ones(3)))  # doctest: +SKIP
-      >>> load_compiled("double.zip")(jnp.ones(3))  # doctest: +SKIP
+      >>> path = os.path.join(tempfile.mkdtemp(), "double.zip")
+      >>> save_compiled(path, export(jnp.ones(3)))
+      >>> load_compiled(path)(jnp.ones(3))
       Array([2., 2., 2.], dtype=float32)
     """
     names: set[str] = set()
@@ -111,9 +112,24 @@ def load_compiled(path: str | os.PathLike[str]) -> LoadedProgram:
     The file holds machine code, which this process will run: load only what comes from a source
     that you trust. Its libraries go into the cache of compiled libraries.
 
+    Args:
+      path: the file.
+
+    Returns:
+      The program, a function of arrays. Its ``exported`` is what ``jax.export`` made: the types of
+      arguments and results, and the platforms.
+
     Raises:
       Torch2JaxError: for another file, a damaged one, or one that was made for another processor or
         version of PyTorch.
+
+    Examples:
+      >>> from torch2jax import Torch2JaxError
+      >>> try:
+      ...     load_compiled(__file__)
+      ... except Torch2JaxError as error:
+      ...     print(str(error).partition(" is ")[2])
+      no file of save_compiled: File is not a zip file
     """
     try:
         with zipfile.ZipFile(path) as archive:

@@ -160,6 +160,20 @@ def _refill(live: Any, copy: Any) -> None:
 # --- what a run left elsewhere -------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def thawed() -> Iterator[None]:
+    """Let ``gc.get_referrers`` see what ``gc.freeze()`` has set aside; it is set aside again."""
+    if not gc.get_freeze_count():
+        yield
+        return
+    gc.unfreeze()
+    try:
+        yield
+    finally:
+        gc.collect()  # what is frozen as garbage would stay
+        gc.freeze()
+
+
 def take_out(tensors: Sequence[Tensor]) -> None:
     """Take tensors that a trace made out of whatever keeps them, so that they are made again.
 
@@ -168,6 +182,11 @@ def take_out(tensors: Sequence[Tensor]) -> None:
     So is an attribute, or it is gone where the class has it or ``__init__`` does not name it. What
     belongs to PyTorch or JAX stays as it is.
     """
+    with thawed():
+        _take_out(tensors)
+
+
+def _take_out(tensors: Sequence[Tensor]) -> None:
     kept: list[Any] = list(tensors)
     caches_only = False
     for _ in range(4):

@@ -1,4 +1,4 @@
-#include "compiled/handler.h"
+#include "compiled/calls.h"
 
 #include <algorithm>
 #include <array>
