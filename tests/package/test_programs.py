@@ -49,7 +49,12 @@ def test_the_extras_have_them() -> None:
         for extra in ("test", "demo", "flax", "equinox", "orbax", "safetensors", "numpyro")
         for name in optional[extra]
     }
-    own = {"orbax": "orbax_checkpoint", "torchcrf": "pytorch_crf", "mtst": "mtst_forecasting"}
+    own = {
+        "orbax": "orbax_checkpoint",
+        "yaml": "pyyaml",
+        "torchcrf": "pytorch_crf",
+        "mtst": "mtst_forecasting",
+    }
     missing = {
         row.library
         for row in programs.rows()
