@@ -1,8 +1,8 @@
 """What the tape learns of a function: see NOTE [Habits] in tape/habits.py.
 
 Expected values come from jax.numpy twins. The first graph of a function may be refused (it is then
-kept on copies from the second on): in a process that ran many tests before, it is. So one graph
-less is right here.
+kept on copies from the second on): in a process that ran many tests before, it is. A pullback
+without a graph is no hit and no miss, so one less is right here.
 """
 
 from __future__ import annotations
@@ -84,9 +84,8 @@ def test_a_scan_takes_all_its_graphs(x, outer_jit):
     for k in (1.0, 2.0):
         close(maybe(jax.grad(loss))(x * k), jax.grad(through_scan(twin, 300))(x * k))
     after = tape_info()
-    hits, misses = after.hits - before.hits, after.misses - before.misses
-    assert hits + misses == 600
-    assert misses <= 1
+    assert after.hits - before.hits in (599, 600)
+    assert after.misses == before.misses
     assert after.evictions == before.evictions
     assert after.entries == 0
 
@@ -102,8 +101,8 @@ def test_a_step_by_hand_is_learnt(x):
         return x.sum()
 
     c, hits, misses = chain_by_hand(f, x, 20)
-    assert hits + misses == 20
-    assert hits in (3, 4)  # the first time nobody knows
+    assert hits == 4  # the first time nobody knows
+    assert misses in (15, 16)
     close(c, jax.grad(by_twin)(x))
     for _ in range(2):
         c, hits, misses = chain_by_hand(f, x, 20)
