@@ -18,6 +18,8 @@ from torch2jax._bridge.handler import extension
 from torch2jax._bridge.jax_side import lowering
 
 _numbers = itertools.count()
+_entries: list[Any] = []
+"""They live as long as the process, as libraries do."""
 graphs: list[Any] = []
 """The graphs that ran, in the order in which they were lowered."""
 
@@ -40,7 +42,7 @@ def _lower_recorded(ctx: Any, operands: Sequence[Any], callee: Any) -> Sequence[
         outputs=[str(i) for i in range(len(ctx.avals_out))],
         default_dtype=callee.options.default_dtype,
     )
-    ctx.module_context.add_keepalive(entry)
+    _entries.append(entry)
     return jax.ffi.ffi_lowering(extension.TARGET)(ctx, *operands, name=entry.name)
 
 
