@@ -341,7 +341,9 @@ class Rows(Vmap):
 
 
 def _is_cut(g: Tensor) -> bool:
-    return not g.requires_grad and bool(g.any())
+    if g.requires_grad or torch.compiler.is_compiling():  # there it has no values to look at
+        return False
+    return bool(g.any())
 
 
 def _check_connected(grads: Tensors) -> None:
