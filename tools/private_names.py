@@ -4,7 +4,7 @@
     python tools/private_names.py --check    # fail where the page or the table is not what is used
 
 A name is private where a part of it begins with an underscore, as in ``jax._src.core``. What each
-is for stands in src/torch2jax/_doctor/private_names.py. Names of PyTorch's operators
+is for stands in src/torch2jax/_compat/private_names.py. Names of PyTorch's operators
 (``torch.ops.aten._softmax``) do not count, because operators are what PyTorch exports.
 """
 
@@ -21,7 +21,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "src" / "torch2jax"
-TABLES = PACKAGE / "_doctor" / "private_names.py"
+TABLES = PACKAGE / "_compat" / "private_names.py"
 PAGE = ROOT / "docs" / "private-names.md"
 LIBRARIES = {"torch", "jax", "jaxlib"}
 PYTHONS_OWN = {"_fields", "_getframe", "_lru_cache_wrapper"}

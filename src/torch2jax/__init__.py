@@ -5,7 +5,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Size
 
-from ._bridge import jax_side as jax_side  # registers the primitive's rules
+try:
+    from ._bridge import jax_side as jax_side  # registers the primitive's rules
+except (ImportError, AttributeError) as error:
+    from ._compat.private_names import explain
+
+    raise explain(error) from error
+
 from ._bridge.jax_side.exporting import export_checks
 from ._bridge.torch_side.tape.table import TapeInfo, clear_tape, set_tape_budget, tape_info
 from ._conversions.convert import j2t, t2j, tree_j2t, tree_t2j

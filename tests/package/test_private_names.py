@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 
-from torch2jax._doctor import findings, private_names
+from torch2jax._compat import private_names
+from torch2jax._doctor import findings
 
 ROOT = Path(__file__).resolve().parents[2]
 if not (ROOT / "tools" / "private_names.py").exists():
@@ -77,3 +81,21 @@ def test_the_doctor_names_what_has_gone(monkeypatch: pytest.MonkeyPatch) -> None
         "gone: torch._C._dropped.thing (does this); jax._src.nowhere.thing (does that)"
     )
     assert found.remedy
+
+
+def test_an_import_that_fails_names_what_has_gone() -> None:
+    """An import of the package with a jax that has dropped a name says so in one line."""
+    program = (
+        "import jax._src.core as core\n"
+        "import jax\n"
+        "del core.trace_state_clean\n"
+        "try:\n    import torch2jax\nexcept ImportError as e:\n    print(e)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert f"does not work with jax {jax.__version__} and torch" in done.stdout, done.stderr
+    assert "which lack jax._src.core.trace_state_clean." in done.stdout
+
+
+def test_an_import_that_fails_otherwise_stays_itself() -> None:
+    error = ImportError("libother.so is not there")
+    assert private_names.explain(error) is error

@@ -10,20 +10,20 @@ from typing import Any
 
 import jax
 
+# The public way to ask for these settings takes two functions of Python, and two have none.
+from jax._src import config as _config
+
 # The sharding and varying axes of a new aval have no public constructor.
 from jax._src import core as _core
 
 # Effects have no public registration; jax's own FFI call registers its effect the same way.
 from jax._src import effects as _effects
+from jax._src import mesh as _mesh
 
 # The public class of arrays, jax.Array, is an ABC whose instance check costs a microsecond.
 from jax._src.array import ArrayImpl
-
-# The public way to ask for these settings takes two functions of Python, and two have none.
-from jax._src.config import abstract_mesh_context_manager as _abstract_mesh
 from jax._src.config import default_device as _default_device
 from jax._src.config import default_matmul_precision as _default_matmul_precision
-from jax._src.config import device_context as _concrete_mesh
 from jax._src.config import enable_x64 as _enable_x64
 
 # The public way to ask whether a transform is under way takes more than a microsecond. Which one it
@@ -337,6 +337,13 @@ def has_run(jitted: Any) -> bool:
     """Return whether a function of ``jax.jit`` has been compiled, for whatever operands."""
     return jitted._cache_size() > 0
 
+
+if hasattr(_mesh, "abstract_mesh_context_manager"):  # from jax 0.12 on
+    _abstract_mesh: Any = _mesh.abstract_mesh_context_manager
+    _concrete_mesh: Any = _mesh.device_context
+else:
+    _abstract_mesh = _config.abstract_mesh_context_manager
+    _concrete_mesh = _config.device_context
 
 _SETTINGS: tuple[Any, ...] = (
     _enable_x64,

@@ -20,9 +20,9 @@ import torch
 from .. import __version__
 from .._bridge.handler.extension import PLATFORMS, TARGET, dlpack_path, dtype_routes
 from .._bridge.torch_side.tape.table import default_budget, tape_info
+from .._compat.private_names import NAMES, gone
 from .allocators import allocators
 from .diagnosis import Check
-from .private_names import NAMES, gone
 
 LIBRARIES = ("flax", "equinox", "optax", "orbax-checkpoint", "numpyro", "transformers")
 """Optional libraries; the doctor shows the versions of those that are installed."""

@@ -8,17 +8,16 @@ writes docs/private-names.md.
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 from typing import Any
 
-__all__ = ["ATTRIBUTES", "NAMES", "SOMETIMES", "gone"]
+__all__ = ["ATTRIBUTES", "NAMES", "SOMETIMES", "explain", "gone"]
 
 NAMES = {
     # JAX
     "jax._src.array.ArrayImpl": "Is the class of arrays; the check of the public one takes a microsecond.",
-    "jax._src.config.abstract_mesh_context_manager.get_local": "Tells the mesh that decides what is traced.",
     "jax._src.config.default_device.value": "Tells where new arrays go, in this thread.",
     "jax._src.config.default_matmul_precision.get_local": "Tells the precision that decides what is traced.",
-    "jax._src.config.device_context.get_local": "Tells the mesh that decides what is traced.",
     "jax._src.config.enable_x64.value": "Tells whether 64-bit values are on, at each call.",
     "jax._src.core.Primitive": "Is the class of primitives; the public name of it loads pallas.",
     "jax._src.core.ShapedArray": "Describes a result that varies over axes of a mesh.",
@@ -120,7 +119,11 @@ NAMES = {
 """The package does not work, or a part of it, where one of these is gone."""
 
 SOMETIMES = {
+    "jax._src.config.abstract_mesh_context_manager": "Tells the mesh that decides what is traced, up to jax 0.11.",
+    "jax._src.config.device_context": "Tells the mesh that decides what is traced, up to jax 0.11.",
     "jax._src.core.ManualAxisType": "Describes a result that varies over axes, from jax 0.10 on.",
+    "jax._src.mesh.abstract_mesh_context_manager": "Tells the mesh that decides what is traced, from jax 0.12 on.",
+    "jax._src.mesh.device_context": "Tells the mesh that decides what is traced, from jax 0.12 on.",
     "jax._src.mesh.empty_abstract_mesh": "Stands for jax.sharding.get_mesh, which jax 0.7 lacks.",
     "jax._src.mesh.get_concrete_mesh": "Stands for jax.sharding.get_mesh, which jax 0.7 lacks.",
     "torch._C._get_privateuse1_backend_name": 'Tells whether another library has made a device; device "jax" needs PyTorch 2.10.',
@@ -168,6 +171,21 @@ ATTRIBUTES = {
 def gone() -> list[str]:
     """Return those of ``NAMES`` that the installed PyTorch and JAX do not have."""
     return [name for name in NAMES if not _there(name)]
+
+
+def explain(error: Exception) -> Exception:
+    """Return the error with which the package's own import fails.
+
+    It names the installed versions where they lack a private name. Any other error stays itself.
+    """
+    missing = gone()
+    if not missing:
+        return error
+    versions = " and ".join(f"{x} {importlib.metadata.version(x)}" for x in ("jax", "torch"))
+    return ImportError(
+        f"This torch2jax does not work with {versions}, which lack {', '.join(missing)}. Update "
+        "torch2jax, or install versions that the table in its README names."
+    )
 
 
 def _there(name: str) -> bool:
