@@ -195,11 +195,6 @@ def plain_apply(function: Any) -> Any:
     return base.apply
 
 
-custom_function_base: Any = torch.autograd.function._SingleLevelFunction
-"""In this class ``torch.autograd.Function.apply``, however it is reached, looks for PyTorch's own
-``apply``."""
-
-
 module_calls: Any = torch.nn.modules.module
 """A module's call looks here for ``BackwardHook``."""
 

@@ -22,8 +22,9 @@ changes stay. ``change_pytorch`` makes them. Other tensors are computed as befor
 
 These changes last while a function is traced, and are undone after it.
 
-- ``autograd.Function.apply`` and the ``BackwardHook`` of modules: a derivative that the user has
-  written must become one of JAX's. Other threads go past ours to PyTorch's.
+- ``forward`` of an ``autograd.Function``, as its class gives it, and the ``BackwardHook`` of
+  modules: a derivative that the user has written must become one of JAX's. Other threads go past
+  ours to PyTorch's.
 - ``_detect_is_causal_mask`` of transformers and ``_BatchNorm.forward``: they ask a tensor for its
   value, which a trace does not have. For other tensors they do what PyTorch's do.
 - Functions that ``torch.compile`` has made run uncompiled: it does not compile for device jax.

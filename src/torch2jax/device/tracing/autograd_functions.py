@@ -16,6 +16,7 @@ pass, as long as they are there.
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -27,7 +28,6 @@ from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from torch.utils import _pytree as torch_tree
 from torch.utils.checkpoint import CheckpointFunction
 
-from ..._compat.torch import custom_function_base
 from .. import random_streams
 from ..operators.constants import value_of
 from ..setup.changes_of_pytorch import replace_while_tracing, replacing
@@ -41,6 +41,8 @@ class _Active(threading.local):
     depth = 0
     backwards = 0
     """How many backward passes are being traced beside their forward pass."""
+    grad = True
+    """Whether gradients were on when ``apply`` was called, which switches them off."""
 
 
 _active = _Active()
@@ -48,10 +50,10 @@ _active = _Active()
 
 @contextlib.contextmanager
 def differentiable_by_jax() -> Iterator[None]:
-    """In this scope ``apply`` of autograd functions is ours, for this thread.
+    """In this scope autograd functions have their derivative for JAX, on this thread.
 
-    PyTorch's ``apply`` in Python calls one in C++, which it finds through a base class. During a
-    trace it finds ours first, even where ``apply`` was looked up earlier.
+    However ``apply`` is reached, by its name or kept from earlier, PyTorch's code in C++ looks for
+    ``setup_context`` in the class, then for ``forward``. During a trace it finds ours.
     """
     _active.depth += 1
     try:
@@ -61,39 +63,71 @@ def differentiable_by_jax() -> Iterator[None]:
         _active.depth -= 1
 
 
-def _plain(cls: Any, *args: Any, **kwargs: Any) -> Any:
-    return super(custom_function_base, cls).apply(*args, **kwargs)
+def _look_up(cls: Any, name: str) -> Any:
+    """Stand for ``getattr(cls, name)`` of the classes of autograd functions."""
+    found = type.__getattribute__(cls, name)
+    if _active.depth:
+        if name == "setup_context":
+            _active.grad = torch.is_grad_enabled()
+        elif name == "forward":
+            # PyTorch asks for its signature, too.
+            return functools.wraps(found)(functools.partial(_forward, cls, found))
+    return found
 
 
-def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-    if not _active.depth:
-        return _plain(cls, *args, **kwargs)
-    if cls is CheckpointFunction:  # JAX decides what to keep for its derivative
-        run_function, _, *rest = args
-        return run_function(*rest)
-    leaves, spec = torch_tree.tree_flatten((args, kwargs))
+def _forward(cls: Any, forward: Any, *args: Any) -> Any:
+    """Return what ``forward(*args)`` does, with the derivative of ``cls`` for JAX.
+
+    The first argument is the context, unless the class has a ``setup_context`` of its own.
+    """
+    separate = cls.setup_context is not torch.autograd.Function.setup_context
+    if not (_active.depth and (separate or (args and type(args[0]) is cls._backward_cls))):
+        return forward(*args)  # the class calls it itself, or another class does
+    inputs = args if separate else args[1:]
+    with torch.set_grad_enabled(_active.grad):
+        if cls is CheckpointFunction:  # JAX decides what to keep for its derivative
+            run_function, _, *rest = inputs
+            return run_function(*rest)
+    leaves, spec = torch_tree.tree_flatten(tuple(inputs))
     places = [
         i for i, x in enumerate(leaves) if type(x) is Tensor and isinstance(x._cell.array, Tracer)
     ]
     if not any(leaves[i].is_floating_point() or leaves[i].is_complex() for i in places):
-        return _plain(cls, *args, **kwargs)
+        return forward(*args)
     function = _Differentiated(cls, leaves, spec, places)
     given = [leaves[i] for i in places]
     if not any(map(recorded, given)):
-        return function.outputs(function.results(given), given)
+        out = function.outputs(_results(function, given), given)
+        if function.written and not separate:
+            args[0].mark_dirty(*[given[i] for i in function.written.values()])
+        return out
     # PyTorch's own autograd is at work here. Its graph gets values that have JAX's derivative.
-    out = _plain(cls, *args, **kwargs)
-    made = [x for x in torch_tree.tree_leaves(out) if isinstance(x, Tensor)]
+    outs, out_spec = torch_tree.tree_flatten(forward(*args))
     after = function.stream.count if function.stream is not None else 0
     cells = {id(x._cell) for x in given}
-    for x, result in zip(made, function.results(given), strict=True):
-        if any(x is y for y in given) or id(x._cell) not in cells:
-            write(x, result)
-        else:
+    results = iter(_results(function, given))
+    made = -1
+    for place, x in enumerate(outs):
+        if not isinstance(x, Tensor):
+            continue
+        made, result = made + 1, next(results)
+        if any(x is y for y in given):
+            if made in function.written:
+                write(x, result)
+            else:
+                outs[place] = wrap(result, x.dtype)
+        elif id(x._cell) in cells:
             become(x, wrap(result, x.dtype))
+        else:
+            write(x, result)
     if function.stream is not None:
         function.stream.count = after
-    return out
+    return torch_tree.tree_unflatten(outs, out_spec)
+
+
+def _results(function: _Differentiated, given: list[Tensor]) -> list[Any]:
+    with torch.set_grad_enabled(_active.grad):
+        return function.results(given)
 
 
 class _Differentiated:
@@ -211,12 +245,12 @@ class _Differentiated:
             full = list(self.leaves)
             for i, t in zip(self.places, given, strict=True):
                 full[i] = t
-            a, k = torch_tree.tree_unflatten(full, self.spec)
+            a = torch_tree.tree_unflatten(full, self.spec)
             if self.stream is not None:
                 self.stream.count = self.start  # every run draws the same
             depth, _active.depth = _active.depth, 0
             try:
-                out = _plain(self.cls, *a, **k)
+                out = self.cls.apply(*a)
             finally:
                 _active.depth = depth
             outs, out_spec = torch_tree.tree_flatten(out)
@@ -314,4 +348,4 @@ def _without_frames(error: Exception) -> Exception:
 _TENSOR, _HELD = object(), object()
 
 
-replace_while_tracing(custom_function_base, "apply", classmethod(_apply))
+replace_while_tracing(torch.autograd.function.FunctionMeta, "__getattribute__", _look_up)
