@@ -156,7 +156,7 @@ def by_hand(a: torch.Tensor) -> torch.Tensor:
 
 
 # PyTorch's reverse derivative of its forward derivative of these takes their statistics for
-# constants, and its attention has no forward derivative.
+# constants, and its attention has no forward derivative. (From 2.14 on it has no second one either.)
 RIGHT_BY_JVP: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "layer_norm": lambda a: by_hand(a)[0],
     "batch_norm": lambda a: by_hand(a)[0],
@@ -185,7 +185,7 @@ def by_jvp(op: Any, w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("name", OPERATORS)
 def test_derivatives_inside(name: str, way: Any) -> None:
     op = OPERATORS[name]
-    twin = RIGHT_BY_JVP.get(name, op) if way is by_jvp else op
+    twin = RIGHT_BY_JVP.get(name, op) if way is by_jvp or name == "attention" else op
     found = by_lower(lambda w, x: way(op, w, x), W, X)
     agree(found, right(lambda w, x: way(twin, w, x), W, X))
 
