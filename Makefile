@@ -78,8 +78,8 @@ soak: $(VENV)/.package ## long runs before a release: memory is flat, nothing ha
 test-fuzz: $(VENV)/.test ## 20,000 random calls, right and wrong (half an hour)
 	T2J_FUZZ_EXAMPLES=20000 $(PY) -m pytest --timeout=0 tests/bridge/test_fuzz.py $(PYTEST)
 
-test-matrix: $(VENV)/.test ## run the core tests on the oldest and newest jax, the oldest torch, Python 3.13 and 3.14
-	$(PY) tools/matrix.py --torch '$(TORCH)' $(if $(PYTEST),,--output README.md) -- $(PYTEST)
+test-matrix: $(VENV)/.test ## run the core tests on the oldest and newest jax and torch, and newer Pythons
+	$(PY) tools/matrix.py $(if $(PYTEST),,--output README.md) -- $(PYTEST)
 
 docs: $(VENV)/.docs ## build the site, strictly, into build/site
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build

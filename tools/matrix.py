@@ -1,4 +1,4 @@
-"""Run the core tests on the oldest and newest jax, the oldest torch, and Python 3.13 and 3.14.
+"""Run the core tests on the oldest and the newest jax and torch, and on newer Pythons.
 
     make test-matrix                              # all of it; writes the README's table
     T2J_MATRIX_PY313=0 make test-matrix           # without Python 3.13
@@ -7,10 +7,10 @@
 
 The two jax and the oldest torch of this Python are installed beside the environment, into
 .venv-matrix, and put first on PYTHONPATH: the same binary of the package meets all of them, as it
-does at a user's. The newer Pythons get an environment each and build the package there. On Linux,
-pip may bring a PyTorch with several GB of CUDA libraries into each of these. T2J_MATRIX_PY313 and
-T2J_MATRIX_PY314 name the interpreter, or leave it out with 0. Where there is none, that run is
-skipped, and the summary says so.
+does at a user's. Python 3.12, 3.13 and 3.14 get an environment each, with what `pip install .`
+brings there: the newest jax and torch. On Linux, pip may bring a PyTorch with several GB of CUDA
+libraries. T2J_MATRIX_PY312, T2J_MATRIX_PY313 and T2J_MATRIX_PY314 name the interpreter, or leave it
+out with 0. Where there is none, that run is skipped, and the summary says so.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ OLDEST_JAX = (
 # lower=True say so is tested in bridge/test_errors.py.
 NEED_DEVICE = ("device", "lower/test_functions.py", "torchax")
 
-CELLS = ("oldest", "oldest-torch", "newest", "python3.13", "python3.14")
+CELLS = ("oldest", "oldest-torch", "newest", "python3.12", "python3.13", "python3.14")
 
 VERSIONS = """
 import importlib.metadata as m, json, platform
@@ -149,8 +149,8 @@ def find_python(version: str, choice: str = "") -> Path | str:
     return f"{choice} is not Python {version}" if choice else f"no Python {version} here"
 
 
-def own_environment(version: str, base: Path, torch: str) -> Path:
-    """An environment of this Python with PyTorch and jax; made when it is missing."""
+def own_environment(version: str, base: Path) -> Path:
+    """An environment of this Python with the newest PyTorch and jax."""
     folder = FOLDER / f"python{version}"
     python = folder / "bin" / "python"
     if not python.exists():
@@ -160,8 +160,8 @@ def own_environment(version: str, base: Path, torch: str) -> Path:
         )
         if run(base, "-m", "venv", folder) != 0:
             sys.exit(f"{base} cannot make a virtual environment.")
-        pip(python, torch)
-        pip(python, "jax", "jaxlib")
+    pip(python, "--upgrade", "torch", "jax", "jaxlib")
+    pip(python, f"{ROOT}[test]")
     return python
 
 
@@ -222,22 +222,21 @@ def _cells(line: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
-def newer_python(version: str, torch: str) -> Cell | Result:
-    """The newest jax on this Python, and the package built there."""
-    label, variable = f"Python {version}, newest jax", f"T2J_MATRIX_PY{version.replace('.', '')}"
+def newer_python(version: str) -> Cell | Result:
+    """The newest jax and torch on this Python, and the package built there."""
+    label, variable = (
+        f"Python {version}, nothing pinned",
+        f"T2J_MATRIX_PY{version.replace('.', '')}",
+    )
     choice = os.environ.get(variable, "")
     found = f"{variable}=0" if choice == "0" else find_python(version, choice)
     if not isinstance(found, Path):
         return Result(label, f"SKIPPED: {found}", True)
-    python = own_environment(version, found, torch)
-    pip(python, "--upgrade", "jax", "jaxlib")
-    pip(python, f"{ROOT}[test]")
-    return Cell(label, python)
+    return Cell(label, own_environment(version, found))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--torch", default="torch", help="the PyTorch for the newer Pythons")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write into the table of FILE")
     parser.add_argument("--only", choices=CELLS, help="one row of the table")
     parser.add_argument("pytest_args", nargs="*", metavar="-- PYTEST ARGUMENTS")
@@ -258,8 +257,9 @@ def main() -> int:
             without_files=NEED_DEVICE,
         ),
         "newest": lambda: Cell(f"{name}, newest jax", here, (jax_beside(here),)),
-        "python3.13": lambda: newer_python("3.13", arguments.torch),
-        "python3.14": lambda: newer_python("3.14", arguments.torch),
+        "python3.12": lambda: newer_python("3.12"),
+        "python3.13": lambda: newer_python("3.13"),
+        "python3.14": lambda: newer_python("3.14"),
     }
     cells = [make[each]() for each in ([arguments.only] if arguments.only else CELLS)]
     results = [c if isinstance(c, Result) else test(c, arguments.pytest_args) for c in cells]
