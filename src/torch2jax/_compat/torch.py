@@ -387,3 +387,35 @@ def finished_work() -> Any:
     future: Any = torch.futures.Future()
     future.set_result([])
     return _groups()._create_work_from_future(future).boxed()
+
+
+# --- modes ---------------------------------------------------------------------------------------
+
+push_mode: Any = torch._C._push_on_torch_dispatch_stack
+"""Put a ``TorchDispatchMode`` on, in a third of the time that ``with`` takes. Nothing that asks
+PyTorch about modes learns of it, and so functions of torch.compile's run as ever."""
+
+
+def pop_mode() -> None:
+    """Take the last mode off."""
+    torch._C._pop_torch_dispatch_stack(None)
+
+
+# --- memory --------------------------------------------------------------------------------------
+
+
+def owners_of_storage(storage: Any) -> int:
+    """Return how many tensors and storages have a storage's memory, this object among them."""
+    return torch._C._storage_Use_Count(storage._cdata)  # type: ignore[attr-defined]
+
+
+def owners_of_tensor(x: torch.Tensor) -> int:
+    """Return how many owners PyTorch counts for a tensor; Python, for all its own, is one."""
+    return x._use_count()  # type: ignore[attr-defined]
+
+
+def compiled_code_runs() -> bool:
+    """Return whether this thread is in a function of ``torch.compile``'s."""
+    frames = sys.modules.get("torch._C._dynamo.eval_frame")
+    callback = getattr(frames, "get_eval_frame_callback", None)
+    return callback is not None and callback() is not None
