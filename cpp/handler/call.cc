@@ -293,6 +293,15 @@ ffi::Error Call::CheckEscaped(Views* views) {
   }
   if (first == count) return ffi::Error::Success();
   bool input = first < args_.size();
+  if (!input && places_) {
+    return ffi::Error(
+        ffi::ErrorCode::kFailedPrecondition,
+        callable_.label + " kept the memory of " + callable_.outputs[first - args_.size()] +
+            " beyond the call: in a NumPy array, by DLPack, in an autograd graph or on a thread "
+            "that computes with it. As none of its calls before did so, that memory belongs to "
+            "JAX, which reuses it. Keep a clone() of the tensor instead. From now on its results "
+            "are computed elsewhere and copied.");
+  }
   return ffi::Error(
       ffi::ErrorCode::kFailedPrecondition,
       callable_.label + " kept a tensor that views " +

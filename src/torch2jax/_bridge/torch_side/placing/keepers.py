@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import gc
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import torch
@@ -23,9 +25,10 @@ Tensor = torch.Tensor
 def give_memory(storage: Any) -> bool:
     """Return whether nothing but the caller has a storage; else move the tensors that have it.
 
-    They are moved where each reference to each of them is known: those of containers, attributes
-    and closures are. A NumPy array, an autograd graph or a running operator of another thread may
-    have the address of the memory itself. Then all stays as it is, and the handler refuses the call.
+    They are moved where each reference to each of them is known, such as those of containers,
+    attributes, closures and variables. A NumPy array, an autograd graph or an operator that runs
+    on another thread has a reference that nobody sees, and may have the address of the memory. Then
+    all stays as it is, and the handler refuses the call.
     """
     if owners_of_storage(storage) == 1:
         return True
@@ -64,11 +67,12 @@ def _tensors_of(storage: Any) -> list[Tensor]:
 
 
 def _is_known(tensors: list[Tensor], i: int) -> bool:
-    """Return whether all that refers to a tensor is in sight of the garbage collector."""
+    """Return whether each reference to a tensor is one of a container, an object or a variable."""
     views = sum(t._base is tensors[i] for t in tensors)
     if owners_of_tensor(tensors[i]) != 1 + views:
         return False
-    return _unseen(tensors, i) == (_unseen_of_base() if views else _unseen_of_leaf())
+    known = _unseen_of_base() if views else _unseen_of_leaf()
+    return _unseen(tensors, i) == known + _in_variables(tensors[i])
 
 
 def _unseen(tensors: list[Tensor], i: int) -> int:
@@ -76,6 +80,20 @@ def _unseen(tensors: list[Tensor], i: int) -> int:
     holders = gc.get_referrers(tensors[i])
     seen = sum(sum(x is tensors[i] for x in gc.get_referents(h)) for h in holders)
     return sys.getrefcount(tensors[i]) - seen
+
+
+def _in_variables(tensor: Tensor) -> int:
+    """Return how many variables of functions that run on other threads have a tensor.
+
+    An operator that runs there has a reference beside.
+    """
+    found = 0
+    for thread, frame in sys._current_frames().items():
+        each: FrameType | None = None if thread == threading.get_ident() else frame
+        while each is not None:
+            found += sum(x is tensor for x in each.f_locals.values())
+            each = each.f_back
+    return found
 
 
 def _unseen_of_leaf() -> int:

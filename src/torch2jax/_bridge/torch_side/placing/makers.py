@@ -63,7 +63,7 @@ class Watch(TorchDispatchMode):
         self.operators = at + 1
         out = func(*args, **kwargs)
         for t in out if isinstance(out, tuple | list) else (out,):
-            if type(t) is Tensor and t.layout is torch.strided and t.device.type == "cpu":
+            if is_plain(t):
                 storage = t.untyped_storage()
                 if storage.nbytes() in self._sizes and not _shares(storage, args, kwargs):
                     self._made[storage.data_ptr()] = (
@@ -73,7 +73,7 @@ class Watch(TorchDispatchMode):
 
     def steps(self, results: Sequence[Tensor]) -> list[Step]:
         """Return the steps that make results, in the order of the call."""
-        addresses = [t.untyped_storage().data_ptr() if _is_plain(t) else 0 for t in results]
+        addresses = [t.untyped_storage().data_ptr() if is_plain(t) else 0 for t in results]
         found = []
         for i, (t, address) in enumerate(zip(results, addresses, strict=True)):
             step = self._made.get(address)
@@ -141,15 +141,19 @@ class Redirect(TorchDispatchMode):
 without_compiler(Redirect)
 
 
-def _is_plain(t: Any) -> bool:
-    return isinstance(t, Tensor) and t.layout is torch.strided and t.device.type == "cpu"
+def is_plain(t: Any) -> bool:
+    """Return whether a tensor is of PyTorch's own class, strided and on a CPU."""
+    return type(t) in _PLAIN and t.layout is torch.strided and t.device.type == "cpu"
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def _shares(storage: Any, args: Any, kwargs: Any) -> bool:
     """Return whether a storage, or its memory, is that of an operand."""
     address = storage.data_ptr()
     return any(
-        _is_plain(x) and x.untyped_storage().data_ptr() == address
+        is_plain(x) and x.untyped_storage().data_ptr() == address
         for x in _flat((*args, *kwargs.values()))
     )
 
@@ -200,7 +204,7 @@ def _each(items: Any, pointwise: bool) -> list[Any]:
     told: list[Any] = []
     for x in items:
         kind = type(x)
-        if kind is Tensor or kind is torch.nn.Parameter:
+        if kind in _PLAIN:
             if x.layout is not torch.strided or x.is_neg() or x.is_conj() or x._is_zerotensor():
                 raise _Unknown
             told.append((x.shape, x.stride(), x.dtype, x.device))

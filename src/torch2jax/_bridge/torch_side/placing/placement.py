@@ -17,7 +17,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from ...._compat.torch import pop_mode, push_mode
 from .keepers import give_memory
-from .makers import Redirect, Step, Watch
+from .makers import Redirect, Step, Watch, is_plain
 
 Tensor = torch.Tensor
 
@@ -25,19 +25,26 @@ LARGE = 2**20
 """Bytes. Smaller results are copied, as that takes less time than to look at operators."""
 
 _MOST_SIZES = 16
-_MOST_DOUBTS = 3
+_MOST_DOUBTS = 16
 _MOST_MISSES = 4
 
 
 class _Plan:
     """A plan says how calls with results of certain sizes compute them."""
 
-    def __init__(self, steps: Sequence[Step], results: Sequence[Tensor]) -> None:
+    def __init__(self, steps: Sequence[Step]) -> None:
         self.steps = steps
-        self.made = [StorageWeakRef(results[step.result].untyped_storage()) for step in steps]
-        """The results of the first call. Where they are still there, somebody keeps them."""
+        self.made: list[StorageWeakRef] = []
+        """Results that were PyTorch's own. While they are there, a call or somebody has them."""
         self.doubts = 0
         self.misses = 0
+
+    def note(self, results: Sequence[Tensor]) -> None:
+        self.made = [StorageWeakRef(results[step.result].untyped_storage()) for step in self.steps]
+
+
+_WATCHED = _Plan(())
+"""This plan stands for the one that a call under way makes."""
 
 
 class Placement:
@@ -45,7 +52,8 @@ class Placement:
 
     def __init__(self, run: Callable[..., Any], collect: Any, operands: int) -> None:
         self._run, self._collect, self._operands = run, collect, operands
-        self._plans: dict[Any, _Plan | None] = {}
+        self._plans: dict[int, _Plan | None] = {}
+        """By the sizes of results. None leaves calls alone."""
         self._over = False
         """Whether the function has kept a result."""
 
@@ -56,29 +64,28 @@ class Placement:
         """
         if self._over:
             return None
-        operands, buffers, key = given[: self._operands], given[self._operands : -1], given[-1]
-        if key not in self._plans:
-            return self._watched(key, operands, buffers)
-        plan = self._plans[key]
+        operands, buffers, sizes = given[: self._operands], given[self._operands : -1], given[-1]
+        if sizes not in self._plans:
+            return self._watched(sizes, operands, buffers)
+        plan = self._plans[sizes]
         if plan is None:
             return None
-        if plan.made:
-            if not all(made.expired() for made in plan.made):
-                return self._doubted(key, plan, operands)
+        if plan.made or plan is _WATCHED:
+            if plan is _WATCHED or not all(made.expired() for made in plan.made):
+                return self._doubted(sizes, plan, operands)
             plan.made = []
         push_mode(Redirect(plan.steps, buffers))
         try:
             results = self._results(operands)
         except BaseException:
-            self._missed(key, plan)
+            self._missed(sizes, plan)
             raise
         finally:
             pop_mode()
-        for step in plan.steps:
-            if results[step.result].data_ptr() != buffers[step.result].data_ptr():
-                self._missed(key, plan)
-                return results
-        plan.misses = 0
+        if all(_is_at(results, step.result, buffers) for step in plan.steps):
+            plan.misses = 0
+        else:
+            self._missed(sizes, plan)
         return results
 
     def settle(self, storages: list[Any]) -> None:
@@ -87,21 +94,22 @@ class Placement:
             if not give_memory(storage):
                 self._over = True
 
-    def _watched(self, key: Any, operands: Any, buffers: Any) -> tuple[Any, ...] | None:
+    def _watched(self, sizes: int, operands: Any, buffers: Any) -> tuple[Any, ...] | None:
         if len(self._plans) >= _MOST_SIZES:
             return None
-        self._plans[key] = None  # also where an error ends the call
-        sizes = frozenset(b.nbytes for b in buffers if b.nbytes >= LARGE)
-        watch = Watch(sizes)
+        self._plans[sizes] = _WATCHED
+        plan = None
+        watch = Watch(frozenset(b.nbytes for b in buffers if b.nbytes >= LARGE))
         push_mode(watch)
         try:
             results = self._results(operands)
-        finally:
-            pop_mode()
-        if len(results) == len(buffers):
             steps = watch.steps(results)
             if pays([results[step.result].nbytes for step in steps], watch.operators):
-                self._plans[key] = _Plan(steps, results)
+                plan = _Plan(steps)
+                plan.note(results)
+        finally:
+            pop_mode()
+            self._plans[sizes] = plan
         return results
 
     def _results(self, operands: Any) -> tuple[Any, ...]:
@@ -112,18 +120,24 @@ class Placement:
             return (out,) if isinstance(out, Tensor) else tuple(out)
         return self._collect(out)
 
-    def _doubted(self, key: Any, plan: _Plan, operands: Any) -> Any:
-        """Run a call while the first one's results are there: somebody, or a copy, has them."""
-        plan.doubts += 1
-        if plan.doubts >= _MOST_DOUBTS:
-            self._plans[key] = None
-            return None
-        return self._results(operands)
+    def _doubted(self, sizes: int, plan: _Plan, operands: Any) -> Any:
+        """Run a call while a call before has its results, or somebody keeps them."""
+        results = self._results(operands)
+        if plan is not _WATCHED:
+            plan.doubts += 1
+            plan.note(results)
+            if plan.doubts >= _MOST_DOUBTS:
+                self._plans[sizes] = None
+        return results
 
-    def _missed(self, key: Any, plan: _Plan) -> None:
+    def _missed(self, sizes: int, plan: _Plan) -> None:
         plan.misses += 1
         if plan.misses >= _MOST_MISSES:
-            self._plans[key] = None
+            self._plans[sizes] = None
+
+
+def _is_at(results: Any, i: int, buffers: Sequence[Tensor]) -> bool:
+    return i < len(results) and is_plain(results[i]) and results[i].data_ptr() == buffers[i].data_ptr()
 
 
 def pays(sizes: Sequence[int], operators: int) -> bool:
