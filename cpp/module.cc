@@ -320,7 +320,8 @@ NB_MODULE(_ext, m) {
           "one for\neach label in `outputs`) and returns a tuple with one tensor for each label in "
           "`outputs`, or that\ntensor itself where it is one. Of anything else `collect` makes the "
           "tuple. `label` names the user's function in messages.\n`inplace` lists the inputs that "
-          "may change. A call of a `pure` one is made again where a GPU's memory ran out.\n`place(*tensors, "
+          "may change. A call of a `pure` one is made again where a GPU's memory ran "
+          "out.\n`place(*tensors, "
           "*buffers)` takes the place of `run` on CPUs, where a result is large: see NOTE [Placed "
           "results] in cpp/handler/call.cc.\nRaises ValueError when a live entry has the name.")
       .def_prop_ro(

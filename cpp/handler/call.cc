@@ -28,10 +28,11 @@ constexpr uint64_t kCheckedEvery = 16;
 // takes longer than many an operator where it is large. So where a result has so many bytes,
 // Python's `place` runs in the place of `run`: it gets the buffers as well, and a number for their
 // sizes, and may have the operator that makes a result write it into one of them. It returns a
-// tuple, or None, where `run` has the call. What it returns is a result like any other: a copy is saved where it is the buffer.
-// Such a tensor looks like PyTorch's own to fn, which may keep it. So after the call, `settle` gets
-// the storages of the buffers, of which no tensor is left but those that somebody keeps, and gives
-// these memory of their own. The check for tensors that outlive the call comes after it.
+// tuple, or None, where `run` has the call. What it returns is a result like any other, and a copy
+// is saved where it is the buffer. To fn such a tensor looks like PyTorch's own, which it may keep.
+// So `settle` gets the storages of the buffers after the call, when no tensor has them but those
+// that somebody keeps, and gives these memory of their own. The check for tensors that outlive the
+// call comes after it.
 constexpr size_t kPlaced = size_t{1} << 20;
 
 // Answers whether this thread's PyTorch state is the one that callables are promised: 1 or 0, or -1

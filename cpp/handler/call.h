@@ -82,7 +82,7 @@ class Call {
   const xla::ffi::RemainingRets& rets_;
   Target target_;
   GpuWork* work_ = nullptr;  // on a GPU
-  bool places_ = false;  // whether results may be in XLA's buffers: see NOTE [Placed results]
+  bool places_ = false;      // whether results may be in XLA's buffers: see NOTE [Placed results]
   bool ran_ = false;
   xla::ffi::Error outcome_;
 };

@@ -45,9 +45,9 @@ struct Found {
 
 // NOTE [Registry lifetimes]. The registry owns nothing. An entry lives as long as its Python
 // object, which executables keep alive. The registry has a lock of its own and never relies on the
-// GIL. `run`, `collect`, `place` and `default_dtype` change only under that lock, where the destructor or
-// the garbage collector calls Withdraw. So a call that finds an entry takes references of its own.
-// No Python code runs under the lock.
+// GIL. `run`, `collect`, `place` and `default_dtype` change only under that lock, where the
+// destructor or the garbage collector calls Withdraw. So a call that finds an entry takes
+// references of its own. No Python code runs under the lock.
 class Registry {
  public:
   // False: a live entry has this name.

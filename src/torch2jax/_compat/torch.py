@@ -1,6 +1,7 @@
 """All that differs between versions of torch stands here, and so do its private functions.
 
-This file imports torch, never JAX.
+This file imports torch, never JAX. It is one file, so that a new version of torch is read beside it
+alone.
 """
 
 from __future__ import annotations
@@ -412,10 +413,3 @@ def owners_of_storage(storage: Any) -> int:
 def owners_of_tensor(x: torch.Tensor) -> int:
     """Return how many owners PyTorch counts for a tensor; Python, for all its own, is one."""
     return x._use_count()  # type: ignore[attr-defined]
-
-
-def compiled_code_runs() -> bool:
-    """Return whether this thread is in a function of ``torch.compile``'s."""
-    frames = sys.modules.get("torch._C._dynamo.eval_frame")
-    callback = getattr(frames, "get_eval_frame_callback", None)
-    return callback is not None and callback() is not None

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ...._compat.torch import compiled_code_runs
 from ..standins import without_compiler
 
 Tensor = torch.Tensor
@@ -50,10 +49,6 @@ class Watch(TorchDispatchMode):
         self._sizes = sizes
         self._made: dict[int, Step | None] = {}
         """By address. An operator that gets the memory of one before replaces it."""
-
-    @classmethod
-    def ignore_compile_internals(cls) -> bool:
-        return True
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -101,10 +96,6 @@ class Redirect(TorchDispatchMode):
         self._next = self._step.at
         self._buffers = buffers
         self._operators = 0
-
-    @classmethod
-    def ignore_compile_internals(cls) -> bool:
-        return True
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -166,7 +157,7 @@ def _flat(items: Any) -> list[Any]:
 
 
 def _step(at: int, func: Any, types: Any, args: Any, kwargs: Any, out: Tensor) -> Step | None:
-    if _may_be_kept(types) or compiled_code_runs():
+    if _may_be_kept(types):
         return None
     storage = out.untyped_storage()
     if out.storage_offset() or not out.is_contiguous() or out.nbytes != storage.nbytes():

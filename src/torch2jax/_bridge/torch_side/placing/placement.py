@@ -137,14 +137,16 @@ class Placement:
 
 
 def _is_at(results: Any, i: int, buffers: Sequence[Tensor]) -> bool:
-    return i < len(results) and is_plain(results[i]) and results[i].data_ptr() == buffers[i].data_ptr()
+    return (
+        i < len(results) and is_plain(results[i]) and results[i].data_ptr() == buffers[i].data_ptr()
+    )
 
 
 def pays(sizes: Sequence[int], operators: int) -> bool:
     """Return whether results of so many bytes cost more to copy than so many operators to watch.
 
-    With cold caches a watched operator takes 7 µs more, and the call itself 20. A copy takes 35 µs a
-    MB. Blocks of 32 MB are mapped anew each time, and their pages take ten times that.
+    With cold caches a watched operator takes 7 µs more, and the call itself 20. A copy takes 35 µs
+    a MB. Blocks of 32 MB are mapped anew each time, and their pages take ten times that.
     """
     saved = sum(s * (35 if s < 2**25 else 400) for s in sizes) / 1e6
     return saved > 1.25 * (20 + 7 * operators)
