@@ -558,10 +558,13 @@ def test_memory_with_which_another_thread_computes_is_refused() -> None:
 
 
 def test_nothing_is_kept_by_the_bridge(written: list[str]) -> None:
+    def large() -> int:
+        gc.collect()
+        return sum(type(x) is torch.Tensor and x.numel() == N for x in gc.get_objects())
+
+    before = large()
     f = torch2jax(lambda x: x * 2.0)
     for _ in range(4):
         f(X).block_until_ready()
-    gc.collect()
-    held = [x for x in gc.get_objects() if type(x) is torch.Tensor and x.nbytes == X.nbytes]
     assert written
-    assert held == []
+    assert large() <= before  # those of other tests may go meanwhile
