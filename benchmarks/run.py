@@ -41,6 +41,7 @@ PROGRAMS = (
     Program("overhead", PAGE, "--build", "--rounds 3 --startup-rounds 1", "--peers {peers}"),
     Program("training", PAGE, "--plot docs/images/training.png", "--rounds 3", "--peers {peers}"),
     Program("size", PAGE, "--plot docs/images/size.svg", "--rounds 3 --bytes 4000000"),
+    Program("results", PAGE, "", "--rounds 3 --sizes 4000000"),
     Program("reverse", PAGE, "", "--rounds 3 --sizes 4", "--peers {reverse} {torchax}"),
     Program("device", PAGE, "", "--rounds 1", "--torchax {torchax}"),
     Program("seams", PAGE, "", "--calls 20 --rounds 2", "--torchax {torchax}"),

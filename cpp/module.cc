@@ -43,7 +43,7 @@ class Entry {
  public:
   Entry(std::string name, nb::callable run, std::string label, std::vector<std::string> inputs,
         std::vector<std::string> outputs, nb::object default_dtype, bool pass_outputs,
-        const std::vector<size_t>& inplace, nb::object collect, bool pure)
+        const std::vector<size_t>& inplace, nb::object collect, bool pure, nb::object place)
       : callable_(std::make_shared<Callable>()) {
     callable_->name = std::move(name);
     callable_->label = std::move(label);
@@ -59,6 +59,7 @@ class Entry {
     callable_->pure = pure;
     callable_->run = ToOwned(run);
     callable_->collect = ToOwned(collect);
+    callable_->place = ToOwned(place);
     callable_->default_dtype = ToOwned(default_dtype);
     if (!Registry::Add(callable_)) {
       std::string message = "a PyTorch function is already registered as \"" + callable_->name +
@@ -87,6 +88,7 @@ int TraverseEntry(PyObject* self, visitproc visit, void* arg) {
   const Callable& callable = nb::inst_ptr<Entry>(self)->callable();
   Py_VISIT(callable.run.get());
   Py_VISIT(callable.collect.get());
+  Py_VISIT(callable.place.get());
   Py_VISIT(callable.default_dtype.get());
   return 0;
 }
@@ -158,6 +160,8 @@ void Setup(nb::handle exchange_api, nb::handle module, nb::handle ambient_clean,
   torch->name_is_cpu = intern("is_cpu");
   torch->name_requires_grad = intern("requires_grad");
   torch->name_is_leaf = intern("is_leaf");
+  torch->name_untyped_storage = intern("untyped_storage");
+  torch->name_settle = intern("settle");
   torch->zero = Owned::Steal(PyLong_FromLong(0));
   for (size_t i = 0; i < kDtypes.size(); ++i) {
     torch->dtypes[i].dtype = ToOwned(nb::getattr(module, kDtypes[i].name, nb::none()));
@@ -306,19 +310,20 @@ NB_MODULE(_ext, m) {
       .def(
           nb::init<std::string, nb::callable, std::string, std::vector<std::string>,
                    std::vector<std::string>, nb::object, bool, const std::vector<size_t>&,
-                   nb::object, bool>(),
+                   nb::object, bool, nb::object>(),
           nb::arg("name"), nb::arg("run"), nb::arg("label"), nb::arg("inputs"), nb::arg("outputs"),
           nb::arg("default_dtype").none(), nb::arg("pass_outputs") = false,
           nb::arg("inplace") = std::vector<size_t>(), nb::arg("collect") = nb::none(),
-          nb::arg("pure") = false,
+          nb::arg("pure") = false, nb::arg("place").none() = nb::none(),
           "Registers `run` as `name`.\n\n"
           "`run(*tensors)` takes one tensor for each label in `inputs` (then, with `pass_outputs`, "
           "one for\neach label in `outputs`) and returns a tuple with one tensor for each label in "
           "`outputs`, or that\ntensor itself where it is one. Of anything else `collect` makes the "
           "tuple. `label` names the user's function in messages.\n`inplace` lists the inputs that "
-          "may change. A call of a `pure` one is made again where a GPU's memory ran out. Raises "
-          "ValueError when a "
-          "live entry has the name.")
+          "may change. A call of a `pure` one is made again where a GPU's memory ran "
+          "out.\n`place(*tensors, "
+          "*buffers)` takes the place of `run` on CPUs, where a result is large: see NOTE [Placed "
+          "results] in cpp/handler/call.cc.\nRaises ValueError when a live entry has the name.")
       .def_prop_ro(
           "name", [](const Entry& entry) { return entry.callable().name; },
           "The name in compiled programs.")

@@ -9,6 +9,7 @@
 #include "handler/describe.h"
 #include "handler/errors.h"
 #include "handler/release.h"
+#include "shared/memory.h"
 
 namespace bridge {
 
@@ -22,6 +23,17 @@ constexpr size_t kInline = 8;
 // We look for in-place changes in the first calls of a callable, and then in one of so many.
 constexpr uint64_t kAlwaysChecked = 8;
 constexpr uint64_t kCheckedEvery = 16;
+
+// NOTE [Placed results]. PyTorch makes a result in memory of its own, and a copy into XLA's buffer
+// takes longer than many an operator where it is large. So where a result has so many bytes,
+// Python's `place` runs in the place of `run`: it gets the buffers as well, and a number for their
+// sizes, and may have the operator that makes a result write it into one of them. It returns a
+// tuple, or None, where `run` has the call. What it returns is a result like any other, and a copy
+// is saved where it is the buffer. To fn such a tensor looks like PyTorch's own, which it may keep.
+// So `settle` gets the storages of the buffers after the call, when no tensor has them but those
+// that somebody keeps, and gives these memory of their own. The check for tensors that outlive the
+// call comes after it.
+constexpr size_t kPlaced = size_t{1} << 20;
 
 // Answers whether this thread's PyTorch state is the one that callables are promised: 1 or 0, or -1
 // with a Python exception set.
@@ -54,21 +66,62 @@ ffi::Error Call::Run() try {
   ran_ = true;
   if (ffi::Error error = CheckCounts(); error.failure()) return error;
   const uint64_t number = callable_.calls.fetch_add(1, std::memory_order_relaxed);
+  places_ = Places();
   // fn's tensors view the arguments, and perhaps the results after them.
-  const size_t count = args_.size() + (callable_.pass_outputs ? rets_.size() : 0);
+  const size_t count = args_.size() + (callable_.pass_outputs || places_ ? rets_.size() : 0);
   size_t ranks = 0;
   for (size_t i = 0; i < count; ++i) ranks += Viewed(i).dimensions().size();
   Views views(count, ranks);
-  {
-    Owned results;
-    if (ffi::Error error = CallPython(&views, count, &results); error.failure()) return error;
-    ffi::Error error = work_ == nullptr ? Store(results.get(), nullptr) : StoreOnGpu(results.get());
-    if (error.failure()) return error;
-  }
-  if (ffi::Error error = CheckInPlace(&views, number); error.failure()) return error;
-  return CheckEscaped(&views);
+  ffi::Error error = CallAndStore(&views, count);
+  if (error.success()) error = CheckInPlace(&views, number);
+  if (places_) Settle(&views);
+  return error.failure() ? error : CheckEscaped(&views);
 } catch (const std::exception& error) {  // std::bad_alloc
   return ffi::Error::Internal(callable_.label + " failed: " + error.what());
+}
+
+ffi::Error Call::CallAndStore(Views* views, size_t count) {
+  Owned results;
+  if (ffi::Error error = CallPython(views, count, &results); error.failure()) return error;
+  return work_ == nullptr ? Store(results.get(), nullptr) : StoreOnGpu(results.get());
+}
+
+bool Call::Places() const noexcept {
+  if (work_ != nullptr) return false;
+  bool large = false;
+  for (size_t i = 0; i < rets_.size(); ++i) {
+    ffi::AnyBuffer buffer = ResultBuffer(i);
+    if (buffer.size_bytes() < kPlaced) continue;
+    large = true;
+    UseHugePages(buffer.untyped_data(), buffer.size_bytes());
+  }
+  return large && place_ != nullptr &&
+         callable_.not_placed.load(std::memory_order_relaxed) != Sizes();
+}
+
+uint64_t Call::Sizes() const noexcept {
+  uint64_t sizes = 1;
+  for (size_t i = 0; i < rets_.size(); ++i) {
+    ffi::AnyBuffer buffer = ResultBuffer(i);
+    sizes = sizes * 31 + static_cast<uint64_t>(buffer.element_type());
+    for (int64_t size : buffer.dimensions()) sizes = sizes * 31 + static_cast<uint64_t>(size);
+  }
+  return sizes | 1;
+}
+
+void Call::Settle(Views* views) {
+  Owned storages = Owned::Steal(PyList_New(static_cast<Py_ssize_t>(rets_.size())));
+  for (size_t i = 0; storages && i < rets_.size(); ++i) {
+    PyObject* tensor = (*views)[args_.size() + i];
+    Owned storage = tensor == nullptr ? Owned() : CallMethod(tensor, torch_.name_untyped_storage);
+    if (!storage) {
+      storages.reset();
+    } else {
+      PyList_SetItem(storages.get(), static_cast<Py_ssize_t>(i), storage.release());
+    }
+  }
+  views->DropTensors();
+  if (!storages || !CallMethod(place_, torch_.name_settle, storages.get())) PyErr_Clear();
 }
 
 ffi::Error Call::CheckCounts() const {
@@ -86,19 +139,32 @@ ffi::Error Call::CheckCounts() const {
 }
 
 ffi::Error Call::CallPython(Views* views, size_t count, Owned* results) {
-  SmallArray<PyObject*, kInline + 1> vector(count + 1);  // one free slot in front, for vectorcall
+  // One free slot is in front, for vectorcall, and one behind, for `place`.
+  SmallArray<PyObject*, kInline + 2> vector(count + 2);
   for (size_t i = 0; i < count; ++i) {
     vector[i + 1] = views->Add(torch_, Viewed(i), target_.device);
     if (vector[i + 1] == nullptr) return PythonError(torch_, callable_);
   }
   NoGrad grad(torch_);
   if (!grad.ok()) return PythonError(torch_, callable_);
-  auto call = [&] {
-    *results = Owned::Steal(PyObject_Vectorcall(run_, vector.data() + 1,
-                                                count | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr));
+  auto call = [&](PyObject* function, size_t given) {
+    *results = Owned::Steal(PyObject_Vectorcall(function, vector.data() + 1,
+                                                given | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr));
   };
-  call();
-  if (!*results && work_ != nullptr && MadeRoom()) call();
+  if (places_) {
+    Owned sizes = Owned::Steal(PyLong_FromUnsignedLongLong(Sizes()));
+    if (!sizes) return PythonError(torch_, callable_);
+    vector[count + 1] = sizes.get();
+    call(place_, count + 1);
+    if (results->get() == Py_None) {
+      callable_.not_placed.store(Sizes(), std::memory_order_relaxed);
+      places_ = false;
+      call(run_, args_.size());
+    }
+  } else {
+    call(run_, count);
+  }
+  if (!*results && work_ != nullptr && MadeRoom()) call(run_, count);
   if (*results && collect_ != nullptr && !PyTuple_CheckExact(results->get()) &&
       !(rets_.size() == 1 && IsTensor(torch_, results->get()))) {
     *results = CallFunction(collect_, results->get());
@@ -155,7 +221,7 @@ ffi::Error Call::Store(PyObject* results, Copies* copies) {
   auto item = [&](size_t i) {
     return single ? results : PyTuple_GetItem(results, static_cast<Py_ssize_t>(i));
   };
-  if (!callable_.any_inplace && !callable_.pass_outputs) {
+  if (!callable_.any_inplace && !callable_.pass_outputs && !places_) {
     for (size_t i = 0; i < count; ++i) {
       Result result;
       result.SetIndex(i);
@@ -213,7 +279,7 @@ ffi::Error Call::CheckInPlace(Views* views, uint64_t number) {
 
 ffi::Error Call::CheckEscaped(Views* views) {
   views->DropTensors();
-  const size_t count = args_.size() + (callable_.pass_outputs ? rets_.size() : 0);
+  const size_t count = views->made();
   size_t first = views->FirstKept();
   if (first == count) return ffi::Error::Success();
   // First we collect reference cycles. Then we wait, for 127 ms in all: threads of PyTorch and XLA
@@ -228,6 +294,15 @@ ffi::Error Call::CheckEscaped(Views* views) {
   }
   if (first == count) return ffi::Error::Success();
   bool input = first < args_.size();
+  if (!input && places_) {
+    return ffi::Error(
+        ffi::ErrorCode::kFailedPrecondition,
+        callable_.label + " kept the memory of " + callable_.outputs[first - args_.size()] +
+            " beyond the call: in a NumPy array, by DLPack, in an autograd graph or on a thread "
+            "that computes with it. As none of its calls before did so, that memory belongs to "
+            "JAX, which reuses it. Keep a clone() of the tensor instead. From now on its results "
+            "are computed elsewhere and copied.");
+  }
   return ffi::Error(
       ffi::ErrorCode::kFailedPrecondition,
       callable_.label + " kept a tensor that views " +

@@ -26,6 +26,7 @@ class Call {
         callable_(*found.callable),
         run_(found.run.get()),
         collect_(found.collect.get()),
+        place_(found.place.get()),
         default_dtype_(found.default_dtype.get()),
         args_(args),
         rets_(rets),
@@ -50,6 +51,7 @@ class Call {
   // Does everything between the buffers that XLA passed and the buffers that it gets.
   xla::ffi::Error Run();
   xla::ffi::Error CheckCounts() const;
+  xla::ffi::Error CallAndStore(Views* views, size_t count);
   xla::ffi::Error CallPython(Views* views, size_t count, Owned* results);
   // Where the exception that is set is that a GPU's memory ran out, and the call can be made again:
   // replaces it by free memory. False: a Python exception is set.
@@ -57,6 +59,12 @@ class Call {
   // Writes results to XLA's buffers. On a GPU, copies of the driver's go to `copies`.
   xla::ffi::Error Store(PyObject* results, Copies* copies);
   [[gnu::cold]] xla::ffi::Error StoreOnGpu(PyObject* results);
+  // Whether `place` has the call. See NOTE [Placed results].
+  bool Places() const noexcept;
+  // A number that is not 0 and tells results of other sizes apart.
+  uint64_t Sizes() const noexcept;
+  // Has `place` answer for those who keep a result in XLA's memory. No exception may be pending.
+  void Settle(Views* views);
   xla::ffi::Error CheckInPlace(Views* views, uint64_t number);
   xla::ffi::Error CheckEscaped(Views* views);
   [[gnu::cold]] xla::ffi::Error Refused(const Result& result, Result::Outcome outcome, size_t i);
@@ -68,11 +76,13 @@ class Call {
   Callable& callable_;
   PyObject* run_;
   PyObject* collect_;
+  PyObject* place_;
   PyObject* default_dtype_;
   const xla::ffi::RemainingArgs& args_;
   const xla::ffi::RemainingRets& rets_;
   Target target_;
   GpuWork* work_ = nullptr;  // on a GPU
+  bool places_ = false;      // whether results may be in XLA's buffers: see NOTE [Placed results]
   bool ran_ = false;
   xla::ffi::Error outcome_;
 };

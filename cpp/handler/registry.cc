@@ -29,7 +29,7 @@ bool Registry::Add(const std::shared_ptr<Callable>& callable) {
 }
 
 void Registry::Withdraw(Callable& callable) noexcept {
-  Owned run, collect, default_dtype;  // outlive the lock, for dropping them may run any code
+  Owned run, collect, place, default_dtype;  // outlive the lock, for dropping them may run any code
   Table& table = GetTable();
   std::unique_lock lock(table.mutex);
   auto found = table.entries.find(callable.name);
@@ -38,6 +38,7 @@ void Registry::Withdraw(Callable& callable) noexcept {
   }
   run = std::move(callable.run);
   collect = std::move(callable.collect);
+  place = std::move(callable.place);
   default_dtype = std::move(callable.default_dtype);
 }
 
@@ -51,6 +52,7 @@ Found Registry::Find(std::string_view name) {
   if (found.callable) {
     found.run = Owned::Borrow(found.callable->run.get());
     found.collect = Owned::Borrow(found.callable->collect.get());
+    found.place = Owned::Borrow(found.callable->place.get());
     found.default_dtype = Owned::Borrow(found.callable->default_dtype.get());
   }
   return found;

@@ -37,6 +37,7 @@ class Views {
   Owned Import(const Torch& torch, void* data, dl::Device device, dl::DataType dtype,
                const int64_t* shape, size_t rank);
   PyObject* operator[](size_t i) noexcept { return tensors_[i].get(); }
+  size_t made() const noexcept { return made_; }
   void DropTensors() noexcept;
   // The index of the first view whose memory PyTorch has not given back; their number where there
   // is none. After DropTensors.

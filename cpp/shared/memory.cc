@@ -1,6 +1,11 @@
 #include "shared/memory.h"
 
+#include <cstdint>
 #include <cstdlib>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 namespace bridge {
 
@@ -20,6 +25,25 @@ void KeepFreedMemory(size_t bytes) {
     return true;
   }();
   static_cast<void>(shown);
+#endif
+}
+
+// NOTE [Huge pages]. glibc maps each block of 32 MiB or more anew, so all its pages are fresh. A
+// page fault takes 2 us, and a block of 40 MB has 9,766 of them: five times the time of a copy. Of
+// huge pages it has 19. Where the system leaves the choice to programs, we ask for them, as NumPy
+// does for its large arrays. Smaller blocks come from memory that has its pages already.
+void UseHugePages(void* memory, size_t bytes) noexcept {
+#ifdef MADV_HUGEPAGE
+  constexpr size_t kMapped = size_t{1} << 25, kPage = size_t{1} << 12;
+  if (bytes < kMapped) return;
+  auto address = reinterpret_cast<uintptr_t>(memory);
+  const uintptr_t begin = (address + kPage - 1) & ~(kPage - 1);
+  const uintptr_t end = (address + bytes) & ~(kPage - 1);
+  // Where the system refuses, the pages are small.
+  static_cast<void>(madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE));
+#else
+  static_cast<void>(memory);
+  static_cast<void>(bytes);
 #endif
 }
 

@@ -43,7 +43,7 @@ struct Torch {
   Owned resolve;  // registers an unknown name and returns "", or says why it cannot; may be null
   Owned name_version, name_view, name_detach, name_clone, name_contiguous, name_copy,
       name_resolve_conj, name_resolve_neg, name_dtype, name_is_cpu, name_requires_grad,
-      name_is_leaf, zero;
+      name_is_leaf, name_untyped_storage, name_settle, zero;
   std::array<DtypeRoute, kDtypes.size()> dtypes;
 
   // See NOTE [Grad mode]. Needs the GIL and the two Python functions.

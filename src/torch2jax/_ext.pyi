@@ -18,6 +18,7 @@ class Entry:
         inplace: list[int] = ...,
         collect: Callable[[Any], tuple[torch.Tensor, ...]] | None = None,
         pure: bool = False,
+        place: Callable[..., Any] | None = None,
     ) -> None: ...
     @property
     def name(self) -> str: ...

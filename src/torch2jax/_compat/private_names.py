@@ -67,7 +67,9 @@ NAMES = {
     "torch._C._is_key_in_tls": "Passes a flag on to the threads of a backward pass.",
     "torch._C._stash_obj_in_tls": "Passes a flag on to the threads of a backward pass.",
     "torch._C._set_grad_enabled": "Turns gradients on and off without a context manager.",
-    "torch._C._storage_Use_Count": "Counts who refers to memory that a tape keeps.",
+    "torch._C._pop_torch_dispatch_stack": "Takes off the mode by which large results are placed.",
+    "torch._C._push_on_torch_dispatch_stack": "Puts on the mode by which large results are placed.",
+    "torch._C._storage_Use_Count": "Counts who refers to memory, where a tape or a user may keep it.",
     "torch._neg_view": "Makes an operand that shares memory the way a kept one did.",
     "torch.autograd.Variable._execution_engine.run_backward": "Runs a backward pass without the checks of shapes.",
     "torch.autograd.forward_ad._current_level": "Tells whether PyTorch's forward mode is at work.",
@@ -141,6 +143,7 @@ SOMETIMES = {
 
 ATTRIBUTES = {
     "_backward_hooks": "Has the hooks of a tensor.",
+    "_base": "Tells the tensor of which another is a view.",
     "_c": "Is the compiled part of a module of TorchScript.",
     "_cache_size": "Counts the programs of a function of jax.jit.",
     "_can_decompose": "Says whether PyTorch can take an operator apart.",
@@ -153,6 +156,7 @@ ATTRIBUTES = {
     "_foreach_supported_types": "Lists the types that optimizers take several at a time.",
     "_get_method": "Gets a method of a module of TorchScript.",
     "_is_param": "Says whether a tensor is a parameter.",
+    "_is_zerotensor": "Says whether a tensor of zeros has no memory.",
     "_method_names": "Lists the methods of a module of TorchScript.",
     "_non_persistent_buffers_set": "Lists the buffers that state_dict leaves out.",
     "_op_dk": "Calls an operator's kernel for a key.",

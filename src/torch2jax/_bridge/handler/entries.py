@@ -15,6 +15,7 @@ from ... import _refusals
 from ..torch_side.callee import Callee
 from ..torch_side.modules import loans
 from ..torch_side.normalizations import in_parts
+from ..torch_side.placing.placement import Placement
 from . import extension
 
 _names: Counter[str] = Counter()
@@ -42,10 +43,14 @@ def entry_of(callee: Callee, name: str, several_devices: bool) -> Any:
     """Make an entry of the handler's table; it is withdrawn when nothing refers to it."""
     options, is_root = callee.options, callee.parent is None
     run, collect = runnable(callee)
+    if several_devices:
+        run = _refusals.on_one_of_several(run)
+    in_place = is_root and (options.pass_outputs or options.aliases)
     return extension.Entry(
         name=name,
-        run=_refusals.on_one_of_several(run) if several_devices else run,
+        run=run,
         collect=collect,
+        place=None if in_place else Placement(run, collect, len(callee.inputs)),
         label=options.label + callee.path,
         inputs=list(callee.inputs),
         outputs=list(callee.outputs),
