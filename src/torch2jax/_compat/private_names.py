@@ -73,7 +73,6 @@ NAMES = {
     "torch._neg_view": "Makes an operand that shares memory the way a kept one did.",
     "torch.autograd.Variable._execution_engine.run_backward": "Runs a backward pass without the checks of shapes.",
     "torch.autograd.forward_ad._current_level": "Tells whether PyTorch's forward mode is at work.",
-    "torch.autograd.function._SingleLevelFunction": "Is where torch.autograd.Function.apply looks for apply.",
     # PyTorch: torch.func, modes, compilation
     "torch._C._are_functorch_transforms_active": "Tells whether a transform of torch.func is at work.",
     "torch._C._dispatch_keys": "Tells whether a tensor is batched by the older vmap.",
@@ -144,6 +143,7 @@ SOMETIMES = {
 ATTRIBUTES = {
     "_backward_hooks": "Has the hooks of a tensor.",
     "_base": "Tells the tensor of which another is a view.",
+    "_backward_cls": "Is the class of the contexts of an autograd.Function.",
     "_c": "Is the compiled part of a module of TorchScript.",
     "_cache_size": "Counts the programs of a function of jax.jit.",
     "_can_decompose": "Says whether PyTorch can take an operator apart.",
