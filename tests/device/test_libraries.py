@@ -1,16 +1,22 @@
 """Programs of other people's libraries on device "jax": values and all gradients are PyTorch's.
 
-A training step is compiled with its backward pass. It meets a module's state as it was left.
+A training step is compiled with its backward pass. It meets a module's state as it was left, and
+what the module's switches, hooks and numbers are at each call.
 """
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import library_programs as programs
 import numpy as np
 import pytest
 import torch
+import torch_geometric.nn as geometric
+import transformers
+from torch import nn
 
 from torch2jax import device
 
@@ -59,3 +65,124 @@ def test_program(name: str) -> None:
     for key, b in module.named_buffers():
         if key in want.buffers:
             programs.close(b.detach().cpu(), want.buffers[key], key)
+
+
+# --- what changes between two calls --------------------------------------------------------------
+
+
+def bert() -> nn.Module:
+    """Its dropouts draw nothing until their probability is 1."""
+    config = transformers.BertConfig(
+        vocab_size=12, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=8, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        attn_implementation="eager",
+    )  # fmt: skip
+    return programs.Uses(programs.hidden, net=transformers.BertModel(config))
+
+
+CHANGING: dict[str, tuple[Callable[[], nn.Module], tuple[torch.Tensor, ...]]] = {
+    "geometric": (
+        lambda: geometric.GIN(4, 8, 2, 3, norm="BatchNorm", dropout=0.0),
+        programs.NODES,
+    ),
+    "pytorch-tcn": (
+        lambda: programs.pytorch_tcn.TCN(
+            3, [4, 4], kernel_size=3, use_norm="batch_norm", dropout=0.0
+        ),
+        (programs.randn(2, 3, 12),),
+    ),
+    "transformers": (bert, (programs.TOKENS,)),
+    "e3nn": (lambda: programs.e3nn_layers.BatchNorm("2x0e + 1x1o"), (programs.randn(6, 5),)),
+    "vector quantization": (
+        lambda: programs.quantizer(programs.VectorQuantize), (programs.randn(2, 5, 8),)
+    ),
+}  # fmt: skip
+
+
+def last_layer(module: nn.Module) -> nn.Module:
+    return [m for m in module.modules() if next(m.parameters(recurse=False), None) is not None][-1]
+
+
+def tripled(module: nn.Module) -> Any:
+    return module.register_forward_hook(
+        lambda m, i, out: (
+            tuple(o * 3 if o.is_floating_point() else o for o in out)
+            if isinstance(out, tuple)
+            else out * 3
+        )
+    )
+
+
+def forgets(module: nn.Module, p: float) -> None:
+    for m in module.modules():
+        if isinstance(m, nn.Dropout):
+            m.p = p
+
+
+@pytest.mark.parametrize("name", CHANGING)
+def test_a_module_that_changes_between_two_calls(name: str) -> None:
+    make, args = CHANGING[name]
+    torch.manual_seed(0)
+    there = make().train()
+    here = copy.deepcopy(there).to("jax")
+    handles: list[Any] = []
+
+    def removed(_: nn.Module) -> None:
+        handles.pop().remove()
+
+    changes: dict[str, Callable[[nn.Module], Any]] = {
+        "training": lambda m: m.train(),
+        "eval after training": lambda m: m.eval(),
+        "training again": lambda m: m.train(),
+        "everything is dropped": lambda m: forgets(m, 1.0),
+        "nothing is dropped": lambda m: forgets(m, 0.0),
+        "a hook": lambda m: handles.append(tripled(last_layer(m))),
+        "eval with the hook": lambda m: m.eval(),
+        "without the hook": removed,
+        "a frozen parameter": lambda m: next(m.parameters(), there.dummy).requires_grad_(False),
+        "training at last": lambda m: m.train(),
+    }
+    there.dummy = torch.zeros(1)
+
+    def step(module: nn.Module) -> Callable[..., Any]:
+        def run(*args: torch.Tensor) -> Any:
+            out = module(*args)
+            score = programs.score(out)
+            if score.requires_grad:
+                score.backward()
+            return [x.detach() for x in programs.leaves(out)]
+
+        return run
+
+    compiled, plain = device.jit(step(here)), step(there)
+    before: Any = None
+    for change, apply in changes.items():
+        apply(here)
+        apply(there)
+        for call in range(2):
+            where = f"{change}, call {call}"
+            for module in (here, there):
+                module.zero_grad()
+            found, want = compiled(*(x.to("jax") for x in args)), plain(*args)
+            for k, (y, x) in enumerate(zip(found, want, strict=True)):
+                programs.close(y.cpu(), x, f"{where}: result {k}")
+            theirs = dict(there.named_parameters())
+            # Behind a norm the gradients of biases are rounding.
+            largest = max(
+                (float(p.grad.abs().max()) for p in theirs.values() if p.grad is not None),
+                default=0.0,
+            )
+            for key, p in here.named_parameters():
+                g, x = p.grad, theirs[key].grad
+                assert (g is None) == (x is None), f"{where}: {key}"
+                if x is not None:
+                    np.testing.assert_allclose(
+                        g.cpu(), x, 1e-3, 1e-4 * max(largest, 1.0), err_msg=f"{where}: {key}"
+                    )
+            for (key, b), x in zip(here.named_buffers(), there.buffers(), strict=True):
+                if b.is_floating_point():
+                    programs.close(b.cpu(), x, f"{where}: {key}")
+        if change == "eval after training":
+            differs = any(not torch.allclose(a, b) for a, b in zip(before, want, strict=True))
+            assert differs or not name.startswith(("geometric", "pytorch", "e3nn"))
+        before = want
