@@ -134,7 +134,12 @@ def bert() -> nn.Module:
         intermediate_size=8, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
         attn_implementation="eager",
     )  # fmt: skip
-    return Uses(hidden, net=transformers.BertModel(config))
+    return Uses(squashed, net=transformers.BertModel(config))
+
+
+def squashed(self: Any, x: torch.Tensor) -> Any:
+    """The squares behind a norm have a constant sum."""
+    return hidden(self, x).tanh()
 
 
 def interpolation() -> nn.Module:

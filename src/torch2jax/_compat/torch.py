@@ -163,7 +163,7 @@ class BackwardLocal:
 differentiated_further = BackwardLocal("torch2jax.differentiated_further")
 """Whether a derivative is taken of the gradients of the backward passes that run."""
 
-_DelayedError: Any = torch._C._functions.DelayedError
+_DelayedError: Any = torch._C._functions.DelayedError  # type: ignore[attr-defined]
 
 
 def _delayed_error(message: bytes, count: int) -> Any:
@@ -177,7 +177,7 @@ def _delayed_error(message: bytes, count: int) -> Any:
     return _DelayedError(message, count)
 
 
-torch._C._functions.DelayedError = _delayed_error  # type: ignore[misc]
+torch._C._functions.DelayedError = _delayed_error  # type: ignore[attr-defined]
 
 # --- jax2torch -----------------------------------------------------------------------------------
 
