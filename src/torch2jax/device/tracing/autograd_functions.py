@@ -22,7 +22,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import numpy as np
 import torch
 from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
@@ -35,6 +34,7 @@ from ..operators.constants import value_of
 from ..setup.changes_of_pytorch import replace_while_tracing, replacing
 from ..tensors.tensor import Cell, Tensor, become, recorded, wrap, write
 from ..thread_state import derivatives_kept, state
+from .differentiated_again import differentiated_again
 
 __all__ = ["differentiable_by_jax"]
 
@@ -184,55 +184,12 @@ class _Differentiated:
             found = backward(operands[:n], cotangents, *operands[m:])
             return (*found, *[None] * (len(operands) - n))
 
-        again = self._differentiated_again(function, backwards)
+        again = differentiated_again(self.cls.__qualname__, function, backwards)
         if _active.inside:  # a derivative of the backward pass of another function
             return again(*arrays, *held, *kept)
         custom = jax.custom_vjp(function)
         custom.defvjp(lambda *operands: (again(*operands), operands), backwards)
         return custom(*arrays, *held, *kept)
-
-    def _differentiated_again(self, function: Any, backwards: Any) -> Any:
-        """Return the function with a derivative in both modes, made of the backward pass alone.
-
-        A second derivative differentiates the result of the forward pass again. That derivative is
-        the user's, too, and the forward pass runs without gradients, so JAX has none of it. The
-        backward pass is linear in its cotangents, so its transpose pushes tangents forward.
-        """
-        name = self.cls.__qualname__
-        again = jax.custom_jvp(function)
-
-        @again.defjvp
-        def push(operands: Any, tangents: Any) -> Any:
-            out = again(*operands)
-            moving = [i for i, t in enumerate(tangents) if t.dtype != jax.dtypes.float0]
-            floats = [jax.numpy.issubdtype(x.dtype, jax.numpy.inexact) for x in out]
-
-            def pull(chosen: Any) -> list[Any]:
-                left = iter(chosen)
-                found = backwards(operands, [next(left) if f else None for f in floats])
-                zeros = jax.numpy.zeros_like
-                return [zeros(tangents[i]) if found[i] is None else found[i] for i in moving]
-
-            like = [
-                jax.ShapeDtypeStruct(x.shape, x.dtype)
-                for x, is_float in zip(out, floats, strict=True)
-                if is_float
-            ]
-            try:
-                (pushed,) = jax.linear_transpose(pull, like)([tangents[i] for i in moving])
-            except (NotImplementedError, AssertionError, TypeError, ValueError) as error:
-                raise DifferentiationError(
-                    f"{name} has no second derivative: its backward pass is not linear in its "
-                    "cotangents, or it computes without gradients."
-                ) from error
-            left = iter(pushed)
-            float0 = jax.dtypes.float0
-            return out, [
-                next(left) if is_float else np.zeros(x.shape, float0)
-                for x, is_float in zip(out, floats, strict=True)
-            ]
-
-        return again
 
     def _too_deep(self, *_: Any) -> Any:
         raise DifferentiationError(
