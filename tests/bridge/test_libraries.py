@@ -17,8 +17,6 @@ import pytorch_tcn
 import torch
 import torchdiffeq
 import torchrecurrent
-import torchsde
-import transformers
 from e3nn import o3
 from ncps.torch import LTC, CfC
 from ncps.wirings import AutoNCP
@@ -99,55 +97,7 @@ def test_liquid_networks(make: Any) -> None:
             np.testing.assert_allclose(grads[name], p.grad, rtol=1e-3, atol=1e-4, err_msg=name)
 
 
-class Noisy(torch.nn.Module):
-    noise_type, sde_type = "diagonal", "ito"
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.drift, self.diffusion = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
-
-    def f(self, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return self.drift(y)
-
-    def g(self, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return torch.sigmoid(self.diffusion(y))
-
-
-def solved() -> tuple[torch.nn.Module, torch.Tensor]:
-    """torchsde: noise by intervals of time, from seeds that are drawn themselves."""
-
-    def run(self: Any, y: torch.Tensor) -> torch.Tensor:
-        noise = torchsde.BrownianInterval(0.0, 1.0, size=tuple(y.shape), dtype=y.dtype, entropy=1)
-        times = torch.linspace(0, 1, 3)
-        return torchsde.sdeint(self.equation, y, times, bm=noise, method="euler", dt=0.25)
-
-    return programs.Uses(run, equation=Noisy()), programs.randn(2, 3)
-
-
-def normalized() -> tuple[torch.nn.Module, torch.Tensor]:
-    """e3nn: the moments of an activation, by a million random numbers."""
-
-    def run(self: Any, x: torch.Tensor) -> torch.Tensor:
-        return self.activation(x) / e3nn.math.moment(self.activation, 2, dtype=x.dtype).sqrt()
-
-    return programs.Uses(run, activation=torch.nn.PReLU()), programs.randn(2, 3)
-
-
-def spoken() -> tuple[torch.nn.Module, torch.Tensor]:
-    """transformers: a vocoder makes a voice of noise."""
-
-    def run(self: Any, spectrogram: torch.Tensor) -> torch.Tensor:
-        return self.net(spectrogram, generator=torch.Generator().manual_seed(3)).waveforms
-
-    config = transformers.UnivNetConfig(
-        model_in_channels=2, model_hidden_channels=2, num_mel_bins=3, resblock_kernel_sizes=[3],
-        resblock_stride_sizes=[2], resblock_dilation_sizes=[[1]], kernel_predictor_num_blocks=1,
-        kernel_predictor_hidden_channels=2,
-    )  # fmt: skip
-    return programs.Uses(run, net=transformers.UnivNetModel(config)), programs.randn(1, 4, 3)
-
-
-@pytest.mark.parametrize("make", [solved, normalized, spoken])
+@pytest.mark.parametrize("make", programs.WITH_GENERATORS)
 def test_a_generator_of_a_library(make: Any) -> None:
     """It has a seed of its own, which no key changes."""
     torch.manual_seed(0)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import captum.attr
+import e3nn.math
 import geomloss
 import gpytorch
 import jax
@@ -29,6 +30,7 @@ import torch
 import torch_geometric.nn as geometric
 import torchcde
 import torchrecurrent
+import torchsde
 import transformers
 import x_transformers
 import zuko
@@ -115,6 +117,29 @@ def sparse_language_model() -> nn.Module:
     return x_transformers.TransformerWrapper(
         num_tokens=12, max_seq_len=8, attn_layers=layers, token_emb=embedding
     )
+
+
+def by_frequency(module: nn.Module) -> nn.Module:
+    """Gradients of rows are divided by how often an index names them."""
+    for m in module.modules():
+        if isinstance(m, nn.Embedding):
+            m.scale_grad_by_freq = True
+    return module
+
+
+def bert() -> nn.Module:
+    """Its dropouts draw nothing until their probability is 1."""
+    config = transformers.BertConfig(
+        vocab_size=12, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=8, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        attn_implementation="eager",
+    )  # fmt: skip
+    return Uses(squashed, net=transformers.BertModel(config))
+
+
+def squashed(self: Any, x: torch.Tensor) -> Any:
+    """The squares behind a norm have a constant sum."""
+    return hidden(self, x).tanh()
 
 
 def interpolation() -> nn.Module:
@@ -346,6 +371,58 @@ def tensor_of_factors(self: Any, core: torch.Tensor, *factors: torch.Tensor) -> 
     return whole, tensorly.tucker_to_tensor((core, list(factors)))
 
 
+# --- generators of their own ----------------------------------------------------------------------
+
+
+class Noisy(nn.Module):
+    noise_type, sde_type = "diagonal", "ito"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drift, self.diffusion = nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def f(self, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return self.drift(y)
+
+    def g(self, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return torch.sigmoid(self.diffusion(y))
+
+
+def solved() -> tuple[nn.Module, torch.Tensor]:
+    """torchsde: noise by intervals of time, from seeds that are drawn themselves."""
+
+    def run(self: Any, y: torch.Tensor) -> torch.Tensor:
+        noise = torchsde.BrownianInterval(0.0, 1.0, size=tuple(y.shape), dtype=y.dtype, entropy=1)
+        times = torch.linspace(0, 1, 3)
+        return torchsde.sdeint(self.equation, y, times, bm=noise, method="euler", dt=0.25)
+
+    return Uses(run, equation=Noisy()), randn(2, 3)
+
+
+def normalized() -> tuple[nn.Module, torch.Tensor]:
+    """e3nn: the moments of an activation, by a million random numbers."""
+
+    def run(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return self.activation(x) / e3nn.math.moment(self.activation, 2, dtype=x.dtype).sqrt()
+
+    return Uses(run, activation=nn.PReLU()), randn(2, 3)
+
+
+def spoken() -> tuple[nn.Module, torch.Tensor]:
+    """transformers: a vocoder makes a voice of noise."""
+
+    def run(self: Any, spectrogram: torch.Tensor) -> torch.Tensor:
+        return self.net(spectrogram, generator=torch.Generator().manual_seed(3)).waveforms
+
+    config = transformers.UnivNetConfig(
+        model_in_channels=2, model_hidden_channels=2, num_mel_bins=3, resblock_kernel_sizes=[3],
+        resblock_stride_sizes=[2], resblock_dilation_sizes=[[1]], kernel_predictor_num_blocks=1,
+        kernel_predictor_hidden_channels=2,
+    )  # fmt: skip
+    return Uses(run, net=transformers.UnivNetModel(config)), randn(1, 4, 3)
+
+
+WITH_GENERATORS = [solved, normalized, spoken]
 NODES = (randn(6, 4), EDGES)
 STEPS = (randn(4, 2, 3),)
 PROGRAMS: dict[str, Program] = {
@@ -379,6 +456,21 @@ PROGRAMS: dict[str, Program] = {
         interpolation, (randn(5, 1), randn(5, 2)), "bridge"
     ),
     "x-transformers, sparse embeddings": Program(sparse_language_model, (TOKENS,)),
+    "x-transformers, gradients by frequency": Program(
+        lambda: by_frequency(language_model()), (TOKENS,)
+    ),
+    "transformers, gradients by frequency": Program(lambda: by_frequency(bert()), (TOKENS,)),
+    "geometric, gradients by frequency": Program(
+        lambda: by_frequency(
+            Uses(
+                triples, distances=geometric.TransE(6, 3, 4), products=geometric.DistMult(6, 3, 4)
+            )
+        ),
+        (torch.tensor([0, 1, 0]), torch.tensor([0, 1, 1]), torch.tensor([3, 0, 5])),
+    ),
+    "geometric, a cache": Program(
+        lambda: geometric.GCNConv(4, 2, cached=True, add_self_loops=False), NODES
+    ),
     "transformers, DINOv3": Program(
         lambda: transformer(transformers.DINOv3ViTModel, transformers.DINOv3ViTConfig),
         (randn(1, 3, 8, 8),),

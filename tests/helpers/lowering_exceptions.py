@@ -66,6 +66,8 @@ _add("PyTorch wants these scales beside the operands", "torch__scaled_mm_v2-floa
 REPEATED_WHEN_EXPANDED = dict.fromkeys(
     (
         "index_copy-float32-lowered",
+        "put-float32-lowered",
+        "scatter-float32-lowered",
         "nn_functional_max_unpool1d_grad-float32-lowered",
         "nn_functional_max_unpool2d_grad-float32-lowered",
         "nn_functional_max_unpool3d_grad-float32-lowered",

@@ -126,9 +126,12 @@ def test_ctc_loss_with_traced_lengths() -> None:
     close(found, F.ctc_loss(SCORES, TARGETS, STEPS, SIZES))
 
 
-def test_ctc_loss_with_an_impossible_target() -> None:
+@pytest.mark.parametrize("zero_infinity", [False, True])
+def test_ctc_loss_with_an_impossible_target(zero_infinity: bool) -> None:
     def fn(scores: torch.Tensor) -> torch.Tensor:
-        return F.ctc_loss(scores, TARGETS, (2, 2, 2), SIZES, reduction="none", zero_infinity=True)
+        return F.ctc_loss(
+            scores, TARGETS, (2, 2, 2), SIZES, reduction="none", zero_infinity=zero_infinity
+        )
 
     scores = SCORES.clone().requires_grad_()
     (expected,) = torch.autograd.grad(fn(scores).sum(), scores)

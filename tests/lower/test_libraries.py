@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import jax
+import jax.numpy as jnp
 import library_programs as programs
 import pytest
 
-from torch2jax import from_module
+from torch2jax import SignatureError, from_module
 
 # They deprecate what PyTorch deprecates.
 pytestmark = pytest.mark.filterwarnings(
@@ -23,3 +27,12 @@ def test_program(name: str) -> None:
     want = programs.expected(module, program)
     apply, variables = from_module(module, lower=True)
     programs.check(apply, variables, program, want)
+
+
+@pytest.mark.parametrize("make", programs.WITH_GENERATORS)
+def test_a_generator_of_a_library_is_refused(make: Any) -> None:
+    """Its numbers would be constants of the program."""
+    module, x = make()
+    apply, variables = from_module(module, lower=True)
+    with pytest.raises(SignatureError, match=r"drawn from a torch\.Generator in a traced function"):
+        jax.jit(apply)(variables, jnp.asarray(x.numpy()), rng=jax.random.key(0))

@@ -63,6 +63,7 @@ NAMES = {
     "torch._C._FunctionBase": "Is the class of nodes of torch.autograd.Function.",
     "torch._C._autograd._get_current_graph_task_keep_graph": "Tells whether a backward pass keeps its graph.",
     "torch._C._current_graph_task_id": "Tells whether a backward pass runs on this thread.",
+    "torch._C._functions.DelayedError": "Refuses second derivatives of once_differentiable functions, which would be zeros.",
     "torch._C._get_obj_in_tls": "Passes a flag on to the threads of a backward pass.",
     "torch._C._is_key_in_tls": "Passes a flag on to the threads of a backward pass.",
     "torch._C._stash_obj_in_tls": "Passes a flag on to the threads of a backward pass.",

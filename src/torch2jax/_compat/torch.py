@@ -160,6 +160,25 @@ class BackwardLocal:
         _stash(self._name, value)
 
 
+differentiated_further = BackwardLocal("torch2jax.differentiated_further")
+"""Whether a derivative is taken of the gradients of the backward passes that run."""
+
+_DelayedError: Any = torch._C._functions.DelayedError  # type: ignore[attr-defined]
+
+
+def _delayed_error(message: bytes, count: int) -> Any:
+    """Raise at once what PyTorch raises where a node is reached.
+
+    ``once_differentiable`` makes this node. One who asks for gradients in given leaves never
+    reaches it, and gets zeros.
+    """
+    if differentiated_further.get():
+        raise RuntimeError(message.decode())
+    return _DelayedError(message, count)
+
+
+torch._C._functions.DelayedError = _delayed_error  # type: ignore[attr-defined]
+
 # --- jax2torch -----------------------------------------------------------------------------------
 
 transforms_active: Any = torch._C._are_functorch_transforms_active

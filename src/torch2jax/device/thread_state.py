@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["lowering_scope", "other_devices_allowed", "state"]
+__all__ = ["derivatives_kept", "lowering_scope", "other_devices_allowed", "state"]
 
 
 class _State(threading.local):
@@ -15,6 +15,8 @@ class _State(threading.local):
     """A context that restores the thread's state of the innermost trace for JAX's derivative."""
     lowering = 0
     """How many scopes of ``lower=True``, where JAX takes the derivatives, are entered."""
+    kept = 0
+    """How many scopes are entered where JAX's derivative goes on although gradients are off."""
     detaching = 0
     """How many calls of the user's ``detach`` are under way."""
     constants: Any = None
@@ -58,6 +60,16 @@ def lowering_scope() -> Iterator[None]:
     finally:
         state.lowering -= 1
         state.constants = before
+
+
+@contextlib.contextmanager
+def derivatives_kept() -> Iterator[None]:
+    """In this scope JAX's derivative goes on although gradients are off."""
+    state.kept += 1
+    try:
+        yield
+    finally:
+        state.kept -= 1
 
 
 @contextlib.contextmanager

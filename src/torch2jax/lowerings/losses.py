@@ -126,8 +126,12 @@ def ctc_loss(
     p = jnp.where(np.arange(steps)[:, None] < jnp.asarray(input_lengths)[:, None, None], y, never)
     p = jnp.exp(p)
     losses = losses + jnp.sum(p - jax.lax.stop_gradient(p), (1, 2))
+    impossible = losses == jnp.inf  # there are too few steps for the labels
     if zero_infinity:
-        losses = jnp.where(losses == jnp.inf, 0, losses)
+        losses = jnp.where(impossible, 0, losses)
+    else:  # PyTorch's gradient is NaN there, as that of log is at 0
+        nothing = jnp.where(impossible[:, None, None], p * 0, 1)
+        losses = jnp.where(impossible, -jnp.log(jnp.sum(nothing, (1, 2))), losses)
     return cast(losses, log_probs.dtype), cast(jax.lax.stop_gradient(alphas), log_probs.dtype)
 
 

@@ -23,6 +23,7 @@ cotangent is the plain transpose ``Jᵀ c = conj(Jᴴ conj(c))``, so a Vjp conju
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
@@ -35,9 +36,12 @@ from .gradients import (
     Indices,
     Tensor,
     Tensors,
+    check_connected,
     conj,
     dense,
+    further,
     gradients_by_backward,
+    is_cut,
     leaf_gradients,
     refuses_grad,
     take,
@@ -140,11 +144,7 @@ class Jvp:
 
     @property
     def first_order(self) -> bool:
-        """A Jvp is of first order where the base is the user's function or its batched form."""
-        program: Program | None = self.base
-        while isinstance(program, Vmap):
-            program = program.base
-        return isinstance(program, UserProgram)
+        return _is_users(self.base)
 
     def _split(self, args: Tensors) -> tuple[Tensors, Tensors]:
         at = len(args) - len(self.wrt)
@@ -184,7 +184,8 @@ class Jvp:
         f = _restrict(self.base.functional, primals, self.wrt, self.of)
         out, pullback = torch.func.vjp(f, *take(primals, self.wrt))  # type: ignore[misc]
         u = map(torch.ones_like, out)
-        _, push = torch.func.vjp(lambda *u: pullback(u), *u)  # type: ignore[misc]
+        with further():
+            _, push = torch.func.vjp(lambda *u: pullback(u), *u)  # type: ignore[misc]
         return push(tangents)
 
     def _two_pullbacks_graph(self, primals: Tensors, tangents: Tensors) -> Tensors:
@@ -192,8 +193,9 @@ class Jvp:
             primals = watched_leaves(primals, self.wrt)
             out = take(self.base.graph(*primals), self.of)
             u = tuple(torch.ones_like(o, requires_grad=True) for o in out)
-            pulled = leaf_gradients(out, take(primals, self.wrt), u, create_graph=True)
-            _check_connected(pulled)
+            with further():
+                pulled = leaf_gradients(out, take(primals, self.wrt), u, create_graph=True)
+            check_connected(pulled)
             return leaf_gradients(pulled, u, tangents, create_graph=True)
 
 
@@ -213,10 +215,16 @@ class Vjp:
         at = len(args) - len(self.of)
         return args[:at], args[at:]
 
+    @property
+    def first_order(self) -> bool:
+        return _is_users(self.base)
+
     def functional(self, *args: Tensor) -> Tensors:
         primals, cotangents = self.split(args)
         f = _restrict(self.base.functional, primals, self.wrt, self.of)
-        _, pullback = torch.func.vjp(f, *take(primals, self.wrt))  # type: ignore[misc]
+        derived = contextlib.nullcontext() if self.first_order else further()
+        with derived:
+            _, pullback = torch.func.vjp(f, *take(primals, self.wrt))  # type: ignore[misc]
         return conj(tuple(map(dense, pullback(conj(cotangents)))))
 
     def graph(self, *args: Tensor) -> Tensors:
@@ -226,10 +234,11 @@ class Vjp:
             primals = watched_leaves(primals, self.wrt)
             out = take(self.base.graph(*primals), self.of)
             inputs = take(primals, self.wrt)
-            grads = leaf_gradients(out, inputs, conj(cotangents), create_graph=True)
-            if any(map(_is_cut, grads)):  # f may be linear: watched cotangents show it
+            with further():
+                grads = leaf_gradients(out, inputs, conj(cotangents), create_graph=True)
+            if any(map(is_cut, grads)):  # f may be linear: watched cotangents show it
                 watched = watched_leaves(cotangents, tuple(range(len(cotangents))))
-                _check_connected(leaf_gradients(out, inputs, conj(watched), create_graph=True))
+                check_connected(leaf_gradients(out, inputs, conj(watched), create_graph=True))
             return conj(grads)
 
     def run(self, *args: Tensor) -> Tensors:
@@ -340,19 +349,11 @@ class Rows(Vmap):
         return tuple(torch.stack(column) for column in zip(*out, strict=True))
 
 
-def _is_cut(g: Tensor) -> bool:
-    if g.requires_grad or torch.compiler.is_compiling():  # there it has no values to look at
-        return False
-    return bool(g.any())
-
-
-def _check_connected(grads: Tensors) -> None:
-    """Raise where gradients that are linear in something watched seem not to depend on it."""
-    if any(map(_is_cut, grads)):  # those of sparse matrices do so
-        raise RuntimeError(
-            "PyTorch does not differentiate this function's gradient further: the result of its "
-            "backward pass has no graph"
-        )
+def _is_users(program: Any) -> bool:
+    """Whether a program is the user's function or its batched form: a derivative is a first one."""
+    while isinstance(program, Vmap):
+        program = program.base
+    return isinstance(program, UserProgram)
 
 
 def _restrict(

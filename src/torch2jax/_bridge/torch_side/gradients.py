@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
-from ..._compat.torch import pull_back, pull_back_rows, transforms_active
+from ..._compat.torch import (
+    differentiated_further,
+    pull_back,
+    pull_back_rows,
+    transforms_active,
+)
 from .reachable import reachable_leaves
 
 Tensor = torch.Tensor
@@ -28,6 +34,17 @@ def watched_leaves(primals: Tensors, wrt: Indices) -> Tensors:
         x = watched[i]
         watched[i] = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
     return tuple(watched)
+
+
+@contextlib.contextmanager
+def further() -> Iterator[None]:
+    """In this scope the gradients of backward passes are differentiated, which some refuse."""
+    before = differentiated_further.get()
+    differentiated_further.set(True)
+    try:
+        yield
+    finally:
+        differentiated_further.set(before)
 
 
 def leaf_gradients(
@@ -56,6 +73,22 @@ def leaf_gradients(
         x.new_zeros(rows + tuple(x.shape)) if g is None else dense(g)
         for x, g in zip(inputs, grads, strict=True)
     )
+
+
+def is_cut(g: Tensor) -> bool:
+    """Whether a gradient that is not 0 has no graph."""
+    if g.requires_grad or torch.compiler.is_compiling():  # there it has no values to look at
+        return False
+    return bool(g.any())
+
+
+def check_connected(grads: Tensors) -> None:
+    """Raise where gradients that are linear in something watched seem not to depend on it."""
+    if any(map(is_cut, grads)):  # those of sparse matrices do so
+        raise RuntimeError(
+            "PyTorch does not differentiate this function's gradient further: the result of its "
+            "backward pass has no graph"
+        )
 
 
 def dense(t: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ class Runner(ABC):
         values = [value_of(x) if type(x) is Tensor else x for x in operands]
         out, new = program.compute(values, call.words)
         cut = state.lowering and not torch.is_grad_enabled()
-        if cut:
+        if cut and not state.kept:
             out = jax.tree.map(jax.lax.stop_gradient, out)
             new = [unseen(values[s], x) for s, x in zip(program.mutated, new, strict=True)]
         result = results.of_arrays(program, operands, out, new)

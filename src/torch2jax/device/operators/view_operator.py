@@ -70,7 +70,8 @@ class ViewOperator:
 
     def _stops(self) -> bool:
         """Say whether JAX's derivative ends here; see NOTE [Detached by the user]."""
-        return (self.detach and state.detaching > 0) or not torch.is_grad_enabled()
+        off = not (state.kept or torch.is_grad_enabled())
+        return off or (self.detach and state.detaching > 0)
 
     def key(self, x: Tensor, args: Any, kwargs: Any) -> tuple[Any, ...]:
         rest = tuple(map(_frozen, args[1:])) if self.takes_lists else args[1:]

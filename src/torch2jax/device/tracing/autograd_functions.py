@@ -28,13 +28,20 @@ from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from torch.utils import _pytree as torch_tree
 from torch.utils.checkpoint import CheckpointFunction
 
+from ..._errors import DifferentiationError
 from .. import random_streams
 from ..operators.constants import value_of
 from ..setup.changes_of_pytorch import replace_while_tracing, replacing
 from ..tensors.tensor import Cell, Tensor, become, recorded, wrap, write
-from ..thread_state import state
+from ..thread_state import derivatives_kept, state
+from .differentiated_again import differentiated_again
 
 __all__ = ["differentiable_by_jax"]
+
+
+DEPTH = 2
+"""How deep backward passes are traced beside their forward pass: a backward pass may call its own
+function, and so on. A second derivative of a function in the callable of another one needs two."""
 
 
 class _Active(threading.local):
@@ -43,6 +50,8 @@ class _Active(threading.local):
     """How many backward passes are being traced beside their forward pass."""
     grad = True
     """Whether gradients were on when ``apply`` was called, which switches them off."""
+    inside = 0
+    """How many backward passes are under way."""
 
 
 _active = _Active()
@@ -158,9 +167,11 @@ class _Differentiated:
         try:
             call, held, outs = _converted(self._call, *arrays)
             backward, kept = self._backward, []
-            # A backward pass may call its own function, so it is traced to one depth only.
-            if self._users and not _active.backwards and (held or self._has_callables):
-                backward, kept = self._traced_backward(arrays, outs)
+            if self._users and (held or self._has_callables):
+                if _active.backwards < DEPTH:
+                    backward, kept = self._traced_backward(arrays, outs)
+                elif held:  # its tensors will have gone
+                    backward = self._too_deep
         finally:
             # No tensor of the trace is kept, because JAX keeps this object with the program.
             self.objects = [None] * len(given)
@@ -173,9 +184,19 @@ class _Differentiated:
             found = backward(operands[:n], cotangents, *operands[m:])
             return (*found, *[None] * (len(operands) - n))
 
+        again = differentiated_again(self.cls.__qualname__, function, backwards)
+        if _active.inside:  # a derivative of the backward pass of another function
+            return again(*arrays, *held, *kept)
         custom = jax.custom_vjp(function)
-        custom.defvjp(lambda *operands: (function(*operands), operands), backwards)
+        custom.defvjp(lambda *operands: (again(*operands), operands), backwards)
         return custom(*arrays, *held, *kept)
+
+    def _too_deep(self, *_: Any) -> Any:
+        raise DifferentiationError(
+            f"a derivative of order {DEPTH + 1} of {self.cls.__qualname__}, which closes over "
+            "tensors in a callable among its arguments. Make these tensors arguments of "
+            "operators alone, or take the derivative without lower=True."
+        )
 
     def _traced_backward(self, arrays: Any, outs: Any) -> tuple[Any, Any]:
         """Trace the backward pass; return it and the tensors that it uses beside its arguments."""
@@ -210,7 +231,8 @@ class _Differentiated:
         return backward, kept
 
     def _call(self, *arrays: Any) -> list[Any]:
-        with self._inputs(arrays) as inputs:
+        # A transposed backward pass of another function has this one's forward pass in it.
+        with self._inputs(arrays) as inputs, derivatives_kept():
             return [value_of(x) for x in self._run(inputs, False)]
 
     @contextlib.contextmanager
@@ -265,7 +287,11 @@ class _Differentiated:
 
     def _backward(self, arrays: Any, cotangents: Any) -> Any:
         with self.resume(), self._inputs(arrays) as inputs:
-            return self._gradients(inputs, arrays, cotangents)
+            _active.inside += 1
+            try:
+                return self._gradients(inputs, arrays, cotangents)
+            finally:
+                _active.inside -= 1
 
     def _gradients(self, inputs: list[Tensor], arrays: Any, cotangents: Any) -> Any:
         outs = self._run(inputs, True)
