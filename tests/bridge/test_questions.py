@@ -225,6 +225,26 @@ def test_examples_and_eager_calls_have_values() -> None:
     np.testing.assert_allclose(jax.jit(f)(X), 2 * X)  # known from the call before
 
 
+def rows_of(x, grid):
+    """The sum of each group of columns; groups that do not fill the columns are an error."""
+    return torch.stack([part.sum(-1) for part in x.split(grid.tolist(), -1)])
+
+
+def test_operands_with_values_beside_others_that_are_traced() -> None:
+    """JAX traces what it differentiates and maps; the rest of an eager call has values."""
+    grid, x = jnp.array([2, 1, 3]), jnp.arange(12.0).reshape(2, 6)
+    weights = jnp.array([[1.0, 2], [3, 4], [5, 6]])
+    f = torch2jax(rows_of)
+    grad = jax.grad(lambda x: (f(x, grid) * weights).sum())(x)
+    np.testing.assert_array_equal(grad, np.repeat(weights.T, [2, 1, 3], axis=1))
+    f = torch2jax(rows_of)
+    ones = jax.jvp(lambda x: f(x, grid), (x,), (jnp.ones_like(x),))[1]
+    np.testing.assert_array_equal(ones, [[2, 2], [1, 1], [3, 3]])
+    f = torch2jax(rows_of, vmap_method="sequential")
+    mapped = jax.vmap(lambda x: f(x, grid))(jnp.stack([x, 2 * x]))
+    np.testing.assert_array_equal(mapped[1], 2 * f(x, grid))
+
+
 def test_an_error_says_what_was_asked_where_and_what_helps() -> None:
     with pytest.raises(TorchCallError) as caught:
         jax.jit(torch2jax(only_of(X)))(X)

@@ -13,10 +13,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import hugging_face as hf
+import jax
 import pytest
 import torch
-from lowered_models import agrees, wave
+from lowered_models import agrees, close, wave
 from torch import nn
+
+from torch2jax import from_module
 
 pytestmark = pytest.mark.optimized
 
@@ -70,6 +73,46 @@ def whisper() -> Any:
     return transformers.WhisperForConditionalGeneration(config)
 
 
+def longformer() -> Any:
+    config = transformers.LongformerConfig(
+        vocab_size=20, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=24, attention_window=4, max_position_embeddings=32, pad_token_id=1,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    return transformers.LongformerForMaskedLM(config)
+
+
+def led() -> Any:
+    config = transformers.LEDConfig(
+        vocab_size=20, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24, attention_window=4,
+        max_encoder_position_embeddings=32, max_decoder_position_embeddings=32, dropout=0.0,
+        attention_dropout=0.0, activation_dropout=0.0, use_cache=False, pad_token_id=1,
+        bos_token_id=0, eos_token_id=2, decoder_start_token_id=2,
+    )  # fmt: skip
+    return transformers.LEDForConditionalGeneration(config)
+
+
+def qwen2_vl() -> Any:
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+    text = {
+        "vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "rope_parameters": rope,
+        "use_cache": False, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    vision = {
+        "depth": 1, "embed_dim": 16, "hidden_size": 16, "num_heads": 2, "mlp_ratio": 2,
+        "patch_size": 2, "temporal_patch_size": 2, "in_channels": 3, "spatial_merge_size": 2,
+    }  # fmt: skip
+    config = transformers.Qwen2VLConfig(
+        text_config=text, vision_config=vision, image_token_id=39, video_token_id=38,
+        vision_start_token_id=37, vision_end_token_id=36,
+    )  # fmt: skip
+    return transformers.Qwen2VLForConditionalGeneration(config)
+
+
+LONG = 3 + torch.arange(24).reshape(2, 12) * 5 % 17
+LONG_MASK = torch.tensor([[1] * 12, [1] * 9 + [0] * 3])
 LABELS = torch.tensor([[3, 4, 5], [5, 6, 7]])
 HUGGING_FACE: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "resnet": (resnet, {"pixel_values": wave(2, 3, 16, 16), "labels": torch.tensor([1, 0])}),
@@ -96,3 +139,56 @@ def test_padded_batch_of_an_encoder() -> None:
     encoder = nn.TransformerEncoder(layer, 2)
     mask = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
     agrees(encoder, {"src": wave(2, 5, 8), "src_key_padding_mask": mask}, False)
+
+
+IMAGE_TEXT = torch.tensor([[5, 37, 39, 39, 39, 39, 36, 6]])
+# They ask for values: where attention is global, and into how many patches an image was cut.
+ASKING: dict[str, tuple[Callable[[], Any], dict[str, torch.Tensor]]] = {
+    "longformer": (
+        longformer,
+        {
+            "input_ids": LONG,
+            "attention_mask": LONG_MASK,
+            "global_attention_mask": torch.eye(2, 12, dtype=torch.long),
+        },
+    ),
+    "led": (led, {"input_ids": LONG, "attention_mask": LONG_MASK, "labels": LABELS}),
+    "qwen2_vl": (
+        qwen2_vl,
+        {
+            "input_ids": IMAGE_TEXT,
+            "attention_mask": torch.ones_like(IMAGE_TEXT),
+            "mm_token_type_ids": (IMAGE_TEXT == 39).long(),
+            "pixel_values": wave(16, 24),
+            "image_grid_thw": torch.tensor([[1, 4, 4]]),
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(ASKING))
+def test_models_that_ask_for_values(name: str) -> None:
+    make, inputs = ASKING[name]
+    model = make().eval()
+    expected = model(**inputs).logits
+    expected.square().mean().backward()
+    apply, variables = from_module(model, lower=True)
+
+    def loss(params: Any, arrays: Any) -> Any:
+        out = apply({**variables, "params": params}, **arrays)["logits"]
+        return (out * out).mean(), out
+
+    step = jax.grad(loss, has_aux=True)
+    arrays = {k: hf.to_jax(x) for k, x in inputs.items()}
+    wanted = {
+        k: torch.zeros_like(p) if p.grad is None else p.grad for k, p in model.named_parameters()
+    }
+    top = max(float(g.abs().max()) for g in wanted.values())
+    for run in (step, jax.jit(step)):
+        grads, out = run(variables["params"], arrays)
+        close(out, expected, "logits")
+        for k, g in wanted.items():
+            if g.abs().max() > 1e-5 * top:  # else it is rounding: the bias of keys
+                close(grads[k], g, k)
+            else:
+                assert float(abs(grads[k]).max()) <= 1e-4 * top, k

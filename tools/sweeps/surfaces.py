@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from torch2jax import TorchCallError, device, from_module
+from torch2jax import Torch2JaxError, device, from_module
 
 from .tiny import Subject
 
@@ -116,7 +116,7 @@ def in_jax(subject: Subject, **options: Any) -> list[Result]:
     results = []
     try:
         step(variables["params"], arrays)
-    except TorchCallError as error:
+    except Torch2JaxError as error:
         if "asks for values" not in str(error):
             raise
         # What the error says to do: an eager call knows values.

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import torch
+from jax.core import Tracer
 
 from .._bridge.calls import results
 from .._bridge.calls.arguments import Arguments, Casts
 from .._bridge.calls.attempts import widened
 from .._bridge.calls.function import TorchFunction
-from .._bridge.calls.operands import OperandOptions
+from .._bridge.calls.operands import OperandOptions, is_unknown
 from .._bridge.calls.options import Options
 from .._bridge.calls.results import flatten_result
 from .._bridge.calls.shards import Shards
+from .._bridge.torch_side.inference import Spec, sample_of
 from .._bridge.torch_side.modules import loans
 from .._bridge.torch_side.modules.forward import Forward
 from .._bridge.torch_side.modules.replica import Layout
@@ -29,7 +32,12 @@ from ..device.operators.constants import value_of
 from ..device.setup.enable import enable
 from ..device.tensors.tensor import Tensor, from_torch, wrap
 from ..device.tracing import hooks
-from ..device.tracing.bridged_modules import module_calls, nothing_bridged, retried
+from ..device.tracing.bridged_modules import (
+    Rehearsal,
+    module_calls,
+    nothing_bridged,
+    retried,
+)
 from ..device.tracing.kept import nothing_kept
 from ..device.tracing.scope import running
 from ..lowerings.registry import ValuesAsked
@@ -61,8 +69,30 @@ class LoweredFunction(TorchFunction):
         """Return a copy without cached traces, which runs ``fn`` when it is called."""
         return LoweredFunction(self.__wrapped__, self._run, self._label, self._options)
 
-    def _knowing(self, operands: Sequence[Any], run: Callable[..., Any]) -> Any:
-        return retried(self, lambda: run(*operands))
+    def _knowing(self, call: Any, operands: Sequence[Any], run: Callable[..., Any]) -> Any:
+        rehearsal = functools.partial(self._rehearsal, call, operands)
+        return retried(self, lambda: run(*operands), rehearsal)
+
+    def _rehearsal(self, call: Any, operands: Sequence[Any]) -> Rehearsal:
+        """Return a run on the operands; examples or made-up values stand for those without one."""
+        key = []
+        if self._options.stochastic:
+            *operands, rng = operands
+            key = [jax.random.key(0) if isinstance(rng, Tracer) else rng]
+        by_operand = OperandOptions(self.__wrapped__, self._options, call.arguments, self._label)
+        values: list[Any] = []
+        by_examples = False
+        for i, x in enumerate(operands):
+            if is_unknown(x):
+                by_examples |= i in by_operand.examples
+                value = by_operand.example_value(i, tuple(x.shape))
+                with jax.ensure_compile_time_eval():  # a trace may be under way
+                    if value is None:
+                        spec = Spec(tuple(x.shape), dtype_j2t(x.dtype), torch.device("cpu"))
+                        value = sample_of(i, spec)
+                    x = from_torch(value).astype(x.dtype)
+            values.append(x)
+        return Rehearsal(lambda: self._trace_here(call, [*values, *key]), by_examples)
 
     def _trace_here(self, call: Any, operands: Any, shards: Shards | None = None) -> Any:
         key = None

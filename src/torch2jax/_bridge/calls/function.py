@@ -107,7 +107,7 @@ class TorchFunction:
     def _call_any(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call, operands = self._flatten(args, kwargs)
         try:
-            return self._knowing(operands, call.jitted)
+            return self._knowing(call, operands, call.jitted)
         except _RUNTIME_ERRORS as error:
             _raise_original(error, self._label)
             self._check_operands(call, operands)
@@ -119,14 +119,14 @@ class TorchFunction:
     def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
         """Return ``jax.stages.Lowered`` for arguments, which may be ``jax.ShapeDtypeStruct``s."""
         call, operands = self._flatten(args, kwargs)
-        return self._knowing(operands, call.jitted.lower)
+        return self._knowing(call, operands, call.jitted.lower)
 
     def trace(self, *args: Any, **kwargs: Any) -> jax.stages.Traced:
         """Return ``jax.stages.Traced`` for arguments, which may be ``jax.ShapeDtypeStruct``s."""
         call, operands = self._flatten(args, kwargs)
-        return self._knowing(operands, call.jitted.trace)
+        return self._knowing(call, operands, call.jitted.trace)
 
-    def _knowing(self, operands: Sequence[Any], run: Callable[..., Any]) -> Any:
+    def _knowing(self, call: _Call, operands: Sequence[Any], run: Callable[..., Any]) -> Any:
         """Return ``run(*operands)``; where a trace needs values, trace with what is known."""
         try:
             return run(*operands)
@@ -144,14 +144,18 @@ class TorchFunction:
         binding, avals = self.binding_for(args, kwargs)
         return binding.callee, avals
 
-    def binding_for(self, args: Any, kwargs: Any) -> tuple[Binding, Avals]:
-        """Return what calls with such arguments bind, and the avals of their operands."""
+    def binding_for(
+        self, args: Any, kwargs: Any, known: Known | None = None
+    ) -> tuple[Binding, Avals]:
+        """Return what calls with such arguments bind, and the avals of their operands.
+
+        ``known`` has values of operands that look like this.
+        """
         call, operands = self._flatten_arguments(args, kwargs)
         avals = tuple(checks.leaf_aval(x) for x in operands)
         key = (call, avals, x64_enabled(), None)
         if key not in self._bindings:
-            numbers = [False] * len(avals)
-            known = Known(None)
+            numbers, known = [False] * len(avals), known or Known()
             self._bindings[key] = self._planner.plan(call.arguments, avals, numbers, known=known)
         return self._bindings[key], avals
 
@@ -283,7 +287,7 @@ class TorchFunction:
             numbers = [x.weak_type and not x.shape for x in map(jax.typeof, operands)]
             known = self._known.now
             if known is not None and shards is not None:
-                known = Known(None)  # the values are those of the whole operands
+                known = Known()  # the values are those of the whole operands
             binding = self._bindings[key] = self._planner.plan(
                 call.arguments, avals, numbers, shards, known
             )

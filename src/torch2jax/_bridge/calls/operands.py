@@ -167,12 +167,14 @@ def _indices_in(tree: Any) -> list[int]:
     return [s.index for s in jax.tree.leaves(tree) if s.index is not None]
 
 
-def values_of(operands: Sequence[Any]) -> list[torch.Tensor] | None:
-    """Return the values of a call's operands; None under a trace, where they are not all known."""
-    if any(isinstance(x, Tracer | jax.ShapeDtypeStruct) for x in operands):
-        return None
-    values = [_value(jax.numpy.asarray(x)) for x in operands]
-    return [x for x in values if x is not None] if all(x is not None for x in values) else None
+def values_of(operands: Sequence[Any]) -> list[torch.Tensor | None]:
+    """Return the values of a call's operands; None where one is being traced."""
+    return [None if is_unknown(x) else _value(jax.numpy.asarray(x)) for x in operands]
+
+
+def is_unknown(x: Any) -> bool:
+    """Return whether an operand of a call has a type alone, and no value."""
+    return isinstance(x, Tracer | jax.ShapeDtypeStruct)
 
 
 def _value(x: Any) -> torch.Tensor | None:

@@ -65,7 +65,10 @@ class Binding:
 class Known:
     """A ``Known`` holds what is known of a call's operands, where it needs their values."""
 
-    values: Sequence[torch.Tensor] | None
+    values: Sequence[torch.Tensor | None] = ()
+    """The operands' values, None where one is not known; or nothing."""
+    trusted: bool = False
+    """Whether a shape may follow them, as it may follow examples."""
 
 
 class Planner:
@@ -188,7 +191,9 @@ class Planner:
         def spec(i: int, shape: tuple[int, ...]) -> Spec:
             value = by_operand.example_value(i, shape)
             if value is None and known and known.values:
-                return Spec(shape, dtypes[i], device, known.values[i], example=False)
+                found = known.values[i]
+                if found is not None and tuple(found.shape) == shape:
+                    return Spec(shape, dtypes[i], device, found, example=known.trusted)
             return Spec(shape, dtypes[i], device, value)
 
         def attempt_once(casts: Casts, integers: IntegerUse, differentiates: bool) -> Inference:

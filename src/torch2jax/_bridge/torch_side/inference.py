@@ -225,7 +225,7 @@ class _Trial:
                 read.of(operands)
                 return self._recorder(operands, read.call)
 
-            sample = functools.partial(_sample, integer=integer)
+            sample = functools.partial(sample_of, integer=integer)
             return self._run(contextlib.nullcontext(), record, sample)
 
         # A second run has other integers: a shape that follows them is not known. The user's
@@ -354,7 +354,8 @@ def runs_on_fakes(
 _HOOKS_REFUSED = "it hooks saved tensors (torch.utils.checkpoint does), which a batch cannot have"
 
 
-def _sample(index: int, spec: Spec, integer: int = 0) -> torch.Tensor:
+def sample_of(index: int, spec: Spec, integer: int = 0) -> torch.Tensor:
+    """Return the value of an operand, or a made-up one."""
     if spec.value is not None:
         return spec.value.detach().to(spec.device, spec.dtype, copy=True)
     generator = torch.Generator().manual_seed(index)

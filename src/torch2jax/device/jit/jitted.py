@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from jax.core import Tracer
 from torch.utils import _pytree as torch_tree
@@ -16,7 +17,7 @@ from ..._errors import SignatureError, Torch2JaxWarning
 from .. import random_streams
 from ..setup.enable import enable
 from ..tensors.tensor import Tensor, captures, wrap
-from ..tracing.bridged_modules import retried
+from ..tracing.bridged_modules import Rehearsal, retried
 from .captured import noting_leaves
 from .compiled import CompiledCall
 from .differentiable import Differentiable
@@ -93,7 +94,8 @@ class JittedFunction:
         if compiled.known and not compiled.known.hold(self._around.tensors):
             compiled.renew()
         if not compiled.ready:
-            retried(compiled, functools.partial(compiled.prepare, arrays))
+            rehearsal = functools.partial(_rehearsal, compiled, arrays)
+            retried(compiled, functools.partial(compiled.prepare, arrays), rehearsal)
         words = random_streams.next_words() if compiled.draws else random_streams.NO_WORDS
         drawn = compiled.words(leaves) if compiled.generators else []
         compiled.check(tensors)
@@ -156,6 +158,14 @@ class JittedFunction:
                 Torch2JaxWarning,
                 stacklevel=4,
             )
+
+
+def _rehearsal(compiled: CompiledCall, arrays: Any) -> Rehearsal:
+    """Return a run on these arrays and on the state as it is, which changes nothing."""
+    state = [c.array for c in compiled.inputs]
+    drawn = [np.zeros((count, 2), np.uint32) for _, count in compiled.generators]
+    run = functools.partial(compiled.run, arrays, state, random_streams.NO_WORDS, drawn)
+    return Rehearsal(run, trusted=False)
 
 
 def _mark(x: Any, statics: Any) -> Any:

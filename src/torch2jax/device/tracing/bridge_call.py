@@ -14,7 +14,7 @@ import functools
 import traceback
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import torch
@@ -25,11 +25,12 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ..._bridge.calls.checks import argument_label
 from ..._bridge.calls.function import TorchFunction
 from ..._bridge.calls.options import Options
+from ..._bridge.calls.planning import Known
 from ..._bridge.torch_side.modules.forward import Forward
 from ..._bridge.torch_side.modules.replica import CopiesAnyTensor, Layout, Replica
 from ..._bridge.torch_side.preserving import holds_tensor
 from ..._compat.torch import transforms_active
-from ..._errors import Torch2JaxError, Torch2JaxWarning
+from ..._errors import Torch2JaxError, Torch2JaxWarning, TorchCallError
 from .. import random_streams
 from ..operators.constants import value_of
 from ..operators.jax_function import apply_jax
@@ -38,16 +39,26 @@ from ..tensors.tensor import Tensor, captures, wrap
 from ..thread_state import state
 from .packed import NotBridged, Packed
 
-__all__ = ["NotBridged", "call_on_bridge"]
+__all__ = ["Known", "NotBridged", "call_on_bridge", "operands_of"]
 
 
-def call_on_bridge(module: torch.nn.Module, args: Any, kwargs: Any) -> Any:
-    """Return what ``module(*args, **kwargs)`` returns, computed on the bridge.
+class Operands(NamedTuple):
+    """The operands of a module's call: its own tensors by their sorted names, then those given."""
 
-    It raises ``NotBridged`` where that cannot be, before anything has changed.
-    """
-    if transforms_active():
-        raise NotBridged("it is called inside of a transform of torch.func.")
+    layout: Layout
+    own: dict[str, torch.Tensor]
+    names: list[str]
+    given: list[torch.Tensor]
+    arguments: Packed
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All of them, on our device."""
+        return [from_other_device(x) for x in (*[self.own[k] for k in self.names], *self.given)]
+
+
+def operands_of(module: torch.nn.Module, args: Any, kwargs: Any) -> Operands:
+    """Return the operands of ``module(*args, **kwargs)``, or raise ``NotBridged``."""
     try:
         with _disable_current_modes():
             layout, own = _layout_of(module)
@@ -55,26 +66,42 @@ def call_on_bridge(module: torch.nn.Module, args: Any, kwargs: Any) -> Any:
         raise NotBridged(f"it cannot be copied ({error}).") from error
     given: list[torch.Tensor] = []
     arguments = Packed.of((args, kwargs), given, "it takes")
-    names = sorted(own)
-    operands = [from_other_device(x) for x in (*[own[k] for k in names], *given)]
+    return Operands(layout, own, sorted(own), given, arguments)
+
+
+def call_on_bridge(
+    module: torch.nn.Module, args: Any, kwargs: Any, known: Known | None = None
+) -> Any:
+    """Return what ``module(*args, **kwargs)`` returns, computed on the bridge.
+
+    It raises ``NotBridged`` where that cannot be, before anything has changed. ``known`` has values
+    of the operands of this call.
+    """
+    if transforms_active():
+        raise NotBridged("it is called inside of a transform of torch.func.")
+    call = operands_of(module, args, kwargs)
+    layout, own, names, given, arguments = call
+    operands = call.tensors
     if captures:
         note_read(operands)
     arrays = [value_of(x) for x in operands]
     dtypes = [x.dtype for x in operands]
     replica = _OnReplica(layout, arguments)
     function = _function(replica, names, arrays, dtypes)
-    changed, draws = _learn(function, replica, names, arrays)
+    if known is not None and len(known.values) != len(arrays):
+        known = None
+    changed, draws = _learn(function, replica, names, arrays, known)
     for x in (own.get(k) if isinstance(k, str) else given[k] for k in changed):
         if x is not None and type(x) is not Tensor:
             raise NotBridged(f"it writes to a tensor on {x.device}.")
     if changed or draws:
         replica = _OnReplica(layout, arguments, changed)
         function = _function(replica, names, arrays, dtypes, draws)
-        _learn(function, replica, names, arrays)
+        _learn(function, replica, names, arrays, known)
     assert replica.seen.structure is not None
     needs = None
     if len(replica.seen.dtypes) > replica.seen.returned:
-        needs = _needing_gradients(replica, names, arrays, dtypes, draws)
+        needs = _needing_gradients(replica, names, arrays, dtypes, draws, known)
     replica.values = {}
     key = {"rng": random_streams.next_words()} if draws else {}
     count = len(names)
@@ -173,7 +200,11 @@ def _function(
 
 
 def _learn(
-    function: TorchFunction, replica: _OnReplica, names: Sequence[str], arrays: Sequence[Any]
+    function: TorchFunction,
+    replica: _OnReplica,
+    names: Sequence[str],
+    arrays: Sequence[Any],
+    known: Known | None,
 ) -> tuple[list[Any], bool]:
     """Return what a call changes, names or numbers of arguments, and whether it draws numbers."""
     count = len(names)
@@ -183,10 +214,12 @@ def _learn(
         with warnings.catch_warnings():
             # It notes copies of what is changed, which here comes back.
             warnings.simplefilter("ignore", Torch2JaxWarning)
-            binding, _ = function.binding_for(given, {})
+            binding, _ = function.binding_for(given, {}, known=known)
     except Torch2JaxError as error:
         traceback.clear_frames(error.__traceback__)
-        raise NotBridged(replica.seen.refusal or str(error)) from error
+        refused = NotBridged(replica.seen.refusal or str(error))
+        refused.lacks_values = replica.seen.refusal is None and isinstance(error, TorchCallError)
+        raise refused from error
     if replica.seen.refusal is not None:
         raise NotBridged(replica.seen.refusal)
     written = {names[i] if i < count else i - count for i in binding.arguments.copies}
@@ -201,6 +234,7 @@ def _needing_gradients(
     arrays: Sequence[Any],
     dtypes: Sequence[torch.dtype],
     draws: bool,
+    known: Known | None,
 ) -> list[bool] | None:
     """Return which tensors have gradients in PyTorch; None where no run can tell.
 
@@ -209,7 +243,8 @@ def _needing_gradients(
     replica = _OnReplica(like.layout, like.arguments, like.changed)
     replica.asks_gradients = True
     try:
-        _learn(_function(replica, names, arrays, dtypes, draws), replica, names, arrays)
+        function = _function(replica, names, arrays, dtypes, draws)
+        _learn(function, replica, names, arrays, known)
     except NotBridged:
         return None
     return replica.seen.needs

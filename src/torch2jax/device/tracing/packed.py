@@ -18,6 +18,9 @@ __all__ = ["NotBridged", "Packed"]
 class NotBridged(Exception):
     """A call cannot go through the bridge."""
 
+    lacks_values = False
+    """Whether it might with the values of its operands."""
+
 
 class _Mark(enum.Enum):
     TENSOR = "a tensor"
