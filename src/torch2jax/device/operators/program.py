@@ -29,7 +29,7 @@ from ...lowerings.vision import SHAPES_DEPEND_ON_VALUES
 from ..tensors.sized_jit import SizedJit
 from ..tensors.tensor import Tensor, from_torch, wrap
 from ..thread_state import state
-from . import meta
+from . import cpu_kernel, meta
 from .constants import value_of
 from .extremes import extremes_of
 from .operands import cells_of, fill
@@ -151,6 +151,8 @@ class OperatorProgram:
 
     def _arguments(self, values: Sequence[Any]) -> tuple[list[Any], dict[str, Any]]:
         kwargs = {k: fill(v, values) for k, v in self.kwargs.items() if k not in self.route.drop}
+        if self.outs and self.route.makes:  # a factory computes in the dtype of ``out=``
+            kwargs["dtype"] = self.dtypes[self.mutated[0]]
         return [fill(a, values) for a in self.args], kwargs
 
     def _lowered(self, values: list[Any], key: Any) -> tuple[Any, None]:
@@ -184,8 +186,24 @@ class OperatorProgram:
         left_out = "backward" in name or "_grouped_mm" in name
         if left_out or shapes in self._checked:
             return
-        with contextlib.suppress(meta.Unknown), _quiet() if self.outs else _AS_IT_IS:
-            meta.results_for(self.route.func, values, self.dtypes, self._all_arguments)
+        asked = (self.route.func, values, self.dtypes, self._all_arguments)
+        refusal: Any = None
+        try:
+            if self.route.kind == "native":
+                with _quiet() if self.outs else contextlib.nullcontext():
+                    meta.results_for(*asked)
+            open_question = True
+        except meta.Unknown:
+            open_question = True
+        except Exception:
+            open_question = False
+            refusal = cpu_kernel.refusal_of(*asked, wanted=True)
+            if refusal is cpu_kernel.NOTHING:
+                raise
+        if open_question and not (self.route.random or state.composite):
+            refusal = cpu_kernel.refusal_of(*asked)
+        if isinstance(refusal, Exception):
+            raise refusal
         self._checked.add(shapes)
 
     def _all_arguments(self, values: Sequence[Any]) -> tuple[list[Any], dict[str, Any]]:
@@ -197,6 +215,8 @@ class OperatorProgram:
     def _decomposed(self, values: list[Any], key: Any) -> tuple[Any, list[Any] | None]:
         """Call the decomposition, a function of tensors, with tensors that hold the values."""
         route = self.route
+        if not self.outs:
+            self._refuse_as_pytorch(values)
         tensors = [v if d is None else wrap(v, d) for v, d in zip(values, self.dtypes, strict=True)]
         args, kwargs = self._arguments(tensors)
         before = state.active
@@ -204,8 +224,8 @@ class OperatorProgram:
         state.composite += 1
         try:
             out = route.decomposition(*args, **kwargs)
-        except (AssertionError, ValueError) as error:
-            if type(error) not in (AssertionError, ValueError):
+        except (AssertionError, ValueError, ZeroDivisionError) as error:
+            if type(error) not in (AssertionError, ValueError, ZeroDivisionError):
                 raise
             raise RuntimeError(f"{route.func}: {error}") from error
         finally:
@@ -332,9 +352,6 @@ def _filling(value: Any, shape: tuple[int, ...]) -> Any:
         raise RuntimeError(
             f"output with shape {list(shape)} doesn't match the broadcast shape {list(value.shape)}"
         ) from None
-
-
-_AS_IT_IS = contextlib.nullcontext()
 
 
 @contextlib.contextmanager

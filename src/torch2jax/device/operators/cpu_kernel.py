@@ -1,0 +1,106 @@
+"""PyTorch's kernels for the CPU refuse what those for meta tensors let pass, or with other texts.
+
+They run on small tensors of ones and zeros in place of the operands, once for each program and its
+shapes. What they raise for values is of no interest.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from jax.core import Tracer
+from torch.utils._python_dispatch import _disable_current_modes
+
+__all__ = ["NOTHING", "refusal_of"]
+
+NOTHING = object()
+"""The kernel does not say anything about such operands."""
+
+_SMALL = 4096
+"""Operands of so many elements together are made as they are, larger ones with shorter sides."""
+_SHORT = 8
+_INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
+_INEXACT = {torch.float32, torch.float64, torch.complex64, torch.complex128}
+_ORDINARY = {torch.bool, *_INTEGERS, *_INEXACT}
+"""For other dtypes PyTorch has fewer kernels on the CPU than on accelerators."""
+_VALUES = re.compile(
+    r"out of (bounds|range) (for|at)|index \S+ (is )?out|ZeroDivision|singular|positive.definite|"
+    r"converge|cannot be interpreted|enough memory|allocate|invalid index|deterministic"
+)
+_BY_PLACE = re.compile(r"^(index|put|take|scatter|gather)")
+"""Integers among the operands of these operators are indices, for which zeros will do."""
+
+
+def refusal_of(
+    func: Any,
+    values: Sequence[Any],
+    dtypes: Sequence[torch.dtype | None],
+    arguments: Callable[[Sequence[Any]], tuple[list[Any], dict[str, Any]]],
+    *,
+    wanted: bool = False,
+) -> Any:
+    """Return the error with which PyTorch's kernel for the CPU refuses operands, or None.
+
+    Args:
+      func: the operator.
+      values: its operands: arrays, and numbers, which may be tracers.
+      dtypes: PyTorch's dtypes of the operands, None for numbers.
+      arguments: makes the operator's arguments of operands.
+      wanted: the operands are refused, and the question is how.
+    """
+    kinds = {d for d in dtypes if d is not None}
+    if func.namespace != "aten" or not kinds or not (wanted or kinds <= _ORDINARY):
+        return NOTHING
+    sizes = [v.shape for v, d in zip(values, dtypes, strict=True) if d is not None]
+    if not all(type(n) is int for shape in sizes for n in shape):
+        return NOTHING
+    exact = sum(map(math.prod, sizes)) <= _SMALL
+    if wanted and not exact:
+        return NOTHING
+    indices = bool(kinds & _INTEGERS) and bool(kinds & _INEXACT)
+    made = [
+        _one(v) if d is None else _tensor(v.shape, d, exact, indices)
+        for v, d in zip(values, dtypes, strict=True)
+    ]
+    args, kwargs = arguments(made)
+    if any(abs(n) > _SHORT**2 for n in _integers([*args, *kwargs.values()])):
+        return NOTHING  # the result may be large
+    if any(x.name == "device" for x in func._schema.arguments):
+        kwargs["device"] = "cpu"
+    try:
+        with _disable_current_modes(), torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            func(*args, **kwargs)
+    except NotImplementedError as error:
+        return error if "implemented for" in str(error) or "supported" in str(error) else NOTHING
+    except torch.linalg.LinAlgError:
+        return None
+    except Exception as error:
+        if not exact or (indices and not wanted and not _BY_PLACE.match(func._opname)):
+            return NOTHING
+        text = str(error)
+        return error if "size 0" in text or not _VALUES.search(text) else NOTHING
+    return None
+
+
+def _one(x: Any) -> Any:
+    """Return the number one, of the same type as another."""
+    return x.dtype.type(1).item() if isinstance(x, Tracer) else type(x)(1)
+
+
+def _tensor(shape: Any, dtype: torch.dtype, exact: bool, indices: bool) -> torch.Tensor:
+    shape = shape if exact else [min(n, _SHORT) for n in shape]
+    return torch.full(shape, 0 if indices and dtype in _INTEGERS else 1, dtype=dtype)
+
+
+def _integers(x: Any) -> Iterator[int]:
+    if type(x) is int:
+        yield x
+    elif isinstance(x, list | tuple):
+        for item in x:
+            yield from _integers(item)
