@@ -6,8 +6,10 @@ shapes. What they raise for values is of no interest.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -16,10 +18,7 @@ import torch
 from jax.core import Tracer
 from torch.utils._python_dispatch import _disable_current_modes
 
-__all__ = ["NOTHING", "refusal_of"]
-
-NOTHING = object()
-"""The kernel does not say anything about such operands."""
+__all__ = ["quiet", "refusal_of"]
 
 _SMALL = 4096
 """Operands of so many elements together are made as they are, larger ones with shorter sides."""
@@ -36,6 +35,20 @@ _BY_PLACE = re.compile(r"^(index|put|take|scatter|gather)")
 """Integers among the operands of these operators are indices, for which zeros will do."""
 
 
+_BY_NUMBERS = re.compile(r"(slice|select|diagonal|strided)_scatter|^roll")
+"""Numbers among the operands of these operators are places."""
+
+_warning = threading.RLock()
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Say nothing in this scope. The filters of warnings are one list for all threads."""
+    with _warning, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
 def refusal_of(
     func: Any,
     values: Sequence[Any],
@@ -43,7 +56,7 @@ def refusal_of(
     arguments: Callable[[Sequence[Any]], tuple[list[Any], dict[str, Any]]],
     *,
     wanted: bool = False,
-) -> Any:
+) -> Exception | None:
     """Return the error with which PyTorch's kernel for the CPU refuses operands, or None.
 
     Args:
@@ -54,37 +67,43 @@ def refusal_of(
       wanted: the operands are refused, and the question is how.
     """
     kinds = {d for d in dtypes if d is not None}
-    if func.namespace != "aten" or not kinds or not (wanted or kinds <= _ORDINARY):
-        return NOTHING
+    if (
+        func.namespace != "aten"
+        or _BY_NUMBERS.search(func._opname)
+        or not kinds
+        or not (wanted or kinds <= _ORDINARY)
+    ):
+        return None
     sizes = [v.shape for v, d in zip(values, dtypes, strict=True) if d is not None]
     if not all(type(n) is int for shape in sizes for n in shape):
-        return NOTHING
+        return None
     exact = sum(map(math.prod, sizes)) <= _SMALL
     if wanted and not exact:
-        return NOTHING
+        return None
     indices = bool(kinds & _INTEGERS) and bool(kinds & _INEXACT)
+    # Indices are zero, and masks select nothing.
+    zeros = (_INTEGERS if indices else set()) | ({torch.bool} if len(kinds) > 1 else set())
     made = [
-        _one(v) if d is None else _tensor(v.shape, d, exact, indices)
+        _one(v) if d is None else _tensor(v.shape, d, exact, zeros)
         for v, d in zip(values, dtypes, strict=True)
     ]
     args, kwargs = arguments(made)
-    if any(abs(n) > _SHORT**2 for n in _integers([*args, *kwargs.values()])):
-        return NOTHING  # the result may be large
+    if math.prod(max(abs(n), 1) for n in _integers([*args, *kwargs.values()])) > _SMALL:
+        return None  # the result may be large
     if any(x.name == "device" for x in func._schema.arguments):
         kwargs["device"] = "cpu"
     try:
-        with _disable_current_modes(), torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quiet(), _disable_current_modes(), torch.no_grad():
             func(*args, **kwargs)
     except NotImplementedError as error:
-        return error if "implemented for" in str(error) or "supported" in str(error) else NOTHING
+        return error if re.search("implemented for|supported", str(error)) else None
     except torch.linalg.LinAlgError:
         return None
     except Exception as error:
         if not exact or (indices and not wanted and not _BY_PLACE.match(func._opname)):
-            return NOTHING
+            return None
         text = str(error)
-        return error if "size 0" in text or not _VALUES.search(text) else NOTHING
+        return error if "size 0" in text or not _VALUES.search(text) else None
     return None
 
 
@@ -93,9 +112,9 @@ def _one(x: Any) -> Any:
     return x.dtype.type(1).item() if isinstance(x, Tracer) else type(x)(1)
 
 
-def _tensor(shape: Any, dtype: torch.dtype, exact: bool, indices: bool) -> torch.Tensor:
+def _tensor(shape: Any, dtype: torch.dtype, exact: bool, zeros: set[torch.dtype]) -> torch.Tensor:
     shape = shape if exact else [min(n, _SHORT) for n in shape]
-    return torch.full(shape, 0 if indices and dtype in _INTEGERS else 1, dtype=dtype)
+    return torch.full(shape, 0 if dtype in zeros else 1, dtype=dtype, device="cpu")
 
 
 def _integers(x: Any) -> Iterator[int]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -151,8 +150,6 @@ class OperatorProgram:
 
     def _arguments(self, values: Sequence[Any]) -> tuple[list[Any], dict[str, Any]]:
         kwargs = {k: fill(v, values) for k, v in self.kwargs.items() if k not in self.route.drop}
-        if self.outs and self.route.makes:  # a factory computes in the dtype of ``out=``
-            kwargs["dtype"] = self.dtypes[self.mutated[0]]
         return [fill(a, values) for a in self.args], kwargs
 
     def _lowered(self, values: list[Any], key: Any) -> tuple[Any, None]:
@@ -190,19 +187,15 @@ class OperatorProgram:
         refusal: Any = None
         try:
             if self.route.kind == "native":
-                with _quiet() if self.outs else contextlib.nullcontext():
+                with cpu_kernel.quiet() if self.outs else contextlib.nullcontext():
                     meta.results_for(*asked)
-            open_question = True
         except meta.Unknown:
-            open_question = True
-        except Exception:
-            open_question = False
-            refusal = cpu_kernel.refusal_of(*asked, wanted=True)
-            if refusal is cpu_kernel.NOTHING:
-                raise
-        if open_question and not (self.route.random or state.composite):
+            pass
+        except Exception as error:
+            refusal = cpu_kernel.refusal_of(*asked, wanted=True) or error
+        if refusal is None and not (self.route.random or state.composite):
             refusal = cpu_kernel.refusal_of(*asked)
-        if isinstance(refusal, Exception):
+        if refusal is not None:
             raise refusal
         self._checked.add(shapes)
 
@@ -352,14 +345,6 @@ def _filling(value: Any, shape: tuple[int, ...]) -> Any:
         raise RuntimeError(
             f"output with shape {list(shape)} doesn't match the broadcast shape {list(value.shape)}"
         ) from None
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Say nothing about an ``out=`` that is resized: of ours that is said later."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 _AXIS = re.compile(r"axis (-?\d+) is out of bounds for array of dimension (\d+)")

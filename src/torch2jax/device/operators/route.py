@@ -18,7 +18,6 @@ __all__ = ["Route"]
 aten = torch.ops.aten
 _FILLS = (aten.fill_.Scalar, aten.fill_.Tensor, aten.zero_.default)
 """Only these operators may write to an element twice, because they write one value everywhere."""
-_FACTORIES = {"arange", "eye", "full", "linspace", "logspace", "ones", "zeros"}
 
 
 class Route:
@@ -52,9 +51,6 @@ class Route:
             if functional is not None:
                 self.target, self.drop = functional, tuple(outs)
         self.pure = self.target is not func or not self.mutable
-        self.makes = func._opname in _FACTORIES and any(
-            a.name == "dtype" for a in self.target._schema.arguments
-        )
         self.fills = func in _FILLS
         self.kind: str
         self.lowered: Any = None

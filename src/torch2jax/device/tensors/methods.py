@@ -170,7 +170,7 @@ def _data_ptr(self: Tensor) -> int:
     return start + self.storage_offset() * array.dtype.itemsize
 
 
-_grad_of: Any = torch._C.TensorBase.grad  # type: ignore[attr-defined]
+_grad_of: Any = torch.Tensor.grad
 
 
 def _set_grad(self: Tensor, value: Any) -> None:

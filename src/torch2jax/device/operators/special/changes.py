@@ -60,8 +60,8 @@ def _resize_(args: Any, kwargs: Any) -> Any:
     return become(x, wrap(flat[:count].reshape(size), x.dtype))
 
 
-def _drawn_to_out(name: str, overload: str) -> None:
-    """Draw in the way of the operator without ``out=``, which has a key of its own."""
+def _made_for_out(name: str, overload: str) -> None:
+    """Make the values in the dtype of ``out=``, and random numbers with a key of their own."""
     packet = getattr(aten, name)
     plain = getattr(packet, overload.removesuffix("out").removesuffix("_") or "default")
 
@@ -73,15 +73,18 @@ def _drawn_to_out(name: str, overload: str) -> None:
         return out
 
 
+_BY_ENDS = ("out", "Tensor_Tensor_out", "Tensor_Scalar_out", "Scalar_Tensor_out")
 for _name, _overloads in (
     ("rand", ("out", "generator_out")),
     ("randn", ("out", "generator_out")),
     ("randint", ("out", "generator_out", "low_out", "low_generator_out")),
     ("randperm", ("out", "generator_out")),
     ("normal", ("float_float_out",)),
+    ("linspace", _BY_ENDS),
+    ("logspace", _BY_ENDS),
 ):
     for _overload in _overloads:
-        _drawn_to_out(_name, _overload)
+        _made_for_out(_name, _overload)
 
 
 def in_place_view(name: str) -> Any:
