@@ -19,7 +19,8 @@ LIMITS: tuple[Limit, ...] = (
         "storage",
         "an array has no storage whose pointer could be asked for or shared",
         "",
-        r"data pointer|torch\.storage|UntypedStorage|storage to share|python storage|not recognized",
+        r"data pointer|torch\.storage|UntypedStorage|storage to share|python storage|"
+        r"Storage device not",
     ),
     Limit("storage", "memory has no address that could be compared", "TestAsArray", r"in _check\]"),
     Limit(

@@ -95,6 +95,11 @@ def test_what_only_values_can_refuse_is_not_refused_by_other_values() -> None:
     empty = torch.empty(0, device="jax")
     chosen = torch.zeros(3, device="jax").masked_scatter(torch.zeros(3, device="jax") > 1, empty)
     assert chosen.tolist() == [0, 0, 0]
+    repeats = torch.tensor([2, 1], device="jax")
+    assert repeats.repeat_interleave(repeats, output_size=3).tolist() == [2, 2, 1]
+    one = torch.tensor([4], device="jax")
+    assert one.index_select(0, torch.tensor([0, 0], device="jax")).tolist() == [4, 4]
+    assert functional.embedding(one * 0, one.reshape(1, 1)).tolist() == [[4]]
     lengths = torch.tensor([1, 2], device="jax")
     assert torch.segment_reduce(ones(3, device="jax"), "sum", lengths=lengths).tolist() == [1, 2]
 

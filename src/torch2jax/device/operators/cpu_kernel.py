@@ -28,8 +28,9 @@ _INEXACT = {torch.float32, torch.float64, torch.complex64, torch.complex128}
 _ORDINARY = {torch.bool, *_INTEGERS, *_INEXACT}
 """For other dtypes PyTorch has fewer kernels on the CPU than on accelerators."""
 _VALUES = re.compile(
-    r"out of (bounds|range) (for|at)|index \S+ (is )?out|ZeroDivision|singular|positive.definite|"
-    r"converge|cannot be interpreted|enough memory|allocate|invalid index|deterministic"
+    r"(?<!Dimension )out of (\w+ )?(bounds|range)|index \S+ is out|ZeroDivision|singular|converge|"
+    r"positive.definite|number of ones|allocate|lengths|enough memory|invalid index|deterministic|"
+    r"non-negative|cannot be interpreted"
 )
 _BY_PLACE = re.compile(r"^(index|put|take|scatter|gather)")
 """Integers among the operands of these operators are indices, for which zeros will do."""
@@ -80,7 +81,8 @@ def refusal_of(
     exact = sum(map(math.prod, sizes)) <= _SMALL
     if wanted and not exact:
         return None
-    indices = bool(kinds & _INTEGERS) and bool(kinds & _INEXACT)
+    by_place = _BY_PLACE.match(func._opname)
+    indices = bool(by_place) or bool(kinds & _INTEGERS and kinds & _INEXACT)
     # Indices are zero, and masks select nothing.
     zeros = (_INTEGERS if indices else set()) | ({torch.bool} if len(kinds) > 1 else set())
     made = [
@@ -96,11 +98,13 @@ def refusal_of(
         with quiet(), _disable_current_modes(), torch.no_grad():
             func(*args, **kwargs)
     except NotImplementedError as error:
-        return error if re.search("implemented for|supported", str(error)) else None
+        text = str(error)
+        refused = re.search("implemented for|supported", text) and "Could not run" not in text
+        return error if refused else None
     except torch.linalg.LinAlgError:
         return None
     except Exception as error:
-        if not exact or (indices and not wanted and not _BY_PLACE.match(func._opname)):
+        if not exact or (indices and not wanted and not by_place):
             return None
         text = str(error)
         return error if "size 0" in text or not _VALUES.search(text) else None
