@@ -42,12 +42,23 @@ _BY_NUMBERS = re.compile(r"(slice|select|diagonal|strided)_scatter|^roll")
 _warning = threading.RLock()
 
 
+_IGNORE = ("ignore", None, Warning, None, 0)
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Say nothing in this scope. The filters of warnings are one list for all threads."""
-    with _warning, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    """Say nothing in this scope.
+
+    The filters are one list for all threads. ``warnings.catch_warnings`` would also forget which
+    warnings have been shown, and show them again.
+    """
+    with _warning:
+        filters: Any = warnings.filters
+        filters.insert(0, _IGNORE)
+        try:
+            yield
+        finally:
+            filters.remove(_IGNORE)
 
 
 def refusal_of(

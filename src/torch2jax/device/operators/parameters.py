@@ -59,15 +59,18 @@ def _random(p: Any) -> None:
     low, high = p.get("from", p.get("low", 0)), p.get("to", p.get("high"))
     asked, like = p.get("dtype"), p.get("self")
     dtype = like.dtype if type(like) is Tensor and asked is None else asked
-    ends = ("from", low), ("to - 1", high - 1 if _is_number(high) else None)
+    last = high - 1 if _is_number(high) else None
+    ends: list[tuple[str, Any]] = [
+        (name, x) for name, x in (("from", low), ("to - 1", last)) if _is_number(x)
+    ]
     if isinstance(dtype, torch.dtype) and not (dtype.is_floating_point or dtype.is_complex):
         least, most = (0, 1) if dtype is torch.bool else _range(dtype)
         for name, x in ends:
-            if _is_number(x) and not least <= x <= most:
+            if not least <= x <= most:
                 raise RuntimeError(f"{name} is out of bounds for {dtype}")
     elif isinstance(dtype, torch.dtype) and dtype in _DIGITS:
         for name, x in ends:
-            if _is_number(x) and abs(x) > 2 ** _DIGITS[dtype]:
+            if abs(x) > 2 ** _DIGITS[dtype]:
                 warnings.warn(
                     f"{name} is out of bounds [-(2^{_DIGITS[dtype]}), 2^{_DIGITS[dtype]}]. Due to "
                     f"precision limitations {dtype} can support discrete uniform distribution "
