@@ -145,6 +145,9 @@ SAME: dict[str, Callable[[str], Any]] = {
         on, torch.matmul, torch.float32, torch.ones(0, 2, 2, device=on), torch.ones(2, 3, device=on)
     ),
     "linspace out": lambda on: _into(on, torch.linspace, torch.int32, 0.9, 1.9, 7),
+    "linspace out of a shape": lambda on: torch.linspace(
+        0, 5, 6, out=torch.empty(3, 2, device=on).t()
+    ),
     "scatter_add of bools": lambda on: torch.zeros(3, device=on, dtype=torch.bool).scatter_add(
         0, torch.tensor([0, 0, 1], device=on), torch.tensor([True, True, False], device=on)
     ),

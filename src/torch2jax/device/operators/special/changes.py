@@ -64,12 +64,16 @@ def _made_for_out(name: str, overload: str) -> None:
     """Make the values in the dtype of ``out=``, and random numbers with a key of their own."""
     packet = getattr(aten, name)
     plain = getattr(packet, overload.removesuffix("out").removesuffix("_") or "default")
+    by_ends = name in ("linspace", "logspace")
 
     @special(getattr(packet, overload))
     def handler(args: Any, kwargs: Any) -> Any:
         out = kwargs["out"]
         rest = {k: v for k, v in kwargs.items() if k != "out"}
-        replace(out, plain(*args, **rest, dtype=out.dtype, device=torch.device("jax")).jax())
+        new = plain(*args, **rest, dtype=out.dtype, device=torch.device("jax")).jax()
+        if by_ends and new.size == out.numel():  # PyTorch fills what has as many elements
+            new = new.reshape(out.shape)
+        replace(out, new)
         return out
 
 
