@@ -19,20 +19,27 @@ LIMITS: tuple[Limit, ...] = (
         "storage",
         "an array has no storage whose pointer could be asked for or shared",
         "",
-        r"data pointer|torch\.storage|UntypedStorage|storage to share|python storage",
+        r"data pointer|torch\.storage|UntypedStorage|storage to share|python storage|"
+        r"Storage device not",
     ),
     Limit("storage", "memory has no address that could be compared", "TestAsArray", r"in _check\]"),
     Limit(
         "copies on write",
         "a lazy clone shares its array until a write, which PyTorch's flags do not show",
-        "lazy_clone",
+        "lazy_clone|_cow_",
         "",
     ),
     Limit(
         "dtypes",
         "JAX has no complex32 and no quantised numbers",
         "",
-        r"no counterpart of torch\.(complex32|qu?int)",
+        r"no counterpart of torch\.(complex32|qu?int)|quantized",
+    ),
+    Limit(
+        "the name in C++",
+        "`device=` beside `out=` and `torch.asarray(x, device=...)` compare it, and C++ says lazy",
+        "",
+        r"does not match device type of out parameter|can.t alias tensor from device",
     ),
     Limit("sparse", "arrays are dense", r"sparse|", r"aten::(_coalesced_|sparse|_sparse)|Sparse"),
     Limit(
@@ -61,6 +68,12 @@ LIMITS: tuple[Limit, ...] = (
         "an index beyond the end raises nothing, because a program would have to wait for it",
         r"out_of_bounds|index_error|out_of_range",
         "not raised",
+    ),
+    Limit(
+        "division by zero",
+        "of integers it raises nothing, for the same reason",
+        "by_zero",
+        "",
     ),
     Limit(
         "dtype of out=",

@@ -36,11 +36,19 @@ def index(self: Any, indices: Any) -> Any:
     return self[_places(self, indices)]
 
 
+_OF_BOOLS = {"add": "max", "multiply": "min"}
+"""A sum of booleans is true where one of them is, and a product where all are."""
+
+
+def _summed(x: Any) -> str:
+    return "max" if x.dtype == np.bool_ else "add"
+
+
 @lowering("index_put", "_unsafe_index_put")
 def index_put(self: Any, indices: Any, values: Any, accumulate: bool = False) -> Any:
     at = self.at[_places(self, indices)]
     values = cast(values, self.dtype)
-    return at.add(values) if accumulate else at.set(values)
+    return getattr(at, _summed(self) if accumulate else "set")(values)
 
 
 @lowering("_index_put_impl")
@@ -67,8 +75,8 @@ def take(self: Any, index: Any) -> Any:
 @lowering("put")
 def put(self: Any, index: Any, source: Any, accumulate: bool = False) -> Any:
     flat = self.reshape(-1).at[index.reshape(-1)]
-    source = source.reshape(-1)
-    return (flat.add(source) if accumulate else flat.set(source)).reshape(self.shape)
+    written = getattr(flat, _summed(self) if accumulate else "set")(source.reshape(-1))
+    return written.reshape(self.shape)
 
 
 @lowering("gather")
@@ -99,6 +107,8 @@ def _scatter(self: Any, dim: int, index: Any, src: Any, how: str) -> Any:
         src = src[tuple(slice(n) for n in index.shape)]
     src = jnp.broadcast_to(cast(src, self.dtype), index.shape)
     places = _along(index, dim)
+    if self.dtype == np.bool_:
+        how = _OF_BOOLS.get(how, how)
     if how == "multiply":
         return _multiplied(x, places, src).reshape(self.shape)
     return getattr(x.at[places], how)(src).reshape(self.shape)
@@ -222,7 +232,8 @@ def index_add(self: Any, dim: int, index: Any, source: Any, *, alpha: Any = 1) -
                 f"dimension. Got self.shape = {list(self.shape)} source.shape = "
                 f"{list(source.shape)}, index.numel() = {index.size}"
             )
-    return _along_dim(self, dim, index, cast(source, self.dtype) * cast(alpha, self.dtype), "add")
+    source = cast(source, self.dtype) * cast(alpha, self.dtype)
+    return _along_dim(self, dim, index, source, _summed(self))
 
 
 @lowering("index_copy")
@@ -295,6 +306,8 @@ def masked_select(self: Any, mask: Any) -> Any:
 def repeat_interleave(repeats: Any, *, output_size: int | None = None) -> Any:
     if output_size is None:
         _values_of(repeats, "repeat_interleave")
+        if (np.asarray(repeats) < 0).any():
+            raise RuntimeError("repeats can not be negative")
     n = repeats.shape[0]
     return jnp.repeat(jnp.arange(n, dtype=default_int()), repeats, total_repeat_length=output_size)
 

@@ -199,8 +199,9 @@ def poisson(words: Any, self: Any) -> Any:
 @lowering("binomial", random=True)
 def binomial(words: Any, count: Any, prob: Any) -> Any:
     dtype = wide(count.dtype)
+    none, all_ = (count <= 0) | (prob <= 0), prob >= 1  # as in PyTorch, where JAX has NaN
     drawn = jax.random.binomial(_key(words), cast(count, dtype), cast(prob, dtype), dtype=dtype)
-    return cast(drawn, count.dtype)
+    return jnp.where(none, 0, jnp.where(all_, count, cast(drawn, count.dtype)))
 
 
 @lowering("rrelu_with_noise", "rrelu_with_noise_functional", random=True)

@@ -38,26 +38,31 @@ def sum_(self: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
     return cast(jnp.sum(x, dims_of(x, dim), keepdims=keepdim), out)
 
 
+def _axes(x: Any, dims: Any) -> tuple[int, ...]:
+    """Return the axes of a reduction; a number has none, although its dimension may be named."""
+    return tuple(dims or ()) if x.ndim else ()
+
+
 @lowering("prims.sum")
 def prims_sum(inp: Any, dims: Any, *, output_dtype: Any = None) -> Any:
     x, out = accumulated(inp, output_dtype)
-    return cast(jnp.sum(x, tuple(dims or ())), out)
+    return cast(jnp.sum(x, _axes(inp, dims)), out)
 
 
 @lowering("prims.prod")
 def prims_prod(inp: Any, dims: Any, *, output_dtype: Any = None) -> Any:
     x, out = accumulated(inp, output_dtype)
-    return cast(jnp.prod(x, tuple(dims or ())), out)
+    return cast(jnp.prod(x, _axes(inp, dims)), out)
 
 
 @lowering("prims.amax")
 def prims_amax(inp: Any, dims: Any, *, output_dtype: Any = None) -> Any:
-    return _as_asked(jnp.max(inp, tuple(dims or ())), output_dtype)
+    return _as_asked(jnp.max(inp, _axes(inp, dims)), output_dtype)
 
 
 @lowering("prims.amin")
 def prims_amin(inp: Any, dims: Any, *, output_dtype: Any = None) -> Any:
-    return _as_asked(jnp.min(inp, tuple(dims or ())), output_dtype)
+    return _as_asked(jnp.min(inp, _axes(inp, dims)), output_dtype)
 
 
 @lowering("prims.var")

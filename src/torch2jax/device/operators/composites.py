@@ -18,7 +18,7 @@ import torch
 from jax.core import Tracer
 
 from ..._compat.torch import dispatch_modes, eager, plain_apply
-from ..tensors.tensor import Tensor, known
+from ..tensors.tensor import Tensor, known, read, replace
 from ..thread_state import state
 from .dispatch import dispatch
 from .recurrent import KERNELS as RECURRENT
@@ -102,6 +102,7 @@ def register_composites() -> Any:
         "one_hot": _one_hot,
         "ctc_loss.Tensor": _ctc_loss,
         "cov": cov,
+        "matmul.out": _matmul_out,
         "istft": istft,
         **RECURRENT,
         **_DENSE,
@@ -114,6 +115,8 @@ def register_composites() -> Any:
 
 def _one_hot(classes: Any, num_classes: int = -1) -> Any:
     """Refuse classes that are not there, where they are known."""
+    if classes.dtype is not torch.int64:
+        raise RuntimeError("one_hot is only applicable to index tensor of type LongTensor.")
     values = known(classes) if type(classes) is Tensor and num_classes > 0 else None
     if values is not None and not isinstance(values, Tracer) and values.size:
         if int(values.min()) < 0:
@@ -121,6 +124,24 @@ def _one_hot(classes: Any, num_classes: int = -1) -> Any:
         if int(values.max()) >= num_classes:
             raise RuntimeError("Class values must be smaller than num_classes.")
     return aten.one_hot.default.decompose(classes, num_classes)
+
+
+def _matmul_out(self: Any, other: Any, *, out: Any) -> Any:
+    """Write the product. PyTorch's kernel asks whether two tensors have one storage."""
+    found = aten.matmul.default(self, other)
+    if found.dtype is not out.dtype:
+        raise RuntimeError(
+            f"Expected out tensor to have dtype {found.dtype}, but got {out.dtype} instead"
+        )
+    if type(out) is not Tensor or (
+        torch.is_grad_enabled() and (found.requires_grad or out.requires_grad)
+    ):
+        raise RuntimeError(
+            "matmul(): functions with out=... arguments don't support automatic differentiation, "
+            "but one of the arguments requires grad."
+        )
+    replace(out, read(found))
+    return out
 
 
 def _ctc_loss(scores: Any, targets: Any, steps: Any, sizes: Any, *rest: Any) -> Any:

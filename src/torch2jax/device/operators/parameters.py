@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -58,15 +59,33 @@ def _random(p: Any) -> None:
     low, high = p.get("from", p.get("low", 0)), p.get("to", p.get("high"))
     asked, like = p.get("dtype"), p.get("self")
     dtype = like.dtype if type(like) is Tensor and asked is None else asked
+    last = high - 1 if _is_number(high) else None
+    ends: list[tuple[str, Any]] = [
+        (name, x) for name, x in (("from", low), ("to - 1", last)) if _is_number(x)
+    ]
     if isinstance(dtype, torch.dtype) and not (dtype.is_floating_point or dtype.is_complex):
         least, most = (0, 1) if dtype is torch.bool else _range(dtype)
-        for name, x in (("from", low), ("to - 1", high - 1 if _is_number(high) else None)):
-            if x is not None and _is_number(x) and not least <= x <= most:
+        for name, x in ends:
+            if not least <= x <= most:
                 raise RuntimeError(f"{name} is out of bounds for {dtype}")
+    elif isinstance(dtype, torch.dtype) and dtype in _DIGITS:
+        for name, x in ends:
+            if abs(x) > 2 ** _DIGITS[dtype]:
+                warnings.warn(
+                    f"{name} is out of bounds [-(2^{_DIGITS[dtype]}), 2^{_DIGITS[dtype]}]. Due to "
+                    f"precision limitations {dtype} can support discrete uniform distribution "
+                    "only within this range.",
+                    UserWarning,
+                    stacklevel=2,
+                )
     if _is_number(low) and _is_number(high) and low >= high:
         raise RuntimeError(
             f"random_ expects 'from' to be less than 'to', but got from={low} >= to={high}"
         )
+
+
+_DIGITS = {torch.float64: 53, torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}
+"""Between these powers of two a dtype has all integers."""
 
 
 def _multinomial(p: Any) -> None:

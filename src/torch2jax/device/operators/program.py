@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -29,7 +28,7 @@ from ...lowerings.vision import SHAPES_DEPEND_ON_VALUES
 from ..tensors.sized_jit import SizedJit
 from ..tensors.tensor import Tensor, from_torch, wrap
 from ..thread_state import state
-from . import meta
+from . import cpu_kernel, meta
 from .constants import value_of
 from .extremes import extremes_of
 from .operands import cells_of, fill
@@ -184,8 +183,20 @@ class OperatorProgram:
         left_out = "backward" in name or "_grouped_mm" in name
         if left_out or shapes in self._checked:
             return
-        with contextlib.suppress(meta.Unknown), _quiet() if self.outs else _AS_IT_IS:
-            meta.results_for(self.route.func, values, self.dtypes, self._all_arguments)
+        asked = (self.route.func, values, self.dtypes, self._all_arguments)
+        refusal: Any = None
+        try:
+            if self.route.kind == "native" or self.outs:
+                with cpu_kernel.quiet() if self.outs else contextlib.nullcontext():
+                    meta.results_for(*asked)
+        except meta.Unknown:
+            pass
+        except Exception as error:
+            refusal = cpu_kernel.refusal_of(*asked, wanted=True) or error
+        if refusal is None and not (self.route.random or state.composite):
+            refusal = cpu_kernel.refusal_of(*asked)
+        if refusal is not None:
+            raise refusal
         self._checked.add(shapes)
 
     def _all_arguments(self, values: Sequence[Any]) -> tuple[list[Any], dict[str, Any]]:
@@ -197,6 +208,8 @@ class OperatorProgram:
     def _decomposed(self, values: list[Any], key: Any) -> tuple[Any, list[Any] | None]:
         """Call the decomposition, a function of tensors, with tensors that hold the values."""
         route = self.route
+        if not self.outs:
+            self._refuse_as_pytorch(values)
         tensors = [v if d is None else wrap(v, d) for v, d in zip(values, self.dtypes, strict=True)]
         args, kwargs = self._arguments(tensors)
         before = state.active
@@ -204,8 +217,8 @@ class OperatorProgram:
         state.composite += 1
         try:
             out = route.decomposition(*args, **kwargs)
-        except (AssertionError, ValueError) as error:
-            if type(error) not in (AssertionError, ValueError):
+        except (AssertionError, ValueError, ZeroDivisionError) as error:
+            if type(error) not in (AssertionError, ValueError, ZeroDivisionError):
                 raise
             raise RuntimeError(f"{route.func}: {error}") from error
         finally:
@@ -332,17 +345,6 @@ def _filling(value: Any, shape: tuple[int, ...]) -> Any:
         raise RuntimeError(
             f"output with shape {list(shape)} doesn't match the broadcast shape {list(value.shape)}"
         ) from None
-
-
-_AS_IT_IS = contextlib.nullcontext()
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Say nothing about an ``out=`` that is resized: of ours that is said later."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 _AXIS = re.compile(r"axis (-?\d+) is out of bounds for array of dimension (\d+)")

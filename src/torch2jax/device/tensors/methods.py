@@ -11,7 +11,18 @@ from jax.core import Tracer
 
 from ..._errors import Torch2JaxError
 from ..thread_state import state
-from .tensor import Tensor, become, concrete, only_one, read, recorded, stays, to_torch, wrap_view
+from .tensor import (
+    Tensor,
+    ValueNeeded,
+    become,
+    concrete,
+    only_one,
+    read,
+    recorded,
+    stays,
+    to_torch,
+    wrap_view,
+)
 
 __all__ = ["install"]
 
@@ -148,6 +159,28 @@ def _set_data(self: Tensor, other: Any) -> None:
     become(self, new)
 
 
+def _data_ptr(self: Tensor) -> int:
+    """Return where the array of the values begins, as long as nothing is written to the tensor."""
+    array = self._cell.array
+    if isinstance(array, Tracer):
+        raise ValueNeeded("data_ptr()", "a tensor that is being traced has no address")
+    if not self.numel():
+        return 0
+    start = array.addressable_data(0).unsafe_buffer_pointer()
+    return start + self.storage_offset() * array.dtype.itemsize
+
+
+_grad_of: Any = torch.Tensor.grad
+
+
+def _set_grad(self: Tensor, value: Any) -> None:
+    """Set ``x.grad``; C++ calls our device "lazy", and users get "jax"."""
+    try:
+        _grad_of.__set__(self, value)
+    except RuntimeError as error:
+        raise RuntimeError(str(error).replace("lazy", "jax")) from error
+
+
 def _type(self: Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
     if dtype is not None:
         return torch.Tensor.type(self, dtype, *args, **kwargs)
@@ -231,6 +264,8 @@ def install() -> None:
         ("__format__", _format),
         ("block_until_ready", _block),
         ("data", property(_data, _set_data)),
+        ("data_ptr", _data_ptr),
+        ("grad", property(_grad_of.__get__, _set_grad, _grad_of.__delete__)),
         ("__tensor_flatten__", _NoInnerTensors()),
         ("is_jax", property(lambda self: True)),
         ("is_cpu", property(lambda self: False)),

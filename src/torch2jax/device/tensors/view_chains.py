@@ -17,6 +17,8 @@ import numpy as np
 import torch
 
 from ..._compat.jax import trace_state_clean
+from ..._conversions.dtypes import x64_enabled
+from ..._errors import Torch2JaxError
 from ...lowerings.views import (
     GETTERS,
     OTHER_ELEMENTS,
@@ -173,6 +175,18 @@ class Chain:
         return Chain(steps, self.pattern.then(op, args, None, True), (*starts, start))
 
 
+def _is_far(start: int) -> bool:
+    """Say whether a start is beyond int32, so that a program has to be compiled for it alone."""
+    if start < 2**31:
+        return False
+    if not x64_enabled():
+        raise Torch2JaxError(
+            f"a view that begins at element {start} of a dimension needs 64-bit indices, which JAX "
+            'has switched off. Switch them on: jax.config.update("jax_enable_x64", True).'
+        )
+    return True
+
+
 def _moving(size: tuple[int, ...], op: Any, args: Any, index: Any) -> Any:
     """Return a part of one dimension as (operator that takes a start, start, other arguments).
 
@@ -181,7 +195,8 @@ def _moving(size: tuple[int, ...], op: Any, args: Any, index: Any) -> Any:
     if op is aten.select.int or op is aten.unbind.int:
         dim, start = args if index is None else ((args or (0,))[0], index)
         dim %= len(size)
-        return SELECT_AT, start % size[dim], (dim,)
+        start %= size[dim]
+        return None if _is_far(start) else (SELECT_AT, start, (dim,))
     if op is aten.slice.Tensor:
         dim, start, count, step = slice_of(size, *args)
     elif op is aten.split.Tensor or op is aten.split_with_sizes.default:
@@ -191,7 +206,9 @@ def _moving(size: tuple[int, ...], op: Any, args: Any, index: Any) -> Any:
     else:
         return None
     dim %= len(size)
-    return None if count in (0, size[dim]) else (SLICE_AT, start, (dim, count, step))
+    if count in (0, size[dim]) or _is_far(start):
+        return None
+    return SLICE_AT, start, (dim, count, step)
 
 
 def _get(steps: tuple[Step, ...], array: Any) -> Any:

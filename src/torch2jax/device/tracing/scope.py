@@ -30,6 +30,8 @@ class _OnJax(DeviceContext):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         random_streams.refuse_generators((*args, *kwargs.values()))  # those of the CPU too
+        if kwargs.get("out") is not None:  # it says by itself where the result is
+            return func(*args, **kwargs)
         if func is torch.normal and (len(args) > 2 or "size" in kwargs):
             kwargs = {"device": self.device, **kwargs}
         return super().__torch_function__(func, types, args, kwargs)

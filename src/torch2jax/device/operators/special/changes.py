@@ -60,28 +60,35 @@ def _resize_(args: Any, kwargs: Any) -> Any:
     return become(x, wrap(flat[:count].reshape(size), x.dtype))
 
 
-def _drawn_to_out(name: str, overload: str) -> None:
-    """Draw in the way of the operator without ``out=``, which has a key of its own."""
+def _made_for_out(name: str, overload: str) -> None:
+    """Make the values in the dtype of ``out=``, and random numbers with a key of their own."""
     packet = getattr(aten, name)
     plain = getattr(packet, overload.removesuffix("out").removesuffix("_") or "default")
+    by_ends = name in ("linspace", "logspace")
 
     @special(getattr(packet, overload))
     def handler(args: Any, kwargs: Any) -> Any:
         out = kwargs["out"]
         rest = {k: v for k, v in kwargs.items() if k != "out"}
-        replace(out, plain(*args, **rest, dtype=out.dtype, device=torch.device("jax")).jax())
+        new = plain(*args, **rest, dtype=out.dtype, device=torch.device("jax")).jax()
+        if by_ends and new.size == out.numel():  # PyTorch fills what has as many elements
+            new = new.reshape(out.shape)
+        replace(out, new)
         return out
 
 
+_BY_ENDS = ("out", "Tensor_Tensor_out", "Tensor_Scalar_out", "Scalar_Tensor_out")
 for _name, _overloads in (
     ("rand", ("out", "generator_out")),
     ("randn", ("out", "generator_out")),
     ("randint", ("out", "generator_out", "low_out", "low_generator_out")),
     ("randperm", ("out", "generator_out")),
     ("normal", ("float_float_out",)),
+    ("linspace", _BY_ENDS),
+    ("logspace", _BY_ENDS),
 ):
     for _overload in _overloads:
-        _drawn_to_out(_name, _overload)
+        _made_for_out(_name, _overload)
 
 
 def in_place_view(name: str) -> Any:

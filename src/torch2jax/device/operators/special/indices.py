@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import jax
@@ -17,6 +18,8 @@ from ...thread_state import other_devices_allowed
 from ..operands import from_other_device
 from .table import aten, ordinary_way, special
 
+_BYTES = "indexing with dtype torch.uint8 is now deprecated, please use a dtype torch.bool instead."
+
 
 def _without_masks(x: Tensor, indices: Any, what: str) -> list[Any]:
     """Return the indices, with each mask replaced by the places at which it is true."""
@@ -29,6 +32,8 @@ def _without_masks(x: Tensor, indices: Any, what: str) -> list[Any]:
             continue
         index = from_other_device(index) if type(index) is not Tensor else index
         if index.dtype in (torch.bool, torch.uint8):
+            if index.dtype is torch.uint8:
+                warnings.warn(_BYTES, UserWarning, stacklevel=2)
             _refuse_mask(x, index, at)
             at += index.ndim
             mask = known(index)

@@ -97,5 +97,29 @@ def _checked(func: Any, name: str) -> None:
         return out
 
 
+@special(aten.cholesky.default)
+def _cholesky(args: Any, kwargs: Any) -> Any:
+    upper = kwargs.get("upper", args[1] if len(args) > 1 else False)
+    factor, info = aten.linalg_cholesky_ex.default(args[0], upper=upper)
+    aten._linalg_check_errors.default(info, "cholesky", is_matrix=args[0].ndim == 2)
+    return factor
+
+
+_histc = ordinary_way(aten.histc.default)
+
+
+@special(aten.histc.default)
+def _histc_of_numbers(args: Any, kwargs: Any) -> Any:
+    """Refuse ends of the bins that are not finite, where these come from values that are known."""
+    x = args[0]
+    ends = [*args[2:], *[v for k, v in kwargs.items() if k in ("min", "max")], 0, 0][:2]
+    values = known(x) if ends[0] == ends[1] and x.numel() and x.is_floating_point() else None
+    if values is not None and not isinstance(values, Tracer):
+        least, most = float(values.min()), float(values.max())
+        if not (np.isfinite(least) and np.isfinite(most)):
+            raise RuntimeError(f"torch.histc: range of [{least}, {most}] is not finite")
+    return _histc(args, kwargs)
+
+
 _checked(aten.linalg_cholesky_ex.default, "torch.linalg.cholesky_ex")
 _checked(aten.linalg_inv_ex.default, "torch.linalg.inv_ex")
