@@ -339,8 +339,8 @@ def has_run(jitted: Any) -> bool:
 
 
 if hasattr(_mesh, "abstract_mesh_context_manager"):  # from jax 0.12 on
-    _abstract_mesh: Any = _mesh.abstract_mesh_context_manager
-    _concrete_mesh: Any = _mesh.device_context
+    _abstract_mesh: Any = _mesh.abstract_mesh_context_manager  # type: ignore[attr-defined]
+    _concrete_mesh: Any = _mesh.device_context  # type: ignore[attr-defined]
 else:
     _abstract_mesh = _config.abstract_mesh_context_manager
     _concrete_mesh = _config.device_context

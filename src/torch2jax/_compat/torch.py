@@ -37,6 +37,11 @@ from torch.utils._device import DeviceContext as DeviceContext
 from .._errors import Torch2JaxError
 
 VERSION = torch.__version__
+
+SHARES_TIES: bool = torch.__version__ >= (2, 14)
+"""Whether equal operands of ``fmax``, ``fmin`` and ``clamp`` share the derivative, and a number at
+which ``clamp`` cuts takes all of it. Before 2.14 the first operand has it."""
+
 unwrap_if_dead: Any = _unwrap_if_dead
 add_batch_dim: Any = _add_batch_dim
 remove_batch_dim: Any = _remove_batch_dim

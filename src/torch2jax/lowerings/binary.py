@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from .._compat.torch import SHARES_TIES
 from .promotion import cast, category, floating, is_inexact, promote, result_dtype, wide
 from .registry import lowering
 from .unary import unary
@@ -137,19 +138,25 @@ def minimum(self: Any, other: Any) -> Any:
     return arithmetic(jnp.minimum, self, other)
 
 
-def _choose(a: Any, b: Any, first: Any) -> Any:
-    """Choose one of two values, which gets all of the derivative; a number comes before NaN."""
+def _choose(a: Any, b: Any, first: Any, extreme: Any) -> Any:
+    """Choose one of two values, which gets all of the derivative; a number comes before NaN.
+
+    From PyTorch 2.14 on equal values share it.
+    """
+    if SHARES_TIES and is_inexact(b):
+        one, other = jnp.where(jnp.isnan(a), b, a), jnp.where(jnp.isnan(b), a, b)
+        return extreme(one, other)
     return jnp.where(first | jnp.isnan(b) if category(b.dtype) == 2 else first, a, b)
 
 
 @lowering("fmax", "prims.fmax")
 def fmax(self: Any, other: Any) -> Any:
-    return arithmetic(lambda a, b: _choose(a, b, a >= b), self, other)
+    return arithmetic(lambda a, b: _choose(a, b, a >= b, jnp.maximum), self, other)
 
 
 @lowering("fmin", "prims.fmin")
 def fmin(self: Any, other: Any) -> Any:
-    return arithmetic(lambda a, b: _choose(a, b, a <= b), self, other)
+    return arithmetic(lambda a, b: _choose(a, b, a <= b, jnp.minimum), self, other)
 
 
 @lowering("hypot", "prims.hypot")

@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
+from .._compat.torch import SHARES_TIES
 from .promotion import cast, category, is_inexact, promote, result_dtype, wide
 from .registry import lowering
 
@@ -27,43 +28,65 @@ def masked_fill(self: Any, mask: Any, value: Any) -> Any:
     return jnp.where(mask, cast(value, self.dtype), self)
 
 
-def _at_most(x: Any, bound: Any) -> Any:
-    """Take the minimum. Where both are equal ``x`` gets the derivative, and NaN stays NaN."""
-    return (
-        jnp.where(x > bound, bound, jnp.where(jnp.isnan(bound), bound, x))
-        if is_inexact(x)
-        else jnp.minimum(x, bound)
-    )
+def _cut(x: Any, bound: Any, cuts: Any, extreme: Fn) -> Any:
+    """Take an extreme of both. Where they are equal ``x`` gets the derivative; NaN stays NaN."""
+    if not is_inexact(x):
+        return extreme(x, bound)
+    return jnp.where(cuts(x, bound), bound, jnp.where(jnp.isnan(bound), bound, x))
 
 
-def _at_least(x: Any, bound: Any) -> Any:
-    return (
-        jnp.where(x < bound, bound, jnp.where(jnp.isnan(bound), bound, x))
-        if is_inexact(x)
-        else jnp.maximum(x, bound)
-    )
-
-
-@lowering("clamp", "clamp.Tensor", scalars=True)
-def clamp(self: Any, min: Any = None, max: Any = None) -> Any:
+def _clamp(self: Any, min: Any, max: Any, at_least: Fn, at_most: Fn) -> Any:
     given = [x for x in (min, max) if x is not None]
     dtype = result_dtype(self, *given)
     x = cast(self, dtype)
     if min is not None:
-        x = _at_least(x, cast(min, dtype))
+        x = at_least(x, cast(min, dtype))
     if max is not None:
-        x = _at_most(x, cast(max, dtype))
+        x = at_most(x, cast(max, dtype))
     return x
 
 
-@lowering("clamp_min", "clamp_min.Tensor", scalars=True)
+@lowering("clamp", scalars=True)
+def clamp(self: Any, min: Any = None, max: Any = None) -> Any:
+    """Cut at numbers. From PyTorch 2.14 on an operand that is equal to one has the derivative 0."""
+    below, above = (jnp.less_equal, jnp.greater_equal) if SHARES_TIES else (jnp.less, jnp.greater)
+    return _clamp(
+        *(self, min, max),
+        lambda x, bound: _cut(x, bound, below, jnp.maximum),
+        lambda x, bound: _cut(x, bound, above, jnp.minimum),
+    )
+
+
+@lowering("clamp.Tensor", scalars=True)
+def clamp_by_tensors(self: Any, min: Any = None, max: Any = None) -> Any:
+    """Cut at tensors. From PyTorch 2.14 on equal elements share the derivative, as in JAX."""
+    if SHARES_TIES:
+        return _clamp(self, min, max, jnp.maximum, jnp.minimum)
+    return _clamp(
+        *(self, min, max),
+        lambda x, bound: _cut(x, bound, jnp.less, jnp.maximum),
+        lambda x, bound: _cut(x, bound, jnp.greater, jnp.minimum),
+    )
+
+
+@lowering("clamp_min", scalars=True)
 def clamp_min(self: Any, min: Any) -> Any:
     return clamp(self, min)
 
 
-@lowering("clamp_max", "clamp_max.Tensor", scalars=True)
+@lowering("clamp_min.Tensor", scalars=True)
+def clamp_min_by_tensor(self: Any, min: Any) -> Any:
+    return clamp_by_tensors(self, min)
+
+
+@lowering("clamp_max", scalars=True)
 def clamp_max(self: Any, max: Any) -> Any:
     return clamp(self, None, max)
+
+
+@lowering("clamp_max.Tensor", scalars=True)
+def clamp_max_by_tensor(self: Any, max: Any) -> Any:
+    return clamp_by_tensors(self, None, max)
 
 
 @lowering("lerp.Scalar", "lerp.Tensor", scalars=True)

@@ -97,7 +97,7 @@ def _checked(func: Any, name: str) -> None:
         return out
 
 
-@special(aten.cholesky.default)
+@special(getattr(getattr(aten, "cholesky", None), "default", None))  # PyTorch 2.14 has dropped it
 def _cholesky(args: Any, kwargs: Any) -> Any:
     upper = kwargs.get("upper", args[1] if len(args) > 1 else False)
     factor, info = aten.linalg_cholesky_ex.default(args[0], upper=upper)
