@@ -348,7 +348,7 @@ NB_MODULE(_ext, m) {
       "streams: set_stream(id, device, device type), get_stream(device) -> those three,\n"
       "get_raw_stream(device) -> handle, get_device(), set_device(device) and init(); None without "
       "GPU support.\n"
-      "describe_exception(label, exception) -> str. collect(): young generations.\n"
+      "describe_exception(label, exception) -> str. collect(generation): gc.collect.\n"
       "resolve(name) -> str: registers what an unknown name stands for, or says why it cannot.\n"
       "force_capsules: do without the exchange API and libc10's functions. rocm: PyTorch and XLA "
       "use HIP.");

@@ -282,16 +282,22 @@ ffi::Error Call::CheckEscaped(Views* views) {
   const size_t count = views->made();
   size_t first = views->FirstKept();
   if (first == count) return ffi::Error::Success();
-  // First we collect reference cycles. Then we wait, for 127 ms in all: threads of PyTorch and XLA
-  // may be about to drop their references, and on a busy machine they wait for a core themselves.
-  Owned collected = CallFunction(torch_.collect.get());
-  if (!collected) PyErr_Clear();
-  first = views->FirstKept();
+  // First we collect reference cycles among young objects. Then we wait, for 127 ms in all: threads
+  // of PyTorch and XLA may be about to drop their references, and on a busy machine they wait for a
+  // core themselves. At last we collect all cycles: torch.compile makes some that are old by then.
+  auto collect = [&](long generation) {
+    Owned which = Owned::Steal(PyLong_FromLong(generation));
+    Owned collected = which ? CallFunction(torch_.collect.get(), which.get()) : Owned();
+    if (!collected) PyErr_Clear();
+    first = views->FirstKept();
+  };
+  collect(1);
   for (int attempt = 0; first != count && attempt < 7; ++attempt) {
     GilRelease release;
     std::this_thread::sleep_for(std::chrono::milliseconds(1 << attempt));
     first = views->FirstKept();
   }
+  if (first != count) collect(2);
   if (first == count) return ffi::Error::Success();
   bool input = first < args_.size();
   if (!input && places_) {

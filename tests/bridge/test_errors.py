@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import warnings
 from collections.abc import Iterator
@@ -569,6 +570,21 @@ def test_reference_cycles_are_not_kept_tensors() -> None:
     f = torch2jax(fn)
     for _ in range(20):
         same(f(X), X * 2)
+
+
+def test_old_reference_cycles_are_not_kept_tensors() -> None:
+    """A long call, such as the first of torch.compile, leaves cycles that are no longer young."""
+
+    def fn(a: torch.Tensor) -> torch.Tensor:
+        if type(a) is torch.Tensor:
+            cycle: list[Any] = [a]
+            cycle.append(cycle)
+            for generation in (0, 1):  # they survive two collections, and then they are old
+                gc.collect(generation)
+            del cycle
+        return a * 2
+
+    same(torch2jax(fn, output_shapes=Size([4]))(X), X * 2)
 
 
 def test_an_exception_that_keeps_its_frames() -> None:

@@ -153,12 +153,15 @@ def register_lowering(primitive: Any, rule: Any, platform: str | None = None) ->
 def called(ctx: Any, name: str) -> Any:
     """Return a context in which operations are called ``name`` in HLO and in profiles.
 
-    XLA takes an instruction's name from the last part of its location.
+    XLA takes an instruction's name from the last part of its location. JAX 0.12 puts the operations
+    of an inner jit into the program by the innermost name alone, so ours takes the place of JAX's.
     """
     from jax.extend.mlir import ir
 
     here = f"{ctx.name_stack}/{name}" if str(ctx.name_stack) else name
     inside: Any = ir.Location.current
+    while hasattr(inside, "child_loc"):  # it is a name
+        inside = inside.child_loc
     return ir.Location.name(here, childLoc=inside)
 
 

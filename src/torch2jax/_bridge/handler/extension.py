@@ -53,7 +53,7 @@ def set_up(**others: Any) -> None:
         "run_guarded": ambient.run_guarded,
         "describe_exception": memory.describing(exceptions.describe_exception),
         "make_room": memory.make_room,
-        "collect": lambda: gc.collect(1),
+        "collect": gc.collect,
         "resolve": lambda name: _resolver(name),
         "streams": stream_functions(),
         "copy_all": copy_all,
