@@ -36,9 +36,9 @@ from torch.utils._device import DeviceContext as DeviceContext
 
 from .._errors import Torch2JaxError
 
-VERSION = torch.__version__
+VERSION: Any = torch.__version__
 
-SHARES_TIES: bool = torch.__version__ >= (2, 14)
+SHARES_TIES: bool = VERSION >= (2, 14)
 """Whether equal operands of ``fmax``, ``fmin`` and ``clamp`` share the derivative, and a number at
 which ``clamp`` cuts takes all of it. Before 2.14 the first operand has it."""
 
