@@ -13,6 +13,7 @@ from torch.utils import _pytree as torch_tree
 
 from ..._conversions.dtypes import x64_enabled
 from ..._errors import SignatureError, Torch2JaxWarning
+from ..._progress import telling
 from .. import random_streams
 from ..setup.enable import enable
 from ..tensors.tensor import Tensor, captures, wrap
@@ -93,7 +94,8 @@ class JittedFunction:
         if compiled.known and not compiled.known.hold(self._around.tensors):
             compiled.renew()
         if not compiled.ready:
-            retried(compiled, functools.partial(compiled.prepare, arrays))
+            with telling(f"tracing {self.__name__} for device jax"):
+                retried(compiled, functools.partial(compiled.prepare, arrays))
         words = random_streams.next_words() if compiled.draws else random_streams.NO_WORDS
         drawn = compiled.words(leaves) if compiled.generators else []
         compiled.check(tensors)
