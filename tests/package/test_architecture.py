@@ -25,7 +25,8 @@ SOURCES = sorted(FILES.values())
 
 STACK = [
     # Each line imports only what stands on lines above it, and itself.
-    {"_errors", "_html"},
+    {"_errors", "_html", "_progress"},
+    {"_plots"},
     {"_compat", "_conversions.narrowed"},
     {"_refusals"},
     {"_conversions", "_bridge.torch_side"},

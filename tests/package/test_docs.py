@@ -43,6 +43,7 @@ NEEDS = {
     "migrating/callbacks": ["jax.experimental.buffer_callback"],
     "modules": ["optax", "transformers"],
     "recipes/force_field": ["e3nn"],
+    "recipes/lightning": ["flax", "lightning"],
     "recipes/libraries": ["torchdiffeq", "gpytorch", "torch_geometric"],
     "recipes/reward_model": ["transformers", "optax"],
     "recipes/vector_field": ["diffrax", "optax"],

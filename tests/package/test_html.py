@@ -1,7 +1,8 @@
-"""What notebooks show of the reports says what the reports say."""
+"""What notebooks show of the reports, and their plots, say what the reports say."""
 
 from __future__ import annotations
 
+import sys
 import xml.etree.ElementTree as xml
 from collections.abc import Iterator
 from typing import Any
@@ -15,6 +16,7 @@ from torch.torch_version import TorchVersion
 from torch2jax import clear_tape, lowering_report, tape_info, torch2jax
 from torch2jax._bridge.torch_side.tape.table import TapeInfo
 from torch2jax._html import bar, bytes_of, table
+from torch2jax._lower.report import Report
 
 
 def parsed(text: str) -> Any:
@@ -95,3 +97,63 @@ def test_the_lowering_report() -> None:
         assert [f"{count:,}", op, "lowered", where] in rows
     total = sum(report.native.values())
     assert f"{total} lowered" in "".join(found.itertext())
+
+
+# --- plots ----------------------------------------------------------------------------------------
+
+
+def drawn(axes: Any) -> dict[str, float]:
+    """Return the length of each bar with all of its parts, by its label."""
+    labels = [x.get_text() for x in axes.get_yticklabels()]
+    lengths = dict.fromkeys(labels, 0.0)
+    for container in axes.containers:
+        for label, part in zip(labels, container, strict=True):
+            lengths[label] += part.get_width()
+    return lengths
+
+
+@pytest.fixture
+def axes() -> Iterator[Any]:
+    matplotlib = pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots()
+    yield axes
+    pyplot.close(figure)
+
+
+def test_the_plot_of_the_tape(axes: Any) -> None:
+    assert TapeInfo(3, 1024, None, 5, 2, 1).plot(axes) is axes
+    assert drawn(axes) == {
+        "found their graph": 5,
+        "ran forward again": 2,
+        "graphs kept now": 3,
+        "graphs dropped": 1,
+    }
+    assert "1.0 KiB" in axes.get_title()
+
+
+def test_the_plot_of_the_lowering_report(axes: Any) -> None:
+    native = {("aten.mm", "a:1"): 3, ("aten.mm", "a:2"): 4, ("aten.add", "a:3"): 5}
+    report = Report(native, {("aten.mm", "a:4"): 1}, {("mine::op", "a:5"): 2})
+    assert report.plot(axes) is axes
+    assert drawn(axes) == {"aten.mm": 8, "aten.add": 5, "mine::op": 2}
+    names = [x.get_text() for x in axes.get_legend().get_texts()]
+    assert names == ["lowered", "decomposed", "through the bridge"]
+
+
+def test_a_plot_makes_its_own_figure() -> None:
+    pytest.importorskip("matplotlib", reason="the extra `plot` is not installed").use("agg")
+    from matplotlib import pyplot
+
+    report = Report({(f"op{i}", "a:1"): 30 - i for i in range(30)}, {}, {})
+    axes = report.plot(most=4)
+    assert drawn(axes) == {"op0": 30, "op1": 29, "op2": 28, "op3": 27}
+    pyplot.close(axes.figure)
+
+
+def test_a_plot_without_matplotlib_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r"pip install matplotlib, or torch2jax-ffi\[plot\]"):
+        TapeInfo().plot()

@@ -54,7 +54,7 @@ def release() -> Any:
 
 
 def test_the_workflows_are_there() -> None:
-    assert set(WORKFLOWS) == {"docs", "release", "tests", "wheels"}
+    assert set(WORKFLOWS) == {"docs", "release", "releases", "tests", "wheels"}
 
 
 def test_commands_are_those_of_the_tree() -> None:

@@ -27,6 +27,7 @@ from .._conversions.dtypes import canonical, dtype_j2t
 from .._conversions.float64 import admit, is_carried
 from .._conversions.narrowed import NARROWED
 from .._errors import SignatureError, Torch2JaxError
+from .._progress import telling
 from .._refusals import refuse_symbolic
 from ..device.operators.constants import value_of
 from ..device.setup.enable import enable
@@ -113,7 +114,8 @@ class LoweredFunction(TorchFunction):
 
         def attempt(casts: Casts) -> Any:
             dtypes = dict(enumerate(carried)) | dict(casts)
-            with nothing_kept(), restored_after(ValuesAsked, (self.__wrapped__,)):
+            told = telling(f"tracing {self._label} with lower=True")
+            with told, nothing_kept(), restored_after(ValuesAsked, (self.__wrapped__,)):
                 return self._run_on(call.arguments, arrays, list(dtypes.values()), key, inplace)
 
         casts = by_operand.casts([a.dtype for a in avals])

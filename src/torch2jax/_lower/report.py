@@ -12,6 +12,7 @@ from .._bridge.calls.names import label_of
 from .._bridge.calls.options import Options
 from .._bridge.wrapping import wrapped
 from .._html import bar, page, table
+from .._plots import bars
 from ..device.tracing.events import recorded
 from .function import LoweredFunction
 
@@ -44,6 +45,30 @@ class Report:
             for (name, question, where), count in sorted(self.modules.items()):
                 lines.append(f"  {count:4d}  {name}: {question} {where}")
         return "\n".join(lines)
+
+    def plot(self, axes: Any = None, most: int = 20) -> Any:
+        """Draw how often each operator is called, by what becomes of it. This needs matplotlib.
+
+        Args:
+          axes: matplotlib's axes to draw into; by default those of a new figure.
+          most: draws so many operators, those with the most calls.
+
+        Returns:
+          The axes.
+        """
+        kinds = {
+            "lowered": self.native,
+            "decomposed": self.decomposed,
+            "through the bridge": self.bridge,
+        }
+        rows: dict[str, dict[str, int]] = {}
+        for kind, found in kinds.items():
+            for (op, _), count in found.items():
+                row = rows.setdefault(op, dict.fromkeys(kinds, 0))
+                row[kind] += count
+        first = sorted(rows, key=lambda op: (-sum(rows[op].values()), op))[:most]
+        shown = {op: rows[op] for op in first}
+        return bars(shown, "What became of the operators", "calls", axes)
 
     def _repr_html_(self) -> str:
         kinds = {

@@ -19,6 +19,7 @@ from ..._errors import (
     TorchCallError,
     UnsupportedDtypeError,
 )
+from ..._progress import telling
 from ..._refusals import refuse_symbolic
 from ..torch_side.callee import Callee, CalleeOptions
 from ..torch_side.derivatives import UserProgram
@@ -216,13 +217,14 @@ class Planner:
                 )
 
         try:
-            casts, inference = attempted(
-                attempt,
-                arguments.casts,
-                by_operand.narrow([dtype for _, dtype in avals]),
-                arguments.labels,
-                self.notes,
-            )
+            with telling(f"inferring what {self._label} returns"):
+                casts, inference = attempted(
+                    attempt,
+                    arguments.casts,
+                    by_operand.narrow([dtype for _, dtype in avals]),
+                    arguments.labels,
+                    self.notes,
+                )
             return replace(arguments, casts=casts), inference
         except FakeSurvived:
             raise Torch2JaxError(

@@ -13,12 +13,9 @@ import operator
 import os
 import platform
 import shutil
-import sys
 import tempfile
-import threading
-import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +23,7 @@ import torch
 from torch.fx.node import map_arg
 
 from ..._compat.torch import VERSION, refusing_foreign
+from ..._progress import telling
 from .graphs import Graph, NotCompiled, carried, restored, specs_of
 
 Tensor = torch.Tensor
@@ -112,7 +110,8 @@ def build(graph: Graph, path: Path, label: str) -> None:
         )
 
     module, operands = _writing(graph)
-    with tempfile.TemporaryDirectory(prefix="torch2jax-") as folder, _telling(label):
+    progress = telling(f"compiling {label} with PyTorch")
+    with tempfile.TemporaryDirectory(prefix="torch2jax-") as folder, progress:
         target = os.path.join(folder, "library.so")
         options = {**_OPTIONS, "aot_inductor.output_path": target}
         try:
@@ -169,33 +168,3 @@ def _writing(graph: Graph) -> tuple[torch.fx.GraphModule, list[Tensor]]:
         ]
         with torch.no_grad():
             return make_fx(write)(*operands), operands
-
-
-# --- progress ------------------------------------------------------------------------------------
-
-_SILENT_FOR = 2.0
-
-
-@contextlib.contextmanager
-def _telling(label: str) -> Iterator[None]:
-    """Say on stderr what is compiled, where that takes long; TORCH2JAX_PROGRESS=0 is silent."""
-    if os.environ.get("TORCH2JAX_PROGRESS", "1") == "0":
-        yield
-        return
-    started, done, said = time.monotonic(), threading.Event(), threading.Event()
-
-    def tell() -> None:
-        if not done.wait(_SILENT_FOR):
-            said.set()
-            print(f"torch2jax: PyTorch compiles {label} ...", file=sys.stderr, flush=True)
-
-    thread = threading.Thread(target=tell, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-        if said.is_set():
-            took = time.monotonic() - started
-            print(f"torch2jax: {label} took {took:.0f} s", file=sys.stderr, flush=True)

@@ -19,6 +19,7 @@ from torch.fx.node import map_arg
 
 from ..._compat.torch import compiling
 from ..._errors import Torch2JaxError
+from ..._progress import telling
 from ..torch_side import ambient
 from ..torch_side.answers import asked_in, users_line
 from ..torch_side.inference import Spec, fake_tensors
@@ -86,6 +87,7 @@ def trace(run: Callable[..., Any], specs: Sequence[Spec], around: Surroundings) 
             warnings.catch_warnings(),
             fake_tensors(),
             compiling(),
+            telling(f"tracing {around.label} for compiled=True"),
         ):
             warnings.simplefilter("ignore")  # torch warns of slow batching rules
             operands = [torch.empty(s.shape, dtype=s.dtype, device=s.device) for s in specs]

@@ -14,6 +14,7 @@ from torch.utils import _pytree as torch_tree
 
 from ..._conversions.dtypes import x64_enabled
 from ..._errors import SignatureError, Torch2JaxWarning
+from ..._progress import telling
 from .. import random_streams
 from ..setup.enable import enable
 from ..tensors.tensor import Tensor, captures, wrap
@@ -95,7 +96,8 @@ class JittedFunction:
             compiled.renew()
         if not compiled.ready:
             rehearsal = functools.partial(_rehearsal, compiled, arrays)
-            retried(compiled, functools.partial(compiled.prepare, arrays), rehearsal)
+            with telling(f"tracing {self.__name__} for device jax"):
+                retried(compiled, functools.partial(compiled.prepare, arrays), rehearsal)
         words = random_streams.next_words() if compiled.draws else random_streams.NO_WORDS
         drawn = compiled.words(leaves) if compiled.generators else []
         compiled.check(tensors)

@@ -13,11 +13,13 @@ import threading
 import warnings
 from collections import OrderedDict, defaultdict
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from ...._errors import SignatureError, Torch2JaxWarning
 from ...._html import bar, bytes_of, page, table
+from ...._plots import bars
 from ..gradients import Tensor
 from ..words import call_site, execution, words_of
 from .habits import Account, Habit
@@ -59,6 +61,21 @@ class TapeInfo:
     misses: int = 0
     evictions: int = 0
     on_copies: list[str] = field(default_factory=list)
+
+    def plot(self, axes: Any = None) -> Any:
+        """Draw how many backward passes found their graph; return the axes. It needs matplotlib.
+
+        Args:
+          axes: matplotlib's axes to draw into; by default those of a new figure.
+        """
+        rows = {
+            "found their graph": {"backward passes": self.hits},
+            "ran forward again": {"backward passes": self.misses},
+            "graphs kept now": {"graphs": self.entries},
+            "graphs dropped": {"graphs": self.evictions},
+        }
+        title = f"The tape: {bytes_of(self.bytes)} are kept"
+        return bars(rows, title, "backward passes, graphs", axes)
 
     def _repr_html_(self) -> str:
         budget = "a quarter of the memory" if self.budget is None else bytes_of(self.budget)
