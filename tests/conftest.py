@@ -15,6 +15,8 @@ os.environ["XLA_FLAGS"] = (
 # Before torch is loaded: its threads would wait for each other's work in a loop, and the workers of
 # pytest have more threads together than there are cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# On a busy machine first traces take long and would say so, also in programs whose output is compared.
+os.environ.setdefault("TORCH2JAX_PROGRESS", "0")
 
 import jax
 import pytest
