@@ -354,7 +354,8 @@ def markdown(facts: dict[str, Any], tables: list[Table], plot: str | None) -> st
     return "\n".join(parts)
 
 
-def draw(tables: list[Table], path: Path) -> None:
+def draw(tables: list[Table], path: Path, narrow: bool = False) -> None:
+    """Draw the medians; ``narrow`` is for the width of a phone."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -362,23 +363,28 @@ def draw(tables: list[Table], path: Path) -> None:
 
     colours = {NATIVE: "#6b7280", TAPE: "#2563eb", RECOMPUTE: "#93c5fd", PEER: "#d97706"}
     heights = [len(table.rows) + 0.8 for table in tables]
+    width, height, dpi = (3.9, 0.45, 200) if narrow else (9, 0.62, 120)
     figure, plots = plt.subplots(
-        len(tables), 1, figsize=(9, 0.62 * sum(heights)), dpi=120, height_ratios=heights,
+        len(tables), 1, figsize=(width, height * sum(heights)), dpi=dpi, height_ratios=heights,
         layout="constrained",
     )  # fmt: skip
+    size = 8 if narrow else 10
     for table, axes in zip(tables, plots, strict=True):
         names = list(table.rows)
         bars = axes.barh(
             names, [table.rows[n].median for n in names], color=[colours[n] for n in names]
         )
         labels = [f"{table.rows[n].median:.3g} ms, {table.rows[n].ratio:.2f} x" for n in names]
-        axes.bar_label(bars, labels, padding=4)
+        axes.bar_label(bars, labels, padding=4, fontsize=size)
         axes.invert_yaxis()
-        axes.margins(x=0.25)
-        axes.set_title(table.title, loc="left", weight="bold", fontsize=10)
+        axes.margins(x=0.6 if narrow else 0.25)
+        title = table.title.replace(": ", ":\n") if narrow else table.title
+        axes.set_title(title, loc="left", weight="bold", fontsize=size)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(axis="y", length=0)
-    plots[-1].set_xlabel("milliseconds a step, median; x: median of the rounds' ratios to PyTorch")
+        axes.tick_params(axis="y", length=0, labelsize=size)
+        axes.tick_params(axis="x", labelsize=size)
+    what = "milliseconds a step, median; x: median of the rounds' ratios to PyTorch"
+    plots[-1].set_xlabel(what.replace("; ", "\n") if narrow else what, fontsize=size)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     plt.close(figure)
@@ -455,6 +461,7 @@ def main() -> None:
         args.json.write_text(json.dumps({**facts, **raw}, indent=1) + "\n")
     if args.plot:
         draw(tables, args.plot)
+        draw(tables, args.plot.with_stem(f"{args.plot.stem}-narrow"), narrow=True)
     if args.output:
         plot = os.path.relpath(args.plot, args.output.parent) if args.plot else None
         write_section(args.output, markdown(facts, tables, plot), "training")
