@@ -4,8 +4,8 @@
     python tools/notebooks.py --check    # fail where one is not what its script or page says
 
 A script's docstring becomes text, its imports and each of its functions a cell, and the last cells
-call `main` and show the picture that it draws. A page's Python blocks become cells. Outputs are
-left out: tests/package/test_examples.py runs every notebook, scripts in their short form.
+call `main` and show the picture that it draws; outputs are left out. A page's Python blocks become
+cells, with what the page says that they print. tests/package/test_examples.py runs every notebook.
 """
 
 from __future__ import annotations
@@ -27,16 +27,22 @@ PAGES = {"quick_start": "getting-started"}
 OPTIONS = 'options: list[str] = []  # ["--smoke"] for a short run'
 
 
-def cell(kind: str, source: str, number: int) -> dict[str, Any]:
+Part = tuple[str, str, str]
+"""Kind and text of a cell, and what it prints."""
+
+
+def cell(part: Part, number: int) -> dict[str, Any]:
+    kind, source, printed = part
     lines = source.strip("\n").splitlines(keepends=True)
     made: dict[str, Any] = {"cell_type": kind, "id": f"cell-{number}", "metadata": {}}
     if kind == "code":
-        made |= {"execution_count": None, "outputs": []}
+        text = printed.splitlines(keepends=True)
+        stream = {"name": "stdout", "output_type": "stream", "text": text}
+        made |= {"execution_count": None, "outputs": [stream] if printed else []}
     return made | {"source": lines}
 
 
-def sources(script: Path) -> list[tuple[str, str]]:
-    """Kind and text of the cells."""
+def sources(script: Path) -> list[Part]:
     text = script.read_text(encoding="utf-8")
     lines = text.splitlines(keepends=True)
     tree = ast.parse(text)
@@ -60,25 +66,32 @@ def sources(script: Path) -> list[tuple[str, str]]:
     picture = f"{script.stem}.png"
     found.append(("code", f'_ = main([*options, "--output", "{picture}"])'))
     found.append(("code", f'from IPython.display import Image\n\nImage("{picture}")'))
-    return found
+    return [(*part, "") for part in found]
 
 
-def of_page(page: Path) -> list[tuple[str, str]]:
-    """Return kind and text of the cells of a page; what its blocks print is left out."""
-    found = []
-    text = re.sub(r"^```text\n.*?^```\n", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
-    for part in re.split(r"^(```python\n.*?^```\n)", text, flags=re.M | re.S):
-        code = part.startswith("```python\n")
-        source = part.removeprefix("```python\n").removesuffix("```\n") if code else part
-        if source.strip():
-            # Links to other pages are seen from the notebooks' folder.
-            source = source if code else re.sub(r"\]\(([\w/-]+\.md)", r"](../../docs/\1", source)
-            found.append(("code" if code else "markdown", source.strip("\n")))
-    return found
+def of_page(page: Path) -> list[Part]:
+    text = page.read_text(encoding="utf-8")
+    text = re.sub(r"^This page is also a notebook.*?\n\n", "", text, flags=re.M | re.S)
+    block = r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?"
+    # Text, code and what it prints, in turn.
+    words, *blocks = re.split(block, text, flags=re.M | re.S)
+    found: list[Part] = [("markdown", words, "")]
+    for code, printed, words in zip(*[iter(blocks)] * 3, strict=True):
+        found += [("code", code, printed or ""), ("markdown", words, "")]
+
+    # Links to other pages are seen from the notebooks' folder.
+    def linked(words: str) -> str:
+        return re.sub(r"\]\(([\w/-]+\.md)", r"](../../docs/\1", words)
+
+    return [
+        (kind, (source if kind == "code" else linked(source)).strip("\n"), printed)
+        for kind, source, printed in found
+        if source.strip()
+    ]
 
 
-def notebook(parts: list[tuple[str, str]]) -> str:
-    cells = [cell(kind, source, number) for number, (kind, source) in enumerate(parts)]
+def notebook(parts: list[Part]) -> str:
+    cells = [cell(part, number) for number, part in enumerate(parts)]
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
     metadata = {"kernelspec": kernel, "language_info": {"name": "python"}}
     whole = {"cells": cells, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}

@@ -16,6 +16,7 @@ import os
 import statistics
 import subprocess
 import sys
+import textwrap
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -378,8 +379,10 @@ def draw(tables: list[Table], path: Path, narrow: bool = False) -> None:
         axes.bar_label(bars, labels, padding=4, fontsize=size)
         axes.invert_yaxis()
         axes.margins(x=0.6 if narrow else 0.25)
-        title = table.title.replace(": ", ":\n") if narrow else table.title
-        axes.set_title(title, loc="left", weight="bold", fontsize=size)
+        axes.set_title(
+            textwrap.fill(table.title, 34) if narrow else table.title,
+            loc="left", weight="bold", fontsize=size,
+        )  # fmt: skip
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(axis="y", length=0, labelsize=size)
         axes.tick_params(axis="x", labelsize=size)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -91,3 +93,27 @@ def test_a_trace_for_the_device_names_the_function(capsys: pytest.CaptureFixture
         assert torch.allclose(f(x).cpu(), torch.sin(torch.ones(3)))
     told = capsys.readouterr().err
     assert told.count("torch2jax: tracing slow for device jax ...") == 1
+
+
+@NEEDS_DEVICE
+def test_compilations_name_the_function(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from torch2jax._bridge.compiled import building, graphs
+    from torch2jax._bridge.torch_side.inference import Spec
+
+    def compiler(module: Any, operands: Any, options: dict[str, Any]) -> None:
+        time.sleep(0.2)
+        Path(options["aot_inductor.output_path"]).write_bytes(b"a library")
+
+    monkeypatch.setattr("torch._inductor.aot_compile", compiler)
+    monkeypatch.setenv("CXX", sys.executable)  # it is looked for, and not run
+    spec = Spec((3,), torch.float32, torch.device("cpu"), None)
+    around = graphs.Surroundings("mine", torch.float32, (), None)
+    graph = graphs.trace(lambda x: (slow(x),), [spec], around)
+    building.build(graph, tmp_path / "library.so", "mine")
+    assert (tmp_path / "library.so").read_bytes() == b"a library"
+    assert [line for line in capsys.readouterr().err.splitlines() if line.endswith("...")] == [
+        "torch2jax: tracing mine for compiled=True ...",
+        "torch2jax: compiling mine with PyTorch ...",
+    ]
