@@ -219,6 +219,38 @@ def test_the_figures_of_the_readme_are_those_of_the_page() -> None:
     assert section(README, "summary") == printed
 
 
+def figures(mark: str) -> dict[str, list[list[float]]]:
+    """Return the numbers of the rows of a section of the page with all figures, by row's name."""
+    found: dict[str, list[list[float]]] = {}
+    for name, cells in re.findall(
+        r"^\| ([^|]+?) \|(.*)\|$", section(DOCS / "performance.md", mark), re.M
+    ):
+        numbers = [float(x.replace(",", "")) for x in re.findall(r"\d[\d.,]*", cells)]
+        found.setdefault(name, []).append(numbers)
+    return found
+
+
+def test_figures_that_other_pages_quote() -> None:
+    device = {name: rows[0][0] for name, rows in figures("device").items() if rows[0]}
+    page = " ".join((DOCS / "migrating" / "torchax.md").read_text("utf-8").split())
+    quoted = re.search(
+        r"`x \+ x` takes (\d+) µs here and (\d+) there, and `x\[0\].add_\(1\)` takes (\d+) here and (\d+)",
+        page,
+    )
+    assert quoted
+    whats = ("x + x", "x[0].add_(1)")
+    names = [f"{who}, {what}" for what in whats for who in ("device jax", "torchax")]
+    assert [int(x) for x in quoted.groups()] == [round(device[name]) for name in names]
+
+    page = (DOCS / "pytorch_on_jax.md").read_text("utf-8")
+    adds = [int(x) for x in re.findall(r"\| (\d+) µs \|", page)]
+    ways = ["torch2jax, a + a", "torch2jax(lower=True) under jax.jit, a + a", "device jax, x + x"]
+    assert adds == [round(device[way]) for way in [*ways, "jax2torch, y + y"]]
+    bridge, lowered = (float(x) for x in re.findall(r"µs \| ([\d.]+) x \|", page))
+    assert bridge == round(figures("training")["torch2jax, tape"][0][2], 2)
+    assert lowered == figures("lowering")["torch2jax, lower=True"][1][2]
+
+
 def test_every_benchmark_has_its_section() -> None:
     path = ROOT / "benchmarks" / "run.py"
     spec = importlib.util.spec_from_file_location("run", path)
