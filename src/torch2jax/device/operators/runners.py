@@ -80,13 +80,13 @@ class Compiled(Runner):
     def run(self, call: Call) -> Any:
         program = self.program
         if trace_state_clean():
-            out, cells = program.jitted.call(*call.arrays)
+            out, cells = program.jitted(*call.arrays)
             return results.of_cells(program, call.operands, out, cells, False)
         with jax.ensure_compile_time_eval():
             if self.constant:  # running it is quick, compiling takes some 20 ms
                 out, cells = program.run(*call.operands)
             else:
-                out, cells = program.jitted.call(*call.arrays)
+                out, cells = program.jitted(*call.arrays)
         return results.of_cells(program, call.operands, out, cells, True)
 
 
@@ -131,7 +131,7 @@ class Decomposed(Runner):
         clean = trace_state_clean()
         try:
             with _NOTHING if clean else jax.ensure_compile_time_eval():
-                out, cells = self.program.jitted.call(*call.arrays)
+                out, cells = self.program.jitted(*call.arrays)
         finally:
             state.compiling = before
         return results.of_cells(self.program, call.operands, out, cells, not clean)
