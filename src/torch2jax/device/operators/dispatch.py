@@ -167,5 +167,5 @@ def register_lowering(op: Any, fn: Callable[..., Any]) -> None:
     if not callable(fn):
         raise TypeError(f"register_lowering takes a function of arrays, got {fn!r}.")
     for one in overloads:
-        TABLE[one] = Lowering(fn)
+        TABLE[one] = Lowering(fn, replaced=True)
     forget()
