@@ -28,7 +28,7 @@ from jax._src.config import enable_x64 as _enable_x64
 
 # The public way to ask whether a transform is under way takes more than a microsecond. Which one it
 # is can be asked publicly from jax 0.7.1 on.
-from jax._src.core import get_opaque_trace_state, trace_ctx
+from jax._src.core import get_opaque_trace_state, trace_state_clean
 
 # Rules for dead code have no public registration.
 from jax._src.interpreters import partial_eval
@@ -67,10 +67,6 @@ __all__ = [
     "varying_together",
     "x64_enabled",
 ]
-
-# The function of this name in jax.core calls this method and does nothing else. Eager calls on
-# device "jax" ask it each time.
-trace_state_clean = trace_ctx.is_top_level
 
 # The public name, jax.extend.core.Primitive, is a fifth of this package's import: jax.extend loads
 # pallas.
