@@ -47,6 +47,7 @@ PROGRAMS = (
     Program("seams", PAGE, "", "--calls 20 --rounds 2", "--torchax {torchax}"),
     Program("compiled", PAGE, "", "--rounds 3"),
     Program("lowering", PAGE, "", "--rounds 2 --processes 1", "--torchax {torchax}"),
+    Program("first_calls", PAGE, "", "--rounds 1 --models BERT", "--torchax {torchax}"),
     Program("scaling", "docs/devices.md", quick="--rounds 3"),
     Program("recipes", "docs/recipes/libraries.md", quick="--rounds 3 --seconds 1"),
     Program("summary", "README.md", folder="pages"),  # last: it reads what the others wrote

@@ -204,14 +204,15 @@ nb::object IndicesRequiringGrad(nb::handle operands) {
 }
 
 nb::object EagerDispatch(nb::handle tensor_type, nb::handle array_type, nb::handle cell_type,
-                         nb::handle make, nb::tuple options, nb::tuple given, nb::tuple constants,
+                         nb::handle make, nb::tuple after_dtype, nb::tuple constants,
                          nb::handle situation, nb::handle describe, nb::handle replay,
-                         nb::handle array, nb::handle may_write, nb::handle inference) {
-  eager::Hooks hooks = {ToOwned(tensor_type), ToOwned(array_type), ToOwned(cell_type),
-                        ToOwned(make),        ToOwned(options),    ToOwned(given),
-                        ToOwned(constants),   ToOwned(situation),  ToOwned(describe),
-                        ToOwned(replay),      ToOwned(array),      ToOwned(may_write),
-                        ToOwned(inference)};
+                         nb::handle array, nb::handle may_write, nb::handle inference,
+                         nb::handle sort, nb::handle large) {
+  eager::Hooks hooks = {ToOwned(tensor_type), ToOwned(array_type),  ToOwned(cell_type),
+                        ToOwned(make),        ToOwned(after_dtype), ToOwned(constants),
+                        ToOwned(situation),   ToOwned(describe),    ToOwned(replay),
+                        ToOwned(array),       ToOwned(may_write),   ToOwned(inference),
+                        ToOwned(sort),        ToOwned(large)};
   return Returned(eager::MakeDispatch(std::move(hooks)));
 }
 
@@ -369,9 +370,10 @@ NB_MODULE(_ext, m) {
       "A tuple of the indices of those that are tensors which require a gradient. After setup().");
   m.def(
       "eager_dispatch", &EagerDispatch, nb::kw_only(), nb::arg("tensor_type"),
-      nb::arg("array_type"), nb::arg("cell_type"), nb::arg("make"), nb::arg("options"),
-      nb::arg("given"), nb::arg("constants"), nb::arg("situation"), nb::arg("describe"),
-      nb::arg("replay"), nb::arg("array"), nb::arg("may_write"), nb::arg("inference"),
+      nb::arg("array_type"), nb::arg("cell_type"), nb::arg("make"), nb::arg("after_dtype"),
+      nb::arg("constants"), nb::arg("situation"), nb::arg("describe"), nb::arg("replay"),
+      nb::arg("array"), nb::arg("may_write"), nb::arg("inference"), nb::arg("sort"),
+      nb::arg("large"),
       "`__torch_dispatch__` of tensors on device \"jax\": (operator, types, args=(), "
       "kwargs=None).\n\n"
       "Calls like one that has been made before go to their compiled program; `describe`, `replay` "

@@ -65,7 +65,7 @@ std::shared_ptr<Operator> Find(PyObject* self) {
 Owned CallFirst(Operator& op, Key key, PyObject* args, PyObject* kwargs) {
   Owned result = CallFunction(op.call.get(), args, kwargs);
   if (!result) return result;
-  Owned told = CallFunction(state->hooks.replay.get(), op.call.get(), args, kwargs);
+  Owned told = CallFunction(state->hooks.replay.get(), op.call.get(), args, kwargs, result.get());
   if (!told) return told;
   std::shared_ptr<const Replay> replay;
   if (told.get() != Py_None && !(replay = MakeReplay(told.get()))) return Owned();
@@ -159,13 +159,10 @@ PyMethodDef dispatch_method = {"__torch_dispatch__",
 
 Owned MakeDispatch(Hooks hooks) {
   // MakeTensor reads so many for every result.
-  const Py_ssize_t names = PyTuple_Size(hooks.options.get());
-  const Py_ssize_t values = PyTuple_Size(hooks.given.get());
-  if (values != kGiven || names != 1 + kGiven) {
-    PyErr_Format(PyExc_ValueError,
-                 "eager_dispatch got %zd names in options and %zd values in given, expected "
-                 "\"dtype\" and %zd more names, and %zd values",
-                 names, values, kGiven, kGiven);
+  const Py_ssize_t values = PyTuple_Size(hooks.after_dtype.get());
+  if (values != kAfterDtype) {
+    PyErr_Format(PyExc_ValueError, "eager_dispatch got %zd values in after_dtype, expected %zd",
+                 values, kAfterDtype);
     return Owned();
   }
   if (state == nullptr) state = new State;

@@ -7,19 +7,8 @@
 namespace bridge::eager {
 namespace {
 
-// Kinds of items. A tensor without dimensions is a kNumber, because PyTorch promotes its dtype in
-// another way.
-enum Item : uint64_t {
-  kTensor,
-  kNumber,
-  kObject,
-  kInt,
-  kFloat,
-  kIntOperand,
-  kFloatOperand,
-  kText,
-  kList
-};
+// Kinds of items.
+enum Item : uint64_t { kTensor, kObject, kInt, kFloat, kIntOperand, kFloatOperand, kText, kList };
 
 // Reads a call's arguments: their words, and the operands in their order. Python's `read_argument`
 // (device/operators/operands.py) does the same for the first call, and a test compares the two.
@@ -60,20 +49,13 @@ class Reader {
     return Read::kYes;
   }
 
-  // Adds all of the first argument of a view operator on which its results depend.
+  // Adds all of the first argument of a view operator on which its results depend. Strides and
+  // offset follow from the steps of the chain. Without one the tensor sees its whole memory.
   Read Viewed(PyObject* x) {
-    Owned chain, dtype, shape;
-    if (!Get(x, state_.name_chain, chain) || !Get(x, state_.name_dtype, dtype) ||
-        !Get(x, state_.name_shape, shape)) {
-      return Read::kError;
-    }
-    Owned stride = CallMethod(x, state_.name_stride);
-    Owned offset = stride ? CallMethod(x, state_.name_offset) : Owned();
-    if (!offset) return Read::kError;
+    Owned chain;
+    if (!Get(x, state_.name_chain, chain)) return Read::kError;
     Add(kTensor, Word(chain.get()));
-    key_.push_back(Word(dtype.get()));
-    if (Ints(shape.get()) && Ints(stride.get())) return Int(offset.get(), false);
-    return PyErr_Occurred() != nullptr ? Read::kError : Read::kNo;
+    return Sort(x);
   }
 
  private:
@@ -88,17 +70,25 @@ class Reader {
   }
 
   Read Tensor(PyObject* x) {
-    Owned chain, dtype, ndim, pattern;
-    if (!Get(x, state_.name_chain, chain) || !Get(x, state_.name_dtype, dtype) ||
-        !Get(x, state_.name_ndim, ndim) ||
+    Owned chain, pattern;
+    if (!Get(x, state_.name_chain, chain) ||
         (chain.get() != Py_None && !Get(chain.get(), state_.name_pattern, pattern))) {
       return Read::kError;
     }
-    Add(PyObject_RichCompareBool(ndim.get(), state_.zero.get(), Py_EQ) == 1 ? kNumber : kTensor,
-        Word(pattern.get()));
-    key_.push_back(Word(dtype.get()));
+    Add(kTensor, Word(pattern.get()));
     operands_.push_back(Owned::Borrow(x));
-    return Read::kYes;
+    return Sort(x);
+  }
+
+  // Adds the number of dtype and sizes. kNo: the sizes are symbols.
+  Read Sort(PyObject* x) {
+    Owned sort;
+    if (!Get(x, state_.name_sort, sort)) return Read::kError;
+    if (sort.get() == Py_None) sort = CallFunction(state_.hooks.sort.get(), x);
+    if (!sort) return Read::kError;
+    if (sort.get() == Py_None) return Read::kNo;
+    key_.push_back(PyLong_AsUnsignedLongLong(sort.get()));
+    return PyErr_Occurred() != nullptr ? Read::kError : Read::kYes;
   }
 
   Read Int(PyObject* x, bool takes_numbers) {
@@ -135,19 +125,6 @@ class Reader {
       if (read != Read::kYes) return read;
     }
     return Read::kYes;
-  }
-
-  // Adds sizes or strides. They are tuples of integers. False: they are symbols, or an exception is
-  // set.
-  bool Ints(PyObject* x) {
-    const Py_ssize_t size = PyTuple_Size(x);
-    if (size < 0) return false;
-    Add(kList, static_cast<uint64_t>(size));
-    for (Py_ssize_t i = 0; i < size; ++i) {
-      PyObject* item = PyTuple_GetItem(x, i);
-      if (Py_TYPE(item) != &PyLong_Type || Int(item, false) != Read::kYes) return false;
-    }
-    return true;
   }
 
   const State& state_;

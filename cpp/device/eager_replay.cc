@@ -10,33 +10,37 @@
 namespace bridge::eager {
 namespace {
 
-// Makes a tensor of device "jax": `make(Tensor, *positional, dtype=dtype, **given)`.
-template <typename... Positional>
-Owned MakeTensor(PyObject* cell, PyObject* dtype, Positional*... positional) {
+// Makes a tensor of device "jax":
+// `make(Tensor, sizes, strides, offset, memory_format=None, dtype, *after_dtype)`.
+Owned MakeTensor(PyObject* cell, PyObject* sort, PyObject* dtype, PyObject* sizes,
+                 PyObject* strides, PyObject* offset) {
   const Hooks& hooks = state->hooks;
-  static_assert(kGiven == 2);
-  PyObject* vector[] = {nullptr,
-                        hooks.tensor_type.get(),
-                        positional...,
-                        dtype,
-                        PyTuple_GetItem(hooks.given.get(), 0),
-                        PyTuple_GetItem(hooks.given.get(), 1)};
-  const size_t count = 1 + sizeof...(Positional);
-  Owned tensor = Owned::Steal(PyObject_Vectorcall(
-      hooks.make.get(), vector + 1, count | PY_VECTORCALL_ARGUMENTS_OFFSET, hooks.options.get()));
-  if (tensor && PyObject_SetAttr(tensor.get(), state->name_cell.get(), cell) < 0) tensor.reset();
+  constexpr size_t kFirst = 6;
+  PyObject* vector[1 + kFirst + kAfterDtype] = {
+      nullptr, hooks.tensor_type.get(), sizes, strides, offset, Py_None, dtype};
+  for (Py_ssize_t i = 0; i < kAfterDtype; ++i) {
+    vector[1 + kFirst + static_cast<size_t>(i)] = PyTuple_GetItem(hooks.after_dtype.get(), i);
+  }
+  const size_t count = kFirst + static_cast<size_t>(kAfterDtype);
+  Owned tensor = Owned::Steal(PyObject_Vectorcall(hooks.make.get(), vector + 1,
+                                                  count | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr));
+  if (tensor && (PyObject_SetAttr(tensor.get(), state->name_cell.get(), cell) < 0 ||
+                 PyObject_SetAttr(tensor.get(), state->name_sort.get(), sort) < 0)) {
+    tensor.reset();
+  }
   return tensor;
 }
 
-Owned Wrap(PyObject* array, PyObject* dtype) {
-  Owned shape = GetAttribute(array, state->name_shape);
-  Owned cell = shape ? CallFunction(state->hooks.cell_type.get(), array) : Owned();
-  return cell ? MakeTensor(cell.get(), dtype, shape.get()) : Owned();
+Owned Wrap(PyObject* array, const Replay::Result& result) {
+  Owned cell = CallFunction(state->hooks.cell_type.get(), array);
+  if (!cell) return cell;
+  return MakeTensor(cell.get(), result.sort.get(), result.dtype.get(), result.size.get(), Py_None,
+                    Py_None);
 }
 
 Owned WrapView(PyObject* cell, PyObject* where) {
   auto item = [&](Py_ssize_t i) { return PyTuple_GetItem(where, i); };
-  Owned tensor = MakeTensor(cell, item(1), item(2), item(3), item(4));
+  Owned tensor = MakeTensor(cell, item(5), item(1), item(2), item(3), item(4));
   if (tensor && item(0) != Py_None &&
       PyObject_SetAttr(tensor.get(), state->name_chain.get(), item(0)) < 0) {
     tensor.reset();
@@ -90,11 +94,14 @@ Owned Results(PyObject* out, const Replay& replay, size_t& index) {
   if (out == Py_None) return Owned::Borrow(out);
   const bool tuple = PyTuple_Check(out);
   if (!tuple && !PyList_Check(out)) {
-    const size_t which = index < replay.dtypes.size() ? index : replay.dtypes.size() - 1;
-    ++index;
-    if (Is(out, state->hooks.array_type)) return Wrap(out, replay.dtypes[which].get());
+    if (index >= replay.results.size()) {
+      PyErr_SetString(PyExc_RuntimeError, "a program has more results than when it first ran");
+      return Owned();
+    }
+    const Replay::Result& result = replay.results[index++];
+    if (Is(out, state->hooks.array_type)) return Wrap(out, result);
     Owned array = CallFunction(state->hooks.array.get(), out);  // while jit is disabled
-    return array ? Wrap(array.get(), replay.dtypes[which].get()) : Owned();
+    return array ? Wrap(array.get(), result) : Owned();
   }
   Owned found = Owned::Steal(PyList_New(0));
   const Py_ssize_t size = tuple ? PyTuple_Size(out) : PyList_Size(out);
@@ -114,6 +121,18 @@ Owned Written(const Replay& replay, const std::vector<Owned>& operands) {
     PyTuple_SetItem(found.get(), i, Owned::Borrow(tensor.get()).release());
   }
   return found;
+}
+
+// Calls the program. It may find out while it is traced that arrays are large, and then has another
+// `call` for them.
+Owned Run(const Replay& replay, PyObject* const* arrays, size_t count) {
+  for (bool again = false;; again = true) {
+    Owned call = GetAttribute(replay.program.get(), state->name_call);
+    if (!call) return call;
+    Owned found = Owned::Steal(PyObject_Vectorcall(call.get(), arrays, count, nullptr));
+    if (found || again || PyErr_ExceptionMatches(state->hooks.large.get()) == 0) return found;
+    PyErr_Clear();
+  }
 }
 
 // Reads a tuple of indices. False: a Python exception is set.
@@ -138,15 +157,19 @@ std::shared_ptr<const Replay> MakeReplay(PyObject* told) {
     replay->view = Owned::Borrow(view);
     replay->several = several != 0;
   } else {
-    PyObject *program = nullptr, *dtypes = nullptr, *written = nullptr, *views = nullptr;
-    if (PyArg_ParseTuple(told, "OOO!O!O!n", &keep, &program, &PyTuple_Type, &dtypes, &PyTuple_Type,
+    PyObject *program = nullptr, *results = nullptr, *written = nullptr, *views = nullptr;
+    if (PyArg_ParseTuple(told, "OOO!O!O!n", &keep, &program, &PyTuple_Type, &results, &PyTuple_Type,
                          &written, &PyTuple_Type, &views, &replay->returned) == 0 ||
         !Indices(written, replay->written) || !Indices(views, replay->views_written)) {
       return nullptr;
     }
     replay->program = Owned::Borrow(program);
-    for (Py_ssize_t i = 0; i < PyTuple_Size(dtypes); ++i) {
-      replay->dtypes.push_back(Owned::Borrow(PyTuple_GetItem(dtypes, i)));
+    for (Py_ssize_t i = 0; i < PyTuple_Size(results); ++i) {
+      PyObject *dtype = nullptr, *size = nullptr, *sort = nullptr;
+      if (PyArg_ParseTuple(PyTuple_GetItem(results, i), "OOO", &dtype, &size, &sort) == 0) {
+        return nullptr;
+      }
+      replay->results.push_back({Owned::Borrow(dtype), Owned::Borrow(size), Owned::Borrow(sort)});
     }
   }
   replay->keep = Owned::Borrow(keep);
@@ -180,9 +203,7 @@ Owned CallProgram(const Operator& op, const Replay& replay, const std::vector<Ow
     if (read != Read::kYes) return Owned();
     vector[i + 1] = arrays[i].get();
   }
-  Owned found =
-      Owned::Steal(PyObject_Vectorcall(replay.program.get(), vector.data() + 1,
-                                       operands.size() | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr));
+  Owned found = Run(replay, vector.data() + 1, operands.size() | PY_VECTORCALL_ARGUMENTS_OFFSET);
   PyObject* out = found ? PyTuple_GetItem(found.get(), 0) : nullptr;
   PyObject* cells = out != nullptr ? PyTuple_GetItem(found.get(), 1) : nullptr;
   if (cells == nullptr) return Owned();

@@ -13,9 +13,10 @@
 
 namespace bridge::eager {
 
-// Makes a replay of what Python's `replay(call, args, kwargs)` returned, where that is not None. It
-// is (what to keep, program, dtypes, written, views written, how many are returned), or (what to
-// keep, view, whether it is several). Null: a Python exception is set.
+// Makes a replay of what Python's `replay(call, args, kwargs, result)` returned, where that is not
+// None. It is (what to keep, program, (dtype, sizes, sort) of each result, written, views written,
+// how many are returned), or (what to keep, view, whether it is several). Null: a Python exception
+// is set.
 std::shared_ptr<const Replay> MakeReplay(PyObject* told);
 
 // The views of `base`. Null: a Python exception is set.

@@ -8,17 +8,13 @@ bool State::MakeNames() {
   auto intern = [](const char* name) { return Owned::Steal(PyUnicode_InternFromString(name)); };
   name_cell = intern("_cell");
   name_chain = intern("_chain");
+  name_sort = intern("_sort");
   name_array = intern("array");
   name_pattern = intern("pattern");
-  name_dtype = intern("dtype");
-  name_shape = intern("shape");
-  name_stride = intern("stride");
-  name_offset = intern("storage_offset");
   name_operand = intern("operand");
   name_renew = intern("renew");
-  name_ndim = intern("ndim");
+  name_call = intern("call");
   name_committed = intern("committed");
-  zero = Owned::Steal(PyLong_FromLong(0));
   return PyErr_Occurred() == nullptr;
 }
 

@@ -25,19 +25,20 @@ struct Hooks {
   Owned tensor_type;  // of tensors on device "jax"
   Owned array_type;   // of arrays that are not tracers
   Owned cell_type;
-  Owned make;       // Tensor._make_wrapper_subclass
-  Owned options;    // a tuple: "dtype" and the names of kGiven more keyword arguments of `make`
-  Owned given;      // a tuple: the values of those, which are always the same
-  Owned constants;  // a tuple of types whose objects are compared by identity
-  Owned situation;  // () -> an object that lives on, or None
-  Owned describe;   // (operator) -> see `Describe` in eager.cc
-  Owned replay;     // (call, args, kwargs) -> see `MakeReplay`; `call` comes from `describe`
-  Owned array;      // (number) -> array
+  Owned make;         // Tensor._make_wrapper_subclass
+  Owned after_dtype;  // a tuple of kAfterDtype arguments that `make` always gets after the dtype
+  Owned constants;    // a tuple of types whose objects are compared by identity
+  Owned situation;    // () -> an object that lives on, or None
+  Owned describe;     // (operator) -> see `Describe` in eager.cc
+  Owned replay;  // (call, args, kwargs, result) -> see `MakeReplay`; `call` comes from `describe`
+  Owned array;   // (number) -> array
   Owned may_write;  // (tensor, call): raises where a view cannot be written to
   Owned inference;  // () -> whether inference mode is on
+  Owned sort;       // (tensor) -> sets its `_sort` and returns it
+  Owned large;      // an exception: the program has met large arrays, and has another `call` now
 };
 
-constexpr Py_ssize_t kGiven = 2;
+constexpr Py_ssize_t kAfterDtype = 8;
 
 // The words that select a replay. Each item begins with its kind, so that different lists of items
 // have different words. Objects stand by their address, and a replay keeps those alive that could
@@ -54,13 +55,16 @@ struct KeyHash {
 // How the extension repeats a call: it runs a program, or makes views.
 struct Replay {
   Owned keep;  // objects whose addresses are in the key
-  // A program: (arrays) -> (results, new arrays of cells).
+  // `program.call`: (arrays) -> (results, new arrays of cells).
   Owned program;
-  std::vector<Owned> dtypes;          // of the results
+  struct Result {
+    Owned dtype, size, sort;
+  };
+  std::vector<Result> results;
   std::vector<size_t> written;        // indices of operands, in the order of the new arrays
   std::vector<size_t> views_written;  // those of them that are views and may refuse it
   Py_ssize_t returned = -1;  // the call returns so many of `written`; -1: it returns the results
-  // A view: a tuple of (chain, dtype, sizes, strides, offset), or a tuple of such tuples.
+  // A view: a tuple of (chain, dtype, sizes, strides, offset, sort), or a tuple of such tuples.
   Owned view;
   bool several = false;  // whether it is a tuple of tuples
 };
@@ -88,9 +92,8 @@ struct State {
   std::mutex mutex;  // of all tables; no Python code runs while it is held
   Operators operators;
   Numbers numbers;
-  Owned name_cell, name_chain, name_array, name_pattern, name_dtype, name_shape, name_stride;
-  Owned name_offset, name_operand, name_renew, name_ndim, name_committed;
-  Owned zero;
+  Owned name_cell, name_chain, name_sort, name_array, name_pattern, name_operand, name_renew;
+  Owned name_call, name_committed;
   uint64_t generation = 0;  // how often operators were forgotten
 
   // False: a Python exception is set.

@@ -70,15 +70,16 @@ def eager_dispatch(
     array_type: type,
     cell_type: type,
     make: Callable[..., Any],
-    options: tuple[str, ...],
-    given: tuple[Any, ...],
+    after_dtype: tuple[Any, ...],
     constants: tuple[type, ...],
     situation: Callable[[], Any],
     describe: Callable[[Any], Any],
-    replay: Callable[[Any, Any, Any], Any],
+    replay: Callable[[Any, Any, Any, Any], Any],
     array: Callable[[Any], Any],
     may_write: Callable[[Any, Any], None],
     inference: Callable[[], bool],
+    sort: Callable[[Any], int | None],
+    large: type[Exception],
 ) -> Callable[..., Any]: ...
 def eager_key(
     operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -109,14 +109,19 @@ def test_equal_programs_have_equal_hlo_in_every_process() -> None:
     assert "0x" not in texts[0]
 
 
-def test_the_compilation_cache_hits_in_another_process(tmp_path: Path) -> None:
-    program = f"""
+CACHE = """
 import jax
-jax.config.update("jax_compilation_cache_dir", {str(tmp_path)!r})
+jax.config.update("jax_compilation_cache_dir", {folder!r})
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 hits = []
 jax.monitoring.register_event_listener(lambda event, **kw: hits.append(event))
+"""
+"""What begins a program: the list of the events of JAX's persistent cache."""
+
+
+def test_the_compilation_cache_hits_in_another_process(tmp_path: Path) -> None:
+    program = f"""{CACHE.format(folder=str(tmp_path))}
 import torch
 from torch2jax import torch2jax
 f = torch2jax(lambda a: torch.sin(a) * 2, name="cached")
@@ -131,6 +136,39 @@ print(value, grad, sum("cache_hits" in h for h in hits))
     *second, hit = python(program).split()
     assert first == second
     assert (miss, hit) == ("0", "1")
+
+
+LOWERED = """
+import torch, transformers
+from torch2jax import from_module
+transformers.logging.set_verbosity_error()
+sizes = dict(num_hidden_layers=2, num_attention_heads=2, hidden_size=16, intermediate_size=24)
+sizes |= dict(vocab_size=12, max_position_embeddings=8)
+tokens = jax.numpy.arange(8, dtype="int32").reshape(2, 4)
+for name in ("Bert", "Llama"):
+    torch.manual_seed(0)
+    config = getattr(transformers, name + "Config")(**sizes, pad_token_id=0)
+    config.use_cache = False
+    model = getattr(transformers, name + "Model")(config).eval()
+    apply, variables = from_module(model, lower=True)
+    def loss(params, tokens):
+        out = apply({**variables, "params": params}, input_ids=tokens)
+        return (out["last_hidden_state"] ** 2).mean()
+    hits.clear()
+    value, grads = jax.jit(jax.value_and_grad(loss))(variables["params"], tokens)
+    print(value, sum("cache_hits" in h for h in hits), sum("cache_misses" in h for h in hits))
+"""
+
+
+def test_the_compilation_cache_hits_for_lowered_models(tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="transformers is a test dependency")
+    program = CACHE.format(folder=str(tmp_path)) + LOWERED
+    found = [[line.split() for line in python(program).splitlines()] for _ in range(2)]
+    for (value, hits, misses), (again, *second) in zip(*found, strict=True):
+        assert value == again
+        assert hits == "0"
+        assert 1 <= int(misses) <= 3
+        assert second == [misses, "0"]
 
 
 # --- lifetimes -----------------------------------------------------------------------------------

@@ -431,22 +431,40 @@ def test_views_in_inference_mode() -> None:
     assert results[0] == results[1]
 
 
-@pytest.mark.parametrize(
-    ("options", "given"),
-    [
-        (("dtype", "device"), ("jax",)),
-        (("dtype", "device", "layout", "pin_memory"), ("jax", torch.strided, False)),
-        (("dtype", "device"), ("jax", None)),
-        ((), ()),
-    ],
-)
-def test_a_dispatcher_with_another_number_of_options(options: Any, given: Any) -> None:
+@pytest.mark.parametrize("values", [(), (torch.strided,), (None,) * 9])
+def test_a_dispatcher_with_another_number_of_values(values: tuple[Any, ...]) -> None:
     names = ("tensor_type", "array_type", "cell_type", "make", "situation", "describe", "replay")
-    hooks: dict[str, Any] = dict.fromkeys((*names, "array", "may_write", "inference"), object)
-    text = f"got {len(options)} names in options and {len(given)} values in given, expected"
-    with pytest.raises(ValueError, match=text):
-        _ext.eager_dispatch(options=options, given=given, constants=(), **hooks)
+    others = ("array", "may_write", "inference", "sort", "large")
+    hooks: dict[str, Any] = dict.fromkeys((*names, *others), object)
+    with pytest.raises(ValueError, match=f"got {len(values)} values in after_dtype, expected 8"):
+        _ext.eager_dispatch(after_dtype=values, constants=(), **hooks)
     with pytest.raises(TypeError):
-        _ext.eager_dispatch(options=options, given=given, **{**hooks, "constants": []})
+        _ext.eager_dispatch(after_dtype=values, **{**hooks, "constants": []})
     # The dispatcher of the package is as it was.
     assert [(x("jax") * 2)[1].tolist() for _ in range(3)] == [[8.0, 10.0, 12.0, 14.0]] * 3
+
+
+def test_repeated_calls_follow_sizes_that_change() -> None:
+    """Calls are repeated by what is known of the sizes, also of a tensor that takes others."""
+    results = []
+    for place in ("cpu", "jax"):
+        x, found = torch.arange(6.0).to(place), []
+
+        def look(x: Any, found: list[Any] = found) -> None:
+            for _ in range(3):
+                for y in (x + 1, x.sum(), x.detach(), x.reshape(2, -1), x.reshape(2, -1).t()):
+                    found.append((tuple(y.shape), y.dtype, y.tolist()))
+                views = x.detach(), x.unsqueeze(0), x[:1], x.mT if x.ndim > 1 else x
+                found.append([(y.stride(), y.storage_offset()) for y in views])
+
+        look(x)
+        x.data = torch.ones(2, 2, dtype=torch.int32).to(place)
+        look(x)
+        x.resize_(2, 1)
+        look(x)
+        x.t_()
+        look(x)
+        x.set_(torch.arange(8, dtype=torch.int32).to(place).view(4, 2).t())
+        look(x)
+        results.append(found)
+    assert results[0] == results[1]

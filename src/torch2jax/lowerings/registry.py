@@ -42,6 +42,8 @@ class Lowering:
     """Whether an integer result is torch.int32, whatever the inputs' dtypes are."""
     eager: bool = False
     """Whether it reads values: it is never traced, and operands that are tracers are an error."""
+    replaced: bool = False
+    """Whether it is a user's, who may mean something else than PyTorch by the operator."""
 
 
 class ValuesAsked(Torch2JaxError):

@@ -47,8 +47,21 @@ class _Composite(NamedTuple):
     by_parts: Callable[[Any, Any, Any], tuple[Any, ...]]
 
 
+_linear_taken: dict[Any, bool] = {}
+"""What ``_takes_linear`` has answered for operands of these sorts. Sizes cost PyTorch 2 µs."""
+
+
 def _takes_linear(input: Tensor, weight: Tensor, bias: Any = None) -> bool:
-    return weight.ndim == 2 and input.ndim > 0 and (bias is None or bias.shape == weight.shape[:1])
+    sorts = input._sort, weight._sort, bias if bias is None else bias._sort
+    taken = _linear_taken.get(sorts)
+    if taken is None:
+        taken = weight.ndim == 2 and input.ndim > 0
+        taken = taken and (bias is None or bias.shape == weight.shape[:1])
+        if None not in sorts[:2] and (bias is None or sorts[2] is not None):
+            if len(_linear_taken) >= 65536:
+                _linear_taken.clear()
+            _linear_taken[sorts] = taken
+    return taken
 
 
 def _linear_by_parts(g: Any, operands: Any, need: Any) -> tuple[Any, ...]:

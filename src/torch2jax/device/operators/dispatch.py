@@ -18,7 +18,16 @@ from ..._compat.jax import ArrayImpl, trace_state_clean
 from ..._conversions.dtypes import x64_enabled
 from ...lowerings.registry import TABLE, Lowering
 from ...lowerings.views import GETTERS
-from ..tensors.tensor import OPTIONS, Cell, Tensor, captures, make, refuse_overlap
+from ..tensors.sized_jit import Large
+from ..tensors.tensor import (
+    AFTER_DTYPE,
+    Cell,
+    Tensor,
+    captures,
+    make,
+    note_sort,
+    refuse_overlap,
+)
 from ..thread_state import state
 from . import special as _handlers  # noqa: F401  the import fills the table
 from .operator import Operator
@@ -102,8 +111,8 @@ def _describe(func: Any) -> Any:
     return op, (False, tuple(route.scalars), named, route.writes_several)
 
 
-def _replay(op: Operator | ViewOperator, args: Any, kwargs: Any) -> Any:
-    return op.replay(args, kwargs)
+def _replay(op: Operator | ViewOperator, args: Any, kwargs: Any, result: Any) -> Any:
+    return op.replay(args, kwargs, result)
 
 
 def _may_write(x: Tensor, op: Operator) -> None:
@@ -115,8 +124,7 @@ dispatch = eager_dispatch(
     array_type=ArrayImpl,
     cell_type=Cell,
     make=make,
-    options=("dtype", *OPTIONS),
-    given=tuple(OPTIONS.values()),
+    after_dtype=AFTER_DTYPE,
     constants=(torch.dtype, torch.layout, torch.memory_format),
     situation=_situation,
     describe=_describe,
@@ -124,6 +132,8 @@ dispatch = eager_dispatch(
     array=jax.numpy.asarray,
     may_write=_may_write,
     inference=torch.is_inference_mode_enabled,
+    sort=note_sort,
+    large=Large,
 )
 """It is called as ``(operator, types, args=(), kwargs=None)`` and carries out an operator."""
 
@@ -157,5 +167,5 @@ def register_lowering(op: Any, fn: Callable[..., Any]) -> None:
     if not callable(fn):
         raise TypeError(f"register_lowering takes a function of arrays, got {fn!r}.")
     for one in overloads:
-        TABLE[one] = Lowering(fn)
+        TABLE[one] = Lowering(fn, replaced=True)
     forget()

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from jax.core import Tracer
+from torch.utils import _pytree as torch_tree
 
 from ..._compat.jax import ArrayImpl
 from ..._compat.torch import in_backward_pass
@@ -18,7 +19,7 @@ from ..._conversions.dtypes import x64_enabled
 from ..._conversions.float64 import admit, narrow_number
 from ..._errors import Torch2JaxError
 from .. import random_streams
-from ..tensors.tensor import Tensor, captures, refuse_overlap, to_torch
+from ..tensors.tensor import Tensor, captures, refuse_overlap, sort_of, to_torch
 from ..thread_state import state
 from .constants import is_large
 from .operands import cells_of, items_meet, note_read, read_argument
@@ -156,10 +157,11 @@ class Operator:
         """Say whether the extension may carry out calls like one that has been made."""
         return self._runner_type is Compiled and not self.route.random
 
-    def replay(self, args: Any, kwargs: Any) -> Any:
+    def replay(self, args: Any, kwargs: Any, result: Any) -> Any:
         """Return how the extension repeats calls like this one, which has been made, or None.
 
-        A replay stands for ``carry_out`` where nothing is traced; see ``dispatch``.
+        A replay stands for ``carry_out`` where nothing is traced; see ``dispatch``. Such calls have
+        operands of the same sizes, so their results have those of ``result``.
         """
         key, operands, *_ = self.read(args, kwargs)
         runner = self._runners.get(key)
@@ -177,10 +179,11 @@ class Operator:
             returned = self.route.returns
         if returned > len(program.mutated) or (returned < 0 and not program.torch_dtypes):
             return None
+        made = [] if returned >= 0 else [x for x in torch_tree.tree_leaves(result) if x is not None]
         return (
             program,
-            program.jitted.call,
-            tuple(program.torch_dtypes),
+            program.jitted,
+            tuple([(x.dtype, tuple(x.shape), sort_of(x.dtype, x.shape)) for x in made]),
             tuple(program.mutated),
             tuple(program.views_written),
             returned,

@@ -19,7 +19,7 @@ from ...lowerings.registry import DataDependentShape
 from ...lowerings.views import unseen
 from ..tensors.tensor import Tensor, ValueNeeded, read_cell
 from ..thread_state import state
-from . import results
+from . import host, results
 from .constants import value_of
 from .program import NoDecompositionHere, OperatorProgram
 
@@ -70,23 +70,27 @@ class Runner(ABC):
 class Compiled(Runner):
     """It runs one cached ``jax.jit`` function of an operator that has a lowering."""
 
-    __slots__ = ("constant",)
+    __slots__ = ("constant", "on_host")
 
     def __init__(self, op: Any, program: OperatorProgram) -> None:
         super().__init__(op, program)
         self.constant = not (program.route.random or program.has_tensors)
         """Whether the result depends on Python values alone."""
+        self.on_host = host.fits(program)
 
     def run(self, call: Call) -> Any:
         program = self.program
         if trace_state_clean():
-            out, cells = program.jitted.call(*call.arrays)
+            out, cells = program.jitted(*call.arrays)
             return results.of_cells(program, call.operands, out, cells, False)
         with jax.ensure_compile_time_eval():
-            if self.constant:  # running it is quick, compiling takes some 20 ms
+            found = host.compute(program, call.operands) if self.on_host else None
+            if found is not None:
+                out, cells = found[0], []
+            elif self.constant:  # running it is quick, compiling takes some 20 ms
                 out, cells = program.run(*call.operands)
             else:
-                out, cells = program.jitted.call(*call.arrays)
+                out, cells = program.jitted(*call.arrays)
         return results.of_cells(program, call.operands, out, cells, True)
 
 
@@ -131,7 +135,7 @@ class Decomposed(Runner):
         clean = trace_state_clean()
         try:
             with _NOTHING if clean else jax.ensure_compile_time_eval():
-                out, cells = self.program.jitted.call(*call.arrays)
+                out, cells = self.program.jitted(*call.arrays)
         finally:
             state.compiling = before
         return results.of_cells(self.program, call.operands, out, cells, not clean)

@@ -12,7 +12,7 @@ from ..._conversions.float64 import WIDE_FLOATS, is_carried
 from ..._conversions.narrowed import NARROWED
 from ..._errors import Torch2JaxError, UnsupportedDtypeError
 from ...lowerings.views import OTHER_ELEMENTS, OTHER_VALUES
-from ..tensors.tensor import Tensor, captures, wrap_view
+from ..tensors.tensor import Tensor, captures, sort_of, wrap_view
 from ..tensors.view_chains import ROOT
 from ..thread_state import state
 from .operands import from_other_device
@@ -80,15 +80,18 @@ class ViewOperator:
         stride: Any = x.stride()
         return x._chain, x.dtype, x.shape, stride, x.storage_offset(), rest
 
-    def replay(self, args: Any, kwargs: Any) -> Any:
+    def replay(self, args: Any, kwargs: Any, result: Any) -> Any:
         """Return how the extension repeats calls like this one, which has been made."""
         x = args[0]
         if self.plain:
             found: Any = (x._chain, x.dtype, x.shape, x.stride(), x.storage_offset())
         else:
             found = self.known.get(self.key(x, args, kwargs))
-        several = type(found) is list
-        return None if found is None else (x._chain, tuple(found), several)
+        if found is None:
+            return None
+        if type(found) is list:
+            return x._chain, tuple(map(_with_sort, found)), True
+        return x._chain, _with_sort(found), False
 
     def _found(
         self, x: Tensor, chain: Any, dtype: Any, size: Any, stride: Any, offset: Any, rest: Any
@@ -146,6 +149,10 @@ def _check_bits(old: torch.dtype, new: torch.dtype) -> None:
                 f"{NARROWED[dtype]} while 64-bit values are switched off in JAX. Switch them on, "
                 'jax.config.update("jax_enable_x64", True), or view it on the CPU.'
             )
+
+
+def _with_sort(where: Any) -> tuple[Any, ...]:
+    return (*where, sort_of(where[1], where[2]))
 
 
 def _listed(found: Any) -> list[Any]:

@@ -120,7 +120,7 @@ def _deepcopy(self: Tensor, memo: dict[int, Any]) -> Any:
         if self.grad is not None:
             new.grad = _deepcopy(self.grad, memo)  # type: ignore[arg-type]
     for name, value in vars(self).items():
-        if name not in ("_cell", "_chain", "_memo", "_hooks", "_is_param"):
+        if name not in ("_cell", "_chain", "_memo", "_hooks", "_sort", "_is_param"):
             import copy
 
             setattr(new, name, copy.deepcopy(value, memo))

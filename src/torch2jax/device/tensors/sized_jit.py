@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-__all__ = ["SizedJit"]
+__all__ = ["Large", "SizedJit"]
 
 _MOST = 1024
 """The elements of a small array. Of 65,536 elements the quick programs took up to nine times as
@@ -26,7 +26,7 @@ _QUICK = {
 }
 
 
-class _Large(Exception):
+class Large(Exception):
     """A trace has met an array that is not small."""
 
 
@@ -36,8 +36,9 @@ class SizedJit:
     ``seen`` takes what ``fn`` takes, and returns further arrays that have to be small: those of
     views, which may be expanded. Without optimisations XLA would store them.
 
-    A function that meets a large array first has the usual way for all calls, and ``call`` is the
-    jitted function itself. ``call`` may change in the first call.
+    ``call`` is a jitted function itself as long as all calls have gone one way, because another
+    function of Python in between costs a microsecond. It may raise ``Large``, and then has changed:
+    ``SizedJit(fn)(...)`` calls it again, and so does the extension.
     """
 
     __slots__ = ("_fn", "_full", "_quick", "_seen", "_shapes", "call")
@@ -48,7 +49,13 @@ class SizedJit:
         self._quick: Callable[..., Any] = self._full
         self._shapes: set[Any] = set()
         """Shapes of operands with which a trace has met a large array."""
-        self.call = self._first
+        self.call: Callable[..., Any] = self._first
+
+    def __call__(self, *arrays: Any) -> Any:
+        try:
+            return self.call(*arrays)
+        except Large:
+            return self.call(*arrays)
 
     def _first(self, *arrays: Any) -> Any:
         options = _options()
@@ -56,32 +63,32 @@ class SizedJit:
             self.call = self._full
         else:
             self._quick = jax.jit(self._small, compiler_options=options)
-            self.call = self._sized
-        return self.call(*arrays)
+            self.call = self._quick
+        return self(*arrays)
 
     def _sized(self, *arrays: Any) -> Any:
-        if self._shapes and _shapes(arrays) in self._shapes:
+        if _shapes(arrays) in self._shapes:
             return self._full(*arrays)
-        try:
-            return self._quick(*arrays)
-        except _Large:
-            pass
-        self._shapes.add(_shapes(arrays))
-        return self._full(*arrays)
+        return self._quick(*arrays)
 
     def _small(self, *arrays: Any) -> Any:
         """Call the function, which is being traced."""
-        _refuse_large(arrays)
-        if self._seen is not None:
-            _refuse_large(self._seen(*arrays))
-        out = self._fn(*arrays)
-        _refuse_large(out)
+        try:
+            _refuse_large(arrays)
+            if self._seen is not None:
+                _refuse_large(self._seen(*arrays))
+            out = self._fn(*arrays)
+            _refuse_large(out)
+        except Large:
+            self._shapes.add(_shapes(arrays))
+            self.call = self._sized
+            raise
         return out
 
 
 def _refuse_large(arrays: Any) -> None:
     if any(_count(x) > _MOST for x in jax.tree.leaves(arrays)):
-        raise _Large
+        raise Large
 
 
 def _count(x: Any) -> int:
@@ -89,7 +96,7 @@ def _count(x: Any) -> int:
 
 
 def _shapes(arrays: Sequence[Any]) -> tuple[Any, ...]:
-    return tuple([getattr(x[0] if type(x) is tuple else x, "shape", None) for x in arrays])
+    return tuple([getattr(x[0] if type(x) is tuple else x, "shape", ()) for x in arrays])
 
 
 @functools.cache

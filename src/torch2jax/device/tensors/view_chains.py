@@ -147,7 +147,7 @@ class Chain:
 
     def read(self, array: Any) -> Any:
         """Compute the values of the view by a compiled program."""
-        return self.pattern.jitted.call(self.operand(array))
+        return self.pattern.jitted(self.operand(array))
 
     def then(
         self, size: tuple[int, ...], op: Any, args: tuple[Any, ...], index: int | None = None
