@@ -264,13 +264,13 @@ def lightning(n: Names) -> dict[str, dict[str, Subject]]:
     torch_net = torch.nn.Sequential(torch.nn.Linear(4, 32), torch.nn.Tanh(), torch.nn.Linear(32, 1))
 
     def epochs(net: torch.nn.Module) -> Subject:
-        """250 epochs of four steps, as the page's trainer makes them."""
+        """50 epochs of four steps, as the page's trainer makes them."""
 
         def run() -> None:
             model = n["Regression"]()
             model.net = net
             trainer = n["lightning"].Trainer(
-                max_epochs=250,
+                max_epochs=50,
                 accelerator="cpu",
                 logger=False,
                 enable_checkpointing=False,
@@ -283,7 +283,7 @@ def lightning(n: Names) -> dict[str, dict[str, Subject]]:
 
     flax = {"`jax_module` of the Flax model": epochs(n["model"].net)}
     native = {"a `torch.nn` model of the same layers": epochs(torch_net)}
-    return {"1,000 training steps under Lightning": native | flax}
+    return {"200 training steps under Lightning": native | flax}
 
 
 RECIPES = (force_field, reward_model, simulator, vector_field, serving, libraries, lightning)
