@@ -207,7 +207,7 @@ def main() -> None:
     text = section(arguments.models, arguments.rounds, arguments.torchax)
     print(text)
     if arguments.output:
-        write_section(arguments.output, text, "first calls")
+        write_section(arguments.output, text, "first_calls")
 
 
 if __name__ == "__main__":
