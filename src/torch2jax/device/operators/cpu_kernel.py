@@ -35,6 +35,9 @@ _VALUES = re.compile(
 _BY_PLACE = re.compile(r"^(index|put|take|scatter|gather)")
 """Integers among the operands of these operators are indices, for which zeros will do."""
 
+_ACCELERATORS_TAKE_MORE = re.compile(r"(_foreach_)?(abs|histc|nansum|softsign|trace)_?$")
+"""By PyTorch's table of operator samples these take integers, booleans or complex numbers on an
+accelerator and not on a CPU. Mixtures of experts count by ``histc`` of integers."""
 
 _BY_NUMBERS = re.compile(r"(slice|select|diagonal|strided)_scatter|^roll")
 """Numbers among the operands of these operators are places."""
@@ -82,6 +85,7 @@ def refusal_of(
     if (
         func.namespace != "aten"
         or _BY_NUMBERS.search(func._opname)
+        or _ACCELERATORS_TAKE_MORE.match(func._opname)
         or not kinds
         or not (wanted or kinds <= _ORDINARY)
     ):
