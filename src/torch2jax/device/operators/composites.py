@@ -225,6 +225,7 @@ def _function(composite: _Composite) -> Any:
             found = dispatch(composite.backward, (), composite.arguments(g, operands, need))
         return found[: len(need)]
 
-    body = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    # JAX differentiates what it does, operator by operator: see tracing/autograd_functions.py.
+    body = {"forward": staticmethod(forward), "backward": staticmethod(backward), "of_jax": True}
     base: Any = torch.autograd.Function
     return type(base)(op._opname, (base,), body)

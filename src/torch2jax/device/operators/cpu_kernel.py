@@ -18,6 +18,8 @@ import torch
 from jax.core import Tracer
 from torch.utils._python_dispatch import _disable_current_modes
 
+from ..._compat.jax import x64_enabled
+
 __all__ = ["quiet", "refusal_of"]
 
 _SMALL = 4096
@@ -25,6 +27,7 @@ _SMALL = 4096
 _SHORT = 8
 _INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 _INEXACT = {torch.float32, torch.float64, torch.complex64, torch.complex128}
+_WIDE = {torch.float64, torch.complex128}
 _ORDINARY = {torch.bool, *_INTEGERS, *_INEXACT}
 """For other dtypes PyTorch has fewer kernels on the CPU than on accelerators."""
 _VALUES = re.compile(
@@ -88,6 +91,7 @@ def refusal_of(
         or _ACCELERATORS_TAKE_MORE.match(func._opname)
         or not kinds
         or not (wanted or kinds <= _ORDINARY)
+        or (kinds & _WIDE and not x64_enabled())  # they are carried in half the width
     ):
         return None
     sizes = [v.shape for v, d in zip(values, dtypes, strict=True) if d is not None]

@@ -78,7 +78,7 @@ def _look_up(cls: Any, name: str) -> Any:
     if _active.depth:
         if name == "setup_context":
             _active.grad = torch.is_grad_enabled()
-        elif name == "forward":
+        elif name == "forward" and "of_jax" not in type.__getattribute__(cls, "__dict__"):
             # PyTorch asks for its signature, too.
             return functools.wraps(found)(functools.partial(_forward, cls, found))
     return found
