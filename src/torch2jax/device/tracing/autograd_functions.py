@@ -84,6 +84,13 @@ def _look_up(cls: Any, name: str) -> Any:
     return found
 
 
+def _checkpointed(cls: Any, run_function: Any, preserve_rng_state: Any, *args: Any) -> Any:
+    """Run a checkpointed function as it is: JAX decides what to keep for its derivative."""
+    if _active.depth:
+        return run_function(*args)
+    return super(CheckpointFunction, cls).apply(run_function, preserve_rng_state, *args)
+
+
 def _forward(cls: Any, forward: Any, *args: Any) -> Any:
     """Return what ``forward(*args)`` does, with the derivative of ``cls`` for JAX.
 
@@ -93,10 +100,6 @@ def _forward(cls: Any, forward: Any, *args: Any) -> Any:
     if not (_active.depth and (separate or (args and type(args[0]) is cls._backward_cls))):
         return forward(*args)  # the class calls it itself, or another class does
     inputs = args if separate else args[1:]
-    with torch.set_grad_enabled(_active.grad):
-        if cls is CheckpointFunction:  # JAX decides what to keep for its derivative
-            run_function, _, *rest = inputs
-            return run_function(*rest)
     leaves, spec = torch_tree.tree_flatten(tuple(inputs))
     places = [
         i for i, x in enumerate(leaves) if type(x) is Tensor and isinstance(x._cell.array, Tracer)
@@ -375,3 +378,4 @@ _TENSOR, _HELD = object(), object()
 
 
 replace_while_tracing(torch.autograd.function.FunctionMeta, "__getattribute__", _look_up)
+replace_while_tracing(CheckpointFunction, "apply", classmethod(_checkpointed))
