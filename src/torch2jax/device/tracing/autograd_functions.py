@@ -88,7 +88,8 @@ def _checkpointed(cls: Any, run_function: Any, preserve_rng_state: Any, *args: A
     """Run a checkpointed function as it is: JAX decides what to keep for its derivative."""
     if _active.depth:
         return run_function(*args)
-    return super(CheckpointFunction, cls).apply(run_function, preserve_rng_state, *args)
+    function: Any = super(CheckpointFunction, cls)
+    return function.apply(run_function, preserve_rng_state, *args)
 
 
 def _forward(cls: Any, forward: Any, *args: Any) -> Any:
