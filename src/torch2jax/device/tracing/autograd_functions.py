@@ -49,7 +49,7 @@ class _Active(threading.local):
     backwards = 0
     """How many backward passes are being traced beside their forward pass."""
     grad = True
-    """Whether gradients were on when ``apply`` was called, which switches them off."""
+    """Whether gradients were on when ``setup_context`` was looked up last."""
     inside = 0
     """How many backward passes are under way."""
 
@@ -80,7 +80,7 @@ def _look_up(cls: Any, name: str) -> Any:
             _active.grad = torch.is_grad_enabled()
         elif name == "forward" and "of_jax" not in type.__getattribute__(cls, "__dict__"):
             # PyTorch asks for its signature, too.
-            return functools.wraps(found)(functools.partial(_forward, cls, found))
+            return functools.wraps(found)(functools.partial(_forward, cls, found, _active.grad))
     return found
 
 
@@ -92,8 +92,10 @@ def _checkpointed(cls: Any, run_function: Any, preserve_rng_state: Any, *args: A
     return function.apply(run_function, preserve_rng_state, *args)
 
 
-def _forward(cls: Any, forward: Any, *args: Any) -> Any:
+def _forward(cls: Any, forward: Any, grad: bool, *args: Any) -> Any:
     """Return what ``forward(*args)`` does, with the derivative of ``cls`` for JAX.
+
+    ``grad`` says whether gradients were on when ``apply`` was called, which switches them off.
 
     The first argument is the context, unless the class has a ``setup_context`` of its own.
     """
@@ -110,7 +112,7 @@ def _forward(cls: Any, forward: Any, *args: Any) -> Any:
     function = _Differentiated(cls, leaves, spec, places)
     given = [leaves[i] for i in places]
     if not any(map(recorded, given)):
-        out = function.outputs(_results(function, given), given)
+        out = function.outputs(_results(function, given, grad), given)
         if function.written and not separate:
             args[0].mark_dirty(*[given[i] for i in function.written.values()])
         return out
@@ -118,7 +120,7 @@ def _forward(cls: Any, forward: Any, *args: Any) -> Any:
     outs, out_spec = torch_tree.tree_flatten(forward(*args))
     after = function.stream.count if function.stream is not None else 0
     cells = {id(x._cell) for x in given}
-    results = iter(_results(function, given))
+    results = iter(_results(function, given, grad))
     made = -1
     for place, x in enumerate(outs):
         if not isinstance(x, Tensor):
@@ -138,8 +140,8 @@ def _forward(cls: Any, forward: Any, *args: Any) -> Any:
     return torch_tree.tree_unflatten(outs, out_spec)
 
 
-def _results(function: _Differentiated, given: list[Tensor]) -> list[Any]:
-    with torch.set_grad_enabled(_active.grad):
+def _results(function: _Differentiated, given: list[Tensor], grad: bool) -> list[Any]:
+    with torch.set_grad_enabled(grad):
         return function.results(given)
 
 
