@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import lineax  # noqa: F401
 import numpy as np
 import pytest
 import torch
@@ -337,7 +338,10 @@ def test_what_is_not_linear_has_a_first_derivative_alone() -> None:
 @pytest.mark.parametrize("lower", [False, True], ids=["bridge", "lower"])
 @pytest.mark.parametrize("function", [Once, OnceNew])
 def test_what_is_differentiable_once(function: Any, lower: bool) -> None:
-    """PyTorch's second derivative in given leaves is 0, and an error in all others."""
+    """PyTorch's second derivative in given leaves is 0, and an error in all others.
+
+    lineax, which this file imports, gives ``stop_gradient`` a transpose for the whole process.
+    """
     loss = lossy(lambda w, x: function.apply(w * x), lower)
     twin = jax.grad(lambda z: ((z[:3] * z[3:]) ** 4).sum())
     np.testing.assert_allclose(jax.jit(jax.grad(loss))(WHERE), twin(WHERE), 1e-4, 1e-5)

@@ -17,6 +17,8 @@ class _State(threading.local):
     """How many scopes of ``lower=True``, where JAX takes the derivatives, are entered."""
     kept = 0
     """How many scopes are entered where JAX's derivative goes on although gradients are off."""
+    backward_passes = 0
+    """How many backward passes of autograd functions are traced for JAX's derivative."""
     detaching = 0
     """How many calls of the user's ``detach`` are under way."""
     constants: Any = None

@@ -18,6 +18,7 @@ from ..._conversions.narrowed import WIDENED
 from ..tensors.tensor import Tensor, captures, recorded, wrap
 from ..thread_state import state
 from .constants import value_of
+from .cut import cut
 from .operands import note_read
 
 __all__ = ["apply_jax"]
@@ -38,7 +39,7 @@ def apply_jax(fn: Callable[[list[Any]], Any], tensors: Sequence[Tensor], wide: b
     if state.lowering and not (graph and any(map(recorded, traced))):
         out = jax.tree.map(jax.numpy.asarray, fn([value_of(x) for x in tensors]))
         if not graph:
-            out = jax.tree.map(jax.lax.stop_gradient, out)
+            out = jax.tree.map(cut, out)
         return jax.tree.map(lambda x: _tensor(x, wide), out)
     box: list[Any] = [wide]
     outs = _JaxFunction.apply(fn, box, *tensors)

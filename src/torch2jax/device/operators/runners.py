@@ -21,6 +21,7 @@ from ..tensors.tensor import Tensor, ValueNeeded, read_cell
 from ..thread_state import state
 from . import host, results
 from .constants import value_of
+from .cut import cut
 from .program import NoDecompositionHere, OperatorProgram
 
 __all__ = ["Call", "Compiled", "Decomposed", "Runner", "StepByStep", "Uncompiled"]
@@ -55,12 +56,12 @@ class Runner(ABC):
         program, operands = self.program, call.operands
         values = [value_of(x) if type(x) is Tensor else x for x in operands]
         out, new = program.compute(values, call.words)
-        cut = state.lowering and not torch.is_grad_enabled()
-        if cut and not state.kept:
-            out = jax.tree.map(jax.lax.stop_gradient, out)
+        constant = state.lowering and not torch.is_grad_enabled()
+        if constant and not state.kept:
+            out = jax.tree.map(cut, out)
             new = [unseen(values[s], x) for s, x in zip(program.mutated, new, strict=True)]
         result = results.of_arrays(program, operands, out, new)
-        if cut and not program.mutated:
+        if constant and not program.mutated:
             for x in result if isinstance(result, list | tuple) else [result]:
                 if type(x) is Tensor:
                     x._cut = True

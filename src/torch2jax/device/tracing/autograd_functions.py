@@ -50,8 +50,6 @@ class _Active(threading.local):
     """How many backward passes are being traced beside their forward pass."""
     grad = True
     """Whether gradients were on when ``setup_context`` was looked up last."""
-    inside = 0
-    """How many backward passes are under way."""
 
 
 _active = _Active()
@@ -191,7 +189,7 @@ class _Differentiated:
             return (*found, *[None] * (len(operands) - n))
 
         again = differentiated_again(self.cls.__qualname__, function, backwards)
-        if _active.inside:  # a derivative of the backward pass of another function
+        if state.backward_passes:  # a derivative of the backward pass of another function
             return again(*arrays, *held, *kept)
         custom = jax.custom_vjp(function)
         custom.defvjp(lambda *operands: (again(*operands), operands), backwards)
@@ -293,11 +291,11 @@ class _Differentiated:
 
     def _backward(self, arrays: Any, cotangents: Any) -> Any:
         with self.resume(), self._inputs(arrays) as inputs:
-            _active.inside += 1
+            state.backward_passes += 1
             try:
                 return self._gradients(inputs, arrays, cotangents)
             finally:
-                _active.inside -= 1
+                state.backward_passes -= 1
 
     def _gradients(self, inputs: list[Tensor], arrays: Any, cotangents: Any) -> Any:
         outs = self._run(inputs, True)

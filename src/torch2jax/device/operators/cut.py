@@ -1,0 +1,44 @@
+"""What PyTorch computes without gradients is a constant to JAX's derivative.
+
+``jax.lax.stop_gradient`` says so. It has no transpose, which is how a backward pass is found that
+computes without gradients and so has no second derivative (``tracing/differentiated_again.py``).
+But other packages give it one for the whole process, lineax for instance, and that second
+derivative would be wrong without a word. So a backward pass has a primitive of our own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from jax.interpreters import ad, batching, mlir
+
+from ..._compat.jax import Primitive
+from ..thread_state import state
+
+__all__ = ["cut"]
+
+_PACKAGE = __name__.partition(".")[0]
+
+_constant_p = Primitive(f"{_PACKAGE}_without_gradient")
+
+
+def cut(x: Any) -> Any:
+    """Return an array that is a constant to JAX's derivative."""
+    return _constant_p.bind(x) if state.backward_passes else jax.lax.stop_gradient(x)
+
+
+@_constant_p.def_abstract_eval
+@_constant_p.def_impl
+def _same(x: Any) -> Any:
+    return x
+
+
+def _jvp(primals: Any, tangents: Any) -> Any:
+    out = cut(*primals)
+    return out, ad.Zero(jax.typeof(out).to_tangent_aval())
+
+
+ad.primitive_jvps[_constant_p] = _jvp
+batching.primitive_batchers[_constant_p] = lambda operands, dims: (cut(*operands), *dims)
+mlir.register_lowering(_constant_p, lambda _, x: [x])
