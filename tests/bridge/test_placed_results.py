@@ -229,6 +229,25 @@ def test_a_module_is_placed(written: list[str]) -> None:
     assert written == ["aten::addmm"] * 3
 
 
+@pytest.mark.parametrize("derivative", [False, True], ids=["values", "gradients"])
+def test_several_devices_at_once(written: list[str], derivative: bool) -> None:
+    """Each device computes its shard in memory of its own, at the same time as the others."""
+    devices = jax.devices()[:4]
+    assert len(devices) == 4
+    mesh, spec = jax.sharding.Mesh(devices, "i"), jax.sharding.PartitionSpec("i")
+    f = torch2jax(lambda x: torch.sin(x) * 2.0)
+    twin: Any = lambda x: jnp.sin(x) * 2  # noqa: E731
+    if derivative:
+        f, twin = (jax.grad(lambda x, g=g: g(x).sum()) for g in (f, twin))
+    x = jax.device_put(jnp.arange(4 * N) * 1e-6, jax.sharding.NamedSharding(mesh, spec))
+    sharded = jax.jit(jax.shard_map(f, mesh=mesh, in_specs=spec, out_specs=spec))
+    for i in range(6):
+        out = sharded(x + i)
+        assert out.sharding.spec == spec
+        agree(out, twin(x + i))
+    assert len(written) >= 4 * 4
+
+
 def test_scan_donation_and_nested_calls(written: list[str]) -> None:
     f = torch2jax(lambda x: x * 0.5 + 1)
     scanned = jax.jit(lambda x: jax.lax.scan(lambda c, _: (f(c), None), x, None, length=10)[0])
