@@ -160,9 +160,16 @@ def called(ctx: Any, name: str) -> Any:
 
     here = f"{ctx.name_stack}/{name}" if str(ctx.name_stack) else name
     inside: Any = ir.Location.current
-    while hasattr(inside, "child_loc"):  # it is a name
+    while _is_name(inside):
         inside = inside.child_loc
     return ir.Location.name(here, childLoc=inside)
+
+
+def _is_name(location: Any) -> bool:
+    # With jax 0.7 every location has a child_loc, and reading that of another kind ends the process.
+    if hasattr(location, "is_a_name"):
+        return location.is_a_name()
+    return hasattr(location, "child_loc")
 
 
 def lowered_so_far(ctx: Any) -> int:

@@ -421,9 +421,13 @@ push_mode: Any = torch._C._push_on_torch_dispatch_stack
 PyTorch about modes learns of it, and so functions of torch.compile's run as ever."""
 
 
-def pop_mode() -> None:
-    """Take the last mode off."""
+def pop_mode(last: Any) -> None:
+    """Take the last mode off.
+
+    The caller has it, so that this is not its last reference: PyTorch 2.6 would free it too early.
+    """
     torch._C._pop_torch_dispatch_stack(None)
+    del last
 
 
 # --- memory --------------------------------------------------------------------------------------

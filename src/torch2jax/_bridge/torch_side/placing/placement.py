@@ -74,14 +74,15 @@ class Placement:
             if plan is _WATCHED or not all(made.expired() for made in plan.made):
                 return self._doubted(sizes, plan, operands)
             plan.made = []
-        push_mode(Redirect(plan.steps, buffers))
+        redirect = Redirect(plan.steps, buffers)
+        push_mode(redirect)
         try:
             results = self._results(operands)
         except BaseException:
             self._missed(sizes, plan)
             raise
         finally:
-            pop_mode()
+            pop_mode(redirect)
         if all(_is_at(results, step.result, buffers) for step in plan.steps):
             plan.misses = 0
         else:
@@ -108,7 +109,7 @@ class Placement:
                 plan = _Plan(steps)
                 plan.note(results)
         finally:
-            pop_mode()
+            pop_mode(watch)
             self._plans[sizes] = plan
         return results
 
