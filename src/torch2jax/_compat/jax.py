@@ -166,7 +166,7 @@ def called(ctx: Any, name: str) -> Any:
 
 
 def _is_name(location: Any) -> bool:
-    # With jax 0.7 every location has a child_loc, and reading that of another kind ends the process.
+    # With jax 0.7 all have a child_loc, and reading that of another kind ends the process.
     if hasattr(location, "is_a_name"):
         return location.is_a_name()
     return hasattr(location, "child_loc")
