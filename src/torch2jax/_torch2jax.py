@@ -18,6 +18,7 @@ from ._bridge.calls.options import Options
 from ._bridge.jax_side.batching import METHODS, VmapMethod
 from ._bridge.jax_side.exporting import provide
 from ._bridge.wrapping import process_lock, wrapped
+from ._compat.torch import check_compiles
 from ._errors import SignatureError
 from ._jax2torch.function import JaxFunction
 
@@ -106,9 +107,10 @@ def torch2jax(
         ``if x.any()``). With "strict" both are errors. Tensors that ``fn`` closes over are
         constants. Options that only concern the bridge have no effect.
       compiled: PyTorch compiles ``fn``, its derivatives and batches ahead of time into libraries,
-        which XLA calls without Python and without its lock. They are kept on disk. Needs a C++
-        compiler. ``fn`` is traced once for each set of shapes: it must not ask for values, change
-        tensors that it closes over (they are constants), or draw without ``stochastic=True``.
+        which XLA calls without Python and without its lock. They are kept on disk. Needs PyTorch
+        2.10 or later and a C++ compiler. ``fn`` is traced once for each set of shapes: it must not
+        ask for values, change tensors that it closes over (they are constants), or draw without
+        ``stochastic=True``.
       name: stable name of the call in HLO, profiles, caches and exports; by default it is the
         qualified name of ``fn`` and a counter.
       use_torch_vjp: accepted for compatibility with older bridges, without effect.
@@ -152,6 +154,8 @@ def torch2jax(
             f"compiled=True and {other}= of {label} exclude each other: a compiled call runs no "
             "Python, and writes its results into XLA's buffers by itself."
         )
+    if compiled:
+        check_compiles()
     if depth is not None and (isinstance(depth, bool) or not isinstance(depth, int) or depth < 0):
         raise SignatureError(f"depth={depth!r} of {label} must be None or an int >= 0.")
     if output_sharding_spec is not None:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from torch.torch_version import TorchVersion
 
 from torch2jax import (
     DifferentiationError,
@@ -24,6 +25,7 @@ from torch2jax import (
     TorchCallError,
     UnsupportedDtypeError,
     device,
+    from_module,
     torch2jax,
 )
 from torch2jax.device.setup import enable
@@ -686,3 +688,11 @@ def test_a_torch_that_is_too_old_for_the_device(monkeypatch: pytest.MonkeyPatch)
         with pytest.raises(Torch2JaxError, match=r"needs PyTorch 2\.10 or later"):
             use()
     same(torch2jax(torch.sin)(X), np.sin(X))
+
+
+def test_a_torch_that_is_too_old_for_its_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.9.1"))
+    apply, variables = from_module(torch.nn.Linear(4, 2), compiled=True)
+    for use in (lambda: torch2jax(torch.sin, compiled=True), lambda: apply(variables, X)):
+        with pytest.raises(Torch2JaxError, match=r"compiled=True needs PyTorch 2\.10 or later"):
+            use()

@@ -153,7 +153,7 @@ def first(out: Any) -> Any:
     return out[0] if isinstance(out, tuple | list) else out
 
 
-@pytest.mark.parametrize("lower", [False, True])
+@pytest.mark.parametrize("lower", [False, True], ids=["bridge", "lower"])
 @pytest.mark.parametrize(
     "make",
     [traced_convolutions, traced_recurrence, scripted_cell, scripted_irreps, scripted_gate],

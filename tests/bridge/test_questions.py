@@ -123,7 +123,7 @@ def placed_where_positive(x):
     return x.index_put(((x > 0).nonzero()[:, 0],), chosen.sum(-1))
 
 
-@pytest.mark.parametrize("lower", [False, True])
+@pytest.mark.parametrize("lower", [False, True], ids=["bridge", "lower"])
 def test_a_size_that_depends_on_values_logs_nothing(
     lower: bool, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -286,6 +286,14 @@ def nonstrict_trace(function: Any) -> Any:
     return mark(function)
 
 
+def check_compiles() -> None:
+    """Raise where this PyTorch has not all that ``compiled=True`` needs of its compiler."""
+    if torch.__version__ < "2.10":
+        raise Torch2JaxError(
+            f"compiled=True needs PyTorch 2.10 or later; this is {torch.__version__}."
+        )
+
+
 # --- the device jax ----------------------------------------------------------------------------
 
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 import torch
+from harness import precision
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
@@ -233,7 +234,7 @@ def test_donation_and_x64(w, x):
     f = torch2jax(Block())
     step = jax.jit(jax.grad(loop(jax.checkpoint(f))), donate_argnums=0)
     close(step(w + 0, x), jax.grad(loop(twin))(w, x))
-    with jax.enable_x64(True):
+    with precision(True):
         wide, row = jnp.linspace(0.5, 1.5, BLOCKS, dtype="float64"), x.astype("float64")
         got = jax.jit(jax.grad(loop(jax.checkpoint(torch2jax(Block())))))(wide, row)
         close(got, jax.grad(loop(twin))(wide, row), 1e-12)

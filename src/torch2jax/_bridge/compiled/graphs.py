@@ -95,7 +95,6 @@ def trace(run: Callable[..., Any], specs: Sequence[Spec], around: Surroundings) 
             record = make_fx(
                 traced,
                 decomposition_table=select_decomp_table(),
-                record_stack_traces=True,
                 _allow_non_fake_inputs=True,
             )
             with recorder.restoring(), recorder, torch.no_grad():
