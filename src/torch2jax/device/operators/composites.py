@@ -21,6 +21,7 @@ from ..._compat.torch import dispatch_modes, eager, plain_apply
 from ..tensors.tensor import Tensor, known, read, replace
 from ..thread_state import state
 from .dispatch import dispatch
+from .operands import from_other_device
 from .recurrent import KERNELS as RECURRENT
 from .unchecked import cov, istft
 
@@ -117,6 +118,8 @@ def register_composites() -> Any:
         "cov": cov,
         "matmul.out": _matmul_out,
         "istft": istft,
+        "stft": _with_window(aten.stft.default),
+        "stft.center": _with_window(aten.stft.center),
         **RECURRENT,
         **_DENSE,
     }
@@ -155,6 +158,18 @@ def _matmul_out(self: Any, other: Any, *, out: Any) -> Any:
         )
     replace(out, read(found))
     return out
+
+
+def _with_window(op: Any) -> Callable[..., Any]:
+    """Take a window that is a constant of the function under ``lower=True``."""
+    at = [a.name for a in op._schema.arguments].index("window")
+
+    def kernel(x: Any, *args: Any, **kwargs: Any) -> Any:
+        if type(x) is Tensor and len(args) >= at and args[at - 1] is not None:
+            args = *args[: at - 1], from_other_device(args[at - 1]), *args[at:]
+        return op.decompose(x, *args, **kwargs)
+
+    return kernel
 
 
 def _ctc_loss(scores: Any, targets: Any, steps: Any, sizes: Any, *rest: Any) -> Any:
