@@ -240,3 +240,67 @@ def test_istft_refuses_windows_that_leave_gaps() -> None:
         spectrum = torch.ones(3, 9, dtype=torch.complex64, device=on)
         with pytest.raises(RuntimeError, match="window overlap add min"):
             torch.istft(spectrum, 5, 2, window=window.to(on))
+
+
+# --- constants beside traced tensors -------------------------------------------------------------
+
+three = torch.linspace(-1, 1, 36).reshape(1, 1, 6, 6)
+square, line = three[0, 0], three[0, 0, 0]
+
+BESIDE: dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...]]] = {
+    "attention": (functional.scaled_dot_product_attention, (three, three + 1, three + 2)),
+    "inner": (torch.inner, (square, square + 1)),
+    "multi_dot": (lambda *given: torch.linalg.multi_dot(given), (square, square + 1, square + 2)),
+    "meshgrid": (lambda *given: torch.stack(torch.meshgrid(*given, indexing="ij")), (line, line)),
+    "cartesian_prod": (torch.cartesian_prod, (line, line + 1)),
+    "take_along_dim": (
+        lambda x, places: torch.take_along_dim(x, places, 0),
+        (square, torch.tensor([[2, 0, 1, 3, 5, 4]])),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_a_constant_of_the_function_is_an_operand_under_lower(name: str) -> None:
+    fn, operands = BESIDE[name]
+    expected = fn(*operands)
+    for k, traced in enumerate(operands):
+        if k and not traced.is_floating_point():
+            traced = traced.int()
+
+        def with_constants(x: Any, k: int = k) -> Any:
+            return fn(*operands[:k], x.to(operands[k].dtype), *operands[k + 1 :])
+
+        found = torch2jax(with_constants, lower=True)(jnp.asarray(traced.numpy()))
+        np.testing.assert_allclose(found, expected.numpy(), rtol=1e-5, atol=1e-6)
+    # In eager mode it is an error, as beside CUDA tensors.
+    mixed = [x.to("jax") if k == 0 else x for k, x in enumerate(operands)]
+    with pytest.raises(RuntimeError, match="on the same device") as error:
+        fn(*mixed)
+    assert "lazy" not in str(error.value)
+    torch.testing.assert_close(fn(*[x.to("jax") for x in operands]).cpu(), expected)
+
+
+def test_attention_in_a_transform_of_functions() -> None:
+    q = three.to("jax")
+
+    def loss(k: torch.Tensor) -> torch.Tensor:
+        return functional.scaled_dot_product_attention(q, k, k).square().sum()
+
+    leaf = q.clone().requires_grad_()
+    loss(leaf).backward()
+    torch.testing.assert_close(torch.func.grad(loss)(q), leaf.grad)
+    mapped = torch.func.vmap(functional.scaled_dot_product_attention)(*[torch.stack([q, q])] * 3)
+    torch.testing.assert_close(mapped[1], functional.scaled_dot_product_attention(q, q, q))
+
+
+def test_a_window_in_a_transform_of_functions() -> None:
+    x = torch.linspace(-1, 2, 30).sin().to("jax")
+
+    def loss(window: torch.Tensor) -> torch.Tensor:
+        return torch.stft(x, 8, 2, window=window, return_complex=True).abs().sum()
+
+    window = torch.hann_window(8).to("jax")
+    leaf = window.clone().requires_grad_()
+    loss(leaf).backward()
+    torch.testing.assert_close(torch.func.grad(loss)(window), leaf.grad)

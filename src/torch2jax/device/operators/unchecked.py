@@ -13,7 +13,7 @@ import torch
 from jax.core import Tracer
 
 from ..tensors.tensor import Tensor, known, read
-from .operands import from_other_device
+from .operands import moved
 
 __all__ = ["cov", "istft"]
 
@@ -70,8 +70,8 @@ def istft(
 
     PyTorch's code in Python takes an odd ``n_fft`` for the even one below it.
     """
-    if type(x) is Tensor and window is not None:
-        window = from_other_device(window)
+    if type(x) is Tensor:
+        window = moved(window)
     if not _is_traced(window) and n_fft % 2 == 0:
         options = (center, normalized, onesided, length, return_complex)
         return aten.istft.default.decompose(x, n_fft, hop_length, win_length, window, *options)
