@@ -33,7 +33,7 @@ LIMITS: tuple[Limit, ...] = (
         "dtypes",
         "JAX has no complex32 and no quantised numbers",
         "",
-        r"no counterpart of torch\.(complex32|qu?int)|quantized",
+        r"no counterpart of torch\.(complex32|qu?int)|quantized|_to_int4pack'",
     ),
     Limit(
         "the name in C++",
@@ -41,12 +41,30 @@ LIMITS: tuple[Limit, ...] = (
         "",
         r"does not match device type of out parameter|can.t alias tensor from device",
     ),
-    Limit("sparse", "arrays are dense", r"sparse|", r"aten::(_coalesced_|sparse|_sparse)|Sparse"),
+    Limit(
+        "sparse",
+        "arrays are dense",
+        "",
+        r"aten::(_coalesced_|_indices|sparse|_sparse)|Sparse|sparse coordinate",
+    ),
+    Limit("sparse", "arrays are dense", "mask_layout_sparse", r"in test_mask_layout\]"),
+    Limit(
+        "torch.compile",
+        "`device.jit` compiles functions of tensors on the device",
+        "",
+        "torch.compile does not compile functions of tensors on device jax",
+    ),
     Limit(
         "channels last",
         "XLA chooses how an array lies in memory",
         r"channels_last|memory_format|n\w?hwc",
         r"channels_last|memory.format|False is not true",
+    ),
+    Limit(
+        "channels last",
+        "XLA chooses how an array lies in memory",
+        r"test_Dropout|output_size_one",
+        r"in _test_dropout_discontiguous\]|failure occurred for item \[2\]",
     ),
     Limit(
         "determinism",
@@ -78,7 +96,7 @@ LIMITS: tuple[Limit, ...] = (
     Limit(
         "dtype of out=",
         "of some operators it may be any to which the result can be cast",
-        r"_out|nonzero|out_",
+        r"_out(_|$)|nonzero",
         "not raised",
     ),
     Limit(
@@ -102,8 +120,8 @@ LIMITS: tuple[Limit, ...] = (
     Limit(
         "rounding",
         "products and sums are taken in another order",
-        r"reduce_prod",
-        "Tensor-likes are not equal",
+        r"reduce_prod|irfftn|per_sample_weights",
+        "Tensor-likes are not (equal|close)",
     ),
-    Limit("time", "more than 30 s of CPU, which compiling takes", "", r"^more than"),
+    Limit("time", "more than 20 to 30 s of CPU, which compiling takes", "", r"^more than"),
 )

@@ -3,6 +3,7 @@
     python tools/pytorch_tests.py ~/pytorch/test                         # every 10th test
     python tools/pytorch_tests.py ~/pytorch/test --share 1 --only test_view_ops.py
     python tools/pytorch_tests.py ~/pytorch/test --again                 # those that failed there
+    python tools/pytorch_tests.py ~/pytorch/test --quick                 # without optimizations
     python tools/pytorch_tests.py ~/pytorch/test --table                 # the table of a run
 
 The folder is `test` of PyTorch's sources. Each test runs on the CPU first: one that fails or is
@@ -151,8 +152,13 @@ def _said(trace: str) -> str:
     return f"{text[start[-1] :] if start else text[-300:]}"[:600] + f" [{place}]"
 
 
-def worker(path: Path, choice: dict[str, Any], limit: float, output: Path) -> None:
+def worker(path: Path, choice: dict[str, Any], limit: float, output: Path, quick: bool) -> None:
     """Run tests of a file one after the other, and write a line of JSON for each."""
+    if quick:  # most of a test's time is that of compiling
+        sys.path.append(str(Path(__file__).parents[1] / "tests/helpers"))
+        from compiling import quickly
+
+        quickly().__enter__()
     warnings.filterwarnings("ignore")
     signal.signal(signal.SIGPROF, _late)
     tests = _tests(_import(path))
@@ -186,12 +192,13 @@ def _chosen(
 
 
 def _start(
-    path: Path, choice: dict[str, Any], limit: float, lines: Path
+    path: Path, choice: dict[str, Any], limit: float, lines: Path, quick: bool
 ) -> subprocess.Popen[bytes]:
     lines.unlink(missing_ok=True)
     lines.touch()
     lines.with_suffix(".choice").write_text(json.dumps(choice))
     command = [sys.executable, __file__, str(path), "--worker", str(lines), "--limit", str(limit)]
+    command += ["--quick"] if quick else []
     with lines.with_suffix(".log").open("ab") as log:
         return subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
 
@@ -201,12 +208,14 @@ def _read(lines: Path) -> list[dict[str, Any]]:
     return [json.loads(x) for x in whole.splitlines()]
 
 
-def run(path: Path, choice: dict[str, Any], limit: float, lines: Path) -> list[dict[str, Any]]:
+def run(
+    path: Path, choice: dict[str, Any], limit: float, lines: Path, quick: bool
+) -> list[dict[str, Any]]:
     """Run tests of one file, and go on in another process where one has ended or hangs."""
     rows: dict[str, dict[str, Any]] = {}
     names: list[str] | None = None
     while names is None or len(rows) < len(names):
-        process = _start(path, choice, limit, lines)
+        process = _start(path, choice, limit, lines, quick)
         seen, since = 0, time.monotonic()
         while process.poll() is None:
             time.sleep(0.2)
@@ -289,6 +298,7 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=25, help="the most tests of a file")
     parser.add_argument("--seed", type=int, default=0, help="the seed that chooses them")
     parser.add_argument("--limit", type=float, default=60.0, help="seconds for each test")
+    parser.add_argument("--quick", action="store_true", help="compile without optimizations")
     parser.add_argument("--output", type=Path, default=Path("build/pytorch_tests.json"))
     parser.add_argument("--again", action="store_true", help="run again what did not pass there")
     parser.add_argument("--table", action="store_true", help="print the table of the output")
@@ -296,7 +306,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.worker is not None:
         choice = json.loads(given.worker.with_suffix(".choice").read_text())
-        worker(given.folder.resolve(), choice, given.limit, given.worker)
+        worker(given.folder.resolve(), choice, given.limit, given.worker, given.quick)
         return
     output = given.output.resolve()
     before = json.loads(output.read_text()) if output.exists() else {"files": {}}
@@ -315,7 +325,7 @@ def main() -> None:
             choice = {"pattern": given.tests, "share": given.share, "seed": given.seed}
             choice |= {"least": given.least, "most": given.most}
         start = time.perf_counter()
-        rows = run(path, choice, given.limit, lines)
+        rows = run(path, choice, given.limit, lines, given.quick)
         keeps = given.again or given.tests
         old = {**(old if keeps else {}), **{r["name"]: r for r in rows}}
         before["files"][name] = list(old.values())

@@ -32,7 +32,7 @@ def convolution(
     single = input.ndim == weight.ndim - 1  # it is one sample without a batch dimension
     x = input[None] if single else input
     out = _convolve(x, weight, stride, padding, dilation, transposed, output_padding, groups)
-    if bias is not None:
+    if bias is not None and x.shape[1]:
         out = out + bias.reshape((1, -1, *[1] * (out.ndim - 2)))
     return out[0] if single else out
 
@@ -46,9 +46,10 @@ def _convolve(
     space = _LETTERS[:n]
     layout = (f"NC{space}", f"OI{space}", f"NC{space}")
     if not transposed:
-        return lax.conv_general_dilated(
+        out = lax.conv_general_dilated(
             x, w, stride, [(p, p) for p in padding], None, dilation, layout, groups
         )
+        return out if x.shape[1] else out[:, :0]  # of no channels PyTorch makes none
     # The transpose of a convolution is a convolution of x, its elements `stride` apart, with the
     # flipped kernel, whose channels change places within each group.
     extra = per_dimension(output_padding, n)
@@ -83,6 +84,7 @@ def convolution_backward(
         (dw,) = jax.linear_transpose(lambda w: _convolve(input, w, *rest), weight)(grad_output)
     if output_mask[2]:
         db = jnp.sum(grad_output, (0, *range(2, grad_output.ndim)))
+        db = db if db.size else jnp.zeros(bias_sizes, db.dtype)
     return dx, dw, db
 
 

@@ -106,10 +106,12 @@ def embedding_bag(
     counted = indices != padding_idx
     size = jnp.zeros((bags,), indices.dtype).at[bag].add(counted.astype(indices.dtype))
     rows = weight[indices]
+    if mode != 2:
+        rows = cast(rows, wide(rows.dtype))
     if scale_grad_by_freq:
         rows = _by_frequency(rows, _frequencies(indices, weight))
     if per_sample_weights is not None:
-        rows = rows * per_sample_weights[:, None]
+        rows = rows * cast(per_sample_weights, rows.dtype)[:, None]
     shape = (bags, weight.shape[1])
     none = jnp.zeros((0,), indices.dtype)
     if mode == 2:
@@ -125,7 +127,7 @@ def embedding_bag(
     out = jnp.zeros(shape, rows.dtype).at[bag].add(rows)
     if mode == 1:
         out = out / jnp.maximum(size, 1)[:, None]
-    return out.astype(weight.dtype), bag.astype(indices.dtype), size, none
+    return cast(out, weight.dtype), bag.astype(indices.dtype), size, none
 
 
 @lowering("_embedding_bag_dense_backward")

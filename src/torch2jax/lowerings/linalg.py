@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -124,10 +125,40 @@ def trace(self: Any) -> Any:
 # --- decompositions ------------------------------------------------------------------------------
 
 
+def _asked_for(failed: Any, find: Callable[[Any], Any], a: Any) -> Any:
+    """Return ``find(a)`` where ``failed`` holds and 0 elsewhere; nothing is computed if nowhere."""
+    a, none = lax.stop_gradient(a), jnp.zeros(failed.shape, np.int32)
+    return lax.cond(failed.any(), lambda: jnp.where(failed, find(a), none), lambda: none)
+
+
+def _first_minor(a: Any) -> Any:
+    """Return the order of the first leading minor that is not positive, counted from one."""
+    n = a.shape[-1]
+
+    def step(k: Any, state: Any) -> Any:
+        a, info = state
+        column = lax.dynamic_index_in_dim(a, k, a.ndim - 1, False)
+        pivot = lax.dynamic_index_in_dim(column, k, column.ndim - 1, False).real
+        wrong = ~(pivot > 0)
+        info = jnp.where((info == 0) & wrong, k + 1, info).astype(np.int32)
+        scaled = column / jnp.where(wrong, 1, pivot)[..., None].astype(a.dtype)
+        return a - scaled[..., :, None] * jnp.conj(column)[..., None, :], info
+
+    _, info = lax.fori_loop(0, n, step, (a, jnp.zeros(a.shape[:-2], np.int32)))
+    return jnp.where(info == 0, n, info)
+
+
+def _first_zero(a: Any) -> Any:
+    """Return which pivot of the elimination is zero, counted from one, or 0."""
+    zero = jnp.diagonal(lax.linalg.lu(a)[0], axis1=-2, axis2=-1) == 0
+    return jnp.where(zero.any(-1), jnp.argmax(zero, -1) + 1, 0).astype(np.int32)
+
+
 @lowering("linalg_cholesky_ex")
 def cholesky_ex(self: Any, *, upper: bool = False, check_errors: bool = False) -> Any:
     lower = jnp.linalg.cholesky(self)
-    info = jnp.isnan(lower).any((-2, -1)).astype(np.int32)
+    failed = jnp.isnan(lower).any((-2, -1))
+    info = _asked_for(failed, _first_minor, self)
     return jnp.conj(jnp.swapaxes(lower, -1, -2)) if upper else lower, info
 
 
@@ -162,7 +193,7 @@ def eigh(A: Any, UPLO: str = "L", compute_v: bool = True) -> Any:
 def inv_ex(A: Any, *, check_errors: bool = False) -> Any:
     inverse = jnp.linalg.inv(A)
     singular = ~jnp.isfinite(inverse).all((-2, -1)) & jnp.isfinite(A).all((-2, -1))
-    return inverse, singular.astype(np.int32)
+    return inverse, _asked_for(singular, _first_zero, A)
 
 
 @lowering("linalg_solve_triangular")
@@ -186,7 +217,14 @@ def cholesky_solve(self: Any, input2: Any, upper: bool = False) -> Any:
 
 @lowering("linalg_matrix_exp")
 def matrix_exp(self: Any) -> Any:
-    return jax.scipy.linalg.expm(self) if self.size else self
+    """Return exp(A) as (exp(A / 4) ^ 2) ^ 2.
+
+    JAX's rational function of A of norm 4 loses the digits of small results in float32."""
+    if not self.size:
+        return self
+    root = jax.scipy.linalg.expm(self / 4)
+    root = _product(root, root)
+    return _product(root, root)
 
 
 # --- transforms ----------------------------------------------------------------------------------

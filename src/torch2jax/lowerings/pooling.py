@@ -43,7 +43,7 @@ def _max_pool(x: Any, n: int, kernel: Any, stride: Any, padding: Any, dilation: 
     kernel, stride, pads, dilation = _windows(x, n, kernel, stride, padding, dilation, ceil)
     sizes = x.shape[-n:]
     lead = x.shape[:-n]
-    flat = x.reshape(-1, *sizes)
+    flat = x.reshape(math.prod(lead), *sizes)
     low = -jnp.inf if is_inexact(x) else jnp.iinfo(x.dtype).min
     low = jnp.asarray(low, x.dtype)
     places = jnp.arange(math.prod(sizes), dtype=np.int32).reshape(1, *sizes)
@@ -68,9 +68,8 @@ def _max_pool(x: Any, n: int, kernel: Any, stride: Any, padding: Any, dilation: 
     operands = (lax.stop_gradient(flat), jnp.broadcast_to(places, flat.shape))
     _, where = lax.reduce_window(operands, start, better, **dims)
     out = where.shape[1:]
-    picked = jnp.take_along_axis(
-        flat.reshape(flat.shape[0], -1), where.reshape(where.shape[0], -1), 1, mode="clip"
-    )
+    rows = flat.reshape(len(flat), math.prod(sizes))
+    picked = jnp.take_along_axis(rows, where.reshape(len(flat), math.prod(out)), 1, mode="clip")
     return picked.reshape(*lead, *out), where.reshape(*lead, *out).astype(default_int())
 
 
@@ -94,7 +93,8 @@ def _put_back(g: Any, self: Any, indices: Any, n: int) -> Any:
     lead, size = self.shape[:-n], math.prod(self.shape[-n:])
     rows = math.prod(lead)
     flat = jnp.zeros((rows, size), g.dtype)
-    flat = flat.at[jnp.arange(rows)[:, None], indices.reshape(rows, -1)].add(g.reshape(rows, -1))
+    shape = rows, math.prod(indices.shape[-n:])
+    flat = flat.at[jnp.arange(rows)[:, None], indices.reshape(shape)].add(g.reshape(shape))
     return flat.reshape(self.shape)
 
 
@@ -130,7 +130,7 @@ def _avg_pool(
             v, np.zeros((), v.dtype)[()], lax.add, (1, *kernel), (1, *stride), ((0, 0), *pads)
         )
 
-    total = add_up(x.reshape(-1, *sizes), pads)
+    total = add_up(x.reshape(math.prod(lead), *sizes), pads)
     if divisor is not None:
         count: Any = divisor
     else:
@@ -226,13 +226,23 @@ def adaptive_avg_pool1d(self: Any, output_size: Any) -> Any:
     return _adaptive(self, output_size, 1)
 
 
+def _not_empty(grad: Any, n: int) -> tuple[int, ...]:
+    """Return the sizes of the dimensions that are pooled, which PyTorch does not let be zero."""
+    if not all(grad.shape[1:]):
+        raise RuntimeError(
+            "adaptive_avg_pool_backward(): Expected grad_output to have non-zero size for "
+            f"non-batch dimensions, but grad_output has sizes {list(grad.shape)}"
+        )
+    return grad.shape[-n:]
+
+
 @lowering("_adaptive_avg_pool2d_backward")
 def adaptive_avg_pool2d_backward(grad_output: Any, self: Any) -> Any:
-    size = grad_output.shape[-2:]
+    size = _not_empty(grad_output, 2)
     return jax.linear_transpose(lambda x: _adaptive(x, size, 2), self)(grad_output)[0]
 
 
 @lowering("_adaptive_avg_pool3d_backward")
 def adaptive_avg_pool3d_backward(grad_output: Any, self: Any) -> Any:
-    size = grad_output.shape[-3:]
+    size = _not_empty(grad_output, 3)
     return jax.linear_transpose(lambda x: _adaptive(x, size, 3), self)(grad_output)[0]

@@ -16,11 +16,13 @@ from typing import Any, NamedTuple
 
 import torch
 from jax.core import Tracer
+from torch.utils import _pytree as torch_tree
 
 from ..._compat.torch import dispatch_modes, eager, plain_apply
 from ..tensors.tensor import Tensor, known, read, replace
 from ..thread_state import state
 from .dispatch import dispatch
+from .operands import moved
 from .recurrent import KERNELS as RECURRENT
 from .unchecked import cov, istft
 
@@ -117,6 +119,14 @@ def register_composites() -> Any:
         "cov": cov,
         "matmul.out": _matmul_out,
         "istft": istft,
+        "stft": _together(aten.stft.default),
+        "stft.center": _together(aten.stft.center),
+        "inner": _together(aten.inner.default),
+        "linalg_multi_dot": _together(aten.linalg_multi_dot.default),
+        "meshgrid": _together(aten.meshgrid.default),
+        "meshgrid.indexing": _together(aten.meshgrid.indexing),
+        "scaled_dot_product_attention": _together(aten.scaled_dot_product_attention.default),
+        "take_along_dim": _together(aten.take_along_dim.default),
         **RECURRENT,
         **_DENSE,
     }
@@ -155,6 +165,19 @@ def _matmul_out(self: Any, other: Any, *, out: Any) -> Any:
         )
     replace(out, read(found))
     return out
+
+
+def _together(op: Any) -> Callable[..., Any]:
+    """Return PyTorch's parts of an operator that wants all its operands on one device.
+
+    Under ``lower=True`` tensors of other devices are constants of the function.
+    """
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = torch_tree.tree_map(moved, (args, kwargs))
+        return op.decompose(*args, **kwargs)
+
+    return kernel
 
 
 def _ctc_loss(scores: Any, targets: Any, steps: Any, sizes: Any, *rest: Any) -> Any:

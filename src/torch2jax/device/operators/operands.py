@@ -14,8 +14,8 @@ from ..tensors.tensor import Tensor, captures, from_torch, wrap
 from ..thread_state import state
 
 __all__ = [
-    "NO_NESTED", "Slot", "cells_of", "fill", "from_other_device", "items_meet", "note_read",
-    "read_argument",
+    "NO_NESTED", "Slot", "cells_of", "fill", "from_other_device", "items_meet", "moved",
+    "note_read", "read_argument",
 ]  # fmt: skip
 
 
@@ -132,6 +132,12 @@ def from_other_device(x: torch.Tensor) -> Tensor:
     if cached is None or cached[0] is not x or cached[1] != version:
         cached = state.constants[id(x)] = (x, version, from_torch(x))
     return wrap(cached[2], x.dtype)
+
+
+def moved(x: Any) -> Any:
+    """Return an argument, and where it is a tensor on the CPU what stands for it here."""
+    cpu = isinstance(x, torch.Tensor) and type(x) is not Tensor and x.device.type == "cpu"
+    return from_other_device(x) if cpu else x
 
 
 NO_NESTED = (

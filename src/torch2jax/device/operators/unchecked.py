@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from jax.core import Tracer
 
-from ..tensors.tensor import Tensor, read
+from ..tensors.tensor import Tensor, known, read
+from .operands import moved
 
 __all__ = ["cov", "istft"]
 
@@ -65,12 +66,19 @@ def istft(
     length: int | None = None,
     return_complex: bool = False,
 ) -> Any:
-    """Overlap-add the frames, each times the window, over the sum of the squared windows."""
-    if not _is_traced(window):
+    """Overlap-add the frames, each times the window, over the sum of the squared windows.
+
+    PyTorch's code in Python takes an odd ``n_fft`` for the even one below it.
+    """
+    if type(x) is Tensor:
+        window = moved(window)
+    if not _is_traced(window) and n_fft % 2 == 0:
         options = (center, normalized, onesided, length, return_complex)
         return aten.istft.default.decompose(x, n_fft, hop_length, win_length, window, *options)
     hop = n_fft // 4 if hop_length is None else hop_length
     size = n_fft if win_length is None else win_length
+    if window is None:
+        window = torch.ones(size, dtype=x.dtype.to_real(), device=x.device)
     if not 0 < hop <= size <= n_fft or tuple(window.shape) != (size,):
         raise RuntimeError(
             "istft: expected 0 < hop_length <= win_length <= n_fft and a window of win_length "
@@ -105,7 +113,12 @@ def istft(
         return aten.unfold_backward(y, [y.shape[0], full], 1, n_fft, hop)[:, start:end]
 
     squares = window.pow(2).expand(1, count, n_fft)
-    y = add_up(parts * window) / add_up(squares)
+    envelope = add_up(squares)
+    lowest = envelope.abs().min()
+    lowest = known(lowest) if type(lowest) is Tensor else lowest
+    if not isinstance(lowest, Tracer) and float(lowest) <= 1e-11:
+        raise RuntimeError(f"istft: window overlap add min: {float(lowest)}")
+    y = add_up(parts * window) / envelope
     if end > full:
         y = torch.nn.functional.pad(y, (0, end - full))
     return y.squeeze(0) if x.ndim == 2 else y

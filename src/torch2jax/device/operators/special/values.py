@@ -77,13 +77,18 @@ def _holds(args: Any, kwargs: Any) -> Any:
 @special(aten._linalg_check_errors.default)
 def _linalg_check_errors(args: Any, kwargs: Any) -> Any:
     """Raise for a singular matrix, which in a compiled program gives NaN or infinity instead."""
-    info, name = read(args[0]), args[1]
+    info, name, *rest = read(args[0]), *args[1:]
     if isinstance(info, Tracer):
         if state.compiling:
             raise ValueNeeded(name, name)
         return
+    _refuse(info, name, *rest, **kwargs)
+
+
+def _refuse(info: Any, *rest: Any, **kwargs: Any) -> None:
+    """Let PyTorch say which of the matrices cannot be taken apart, where there is one."""
     if np.any(np.asarray(info)):
-        raise torch.linalg.LinAlgError(f"{name}: the matrix is singular or not positive definite")
+        aten._linalg_check_errors.default(torch.tensor(np.asarray(info)), *rest, **kwargs)
 
 
 def _checked(func: Any, name: str) -> None:
@@ -95,6 +100,20 @@ def _checked(func: Any, name: str) -> None:
         if kwargs.get("check_errors"):
             aten._linalg_check_errors.default(out[-1], name, is_matrix=args[0].ndim == 2)
         return out
+
+
+_eigh = ordinary_way(aten._linalg_eigh.default)
+
+
+@special(aten._linalg_eigh.default)
+def _eigh_of_numbers(args: Any, kwargs: Any) -> Any:
+    """Refuse matrices with NaN or infinity, of which the eigenvalues are NaN."""
+    out = _eigh(args, kwargs)
+    values = read(out[0])
+    if not isinstance(values, Tracer):
+        info = np.asarray(np.isnan(np.asarray(values)).any(-1), np.int32)
+        _refuse(info, "linalg.eigh", is_matrix=args[0].ndim == 2)
+    return out
 
 
 @special(getattr(getattr(aten, "cholesky", None), "default", None))  # PyTorch 2.14 has dropped it
@@ -121,5 +140,5 @@ def _histc_of_numbers(args: Any, kwargs: Any) -> Any:
     return _histc(args, kwargs)
 
 
-_checked(aten.linalg_cholesky_ex.default, "torch.linalg.cholesky_ex")
-_checked(aten.linalg_inv_ex.default, "torch.linalg.inv_ex")
+_checked(aten.linalg_cholesky_ex.default, "linalg.cholesky_ex")
+_checked(aten.linalg_inv_ex.default, "linalg.inv_ex")
