@@ -260,6 +260,16 @@ def test_random_numbers_into_out(draw: Callable[[Any], Any], dtype: torch.dtype)
     assert {draw(out).dtype for _ in range(3)} == {out.dtype}
 
 
+def test_a_view_as_out_is_not_resized() -> None:
+    """PyTorch would resize it within the memory behind it; to fill it would be wrong."""
+    x = torch.zeros(5, device="jax")
+    with pytest.raises(RuntimeError, match="on device jax a view is not resized"):
+        torch.arange(2, out=x[3:3])
+    assert x.tolist() == [0] * 5
+    torch.arange(2, out=x[3:])
+    assert x.tolist() == [0, 0, 0, 0, 1]
+
+
 def test_errors_of_a_backward_pass_say_jax() -> None:
     x = torch.ones(2, device="jax", requires_grad=True)
     y = x.exp()

@@ -520,6 +520,8 @@ RARE: dict[str, tuple[Any, tuple[torch.Tensor, ...]]] = {
     "cov of too few": (
         lambda x, w: torch.cov(x, correction=9, aweights=w), (ROWS, torch.rand(4) + 1)
     ),
+    "fftfreq": (lambda x: x * torch.fft.fftfreq(4), (ROWS,)),
+    "fftfreq of an odd number": (lambda x: x.T * torch.fft.fftfreq(3, 0.2), (ROWS,)),
     "istft": (
         lambda f, w: torch.istft(f, 16, 4, window=w), (FREQUENCIES, torch.hann_window(16) + 1)
     ),

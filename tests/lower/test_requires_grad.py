@@ -97,3 +97,97 @@ def test_a_checkpoint_that_asks() -> None:
     found = jax.grad(torch2jax(fn, lower=True))(jnp.asarray([0.5, 1.0]))
     x = np.asarray([0.5, 1.0])
     np.testing.assert_allclose(found, np.cos(x) * x + np.sin(x), rtol=1e-5)
+
+
+# --- gradients by operands and parameters, which nothing made leaves ----------------------------
+
+
+def penalised(w: Any, x: Any) -> Any:
+    """The gradient of a gradient's square, by an operand."""
+    (g,) = torch.autograd.grad((torch.tanh(w * x) * x).sum(), w, create_graph=True)
+    return (g**2).sum()
+
+
+def jax_penalised(w: Any, x: Any) -> Any:
+    return (jax.grad(lambda w: (jnp.tanh(w * x) * x).sum())(w) ** 2).sum()
+
+
+def asked_late(w: Any, x: Any) -> Any:
+    """It asks of ``w`` whose first use is before, and is content with no gradient."""
+    y = (w * w * x).sum()
+    leaf = w if w.requires_grad else torch.zeros_like(w, requires_grad=True)
+    y = y + torch.sin(w * x).sum()
+    (g,) = torch.autograd.grad(y, leaf, create_graph=True, allow_unused=True)
+    return w.sum() * 0 if g is None else (g * w).sum()
+
+
+def jax_asked_late(w: Any, x: Any) -> Any:
+    return (jax.grad(lambda w: (w * w * x + jnp.sin(w * x)).sum())(w) * w).sum()
+
+
+W, X = jnp.asarray([0.7, -0.4]), jnp.asarray([0.3, 1.7])
+
+
+@pytest.mark.parametrize(("fn", "twin"), [(penalised, jax_penalised), (asked_late, jax_asked_late)])
+def test_gradients_by_an_operand(fn: Any, twin: Any) -> None:
+    lowered = torch2jax(fn, lower=True)
+    transforms: list[Any] = [
+        lambda f: f,
+        jax.jit,
+        lambda f: jax.grad(f, (0, 1)),
+        lambda f: jax.jit(jax.grad(f, (0, 1))),
+        lambda f: jax.hessian(f),
+        lambda f: lambda w, x: jax.vmap(jax.grad(f), (0, None))(jnp.stack([w, 2 * w]), x),
+    ]
+    for i, transform in enumerate(transforms):
+        for found in (lowered, torch2jax(fn, lower=True)):  # the first knows already
+            pairs = zip(
+                jax.tree.leaves(transform(found)(W, X)),
+                jax.tree.leaves(transform(twin)(W, X)),
+                strict=True,
+            )
+            for got, want in pairs:
+                np.testing.assert_allclose(got, want, 2e-4, 1e-5, err_msg=str(i))
+
+
+class Adapted(nn.Module):
+    """A step of gradient descent in the parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+
+    def forward(self, x: Any) -> Any:
+        loss = self.linear(x).pow(3).sum()
+        grads = torch.autograd.grad(loss, list(self.parameters()), create_graph=True)
+        weight, bias = (p - 0.1 * g for p, g in zip(self.parameters(), grads, strict=True))
+        return nn.functional.linear(x, weight, bias)
+
+
+@pytest.mark.parametrize("variables_are_arguments", [True, False])
+def test_gradients_by_parameters(variables_are_arguments: bool) -> None:
+    torch.manual_seed(0)
+    module, x = Adapted(), torch.randn(4, 3, requires_grad=True)
+    want = module(x)
+    want.square().sum().backward()
+    assert x.grad is not None
+    y = jnp.asarray(x.detach().numpy())
+    if not variables_are_arguments:
+        value, slope = jax.jit(
+            jax.value_and_grad(lambda x: (torch2jax(module, lower=True)(x) ** 2).sum())
+        )(y)
+    else:
+        apply, variables = from_module(module, lower=True)
+        loss = lambda v, x: (apply(v, x) ** 2).sum()  # noqa: E731
+        value, (grads, slope) = jax.jit(jax.value_and_grad(loss, (0, 1)))(variables, y)
+        for name, p in module.named_parameters():
+            assert p.grad is not None
+            np.testing.assert_allclose(grads["params"][name], p.grad, 1e-4, 1e-4, err_msg=name)
+    np.testing.assert_allclose(value, want.detach().square().sum(), rtol=1e-4)
+    np.testing.assert_allclose(slope, x.grad, 1e-4, 1e-4)
+
+
+def test_a_gradient_of_what_depends_on_nothing_stays_an_error() -> None:
+    fn = torch2jax(lambda x: torch.autograd.grad(x.detach().sum(), x)[0], lower=True)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        fn(W)

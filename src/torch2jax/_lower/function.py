@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import torch
 from jax.core import Tracer
+from torch.utils import _pytree as torch_tree
 
 from .._bridge.calls import results
 from .._bridge.calls.arguments import Arguments, Casts
@@ -18,6 +19,7 @@ from .._bridge.calls.operands import OperandOptions, is_unknown
 from .._bridge.calls.options import Options
 from .._bridge.calls.results import flatten_result
 from .._bridge.calls.shards import Shards
+from .._bridge.torch_side.gradients import needs_gradients
 from .._bridge.torch_side.inference import Spec, sample_of
 from .._bridge.torch_side.modules import loans
 from .._bridge.torch_side.modules.forward import Forward
@@ -55,7 +57,9 @@ class LoweredFunction(TorchFunction):
         self, fn: Callable[..., Any], run: Callable[..., Any], label: str, options: Options
     ) -> None:
         super().__init__(fn, run, label, options)
-        self._run = _on_replica(fn) if isinstance(fn, torch.nn.Module) else run
+        self._leaves = False
+        """Whether operands are leaves of PyTorch's graph, because gradients by them are asked."""
+        self._run = self._on_replica if isinstance(fn, torch.nn.Module) else run
         if options.out_arg is not None:
             raise SignatureError(
                 f"out_arg of {label} is for the bridge, where results land in XLA's buffers; "
@@ -113,6 +117,17 @@ class LoweredFunction(TorchFunction):
         inplace = by_operand.of_argnums(self._options.inplace_argnums, "inplace_argnums")
 
         def attempt(casts: Casts) -> Any:
+            if not self._leaves:
+                try:
+                    return attempt_once(casts)
+                except RuntimeError as error:
+                    if not needs_gradients(error):
+                        raise
+                # It differentiates by its operands, as PyTorch's users do by parameters.
+                self._leaves = True
+            return attempt_once(casts)
+
+        def attempt_once(casts: Casts) -> Any:
             dtypes = dict(enumerate(carried)) | dict(casts)
             told = telling(f"tracing {self._label} with lower=True")
             with told, nothing_kept(), restored_after(ValuesAsked, (self.__wrapped__,)):
@@ -143,9 +158,12 @@ class LoweredFunction(TorchFunction):
     ) -> Any:
         tensors = [_argument(x, d) for x, d in zip(arrays, dtypes, strict=True)]
         args, kwargs = arguments.unflatten(tensors)
-        with running(self._options.default_dtype, key), self._modules():
+        with running(self._options.default_dtype, key, self._leaves), self._modules():
             if isinstance(self._run, Forward):
                 _say_wide(self._run.layout, args[0])
+            if self._leaves:
+                _make_leaves((args, kwargs))
+            if isinstance(self._run, Forward):
                 _apply_hooks(self._run.layout, args[0])
             out = loans.scoped(lambda: self._run(*args, **kwargs))()
             if inplace and out is None:
@@ -158,6 +176,22 @@ class LoweredFunction(TorchFunction):
         if not self._options.inplace_argnums:
             return result
         return self._options.with_updated(arguments, inplace, result, updated)
+
+    def _on_replica(self, *args: Any, **kwargs: Any) -> Any:
+        """Run ``fn``, a module, which takes its tensors for constants and changes nothing."""
+        layout = Layout(self.__wrapped__)
+        for dtype in {x.dtype for tensors in layout.tensors.values() for x in tensors.values()}:
+            admit(dtype)
+        variables: dict[str, dict[str, torch.Tensor]] = {
+            group: {k: wrap(from_torch(x), x.dtype) for k, x in tensors.items()}
+            for group, tensors in layout.tensors.items()
+        }
+        if self._leaves:
+            _make_leaves(variables)
+        training = getattr(self.__wrapped__, "training", False)  # a frozen TorchScript has none
+        forward = Forward(layout, training, lambda replica: replica, True)
+        out = forward(variables, *args, **kwargs)
+        return out[0] if training else out
 
     def _modules(self) -> Any:
         """Return the scope in which modules are called."""
@@ -175,6 +209,12 @@ class LoweredFunction(TorchFunction):
                 f"{self._label} returned {_named(treedef, got)}, and output_shapes says "
                 f"{_named(declared.treedef, expected)}."
             )
+
+
+def _make_leaves(tree: Any) -> None:
+    for x in torch_tree.tree_leaves(tree):
+        if type(x) is Tensor and (x.is_floating_point() or x.is_complex()):
+            x.requires_grad_()
 
 
 def _say_wide(layout: Layout, variables: Any) -> None:
@@ -196,25 +236,6 @@ def _apply_hooks(layout: Layout, variables: Any) -> None:
 
 def _named(treedef: Any, leaves: list[Any]) -> str:
     return str(treedef.unflatten([f"{d}[{','.join(map(str, s))}]" for s, d in leaves]))
-
-
-def _on_replica(module: torch.nn.Module) -> Callable[..., Any]:
-    """Return the module as a function that takes its tensors for constants and changes nothing."""
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        layout = Layout(module)
-        for dtype in {x.dtype for tensors in layout.tensors.values() for x in tensors.values()}:
-            admit(dtype)
-        variables: dict[str, dict[str, torch.Tensor]] = {
-            group: {k: wrap(from_torch(x), x.dtype) for k, x in tensors.items()}
-            for group, tensors in layout.tensors.items()
-        }
-        training = getattr(module, "training", False)  # a frozen TorchScript module has none
-        forward = Forward(layout, training, lambda replica: replica, True)
-        out = forward(variables, *args, **kwargs)
-        return out[0] if training else out
-
-    return run
 
 
 def _argument(x: Any, dtype: torch.dtype) -> Tensor:

@@ -135,6 +135,12 @@ def arange(*bounds: Any, dtype: Any = None, **_: Any) -> Any:
     return jnp.asarray(values.numpy().astype(out))
 
 
+@lowering("fft_fftfreq")
+def fft_fftfreq(n: int, d: float = 1.0, *, dtype: Any = None, **_: Any) -> Any:
+    """PyTorch's kernel resizes a view of its result."""
+    return _known(torch.fft.fftfreq(n, d, dtype=dtype, device="cpu"), dtype)
+
+
 def _known(values: torch.Tensor, dtype: torch.dtype | None) -> Any:
     """Return a constant of a few values that PyTorch has computed."""
     if values.is_complex() and dtype is None:

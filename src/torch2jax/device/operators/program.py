@@ -115,6 +115,11 @@ class OperatorProgram:
             old, dtype = values[slot], self.dtypes[slot]
             assert dtype is not None
             if value.shape != old.shape and not self._resized(slot):
+                if slot in self.outs:
+                    raise RuntimeError(
+                        f"out= of {self.route.func} is a view of shape {list(old.shape)}, and the "
+                        f"result has shape {list(value.shape)}: on device jax a view is not resized"
+                    )
                 value = _filling(value, old.shape)
             if value.dtype != old.dtype:
                 have = dtype_j2t(value.dtype)

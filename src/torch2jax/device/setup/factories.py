@@ -67,6 +67,7 @@ _FACTORIES = (
     "kaiser_window",
     "kaiser_window.periodic",
     "kaiser_window.beta",
+    "fft_fftfreq",
 )
 
 

@@ -120,6 +120,8 @@ class Tensor(torch.Tensor):
     """The number of dtype and sizes, where it is known; see ``sort_of``."""
     _cut = False
     """Whether JAX's derivative ends here, because it was computed while gradients were off."""
+    _late = False
+    """Whether it is a leaf of PyTorch's graph only since somebody asked; see ``needs_grad``."""
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     # ``dispatch`` puts in ``__torch_dispatch__``, and ``methods`` puts in the everyday methods.

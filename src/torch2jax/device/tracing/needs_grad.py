@@ -5,7 +5,9 @@ the way that it takes where a derivative is wanted: the answer is True for what 
 That is every tensor of floating-point numbers that is traced, except where the derivative has been
 ended: by ``detach``, or because gradients were off where it was computed. PyTorch's own code, which
 asks in order to record, gets PyTorch's answer. A tensor of which it was said is a leaf of PyTorch's
-graph from then on, so that ``torch.autograd.grad`` takes it.
+graph from then on, so that ``torch.autograd.grad`` takes it. What was computed from it before is
+not in the graph, so ``torch.autograd.grad`` raises there what it raises of a tensor that requires
+no gradient, and the function is traced again with operands that are leaves from the start.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from typing import Any
 
 import torch
 from jax.core import Tracer
+from torch.autograd.graph import GradientEdge
 from torch.overrides import TorchFunctionMode
 
 from ..tensors.tensor import Tensor
@@ -23,20 +26,41 @@ __all__ = ["NeedsGrad"]
 
 
 class NeedsGrad(TorchFunctionMode):
-    """In this mode ``requires_grad`` of a traced tensor says whether JAX differentiates it."""
+    """In this mode ``requires_grad`` of a traced tensor says whether JAX differentiates it.
+
+    With ``leaves`` the operands are leaves of PyTorch's graph from the start.
+    """
+
+    def __init__(self, leaves: bool = False) -> None:
+        super().__init__()
+        self._leaves = leaves
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.autograd.grad and not self._leaves:
+            _refuse_late(*args, **(kwargs or {}))
         out = func(*args, **(kwargs or {}))
         if out is False and func == _GET:
             root = sys._getframe(1).f_globals.get("__name__", "").partition(".")[0]
             if root not in _NOT_THE_USERS and _is_differentiated(args[0]):
                 args[0].requires_grad_()
+                args[0]._late = True
                 return True
         return out
 
 
 _NOT_THE_USERS = ("torch", __name__.partition(".")[0])
 _GET: Any = torch.Tensor.requires_grad.__get__  # type: ignore[attr-defined]
+
+
+def _refuse_late(outputs: Any, inputs: Any, *_: Any, **__: Any) -> None:
+    if any(getattr(x, "_late", False) for x in (inputs if _is_several(inputs) else [inputs])):
+        raise RuntimeError(
+            "a tensor that a gradient is asked for does not require grad where it was used first"
+        )
+
+
+def _is_several(inputs: Any) -> bool:
+    return not isinstance(inputs, torch.Tensor | GradientEdge)
 
 
 def _is_differentiated(x: Any) -> bool:

@@ -38,8 +38,11 @@ class _OnJax(DeviceContext):
 
 
 @contextlib.contextmanager
-def running(default_dtype: torch.dtype, key: Any) -> Iterator[None]:
-    """In this scope a function is traced: on device jax, with JAX's derivatives and this key."""
+def running(default_dtype: torch.dtype, key: Any, leaves: bool = False) -> Iterator[None]:
+    """In this scope a function is traced: on device jax, with JAX's derivatives and this key.
+
+    With ``leaves`` its operands are leaves of PyTorch's graph.
+    """
 
     @contextlib.contextmanager
     def surroundings() -> Iterator[None]:
@@ -48,12 +51,14 @@ def running(default_dtype: torch.dtype, key: Any) -> Iterator[None]:
             stack.enter_context(_OnJax(torch.device("jax")))
             yield
 
-    with random_streams.drawing_from(key, words=True), differentiated(surroundings):
+    with random_streams.drawing_from(key, words=True), differentiated(surroundings, leaves):
         yield
 
 
 @contextlib.contextmanager
-def differentiated(surroundings: Any = contextlib.nullcontext) -> Iterator[None]:
+def differentiated(
+    surroundings: Any = contextlib.nullcontext, leaves: bool = False
+) -> Iterator[None]:
     """In this scope, within these surroundings, JAX differentiates what a function does.
 
     JAX runs a derivative that the user has written (an ``autograd.Function``, a hook) later, when
@@ -64,18 +69,18 @@ def differentiated(surroundings: Any = contextlib.nullcontext) -> Iterator[None]
 
     @contextlib.contextmanager
     def resume() -> Iterator[None]:
-        with random_streams.continuing(stream), _entered(surroundings, resume):
+        with random_streams.continuing(stream), _entered(surroundings, resume, leaves):
             yield
 
-    with _entered(surroundings, resume):
+    with _entered(surroundings, resume, leaves):
         yield
 
 
 @contextlib.contextmanager
-def _entered(surroundings: Any, resume: Any) -> Iterator[None]:
+def _entered(surroundings: Any, resume: Any, leaves: bool) -> Iterator[None]:
     # Gradients are on so that what fn differentiates itself (forces, torch.func) has its graph.
     with (
-        surroundings(), NeedsGrad(), torch.enable_grad(), lowering_scope(),
+        surroundings(), NeedsGrad(leaves), torch.enable_grad(), lowering_scope(),
         differentiable_by_jax(),
     ):  # fmt: skip
         before, state.resume = state.resume, resume
