@@ -658,3 +658,25 @@ def test_cholesky_solve_has_the_gradient_of_what_it_reads() -> None:
 def test_operands_of_rare_operators_are_checked(fn: Any, match: str) -> None:
     with pytest.raises(RuntimeError, match=match):
         jax.jit(torch2jax(fn, lower=True))(jnp.ones(5))
+
+
+@pytest.mark.parametrize("heads", [4, 2])
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_kernel_of_attention_on_cpus(causal: bool, heads: int) -> None:
+    """Its second result is the logsumexp of the scores, which has no derivative."""
+    torch.manual_seed(0)
+    drawn = [torch.randn(2, n, 5, 8) for n in (4, heads, heads)]
+
+    def fn(*args: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        return kernel(*args, is_causal=causal, scale=0.5)
+
+    arrays = [jnp.asarray(x.numpy()) for x in drawn]
+    values, pull = jax.vjp(torch2jax(fn, lower=True), *arrays)
+    leaves = [x.clone().requires_grad_() for x in drawn]
+    expected = fn(*leaves)
+    for found, want in zip(values, expected, strict=True):
+        np.testing.assert_allclose(found, want.detach(), rtol=1e-5, atol=1e-6)
+    wanted = torch.autograd.grad(expected[0].sum(), leaves)
+    for found, want in zip(pull((jnp.ones_like(values[0]), values[1])), wanted, strict=True):
+        np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-5)
