@@ -84,7 +84,9 @@ def test_a_bag_of_half_precision_is_rounded_once(dtype: torch.dtype, mode: str) 
         )
 
     wide = fn(table.double(), places, offsets, None if factors is None else factors.double())
-    moved = [None if x is None else x.to("jax") for x in (table, places, offsets, factors)]
+    moved: list[Any] = [
+        None if x is None else x.to("jax") for x in (table, places, offsets, factors)
+    ]
     assert torch.equal(fn(*moved).cpu(), wide.to(dtype))
     with precision(True):
         lowered = torch2jax(lambda *given: fn(*given).float(), lower=True)
@@ -290,8 +292,9 @@ def test_attention_in_a_transform_of_functions() -> None:
     leaf = q.clone().requires_grad_()
     loss(leaf).backward()
     torch.testing.assert_close(torch.func.grad(loss)(q), leaf.grad)
-    mapped = torch.func.vmap(functional.scaled_dot_product_attention)(*[torch.stack([q, q])] * 3)
-    torch.testing.assert_close(mapped[1], functional.scaled_dot_product_attention(q, q, q))
+    attention: Any = functional.scaled_dot_product_attention
+    mapped: Any = torch.func.vmap(attention)(*[torch.stack([q, q])] * 3)
+    torch.testing.assert_close(mapped[1], attention(q, q, q))
 
 
 def test_a_window_in_a_transform_of_functions() -> None:
