@@ -179,7 +179,8 @@ class LoweredFunction(TorchFunction):
 
     def _on_replica(self, *args: Any, **kwargs: Any) -> Any:
         """Run ``fn``, a module, which takes its tensors for constants and changes nothing."""
-        layout = Layout(self.__wrapped__)
+        module: Any = self.__wrapped__
+        layout = Layout(module)
         for dtype in {x.dtype for tensors in layout.tensors.values() for x in tensors.values()}:
             admit(dtype)
         variables: dict[str, dict[str, torch.Tensor]] = {
@@ -188,7 +189,7 @@ class LoweredFunction(TorchFunction):
         }
         if self._leaves:
             _make_leaves(variables)
-        training = getattr(self.__wrapped__, "training", False)  # a frozen TorchScript has none
+        training = getattr(module, "training", False)  # a frozen TorchScript has none
         forward = Forward(layout, training, lambda replica: replica, True)
         out = forward(variables, *args, **kwargs)
         return out[0] if training else out
