@@ -10,6 +10,7 @@ import e3nn.util.jit
 import gpytorch
 import jax
 import jax.numpy as jnp
+import library_derivatives as derivatives
 import library_programs as programs
 import numpy as np
 import pytest
@@ -34,9 +35,12 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-@pytest.mark.parametrize("name", programs.named("bridge"))
+PROGRAMS = programs.PROGRAMS | derivatives.PROGRAMS
+
+
+@pytest.mark.parametrize("name", programs.named("bridge", PROGRAMS))
 def test_program(name: str) -> None:
-    program = programs.PROGRAMS[name]
+    program = PROGRAMS[name]
     module = programs.made(program)
     want = programs.expected(module, program)
     apply, variables = from_module(module)

@@ -10,6 +10,7 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import library_derivatives as derivatives
 import library_programs as programs
 import numpy as np
 import pytest
@@ -31,9 +32,12 @@ pytestmark = pytest.mark.filterwarnings(
 device.enable()
 
 
-@pytest.mark.parametrize("name", programs.named("device"))
+PROGRAMS = programs.PROGRAMS | derivatives.PROGRAMS
+
+
+@pytest.mark.parametrize("name", programs.named("device", PROGRAMS))
 def test_program(name: str) -> None:
-    program = programs.PROGRAMS[name]
+    program = PROGRAMS[name]
     module = programs.made(program)
     want = programs.expected(module, program)
     module = module.to("jax")

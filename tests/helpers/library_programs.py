@@ -154,46 +154,7 @@ def interpolated(self: Any, points: torch.Tensor, y: torch.Tensor) -> Any:
     return self.kernel(points.sigmoid()).evaluate_kernel() @ y
 
 
-# --- derivatives inside --------------------------------------------------------------------------
-
-
-def potential() -> nn.Module:
-    return Uses(
-        forces,
-        product=o3.FullyConnectedTensorProduct("3x0e", "0e + 1o", "4x0e + 2x1o"),
-        linear=o3.Linear("4x0e + 2x1o", "1x0e"),
-        radial=e3nn_layers.FullyConnectedNet([1, 8, 3], torch.tanh),
-    )
-
-
-def forces(self: Any, places: torch.Tensor, edges: torch.Tensor) -> Any:
-    """The energy and its derivative; a loss of forces takes a second one."""
-    with torch.enable_grad():
-        places = places.detach().requires_grad_()
-        way = places[edges[0]] - places[edges[1]]
-        harmonics = o3.spherical_harmonics([0, 1], way, True, "component")
-        messages = self.product(self.radial(way.norm(dim=-1, keepdim=True)), harmonics)
-        nodes = messages.new_zeros(len(places), messages.shape[1]).index_add(0, edges[1], messages)
-        energy = self.linear(nodes).sum()
-        (slope,) = torch.autograd.grad(energy, places, create_graph=True)
-    return energy, slope
-
-
-def molecule() -> nn.Module:
-    def graph(places: torch.Tensor, graphs: torch.Tensor) -> Any:
-        edges = EDGES.to(places.device)
-        return edges, (places[edges[0]] - places[edges[1]]).norm(dim=-1)
-
-    net = geometric.SchNet(8, 8, 1, 6, cutoff=5.0, interaction_graph=graph)
-    return Uses(molecular_forces, net=net)
-
-
-def molecular_forces(self: Any, places: torch.Tensor, atoms: torch.Tensor) -> Any:
-    """PyTorch Geometric's own idiom: nothing switches gradients on."""
-    places = places.detach().requires_grad_()
-    energy = self.net(atoms, places, GRAPHS.to(places.device))
-    (slope,) = torch.autograd.grad(energy.sum(), places, create_graph=True)
-    return energy, -slope
+# --- explanations --------------------------------------------------------------------------------
 
 
 def classifier() -> nn.Module:
@@ -508,10 +469,6 @@ PROGRAMS: dict[str, Program] = {
     ),
     "normflows": Program(flow, (randn(6, 4),), "bridge lower"),
     "geomloss": Program(transport, (randn(4, 3), randn(5, 3)), "bridge lower"),
-    "geometric, forces": Program(
-        molecule, (randn(6, 3), torch.tensor([1, 6, 1, 1, 6, 1])), "bridge device"
-    ),
-    "e3nn, forces": Program(potential, (randn(4, 3), torch.tensor([[0, 1, 2, 3], [1, 2, 3, 0]]))),
     "e3nn, batch norm": Program(
         lambda: e3nn_layers.BatchNorm("2x0e + 1x1o"), (randn(6, 5),), steps=2
     ),
@@ -586,8 +543,8 @@ PROGRAMS: dict[str, Program] = {
 }  # fmt: skip
 
 
-def named(way: str) -> list[str]:
-    return [name for name, program in PROGRAMS.items() if way in program.ways.split()]
+def named(way: str, table: dict[str, Program]) -> list[str]:
+    return [name for name, program in table.items() if way in program.ways.split()]
 
 
 # --- results, of PyTorch or JAX ------------------------------------------------------------------

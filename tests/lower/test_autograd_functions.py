@@ -67,6 +67,34 @@ class Several(torch.autograd.Function):
         return 5 * a, b * 7 * ctx.saved_tensors[0]
 
 
+class SavesResult(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        y = torch.exp(x)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        (y,) = ctx.saved_tensors
+        return 2 * g * y  # 2: only this is the derivative
+
+
+class KeepsResult(SavesResult):
+    """It has its results as an attribute, and something that is none."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> Any:  # type: ignore[override]
+        half = torch.exp(x) / 2
+        ctx.kept = [half, 2 * half]
+        return ctx.kept[1]
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        half, y = ctx.kept
+        return g * y * (1 + half)
+
+
 reverse, inherited, with_setup, several = (
     Reversed.apply,
     Inherited.apply,
@@ -96,6 +124,14 @@ def several_results(w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return (a * b * n).sum()
 
 
+def saved_result(w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return (SavesResult.apply(w * x) * x).sum() + SavesResult.apply(w).sum()
+
+
+def kept_result(w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return (KeepsResult.apply(w * x) * x).sum()
+
+
 def a_block_without_gradients(w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         y = reverse(w * x, 2.0)
@@ -104,6 +140,7 @@ def a_block_without_gradients(w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 FUNCTIONS = [
     *(kept_apply, apply_of_an_operand, forward_of_another_class, separate_setup, several_results),
+    *(saved_result, kept_result),
     a_block_without_gradients,
 ]
 
@@ -142,6 +179,28 @@ def test_derivatives(fn: Callable[..., Any]) -> None:
     for found in (by_jax(fn, lower=True), by_jax(fn), by_autograd(fn, "jax")):
         for got, want in zip(found, right, strict=True):
             np.testing.assert_allclose(np.asarray(got), want, rtol=2e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*called row by row under jax.vmap")
+@pytest.mark.parametrize("fn", [saved_result, kept_result, separate_setup, several_results])
+def test_second_derivatives(fn: Callable[..., Any]) -> None:
+    """In the backward pass a result has the function's derivative, and all else is constant."""
+    leaves = [W.clone().requires_grad_(), X.clone().requires_grad_()]
+    first = torch.autograd.grad(fn(*leaves), leaves, create_graph=True)
+    want = [torch.autograd.grad((g * W).sum(), leaves, retain_graph=True) for g in first]
+    w, x = jnp.asarray(W.numpy()), jnp.asarray(X.numpy())
+    for options in ({}, {"lower": True}):
+        f = torch2jax(fn, **options)
+        for k in range(2):
+            row = lambda *a: (jax.grad(f, k)(*a) * W.numpy()).sum()  # noqa: B023, E731
+            for found in (jax.grad(row, (0, 1)), jax.jit(jax.grad(row, (0, 1)))):
+                for got, right in zip(found(w, x), want[k], strict=True):
+                    np.testing.assert_allclose(got, right, rtol=1e-4, atol=1e-4)
+            # Forward over reverse, by this operand: JAX pushes nothing through what has a
+            # backward pass of its own and is not differentiated first.
+            hessian = jax.hessian(f, k)(w, x)
+            by_torch = torch.autograd.functional.hessian(fn, (W, X))[k][k]
+            np.testing.assert_allclose(hessian, by_torch, rtol=1e-4, atol=1e-4)
 
 
 def test_the_class_is_as_before_after_a_trace() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import library_derivatives as derivatives
 import library_programs as programs
 import pytest
 
@@ -20,9 +21,12 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-@pytest.mark.parametrize("name", programs.named("lower"))
+PROGRAMS = programs.PROGRAMS | derivatives.PROGRAMS
+
+
+@pytest.mark.parametrize("name", programs.named("lower", PROGRAMS))
 def test_program(name: str) -> None:
-    program = programs.PROGRAMS[name]
+    program = PROGRAMS[name]
     module = programs.made(program)
     want = programs.expected(module, program)
     apply, variables = from_module(module, lower=True)

@@ -53,6 +53,7 @@ def test_the_extras_have_them() -> None:
         "orbax": "orbax_checkpoint",
         "yaml": "pyyaml",
         "torchcrf": "pytorch_crf",
+        "torchpme": "torch_pme",
         "mtst": "mtst_forecasting",
     }
     missing = {

@@ -143,6 +143,16 @@ def _results(function: _Differentiated, given: list[Tensor], grad: bool) -> list
         return function.results(given)
 
 
+def _saves_result(outs: list[Tensor]) -> bool:
+    """Say whether the context of a function's outputs has one of them."""
+    cells = {id(x._cell) for x in outs}
+    for node in {x.grad_fn for x in outs} - {None}:
+        kept: Any = [getattr(node, "saved_tensors", ()), vars(node)]
+        if any(type(x) is Tensor and id(x._cell) in cells for x in torch_tree.tree_leaves(kept)):
+            return True
+    return False
+
+
 class _Differentiated:
     """One call of a user's function is ``call(*arrays)``, with its own derivative for JAX."""
 
@@ -259,8 +269,13 @@ class _Differentiated:
                 x._cell, x._chain, x._memo = cell, chain, memo
                 x.requires_grad_(was_recorded)
 
-    def _run(self, tensors: list[Tensor], requires_grad: bool) -> list[Tensor]:
-        """Return the outputs of the function on these inputs."""
+    def _run(
+        self, tensors: list[Tensor], requires_grad: bool, differentiable: bool = False
+    ) -> list[Tensor]:
+        """Return the outputs of the function on these inputs.
+
+        With ``differentiable`` they have the function's derivative for JAX, too.
+        """
         with self.resume():
             given = tensors
             if requires_grad:
@@ -274,7 +289,7 @@ class _Differentiated:
             a = torch_tree.tree_unflatten(full, self.spec)
             if self.stream is not None:
                 self.stream.count = self.start  # every run draws the same
-            depth, _active.depth = _active.depth, 0
+            depth, _active.depth = _active.depth, _active.depth if differentiable else 0
             try:
                 out = self.cls.apply(*a)
             finally:
@@ -299,6 +314,9 @@ class _Differentiated:
 
     def _gradients(self, inputs: list[Tensor], arrays: Any, cotangents: Any) -> Any:
         outs = self._run(inputs, True)
+        if _saves_result(outs):
+            # A second derivative goes through what the backward pass has of the result.
+            outs = self._run(inputs, True, differentiable=True)
         pairs = [
             (x, wrap(ct, x.dtype)) for x, ct in zip(outs, cotangents, strict=True) if recorded(x)
         ]
