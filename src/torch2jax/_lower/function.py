@@ -158,7 +158,7 @@ class LoweredFunction(TorchFunction):
     ) -> Any:
         tensors = [_argument(x, d) for x, d in zip(arrays, dtypes, strict=True)]
         args, kwargs = arguments.unflatten(tensors)
-        with running(self._options.default_dtype, key, self._leaves), self._modules():
+        with running(self._options.default_dtype, key, not self._leaves), self._modules():
             if isinstance(self._run, Forward):
                 _say_wide(self._run.layout, args[0])
             if self._leaves:

@@ -6,8 +6,10 @@ That is every tensor of floating-point numbers that is traced, except where the 
 ended: by ``detach``, or because gradients were off where it was computed. PyTorch's own code, which
 asks in order to record, gets PyTorch's answer. A tensor of which it was said is a leaf of PyTorch's
 graph from then on, so that ``torch.autograd.grad`` takes it. What was computed from it before is
-not in the graph, so ``torch.autograd.grad`` raises there what it raises of a tensor that requires
-no gradient, and the function is traced again with operands that are leaves from the start.
+not in the graph. So under ``lower=True`` ``torch.autograd.grad`` raises there what it raises of a
+tensor that requires no gradient, and the function is traced again with operands that are leaves
+from the start. Where nothing traces again (a backward pass that JAX runs later,
+``device.value_and_grad``), the graph has what was computed since the question.
 """
 
 from __future__ import annotations
@@ -28,15 +30,15 @@ __all__ = ["NeedsGrad"]
 class NeedsGrad(TorchFunctionMode):
     """In this mode ``requires_grad`` of a traced tensor says whether JAX differentiates it.
 
-    With ``leaves`` the operands are leaves of PyTorch's graph from the start.
+    With ``refuse_late`` gradients by a tensor that has become a leaf by a question are refused.
     """
 
-    def __init__(self, leaves: bool = False) -> None:
+    def __init__(self, refuse_late: bool) -> None:
         super().__init__()
-        self._leaves = leaves
+        self._refuse_late = refuse_late
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.autograd.grad and not self._leaves:
+        if self._refuse_late and func is torch.autograd.grad:
             _refuse_late(*args, **(kwargs or {}))
         out = func(*args, **(kwargs or {}))
         if out is False and func == _GET:

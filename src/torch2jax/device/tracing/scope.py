@@ -38,10 +38,10 @@ class _OnJax(DeviceContext):
 
 
 @contextlib.contextmanager
-def running(default_dtype: torch.dtype, key: Any, leaves: bool = False) -> Iterator[None]:
+def running(default_dtype: torch.dtype, key: Any, refuse_late: bool = False) -> Iterator[None]:
     """In this scope a function is traced: on device jax, with JAX's derivatives and this key.
 
-    With ``leaves`` its operands are leaves of PyTorch's graph.
+    ``refuse_late`` is for a function that can be traced again; see ``NeedsGrad``.
     """
 
     @contextlib.contextmanager
@@ -51,13 +51,13 @@ def running(default_dtype: torch.dtype, key: Any, leaves: bool = False) -> Itera
             stack.enter_context(_OnJax(torch.device("jax")))
             yield
 
-    with random_streams.drawing_from(key, words=True), differentiated(surroundings, leaves):
+    with random_streams.drawing_from(key, words=True), differentiated(surroundings, refuse_late):
         yield
 
 
 @contextlib.contextmanager
 def differentiated(
-    surroundings: Any = contextlib.nullcontext, leaves: bool = False
+    surroundings: Any = contextlib.nullcontext, refuse_late: bool = False
 ) -> Iterator[None]:
     """In this scope, within these surroundings, JAX differentiates what a function does.
 
@@ -69,18 +69,18 @@ def differentiated(
 
     @contextlib.contextmanager
     def resume() -> Iterator[None]:
-        with random_streams.continuing(stream), _entered(surroundings, resume, leaves):
+        with random_streams.continuing(stream), _entered(surroundings, resume, False):
             yield
 
-    with _entered(surroundings, resume, leaves):
+    with _entered(surroundings, resume, refuse_late):
         yield
 
 
 @contextlib.contextmanager
-def _entered(surroundings: Any, resume: Any, leaves: bool) -> Iterator[None]:
+def _entered(surroundings: Any, resume: Any, refuse_late: bool) -> Iterator[None]:
     # Gradients are on so that what fn differentiates itself (forces, torch.func) has its graph.
     with (
-        surroundings(), NeedsGrad(leaves), torch.enable_grad(), lowering_scope(),
+        surroundings(), NeedsGrad(refuse_late), torch.enable_grad(), lowering_scope(),
         differentiable_by_jax(),
     ):  # fmt: skip
         before, state.resume = state.resume, resume
