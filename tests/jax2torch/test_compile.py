@@ -109,6 +109,8 @@ def test_module_in_a_compiled_module() -> None:
     assert all(p.grad is not None for p in net.parameters())
 
 
+# PyTorch 2.14 hides its own warning where it is printed, which comes too late for an error.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_opcheck() -> None:
     from torch2jax._jax2torch import graph_operator, graph_sites
 

@@ -513,7 +513,9 @@ def test_random_numbers_come_from_the_key() -> None:
         return apply(variables, x + jnp.arange(64.0)[:, None], train=True, rng=key)[0]
 
     one = np.asarray(run(key))
-    np.testing.assert_array_equal(one, jax.jit(run)(key))
+    compiled = np.asarray(jax.jit(run)(key))
+    np.testing.assert_array_equal(one == 0, compiled == 0)
+    np.testing.assert_allclose(one, compiled, rtol=1e-5, atol=1e-5)  # XLA rounds it otherwise
     assert (one != np.asarray(run(jax.random.key(2)))).any()
     assert 0.3 < (one == 0).mean() < 0.7
     before = torch.get_rng_state()
