@@ -68,8 +68,8 @@ def _max_pool(x: Any, n: int, kernel: Any, stride: Any, padding: Any, dilation: 
     operands = (lax.stop_gradient(flat), jnp.broadcast_to(places, flat.shape))
     _, where = lax.reduce_window(operands, start, better, **dims)
     out = where.shape[1:]
-    rows = flat.reshape(len(flat), math.prod(sizes))
-    picked = jnp.take_along_axis(rows, where.reshape(len(flat), math.prod(out)), 1, mode="clip")
+    rows = flat.reshape(flat.shape[0], math.prod(sizes))
+    picked = jnp.take_along_axis(rows, where.reshape(flat.shape[0], math.prod(out)), 1, mode="clip")
     return picked.reshape(*lead, *out), where.reshape(*lead, *out).astype(default_int())
 
 
