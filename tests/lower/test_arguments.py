@@ -28,7 +28,6 @@ _AGAIN = "what the forward pass returned says it"
 _ACCURACY = "how sums are added up: here in float32"
 
 UNREAD: dict[tuple[str, str], str] = {
-    ("convolution_backward", "bias_sizes"): _SIZES,
     ("slice_backward", "end"): _SIZES,
     ("slice_scatter", "end"): _SIZES,
     ("repeat_interleave", "output_size"): "a hint, which the number of repeats says too",

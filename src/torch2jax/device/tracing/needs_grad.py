@@ -55,7 +55,7 @@ _GET: Any = torch.Tensor.requires_grad.__get__  # type: ignore[attr-defined]
 
 
 def _refuse_late(outputs: Any, inputs: Any, *_: Any, **__: Any) -> None:
-    if any(getattr(x, "_late", False) for x in (inputs if _is_several(inputs) else [inputs])):
+    if any(type(x) is Tensor and x._late for x in (inputs if _is_several(inputs) else [inputs])):
         raise RuntimeError(
             "a tensor that a gradient is asked for does not require grad where it was used first"
         )
