@@ -353,3 +353,84 @@ def test_what_is_differentiable_once(function: Any, lower: bool) -> None:
     if not lower:
         with pytest.raises(refusals, match=text):
             jax.jvp(loss, (WHERE,), (WAY,))
+
+
+class Rounds(torch.autograd.Function):
+    """Its derivative is not that of its forward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Any, w: Any) -> Any:
+        ctx.save_for_backward(x, w)
+        return torch.round(x) * w
+
+    @staticmethod
+    def backward(ctx: Any, g: Any) -> Any:
+        x, w = ctx.saved_tensors
+        return g * torch.cos(x) * w, g * torch.sin(x)
+
+
+def rounded(x: Any) -> Any:
+    return (Rounds.apply(x * x, x.exp()) ** 2 * x).sum()
+
+
+def thrice(x: Any, run: Any) -> Any:
+    """A loop over its own results."""
+    for _ in range(3):
+        x = x + 0.01 * run(x)
+    return x.sum()
+
+
+def on_rows(x: Any, run: Any) -> Any:
+    return run(x) + run(2 * x)
+
+
+LOOPS: dict[str, tuple[Any, Any]] = {
+    "scan": (
+        lambda x, f: jax.lax.scan(lambda c, _: (c + 0.01 * f(c), None), x, None, 3)[0].sum(),
+        thrice,
+    ),
+    "scan of checkpointed": (
+        lambda x, f: jax.lax.scan(lambda c, _: (c + 0.01 * jax.checkpoint(f)(c), None), x, None, 3)[
+            0
+        ].sum(),
+        thrice,
+    ),
+    "map": (lambda x, f: jax.lax.map(f, jnp.stack([x, 2 * x])).sum(), on_rows),
+    "vmap": (lambda x, f: jax.vmap(f)(jnp.stack([x, 2 * x])).sum(), on_rows),
+    "map of vmap": (
+        lambda x, f: jax.lax.map(jax.vmap(f), jnp.stack([x, 2 * x])[None]).sum(),
+        on_rows,
+    ),
+    "cond": (lambda x, f: jax.lax.cond(x[0] > 0, f, jnp.sum, x), lambda x, run: run(x)),
+}
+
+
+@pytest.mark.parametrize("lower", [False, True], ids=["bridge", "lower"])
+@pytest.mark.parametrize(("loop", "unrolled"), LOOPS.values(), ids=LOOPS)
+def test_in_loops(loop: Any, unrolled: Any, lower: bool) -> None:
+    """JAX before 0.12 forgets there what a ``jax.custom_jvp`` says of its second derivative."""
+    f, x = torch2jax(rounded, lower=lower), np.asarray([1.2, 2.3], np.float32)
+    want = torch.autograd.functional.hessian(
+        lambda x: unrolled(x, rounded), torch.from_numpy(x), vectorize=False
+    )
+    for hessian in (jax.hessian, lambda f: jax.jacrev(jax.jit(jax.grad(f)))):
+        np.testing.assert_allclose(hessian(lambda x: loop(x, f))(x), want, 2e-3, 1e-3)
+
+
+@pytest.mark.parametrize("loop", ["scan", "map"])
+def test_what_is_differentiable_once_in_a_loop(loop: str) -> None:
+    f = torch2jax(lambda x: (Once.apply(x * x) * x).sum(), lower=True)
+    with pytest.raises(DifferentiationError, match="Once has no second derivative"):
+        jax.hessian(lambda x: LOOPS[loop][0](x, f))(WHERE)
+
+
+def test_one_operand_has_rows() -> None:
+    """An operand without rows gets those of the others, and its derivative is their sum."""
+    f = torch2jax(lambda x, w: (Rounds.apply(x * x, w) ** 2).sum(), lower=True)
+    x, w = np.asarray([[1.2, 2.3], [0.3, 3.1]], np.float32), np.asarray([0.7, 1.9], np.float32)
+    found = jax.hessian(lambda w: jax.vmap(f, (0, None))(x, w).sum())(w)
+    want = torch.autograd.functional.hessian(
+        lambda w: (Rounds.apply(torch.from_numpy(x) ** 2, w.expand(2, 2)) ** 2).sum(),
+        torch.from_numpy(w),
+    )
+    np.testing.assert_allclose(found, want, 1e-4, 1e-4)

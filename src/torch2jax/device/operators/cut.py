@@ -35,10 +35,15 @@ def _same(x: Any) -> Any:
 
 
 def _jvp(primals: Any, tangents: Any) -> Any:
-    out = cut(*primals)
+    out = _constant_p.bind(*primals)
     return out, ad.Zero(jax.typeof(out).to_tangent_aval())
 
 
+def _batch(operands: Any, dims: Any) -> Any:
+    return _constant_p.bind(*operands), *dims
+
+
+# These bind it again: where they run, the backward pass has been traced.
 ad.primitive_jvps[_constant_p] = _jvp
-batching.primitive_batchers[_constant_p] = lambda operands, dims: (cut(*operands), *dims)
+batching.primitive_batchers[_constant_p] = _batch
 mlir.register_lowering(_constant_p, lambda _, x: [x])

@@ -147,7 +147,7 @@ def _saves_result(outs: list[Tensor]) -> bool:
     """Say whether the context of a function's outputs has one of them."""
     cells = {id(x._cell) for x in outs}
     for node in {x.grad_fn for x in outs} - {None}:
-        kept: Any = [getattr(node, "saved_tensors", ()), vars(node)]
+        kept: Any = [getattr(node, name, ()) for name in ("saved_tensors", "__dict__")]
         if any(type(x) is Tensor and id(x._cell) in cells for x in torch_tree.tree_leaves(kept)):
             return True
     return False
