@@ -65,8 +65,8 @@ NEED_DEVICE = (
     "conversions/test_placement.py",
 )
 
-# Of other files these need the device, too. With torch 2.6 the values of the last are right, but the
-# note that it waits for does not come.
+# Of other files these need the device, too. With torch 2.6 the values of the last are right, but
+# the note that it waits for does not come.
 OLDEST_TORCH = ("lower", "test_what_refuses_int32_before_an_operator_runs")
 
 CELLS = ("oldest", "oldest-torch", "newest", "python3.12", "python3.13", "python3.14")
