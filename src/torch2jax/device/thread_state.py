@@ -41,6 +41,8 @@ class _State(threading.local):
     """The calls of modules in the trace under way; see ``tracing/bridged_modules.py``."""
     choice: Any = None
     """Whose next trace calls which modules through the bridge."""
+    asking_traces: tuple[Any, ...] = ()
+    """What the traces made that asked for values; see ``tracing/kept.py``."""
     copying: Any = None
     """What stands for a tensor of ours in a copy that is made, as a function of the tensor."""
     strict = False

@@ -28,6 +28,7 @@ from ..tensors.tensor import ValueNeeded
 from ..thread_state import state
 from .bridge_call import Known, NotBridged, call_on_bridge, operands_of
 from .events import line_of
+from .kept import take_out_what_was_kept
 
 __all__ = ["Choice", "Rehearsal", "chosen_for", "module_calls", "nothing_bridged", "retried"]
 
@@ -128,6 +129,8 @@ def retried(
             choice = further
         finally:
             state.choice = before
+            if before is None:  # after an error that goes to the caller, it is still there
+                take_out_what_was_kept()
         if events:
             events.restore(noted)
     raise AssertionError("a function calls other modules each time that it is traced")
@@ -152,6 +155,7 @@ def _rehearsed(
     """Return what a run up to a call shows of its operands, and of those of the calls around it."""
     stops = Choice(choice.calls, choice.classes)
     stops.bridged, stops.stops = choice.bridged, calls
+    take_out_what_was_kept()
     before, events = state.choice, state.events
     state.choice, state.events = (owner, stops), None
     try:
@@ -166,6 +170,7 @@ def _rehearsed(
         pass  # the trace has an error of its own
     finally:
         state.choice, state.events = before, events
+        take_out_what_was_kept()
     return {}
 
 

@@ -14,9 +14,11 @@ import weakref
 from collections.abc import Iterator
 
 from ..._bridge.torch_side.preserving import take_out
+from ...lowerings.registry import ValuesAsked
 from ..tensors.tensor import Cell, Observer, Tensor, captures
+from ..thread_state import state
 
-__all__ = ["nothing_kept"]
+__all__ = ["nothing_kept", "take_out_what_was_kept"]
 
 
 class _Made(Observer):
@@ -33,23 +35,43 @@ class _Made(Observer):
     def alive(self) -> list[Cell]:
         return [c for ref in self.cells if (c := ref()) is not None]
 
+    def take_out(self) -> None:
+        if self.alive():
+            gc.collect()
+            if cells := self.alive():
+                take_out(_tensors_of(cells))
+
 
 @contextlib.contextmanager
 def nothing_kept() -> Iterator[None]:
-    """Let no tensor that is made inside outlive this scope in caches, even after an error."""
+    """Let no tensor that is made inside outlive this scope in caches, even after an error.
+
+    An error keeps what its frames see, and to look past that takes a walk through all objects. So
+    where a trace asks for values and will be made again, ``take_out_what_was_kept`` looks when the
+    error is gone.
+    """
     made = _Made()
     captures.append(made)
+    later = False
     try:
         yield
     except BaseException as error:
         traceback.clear_frames(error.__traceback__)
+        later = state.choice is not None and isinstance(error, ValuesAsked)
         raise
     finally:
         captures.remove(made)
-        if made.alive():
-            gc.collect()
-            if cells := made.alive():
-                take_out(_tensors_of(cells))
+        if later:
+            state.asking_traces += (made,)
+        else:
+            made.take_out()
+
+
+def take_out_what_was_kept() -> None:
+    """Take out what the traces that asked for values left in caches."""
+    traces, state.asking_traces = state.asking_traces, ()
+    for made in traces:
+        made.take_out()
 
 
 def _tensors_of(cells: list[Cell]) -> list[Tensor]:
