@@ -9,7 +9,6 @@ import doctest
 import importlib
 import importlib.util
 import inspect
-import os
 import re
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from typing import Any
 
 import jax
 import pytest
+from forked import run_script
 
 import torch2jax as package
 
@@ -55,17 +55,13 @@ def name_of(page: Path) -> str:
     return page.relative_to(DOCS).with_suffix("").as_posix()
 
 
-def run(*command: str, cwd: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-W", "error::UserWarning", *command],
-        cwd=cwd,
-        env={**os.environ, "COLUMNS": "120", "PYTHONIOENCODING": "utf-8", "JAX_PLATFORMS": "cpu"},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        encoding="utf-8",
+def run_page(*options: str, cwd: Path) -> None:
+    environment = {"COLUMNS": "120", "JAX_PLATFORMS": "cpu"}
+    script = ROOT / "tests" / "helpers" / "run_page.py"
+    done = run_script(
+        script, *options, cwd=cwd, environment=environment, output=cwd / "printed.txt"
     )
-    assert done.returncode == 0, done.stdout
+    assert done.status == 0, done.printed
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
@@ -77,12 +73,12 @@ def test_pages_run(page: Path, tmp_path: Path) -> None:
         pytest.skip("jax2torch is not there yet")
     if jax.__version_info__ < (0, 10):
         pytest.skip("the pages show what jax 0.10 prints")
-    run(str(ROOT / "tests" / "helpers" / "run_page.py"), str(page), cwd=tmp_path)
+    run_page(str(page), cwd=tmp_path)
 
 
 def test_readme_runs(tmp_path: Path) -> None:
     """Each block stands alone: a reader copies one."""
-    run(str(ROOT / "tests" / "helpers" / "run_page.py"), "--alone", str(README), cwd=tmp_path)
+    run_page("--alone", str(README), cwd=tmp_path)
 
 
 @pytest.mark.parametrize("page", [README, *DOCS.rglob("*.md")], ids=lambda page: page.stem)
@@ -181,15 +177,6 @@ def test_the_diagram_has_the_names_of_the_code() -> None:
         assert home.endswith(f".{label}") or hasattr(module, label)
     (header,) = (ROOT / "cpp").rglob("handler.h")
     assert "Handler" in header.read_text("utf-8")
-
-
-def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
-    for library in ("material", "mkdocstrings", "mkdocs"):
-        if importlib.util.find_spec(library) is None:
-            pytest.skip("the extra `docs` is not installed")
-    run("-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site"), cwd=ROOT)
-    front = (tmp_path / "site" / "index.html").read_text("utf-8")
-    assert "overview.svg" in front
 
 
 def test_the_extra_docs_builds_the_site() -> None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forked import run_script
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -59,21 +57,15 @@ NOT_RUN = 77
 """The exit status of an example that lacks a tool, and says so."""
 
 
-def run(*command: str, cwd: Path) -> str:
+def run(script: Path, *options: str, cwd: Path) -> str:
     """Run an example; returns what it printed."""
-    done = subprocess.run(
-        [sys.executable, "-W", "error::UserWarning", *command],
-        cwd=cwd,
-        env={**os.environ, "COLUMNS": "100", "PYTHONIOENCODING": "utf-8", "XLA_FLAGS": ""},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        encoding="utf-8",
-    )
-    if done.returncode == NOT_RUN:
-        pytest.skip(done.stdout.strip())
-    assert done.returncode == 0, done.stdout
-    return done.stdout
+    environment = {"COLUMNS": "100", "XLA_FLAGS": ""}
+    output = cwd / "printed.txt"
+    done = run_script(script, *options, cwd=cwd, environment=environment, output=output)
+    if done.status == NOT_RUN:
+        pytest.skip(done.printed.strip())
+    assert done.status == 0, done.printed
+    return done.printed
 
 
 def test_every_example_is_listed() -> None:
@@ -88,7 +80,7 @@ def test_example(name: str, tmp_path: Path) -> None:
         )
     suffix = SUFFIXES.get(name, ".png")
     output = tmp_path / f"output{suffix}"
-    script = str(ROOT / "examples" / f"{name}.py")
+    script = ROOT / "examples" / f"{name}.py"
     options = ["--output", str(output)] if suffix else []
     printed = run(script, "--smoke", *options, cwd=tmp_path)
     for text in PRINTS.get(name, []):
@@ -105,7 +97,7 @@ NOTEBOOKS = sorted((ROOT / "examples" / "notebooks").glob("*.ipynb"))
 
 def test_notebooks_are_what_their_scripts_and_pages_say(tmp_path: Path) -> None:
     assert len(NOTEBOOKS) == 3
-    run(str(ROOT / "tools" / "notebooks.py"), "--check", cwd=tmp_path)
+    run(ROOT / "tools" / "notebooks.py", "--check", cwd=tmp_path)
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.stem)
