@@ -165,7 +165,7 @@ class LoweredFunction(TorchFunction):
                 _make_leaves((args, kwargs))
             if isinstance(self._run, Forward):
                 _apply_hooks(self._run.layout, args[0])
-            out = loans.scoped(lambda: self._run(*args, **kwargs))()
+            out = loans.scoped(self._run)(*args, **kwargs)
             if inplace and out is None:
                 result = None
             else:

@@ -56,7 +56,7 @@ def nothing_kept() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        traceback.clear_frames(error.__traceback__)
+        _clear(error)
         later = state.choice is not None and isinstance(error, ValuesAsked)
         raise
     finally:
@@ -65,6 +65,18 @@ def nothing_kept() -> Iterator[None]:
             state.asking_traces += (made,)
         else:
             made.take_out()
+
+
+def _clear(last: BaseException) -> None:
+    """Let the frames of an error, and of those that led to it, keep nothing."""
+    seen: set[int] = set()
+    left: list[BaseException | None] = [last]
+    while left:
+        error = left.pop()
+        if error is not None and id(error) not in seen:
+            seen.add(id(error))
+            traceback.clear_frames(error.__traceback__)
+            left += [error.__cause__, error.__context__]
 
 
 def take_out_what_was_kept() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -41,11 +42,19 @@ class Forward:
         for name, b in variables["buffers"].items():
             tensors[name] = b.clone() if self.train else b
 
-        def use(replica: Replica) -> Any:
-            out = replica.call(*args, **kwargs)
-            return (out, replica.buffers(variables["buffers"])) if self.train else out
-
+        # No closure: the frames of an error would keep its tensors.
+        use = functools.partial(self._use, variables["buffers"], args, kwargs)
         return self.on_replica(tensors, use)
+
+    def _use(
+        self,
+        buffers: dict[str, Tensor],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        replica: Replica,
+    ) -> Any:
+        out = replica.call(*args, **kwargs)
+        return (out, replica.buffers(buffers)) if self.train else out
 
     def on_replica(self, tensors: Mapping[str, Tensor], use: Callable[[Replica], Any]) -> Any:
         """Return what ``use`` makes of a replica that has these tensors."""

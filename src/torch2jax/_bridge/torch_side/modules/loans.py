@@ -37,10 +37,10 @@ _scope = _Scope()
 def scoped(run: Callable[..., Any]) -> Callable[..., Any]:
     """Return ``run``; at its end the loans are returned that no graph has taken over."""
 
-    def call(*args: Any) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Any:
         outer, _scope.loans = _scope.loans, []
         try:
-            return run(*args)
+            return run(*args, **kwargs)
         finally:
             loans, _scope.loans = _scope.loans, outer
             for loan in loans:
