@@ -49,6 +49,7 @@ NAMES = {
     "torch._C._disabled_torch_function_impl": 'Says that tensors of device "jax" override no functions.',
     "torch._C._dispatch_has_kernel_for_dispatch_key": "Says which operators PyTorch takes apart.",
     "torch._C._nn._parse_to": "Reads the arguments of Tensor.to.",
+    "torch._decomp.decompositions_for_jvp": "Forward mode loads it; loaded first, it warns of nothing.",
     "torch._decomp.decomposition_table": "Has PyTorch's own ways to take operators apart.",
     "torch._prims": "Registers the operator to which decompositions cast.",
     "torch._ops.HigherOrderOperator": "Is the class of control flow in an exported program.",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -323,6 +324,17 @@ def uncompiled() -> Callable[[], None]:
         return lambda: None
     stance = torch.compiler.set_stance("force_eager")
     return lambda: stance.__exit__(None, None, None)
+
+
+def load_forward_mode() -> None:
+    """Load what PyTorch's forward mode loads when it is first used, without its warning.
+
+    PyTorch 2.14 compiles derivatives by ``torch.jit.script`` then, and warns that it is deprecated.
+    """
+    if "torch._decomp.decompositions_for_jvp" not in sys.modules:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*torch.jit", FutureWarning)
+            import torch._decomp.decompositions_for_jvp  # noqa: F401
 
 
 @contextlib.contextmanager

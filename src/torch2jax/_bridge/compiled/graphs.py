@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-import traceback
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -22,6 +22,7 @@ from ..._errors import Torch2JaxError
 from ..._progress import telling
 from ..torch_side import ambient
 from ..torch_side.answers import asked_in, users_line
+from ..torch_side.exceptions import clear_frames
 from ..torch_side.inference import Spec, fake_tensors
 from ..torch_side.preserving import preserved, take_out
 from ..torch_side.recorder import Recorder
@@ -79,7 +80,7 @@ def trace(run: Callable[..., Any], specs: Sequence[Spec], around: Surroundings) 
                 out = tuple(run(*given))
             return tuple(from_fun(t) for t in out)  # type: ignore[return-value]
 
-    recorder = None
+    recorder, handled = None, sys.exc_info()[1]
     try:
         with (
             ambient.clean_surroundings(around.default_dtype),
@@ -106,7 +107,7 @@ def trace(run: Callable[..., Any], specs: Sequence[Spec], around: Surroundings) 
     except Torch2JaxError:
         raise
     except Exception as error:
-        traceback.clear_frames(error.__traceback__)
+        clear_frames(error, handled)
         raise _not_compiled(error, around.label) from error
     finally:
         if recorder is not None and (alive := recorder.alive()):

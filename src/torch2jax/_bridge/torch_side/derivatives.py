@@ -30,7 +30,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ..._compat.torch import add_batch_dim, remove_batch_dim, vmap_level
+from ..._compat.torch import add_batch_dim, load_forward_mode, remove_batch_dim, vmap_level
 from .gradients import (
     Dims,
     Indices,
@@ -176,6 +176,7 @@ class Jvp:
         # Under no_grad, forward mode over reverse mode is silently wrong for what saves its
         # factorisation (linalg.solve, logdet). See NOTE [One forward mode].
         with _forward_mode, torch.enable_grad():
+            load_forward_mode()
             out, pushed = torch.func.jvp(f, take(primals, self.wrt), tangents)  # type: ignore[misc]
         # torch promotes the tangent of a 0-d tensor beside a Python number to float64.
         return tuple(t.to(y.dtype) for t, y in zip(pushed, out, strict=True))

@@ -29,8 +29,8 @@ def describe_exception(label: str, error: BaseException) -> str:
     except Exception:
         summary = f"{type(error).__name__} (whose __str__ raises)"
     message = f"{label} raised {summary}\n\n{text}"
+    clear_frames(error)
     for each in _with_its_causes(error):
-        traceback.clear_frames(each.__traceback__)
         _own_tensors(each)
     with _exceptions_lock:
         _exceptions[message] = error
@@ -39,10 +39,21 @@ def describe_exception(label: str, error: BaseException) -> str:
     return message
 
 
-def _with_its_causes(error: BaseException) -> Iterator[BaseException]:
+def clear_frames(error: BaseException, handled: BaseException | None = None) -> None:
+    """Let the frames of an exception, and of those that it comes from, keep no variables.
+
+    ``handled`` is the user's, in whose ``except`` the failed call was made: it stays as it is.
+    """
+    for each in _with_its_causes(error, handled):
+        traceback.clear_frames(each.__traceback__)
+
+
+def _with_its_causes(
+    error: BaseException, handled: BaseException | None = None
+) -> Iterator[BaseException]:
     """Yield the exception, what it comes from, and the members of groups, each once."""
     pending: list[BaseException | None] = [error]
-    seen: set[int] = set()
+    seen = {id(handled)}
     while pending:
         each = pending.pop()
         if each is None or id(each) in seen:

@@ -18,8 +18,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import sys
 import threading
-import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -39,6 +39,7 @@ from .answers import (
     asked_in,
     explored,
 )
+from .exceptions import clear_frames
 from .integers import IntegerUse
 from .preserving import preserved, take_out
 from .recorder import Recorder
@@ -255,7 +256,7 @@ class _Trial:
         sample: Callable[[int, Spec], torch.Tensor] | None = None,
     ) -> Inference:
         """Run once. What the run leaves in caches is taken out of them, on errors too."""
-        recorder = None
+        recorder, handled = None, sys.exc_info()[1]
         try:
             with ambient.clean_surroundings(self.default_dtype), preserved(self.roots), mode:
                 operands = [
@@ -266,7 +267,7 @@ class _Trial:
                 found = _record(self.fn, operands, recorder, self.describe)
             del operands
         except Exception as error:
-            traceback.clear_frames(error.__traceback__)
+            clear_frames(error, handled)
             if recorder is not None and (alive := recorder.alive()):
                 take_out(alive)
             raise

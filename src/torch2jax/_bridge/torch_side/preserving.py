@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import itertools
 import types
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -166,12 +167,17 @@ def thawed() -> Iterator[None]:
     if not gc.get_freeze_count():
         yield
         return
+    gc.collect()  # what is frozen as garbage would stay
     gc.unfreeze()
     try:
         yield
     finally:
-        gc.collect()  # what is frozen as garbage would stay
+        if next(_thaws) % 16 == 0:  # what was frozen alive may have become garbage
+            gc.collect()
         gc.freeze()
+
+
+_thaws = itertools.count(1)
 
 
 def take_out(tensors: Sequence[Tensor]) -> None:

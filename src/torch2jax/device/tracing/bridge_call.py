@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import traceback
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -26,6 +26,7 @@ from ..._bridge.calls.checks import argument_label
 from ..._bridge.calls.function import TorchFunction
 from ..._bridge.calls.options import Options
 from ..._bridge.calls.planning import Known
+from ..._bridge.torch_side.exceptions import clear_frames
 from ..._bridge.torch_side.modules.forward import Forward
 from ..._bridge.torch_side.modules.replica import CopiesAnyTensor, Layout, Replica
 from ..._bridge.torch_side.preserving import holds_tensor
@@ -210,13 +211,14 @@ def _learn(
     count = len(names)
     structs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
     given = dict(zip(names, structs, strict=False)), structs[count:]
+    handled = sys.exc_info()[1]
     try:
         with warnings.catch_warnings():
             # It notes copies of what is changed, which here comes back.
             warnings.simplefilter("ignore", Torch2JaxWarning)
             binding, _ = function.binding_for(given, {}, known=known)
     except Torch2JaxError as error:
-        traceback.clear_frames(error.__traceback__)
+        clear_frames(error, handled)
         refused = NotBridged(replica.seen.refusal or str(error))
         refused.lacks_values = replica.seen.refusal is None and isinstance(error, TorchCallError)
         raise refused from error

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import sys
 import threading
-import traceback
 import weakref
 from collections.abc import Iterator
 
+from ..._bridge.torch_side.exceptions import clear_frames
 from ..._bridge.torch_side.preserving import take_out
 from ...lowerings.registry import ValuesAsked
 from ..tensors.tensor import Cell, Observer, Tensor, captures
@@ -52,11 +53,11 @@ def nothing_kept() -> Iterator[None]:
     """
     made = _Made()
     captures.append(made)
-    later = False
+    later, handled = False, sys.exc_info()[1]
     try:
         yield
     except BaseException as error:
-        _clear(error)
+        clear_frames(error, handled)
         later = state.choice is not None and isinstance(error, ValuesAsked)
         raise
     finally:
@@ -65,18 +66,6 @@ def nothing_kept() -> Iterator[None]:
             state.asking_traces += (made,)
         else:
             made.take_out()
-
-
-def _clear(last: BaseException) -> None:
-    """Let the frames of an error, and of those that led to it, keep nothing."""
-    seen: set[int] = set()
-    left: list[BaseException | None] = [last]
-    while left:
-        error = left.pop()
-        if error is not None and id(error) not in seen:
-            seen.add(id(error))
-            traceback.clear_frames(error.__traceback__)
-            left += [error.__cause__, error.__context__]
 
 
 def take_out_what_was_kept() -> None:
