@@ -76,6 +76,47 @@ def test_the_same_values_compile_nothing_again() -> None:
     assert call.renewed == 1
 
 
+FOLLOWING: dict[str, Callable[[Any, Any], Any]] = {
+    "item of a sum": lambda x, n: x[: int((n * 2).sum()) // 3],
+    "tolist of a view": lambda x, n: torch.cat([x * k for k in n.flip(0)[1:].tolist()]),
+    "range": lambda x, n: torch.stack([x[: int(k)].sum() for k in n.cumsum(0)]),
+    "repeat_interleave": lambda x, n: x[:3].repeat_interleave(n + 1),
+    "nonzero": lambda x, n: x[n.bitwise_and(1).nonzero()[:, 0]],
+    "mask": lambda x, n: x[torch.arange(6, device=x.device) < n.max()],
+    "not the mask": lambda x, n: x[:3][~(n > 1)],
+    "ceil of a quotient": lambda x, n: x[: int(torch.ceil((n[0] + 2) / 2 + 0.25).to(torch.int64))],
+    "unique": lambda x, n: x.sum() * torch.unique(n // 2),
+    "of a shape and a tensor": lambda x, n: x[: int((n[0] * x.shape[0]).item()) // 3],
+}
+
+
+@pytest.mark.parametrize("name", FOLLOWING)
+def test_values_that_follow_from_known_integers(name: str) -> None:
+    x, n = torch.arange(6.0), torch.tensor([1, 2, 1])
+    on_device = n.to("jax")
+    compiled = jit(lambda x: FOLLOWING[name](x, on_device))
+    for values in ([1, 2, 1], [1, 2, 1], [2, 1, 3], [2, 1, 3]):
+        n.copy_(torch.tensor(values))
+        on_device.copy_(n)
+        found = compiled(x.to("jax"))
+        assert found.tolist() == FOLLOWING[name](x, n).tolist() == compiled(x.to("jax")).tolist()
+
+
+def test_values_that_follow_from_other_ones_are_not_known() -> None:
+    x, n = torch.ones(4, device="jax"), torch.tensor([1, 2], device="jax")
+
+    def written(x: Any) -> Any:
+        n.add_(0)
+        return x[: int(n.sum())]
+
+    for fn in (written, lambda x: x[: int(x.long().sum() + n[0])], lambda x: x * x.int().nonzero()):
+        compiled = jit(fn)
+        compiled(x)
+        with pytest.raises(Torch2JaxError, match="values"):
+            compiled(x)
+    assert n.tolist() == [1, 2]
+
+
 def test_a_value_with_a_gradient() -> None:
     x = torch.ones(3, device="jax")
     w = torch.tensor([3.0, 1.0, 1.0], device="jax", requires_grad=True)

@@ -19,7 +19,7 @@ import torch_geometric.nn as geometric
 import transformers
 from torch import nn
 
-from torch2jax import Torch2JaxError, device
+from torch2jax import device
 
 # They deprecate what PyTorch deprecates.
 pytestmark = pytest.mark.filterwarnings(
@@ -211,20 +211,12 @@ def sound() -> tuple[nn.Module, torch.Tensor]:
     return transformers.EncodecModel(config).eval().encoder, programs.randn(1, 1, 32)
 
 
-def test_what_is_computed_from_integers_in_buffers_has_no_values() -> None:
-    net, x = sound()
-    net = net.to("jax")
-    step = device.jit(lambda x: net(x))
-    step(x.to("jax"))  # the first call runs step by step
-    with pytest.raises(Torch2JaxError, match=r"asks for the values of a tensor"):
-        step(x.to("jax"))
-
-
-def test_integers_in_buffers_that_stay_on_the_cpu_are_numbers() -> None:
+@pytest.mark.parametrize("place", ["device", "cpu"])
+def test_what_is_computed_from_integers_in_buffers_has_values(place: str) -> None:
     torch.manual_seed(0)
     there, x = sound()
     here = copy.deepcopy(there).to("jax")
-    for m in here.modules():
+    for m in here.modules() if place == "cpu" else ():
         for name, buffer in m.named_buffers(recurse=False):
             if buffer.dtype is torch.int64:
                 setattr(m, name, buffer.cpu())

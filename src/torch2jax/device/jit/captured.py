@@ -85,6 +85,12 @@ class Capture(Leaves):
         cell.array = jax.lax.optimization_barrier(cell.array)
         self.held[id(cell)] = (cell.array, self.found[id(cell)][1])
 
+    def has_values(self, cell: Cell) -> bool:
+        if cell.serial > self.started or threading.get_ident() != self.thread:
+            return False
+        stand_in, before = self.held.get(id(cell), (None, None))
+        return cell.array is stand_in and not isinstance(before, Tracer)
+
     def known_array(self, cell: Cell, array: Any) -> Any:
         if cell.serial > self.started or threading.get_ident() != self.thread:
             return array

@@ -9,8 +9,8 @@ import jax
 import torch
 
 from ..._compat.jax import ArrayImpl
-from ..tensors.tensor import Tensor, replace, wrap
-from .constants import keep_recipe
+from ..tensors.tensor import Tensor, captures, replace, wrap
+from .constants import keep_recipe, keep_recipe_of_sizes
 from .program import OperatorProgram
 
 __all__ = ["of_arrays", "of_cells"]
@@ -40,7 +40,11 @@ def of_arrays(program: OperatorProgram, operands: list[Any], out: Any, new: list
     """Return the result of ``compute``, and write its ``new`` values to the operands."""
     for slot, value in zip(program.mutated, new, strict=True):
         replace(operands[slot], value)
-    return _returned(program, operands, out, [])
+    made: list[Tensor] = []
+    result = _returned(program, operands, out, made)
+    if captures and not program.mutated:
+        keep_recipe_of_sizes(made, program, operands)
+    return result
 
 
 def _returned(program: OperatorProgram, operands: list[Any], out: Any, made: list[Tensor]) -> Any:

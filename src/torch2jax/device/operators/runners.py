@@ -20,7 +20,7 @@ from ...lowerings.views import unseen
 from ..tensors.tensor import Tensor, ValueNeeded, read_cell
 from ..thread_state import state
 from . import host, results
-from .constants import value_of
+from .constants import asked_sizes, value_of
 from .cut import cut
 from .program import NoDecompositionHere, OperatorProgram
 
@@ -55,7 +55,14 @@ class Runner(ABC):
         """Return the result of a call that becomes part of the trace under way."""
         program, operands = self.program, call.operands
         values = [value_of(x) if type(x) is Tensor else x for x in operands]
-        out, new = program.compute(values, call.words)
+        try:
+            out, new = program.compute(values, call.words)
+        except DataDependentShape:
+            with jax.ensure_compile_time_eval():
+                known = asked_sizes(operands)
+                if known is None:
+                    raise
+                out, new = program.compute(known, call.words)
         constant = state.lowering and not torch.is_grad_enabled()
         if constant and not state.kept:
             out = jax.tree.map(cut, out)

@@ -34,6 +34,7 @@ __all__ = [
     "Cell",
     "Observer",
     "Tensor",
+    "asked",
     "become",
     "from_torch",
     "known",
@@ -73,6 +74,10 @@ class Observer:
         """Return the values of a cell that holds ``array``, where its tracer stands for them."""
         return array
 
+    def has_values(self, cell: Cell) -> bool:
+        """Say whether ``known_array`` has values for what the cell holds."""
+        return False
+
 
 _serials = itertools.count()
 captures: list[Observer] = []
@@ -88,7 +93,7 @@ class Cell:
     """A cell is memory: one array, in row-major order, which in-place operations replace.
 
     ``recipe`` tells how a large constant of a trace was made, so that it need not be embedded in
-    the program; see ``constants``.
+    the program, or integers whose values a trace may look at; see ``constants``.
     """
 
     __slots__ = ("__weakref__", "array", "recipe", "serial", "version")
@@ -308,14 +313,31 @@ def known(t: Tensor) -> Any:
     return read_cell(t, array)
 
 
+def asked(t: Tensor) -> Any:
+    """Return the values of a tensor that code asks for, or None where they are not known yet.
+
+    What follows from integers has values where a trace may look at these.
+    """
+    array = known(t)
+    if not isinstance(array, Tracer):
+        return array
+    if t._cell.recipe is None:
+        return None
+    with jax.ensure_compile_time_eval():
+        array = t._cell.recipe.made()
+        if isinstance(array, Tracer):  # of another trace
+            return None
+        return array if t._chain is None else t._chain.get(array)
+
+
 def concrete(t: Tensor, what: str) -> jax.Array:
     """Return the values of a tensor, or raise ``ValueNeeded`` where it is being traced."""
-    array = known(t)
-    if type(array) is not ArrayImpl and not isinstance(array, ArrayImpl):
+    array = asked(t)
+    if array is None:
         raise ValueNeeded(
             what,
-            f"{what} asks for the values of a tensor that is being traced ({array.aval}): they are "
-            "known when the compiled program runs. Branch with torch.where, keep numbers as "
+            f"{what} asks for the values of a tensor that is being traced ({read(t).aval}): they "
+            "are known when the compiled program runs. Branch with torch.where, keep numbers as "
             "tensors, or move this line out of the traced function.",
         )
     return array

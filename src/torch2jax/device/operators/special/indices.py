@@ -13,7 +13,7 @@ from jax.core import Tracer
 from ...._compat.jax import trace_state_clean
 from ...._conversions.float64 import is_carried, narrow_number
 from ....lowerings.registry import TABLE, DataDependentShape
-from ...tensors.tensor import Tensor, known, wrap
+from ...tensors.tensor import Tensor, asked, known, wrap
 from ...thread_state import other_devices_allowed
 from ..operands import from_other_device
 from .table import aten, ordinary_way, special
@@ -36,8 +36,8 @@ def _without_masks(x: Tensor, indices: Any, what: str) -> list[Any]:
                 warnings.warn(_BYTES, UserWarning, stacklevel=2)
             _refuse_mask(x, index, at)
             at += index.ndim
-            mask = known(index)
-            if isinstance(mask, Tracer):
+            mask = asked(index)
+            if mask is None:
                 raise DataDependentShape(what)
             places = np.nonzero(np.asarray(mask))
             found += [wrap(jax.numpy.asarray(p, np.int32), torch.int64) for p in places]
