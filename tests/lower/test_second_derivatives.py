@@ -14,6 +14,7 @@ import lineax  # noqa: F401
 import numpy as np
 import pytest
 import torch
+from jax.sharding import Mesh, PartitionSpec
 
 from torch2jax import DifferentiationError, TorchCallError, torch2jax
 
@@ -267,6 +268,12 @@ def test_second_derivatives(name: str, lower: bool) -> None:
     def push(way: Any) -> Any:
         return jax.jvp(jax.grad(loss), (WHERE,), (way,))[1]
 
+    def forward(z: Any) -> Any:
+        return jax.jvp(loss, (z,), (WAY,))[1]
+
+    def in_steps(z: Any) -> Any:
+        return jax.lax.scan(lambda c, _: (c, loss(c)), z, None, length=2)[1][1]
+
     def all_ways(z: Any) -> Any:
         return {
             "grad": (jax.grad(loss)(z), slope),
@@ -274,6 +281,13 @@ def test_second_derivatives(name: str, lower: bool) -> None:
             "forward over reverse": (jax.jvp(jax.grad(loss), (z,), (WAY,))[1], curvature @ WAY),
             "batched": (jax.vmap(push)(jnp.eye(6)), curvature.T),
             "rows": (jax.vmap(jax.grad(loss))(jnp.stack([z, z]))[1], slope),
+            "forward": (forward(z), slope @ WAY),
+            "forward in rows": (jax.vmap(forward)(jnp.stack([z, z]))[1], slope @ WAY),
+            "forward in a scan": (jax.jvp(in_steps, (z,), (WAY,))[1], slope @ WAY),
+            "linearized": (jax.linearize(loss, z)[1](WAY), slope @ WAY),
+            "columns": (jax.jacfwd(loss)(z), slope),
+            "reverse over forward": (jax.grad(forward)(z), curvature @ WAY),
+            "forward over forward": (jax.jvp(forward, (z,), (WAY,))[1], WAY @ curvature @ WAY),
         }
 
     tolerance = 2e-2 if name == "bfloat16" else 1e-3
@@ -327,12 +341,15 @@ class OnceNew(torch.autograd.Function):
     backward = Once.backward
 
 
-def test_what_is_not_linear_has_a_first_derivative_alone() -> None:
+def test_what_is_not_linear_has_derivatives_in_reverse_mode() -> None:
     run = lambda w, x: Clipped.apply(w * x)  # noqa: E731
     loss = lossy(run, True)
-    np.testing.assert_allclose(jax.jit(jax.grad(loss))(WHERE), expected(run)[0], 1e-4, 1e-5)
-    with pytest.raises(DifferentiationError, match="Clipped has no second derivative"):
-        jax.hessian(loss)(WHERE)
+    slope, curvature = expected(run)[:2]
+    np.testing.assert_allclose(jax.jit(jax.grad(loss))(WHERE), slope, 1e-4, 1e-5)
+    np.testing.assert_allclose(jax.jit(jax.jacrev(jax.grad(loss)))(WHERE), curvature, 1e-3, 1e-4)
+    for forward in (jax.hessian, jax.jacfwd):
+        with pytest.raises(DifferentiationError, match="Clipped has no derivative in forward mode"):
+            forward(loss)(WHERE)
 
 
 @pytest.mark.parametrize("lower", [False, True], ids=["bridge", "lower"])
@@ -366,7 +383,7 @@ class Rounds(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Any) -> Any:
         x, w = ctx.saved_tensors
-        return g * torch.cos(x) * w, g * torch.sin(x)
+        return g * torch.cos(x) * w, (g * torch.sin(x)).sum_to_size(w.shape)
 
 
 def rounded(x: Any) -> Any:
@@ -434,3 +451,25 @@ def test_one_operand_has_rows() -> None:
         torch.from_numpy(w),
     )
     np.testing.assert_allclose(found, want, 1e-4, 1e-4)
+
+
+def test_inside_shard_map() -> None:
+    """One operand is on every device, and its gradient is the sum over them."""
+    f = torch2jax(lambda x, w: Rounds.apply(x * x, w.tanh()).sum(-1) ** 2, lower=True)
+    mesh = Mesh(np.array(jax.devices()[:4]), ("rows",))
+    rows, everywhere = PartitionSpec("rows"), PartitionSpec()
+    sharded = jax.shard_map(f, mesh=mesh, in_specs=(rows, everywhere), out_specs=rows)
+    x, w = jnp.arange(8.0).reshape(4, 2) * 0.3 + 0.1, jnp.asarray([0.7, 1.3])
+
+    def derivatives(f: Any) -> Any:
+        total = lambda x, w: f(x, w).sum()  # noqa: E731
+        return {
+            "grad": jax.grad(total, (0, 1))(x, w),
+            "forward": jax.jvp(total, (x, w), (w * x, w)),
+            "hessian": jax.hessian(total, 1)(x, w),
+            "columns of columns": jax.jacfwd(jax.jacfwd(total, 1), 1)(x, w),
+            "checkpoint": jax.grad(jax.checkpoint(total), 1)(x, w),
+        }
+
+    found, want = derivatives(sharded), derivatives(f)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-4, 1e-4), found, want)

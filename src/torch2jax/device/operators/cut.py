@@ -1,9 +1,7 @@
 """What PyTorch computes without gradients is a constant to JAX's derivative.
 
-``jax.lax.stop_gradient`` says so. It has no transpose, which is how a backward pass is found that
-computes without gradients and so has no second derivative (``tracing/differentiated_again.py``).
-But other packages give it one for the whole process, lineax for instance, and that second
-derivative would be wrong without a word. So a backward pass has a primitive of our own.
+``jax.lax.stop_gradient`` says so. In a backward pass a primitive of our own does, so that
+``tracing/written_derivatives.py`` finds one that computes with its cotangents without gradients.
 """
 
 from __future__ import annotations
@@ -16,7 +14,7 @@ from jax.interpreters import ad, batching, mlir
 from ..._compat.jax import Primitive
 from ..thread_state import state
 
-__all__ = ["cut"]
+__all__ = ["cut", "is_cut"]
 
 _PACKAGE = __name__.partition(".")[0]
 
@@ -26,6 +24,11 @@ _constant_p = Primitive(f"{_PACKAGE}_without_gradient")
 def cut(x: Any) -> Any:
     """Return an array that is a constant to JAX's derivative."""
     return _constant_p.bind(x) if state.backward_passes else jax.lax.stop_gradient(x)
+
+
+def is_cut(primitive: Any) -> bool:
+    """Say whether an equation of this primitive is made by ``cut`` in a backward pass."""
+    return primitive is _constant_p
 
 
 @_constant_p.def_abstract_eval
@@ -45,5 +48,6 @@ def _batch(operands: Any, dims: Any) -> Any:
 
 # These bind it again: where they run, the backward pass has been traced.
 ad.primitive_jvps[_constant_p] = _jvp
+ad.primitive_transposes[_constant_p] = lambda cotangent, _: [cotangent]
 batching.primitive_batchers[_constant_p] = _batch
 mlir.register_lowering(_constant_p, lambda _, x: [x])

@@ -1,8 +1,8 @@
 """The backward pass of a ``torch.autograd.Function`` becomes JAX's derivative in a trace.
 
 Under ``lower=True`` JAX differentiates what the forward pass did, operator by operator. A function
-with a derivative of its own (a straight-through estimator) must keep that. So ``apply`` becomes a
-``jax.custom_vjp``. Its backward pass runs the forward pass again under PyTorch's autograd, on
+with a derivative of its own (a straight-through estimator) must keep that; see
+``written_derivatives``. Its backward pass runs the forward pass again under PyTorch's autograd, on
 tracers, and then PyTorch's backward pass.
 
 NOTE [Callables among the arguments]. A callable may close over tensors. Those that are arguments,
@@ -28,13 +28,14 @@ from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from torch.utils import _pytree as torch_tree
 from torch.utils.checkpoint import CheckpointFunction
 
+from ..._compat.jax import varying_together
 from ..._errors import DifferentiationError
 from .. import random_streams
 from ..operators.constants import value_of
 from ..setup.changes_of_pytorch import replace_while_tracing, replacing
 from ..tensors.tensor import Cell, Tensor, become, recorded, wrap, write
 from ..thread_state import derivatives_kept, state
-from .differentiated_again import differentiated_again
+from .written_derivatives import with_derivative
 
 __all__ = ["differentiable_by_jax"]
 
@@ -176,7 +177,8 @@ class _Differentiated:
 
     def results(self, given: list[Tensor]) -> list[Any]:
         """Return the arrays of the function's outputs, which have its derivative for JAX."""
-        arrays = [value_of(x) for x in given]
+        # A gradient varies over the mesh axes of all operands, and so its operand has to.
+        arrays = varying_together(map(value_of, given))
         self.objects = [x if x.is_leaf else None for x in given]
         try:
             call, held, outs = _converted(self._call, *arrays)
@@ -198,12 +200,7 @@ class _Differentiated:
             found = backward(operands[:n], cotangents, *operands[m:])
             return (*found, *[None] * (len(operands) - n))
 
-        again = differentiated_again(self.cls.__qualname__, function, backwards)
-        if state.backward_passes:  # a derivative of the backward pass of another function
-            return again(*arrays, *held, *kept)
-        custom = jax.custom_vjp(function)
-        custom.defvjp(lambda *operands: (again(*operands), operands), backwards)
-        return custom(*arrays, *held, *kept)
+        return with_derivative(self.cls.__qualname__, function, backwards)(*arrays, *held, *kept)
 
     def _too_deep(self, *_: Any) -> Any:
         raise DifferentiationError(
