@@ -62,6 +62,17 @@ def data_written_to(w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return (y * y).sum()
 
 
+def data_replaced(w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    y = (w * x) ** 2
+    y.data = y.data * 3 + x.detach()
+    return (y * y * w).sum()
+
+
+def data_of_an_argument_replaced(w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    w.data = w.data * 2
+    return (w**3 * x).sum()
+
+
 def a_detached_tensor_written_to(w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     y = (w * x).detach()
     y += w
@@ -90,7 +101,8 @@ def without_a_graph(w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 USERS = [
     in_an_attribute, a_method, a_function, in_place, inside_of_a_library_function,
-    a_block_without_gradients, views_made_without_gradients, data_written_to,
+    a_block_without_gradients, views_made_without_gradients, data_written_to, data_replaced,
+    data_of_an_argument_replaced,
     a_detached_tensor_written_to, memory_written_to_without_gradients, inside_of_a_gradient,
     without_a_graph,
 ]  # fmt: skip
@@ -126,10 +138,36 @@ def by_the_device(fn: Callable[..., Any], *args: torch.Tensor) -> list[Any]:
     return [value.jax(), *(g.jax() for g in found)]
 
 
+def in_a_loop(f: Any) -> Any:
+    return lambda w, x: jax.lax.scan(lambda c, _: (c, f(w, x)), 0.0, None, 1)[1][0]
+
+
 @pytest.mark.parametrize("run", [by_lower, by_the_device])
 @pytest.mark.parametrize("fn", USERS)
 def test_what_the_user_detaches(fn: Any, run: Any) -> None:
     agree(run(fn, W, X), right(fn, W, X))
+
+
+@pytest.mark.parametrize("loop", [lambda f: f, jax.jit, in_a_loop], ids=["eager", "jit", "loop"])
+@pytest.mark.parametrize("fn", USERS)
+def test_second_derivatives_of_what_the_user_detaches(fn: Any, loop: Any) -> None:
+    leaves = [W.clone().requires_grad_(), X.clone().requires_grad_()]
+    found = torch.autograd.grad(fn(*leaves), leaves, create_graph=True, allow_unused=True)
+    slope = torch.cat([torch.zeros(4) if g is None else g for g in found])
+    want = [
+        torch.cat([torch.zeros(4) if h is None else h for h in rows])
+        for rows in (
+            torch.autograd.grad(g, leaves, retain_graph=True, allow_unused=True)
+            if g.requires_grad
+            else (None, None)
+            for g in slope
+        )
+    ]
+    f = loop(torch2jax(fn, lower=True))
+    both = jnp.concatenate([jnp.asarray(W.numpy()), jnp.asarray(X.numpy())])
+    for again in (jax.jacfwd, jax.jacrev):
+        curvature = again(jax.grad(lambda z: f(z[:4], z[4:])))(both)
+        np.testing.assert_allclose(curvature, torch.stack(want).numpy(), 2e-5, 2e-5)
 
 
 # --- derivatives taken inside ---------------------------------------------------------------------

@@ -10,6 +10,7 @@ import torch
 from jax.core import Tracer
 
 from ..._errors import Torch2JaxError
+from ...lowerings.unseen import unseen
 from ..thread_state import state
 from .tensor import (
     Tensor,
@@ -21,6 +22,7 @@ from .tensor import (
     recorded,
     stays,
     to_torch,
+    wrap,
     wrap_view,
 )
 
@@ -156,6 +158,14 @@ def _data(self: Tensor) -> Tensor:
 
 def _set_data(self: Tensor, other: Any) -> None:
     new: Any = other if type(other) is Tensor else torch.Tensor.to(other, "jax")
+    old = self._cell.array
+    if (
+        state.lowering
+        and isinstance(old, Tracer)
+        and (self.dtype.is_floating_point or self.dtype.is_complex)
+        and (self.dtype, self.shape) == (new.dtype, new.shape)
+    ):  # to JAX's derivative it is still what it was
+        new = wrap(unseen(read(self), read(new)), self.dtype)
     become(self, new)
 
 
