@@ -167,7 +167,7 @@ def test_the_compilation_cache_hits_for_lowered_models(tmp_path: Path) -> None:
     for (value, hits, misses), (again, *second) in zip(*found, strict=True):
         assert value == again
         assert hits == "0"
-        assert 1 <= int(misses) <= 3
+        assert 1 <= int(misses) <= 4  # the model, and what jax compiles for itself
         assert second == [misses, "0"]
 
 
