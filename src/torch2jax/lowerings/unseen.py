@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 from jax.interpreters import ad, batching, mlir
 
 from .._compat.jax import Primitive, varying_together
@@ -38,10 +37,7 @@ def _follow(primals: Any, tangents: Any) -> Any:
 
 def _batch(given: Any, dims: Any) -> Any:
     size = next(x.shape[d] for x, d in zip(given, dims, strict=True) if d is not None)
-    rows = [
-        jax.numpy.broadcast_to(x, (size, *x.shape)) if d is None else jax.numpy.moveaxis(x, d, 0)
-        for x, d in zip(given, dims, strict=True)
-    ]
+    rows = [batching.bdim_at_front(x, d, size) for x, d in zip(given, dims, strict=True)]
     return _unseen_p.bind(*rows), 0
 
 

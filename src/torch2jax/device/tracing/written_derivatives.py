@@ -95,10 +95,7 @@ def _push(primals: Any, tangents: Any, *, count: int, name: str, backwards: Any)
 
 def _in_rows(given: Any, dims: Any) -> list[Any]:
     size = next(x.shape[d] for x, d in zip(given, dims, strict=True) if d is not None)
-    return [
-        jax.numpy.broadcast_to(x, (size, *x.shape)) if d is None else jax.numpy.moveaxis(x, d, 0)
-        for x, d in zip(given, dims, strict=True)
-    ]
+    return [batching.bdim_at_front(x, d, size) for x, d in zip(given, dims, strict=True)]
 
 
 def _batch_results(given: Any, dims: Any, *, backwards: Any, **params: Any) -> Any:
