@@ -55,7 +55,7 @@ NOT_CORE = (
 OLDEST_JAX = (
     *("test_control.py and fft", "test_jvp_of_jvp and conv2d"),
     *("test_vmap_of_linearized and branch", "test_flax_nnx", "test_sharded_checkpoints"),
-    "test_remat and nnx",
+    *("test_remat and nnx", "test_second_derivatives_have_the_settings and mesh"),
 )
 
 # torch before 2.10 lacks what compiled=True needs, and a device made in Python, which all of these
@@ -67,7 +67,11 @@ NEED_DEVICE = (
 
 # Of other files these need the device, too. With torch 2.6 the values of the last are right, but
 # the note that it waits for does not come.
-OLDEST_TORCH = ("lower", "test_what_refuses_int32_before_an_operator_runs")
+OLDEST_TORCH = (
+    *("lower", "test_counting_on_the_device", "test_bridged_operators_of_the_device"),
+    *("test_int32_beside_int32_of_the_function", "test_library_functions and True"),
+    "test_what_refuses_int32_before_an_operator_runs",
+)
 
 CELLS = ("oldest", "oldest-torch", "newest", "python3.12", "python3.13", "python3.14")
 
