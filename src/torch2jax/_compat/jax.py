@@ -38,6 +38,7 @@ from jax._src.lib import _jax as _xla
 from jax.interpreters import mlir
 
 __all__ = [
+    "FORGETS_DERIVATIVE_RULES",
     "ArrayImpl",
     "Primitive",
     "RandomEffect",
@@ -68,9 +69,11 @@ __all__ = [
     "x64_enabled",
 ]
 
-# The public name, jax.extend.core.Primitive, is a fifth of this package's import: jax.extend loads
-# pallas.
+# The public jax.extend.core.Primitive is a fifth of this package's import: it loads pallas.
 Primitive = _core.Primitive
+
+FORGETS_DERIVATIVE_RULES: bool = jax.__version_info__ < (0, 12)
+"""Whether a loop that is differentiated twice forgets the rule of a ``jax.custom_jvp``."""
 
 
 class TorchEffect(_effects.Effect):
@@ -315,8 +318,7 @@ def uncommitted(array: Any) -> Any:
 
 
 # --- DLPack at the speed of a call ---------------------------------------------------------------
-# jax.dlpack.from_dlpack takes 22 µs, and the import that it ends in takes 3. The same is true of
-# __dlpack__ and its export.
+# jax.dlpack.from_dlpack takes 22 µs, and the import that it ends in takes 3. So does the export.
 
 
 import_capsule: Any = _xla.dlpack_managed_tensor_to_buffer

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from .binary import log_add_exp
+from .derivative_rules import own_derivative
 from .promotion import cast, wide
 from .registry import lowering
 from .unary import unary
@@ -30,19 +32,19 @@ def _activation(*names: str) -> Callable[[Fn], Fn]:
     return register
 
 
-@jax.custom_jvp
-def _relu(x: Any) -> Any:
+@own_derivative
+def rectified(x: Any) -> Any:
     return lax.max(x, jnp.zeros((), x.dtype))
 
 
-@_relu.defjvp
-def _relu_jvp(primals: Any, tangents: Any) -> Any:
+@rectified.defjvp
+def _rectified_jvp(primals: Any, tangents: Any) -> Any:
     # At 0 the derivative is 0, as in PyTorch. That of max would be a half.
     (x,), (dx,) = primals, tangents
-    return _relu(x), jnp.where(x > 0, dx, jnp.zeros((), dx.dtype))
+    return rectified(x), jnp.where(x > 0, dx, jnp.zeros((), dx.dtype))
 
 
-lowering("relu", "prims.relu")(unary(_relu, False))
+lowering("relu", "prims.relu")(unary(rectified, False))
 
 
 @_activation("gelu")
@@ -78,7 +80,7 @@ def silu(x: Any) -> Any:
 
 @_activation("mish")
 def mish(x: Any) -> Any:
-    return x * jnp.tanh(jax.nn.softplus(x))
+    return x * jnp.tanh(log_add_exp(x, jnp.zeros_like(x)))
 
 
 @_activation("hardtanh")
@@ -134,7 +136,7 @@ def threshold(x: Any, threshold: Any, value: Any) -> Any:
 @lowering("log_sigmoid_forward")
 def log_sigmoid_forward(self: Any) -> Any:
     x = cast(self, wide(self.dtype))
-    return cast(jax.nn.log_sigmoid(x), self.dtype), jnp.zeros((0,), self.dtype)
+    return cast(-log_add_exp(-x, jnp.zeros_like(x)), self.dtype), jnp.zeros((0,), self.dtype)
 
 
 @lowering("log_sigmoid")

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
 from .._compat.torch import SHARES_TIES
+from .derivative_rules import own_derivative
 from .promotion import cast, category, floating, is_inexact, promote, result_dtype, wide
 from .registry import lowering
 from .unary import unary
@@ -114,7 +115,7 @@ def atan2(self: Any, other: Any) -> Any:
     return arithmetic(_atan2, self, other, True)
 
 
-@jax.custom_jvp
+@own_derivative
 def _atan2(y: Any, x: Any) -> Any:
     return jnp.arctan2(y, x)
 
@@ -169,13 +170,17 @@ def copysign(self: Any, other: Any) -> Any:
     return arithmetic(_copysign, self, other, True)
 
 
-@jax.custom_jvp
+@own_derivative
 def _copysign(size: Any, sign: Any) -> Any:
     return jnp.copysign(size, sign)
 
 
-# At 0 the derivative is 0, as that of |x| is.
-_copysign.defjvps(lambda t, out, x, _: t * jnp.where(x == 0, 0, jnp.sign(x) * jnp.sign(out)), None)
+@_copysign.defjvp
+def _copysign_jvp(primals: Any, tangents: Any) -> Any:
+    """At 0 the derivative is 0, as that of |x| is."""
+    out = _copysign(*primals)
+    size = primals[0]
+    return out, tangents[0] * jnp.where(size == 0, 0, jnp.sign(size) * jnp.sign(out))
 
 
 @lowering("nextafter", "prims.nextafter")
@@ -187,12 +192,34 @@ def nextafter(self: Any, other: Any) -> Any:
 
 @lowering("logaddexp")
 def logaddexp(self: Any, other: Any) -> Any:
-    return arithmetic(jnp.logaddexp, self, other)
+    return arithmetic(log_add_exp, self, other)
 
 
 @lowering("logaddexp2")
 def logaddexp2(self: Any, other: Any) -> Any:
-    return arithmetic(jnp.logaddexp2, self, other)
+    return arithmetic(_log2_add_exp2, self, other)
+
+
+def _adding_powers(fn: Fn, log: float) -> Fn:
+    """Return ``fn``, whose derivatives by JAX are lost at equal operands in a loop."""
+
+    @own_derivative
+    def added(a: Any, b: Any) -> Any:
+        return fn(a, b)
+
+    @added.defjvp
+    def added_jvp(primals: Any, tangents: Any) -> Any:
+        (a, b), (da, db) = primals, tangents
+        infinite = (a == b) & jnp.isinf(a)
+        apart = jnp.where(infinite, 0, a - b) * log
+        slope = lax.logistic(apart) * da + lax.logistic(-apart) * db
+        return added(a, b), jnp.where(infinite, 0, slope)
+
+    return lambda a, b: (fn if category(a.dtype) == 3 else added)(*jnp.broadcast_arrays(a, b))
+
+
+log_add_exp = _adding_powers(jnp.logaddexp, 1)
+_log2_add_exp2 = _adding_powers(jnp.logaddexp2, math.log(2))
 
 
 @lowering("heaviside")
@@ -257,7 +284,7 @@ def _power(x: Any, y: Any) -> Any:
     return _real_power(*jnp.broadcast_arrays(x, y))
 
 
-@jax.custom_jvp
+@own_derivative
 def _real_power(x: Any, y: Any) -> Any:
     return lax.pow(x, y)
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from .derivative_rules import own_derivative
 from .promotion import (
     default_int,
     dims_of,
@@ -198,15 +197,17 @@ def nanmedian(self: Any) -> Any:
     return _middle(self, nanmedian_dim)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _middle(x: Any, median_of: Any) -> Any:
-    return median_of(x.reshape(-1), 0)[0]
+    @own_derivative
+    def middle(x: Any) -> Any:
+        return median_of(x.reshape(-1), 0)[0]
 
+    @middle.defjvp
+    def middle_jvp(primals: Any, tangents: Any) -> Any:
+        """The derivative is shared by all values that are the median."""
+        (x,), (dx,) = primals, tangents
+        value = middle(x)
+        same = (x == value) | (jnp.isnan(x) & jnp.isnan(value))
+        return value, jnp.sum(jnp.where(same, dx, 0)) / jnp.sum(same).astype(dx.dtype)
 
-@_middle.defjvp
-def _middle_jvp(median_of: Any, primals: Any, tangents: Any) -> Any:
-    """The derivative is shared by all values that are the median."""
-    (x,), (dx,) = primals, tangents
-    value = _middle(x, median_of)
-    same = (x == value) | (jnp.isnan(x) & jnp.isnan(value))
-    return value, jnp.sum(jnp.where(same, dx, 0)) / jnp.sum(same).astype(dx.dtype)
+    return middle(x)

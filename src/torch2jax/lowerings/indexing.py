@@ -14,6 +14,7 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 
+from .derivative_rules import own_derivative
 from .promotion import cast, default_int, is_inexact, wide
 from .registry import DataDependentShape, lowering
 
@@ -114,7 +115,7 @@ def _scatter(self: Any, dim: int, index: Any, src: Any, how: str) -> Any:
     return getattr(x.at[places], how)(src).reshape(self.shape)
 
 
-@jax.custom_jvp
+@own_derivative
 def _multiplied(x: Any, places: tuple[Any, ...], factors: Any) -> Any:
     return x.at[places].multiply(factors)
 

@@ -50,7 +50,7 @@ def safe_softmax(self: Any, dim: int, dtype: Any = None) -> Any:
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _safe_softmax(x: Any, dim: int) -> Any:
     """Return a softmax in which a row of -inf alone is 0, not NaN."""
-    top = jnp.max(x, dim, keepdims=True, initial=-jnp.inf)
+    top = lax.stop_gradient(jnp.max(x, dim, keepdims=True, initial=-jnp.inf))
     e = jnp.exp(x - jnp.where(top == -jnp.inf, 0, top))
     total = jnp.sum(e, dim, keepdims=True)
     return e / jnp.where(top == -jnp.inf, 1, total)

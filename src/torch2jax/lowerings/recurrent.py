@@ -24,6 +24,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .activations import rectified
+
 __all__ = ["layer", "pack", "pad"]
 
 
@@ -92,7 +94,7 @@ def _rnn_tanh(state: Any, from_x: Any, from_h: Any) -> tuple[Any, ...]:
 
 
 def _rnn_relu(state: Any, from_x: Any, from_h: Any) -> tuple[Any, ...]:
-    return (jax.nn.relu(from_x + from_h),)
+    return (rectified(from_x + from_h),)
 
 
 def _gru(state: Any, from_x: Any, from_h: Any) -> tuple[Any, ...]:

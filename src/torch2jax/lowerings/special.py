@@ -6,12 +6,12 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.scipy import special
 
 from .binary import arithmetic
+from .derivative_rules import own_derivative
 from .promotion import cast, floating, wide
 from .registry import lowering
 from .unary import unary
@@ -54,13 +54,15 @@ def _erfcx(x: Any) -> Any:
     return jnp.where(big, tail, jnp.exp(small * small) * lax.erfc(small))
 
 
-@jax.custom_jvp
+@own_derivative
 def _i0(x: Any) -> Any:
     return special.i0(x)
 
 
-# JAX's own derivative at 0 is 1, where I0' = I1 is 0.
-_i0.defjvp(lambda x, t: (_i0(*x), special.i1(*x) * t[0]))
+@_i0.defjvp
+def _i0_jvp(primals: Any, tangents: Any) -> Any:
+    # JAX's own derivative at 0 is 1, where I0' = I1 is 0.
+    return _i0(*primals), special.i1(*primals) * tangents[0]
 
 
 _TABLE: dict[str, Fn] = {

@@ -10,12 +10,12 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
 from jax import lax
 
+from .derivative_rules import own_derivative
 from .promotion import array_dtype, cast, category, floating, is_float, is_inexact, wide
 from .registry import lowering
 
@@ -92,7 +92,7 @@ def abs_(self: Any) -> Any:
     return self if category(self.dtype) == 0 else _abs(self)
 
 
-@jax.custom_jvp
+@own_derivative
 def _abs(x: Any) -> Any:
     return lax.abs(x)
 
@@ -201,8 +201,18 @@ def nan_to_num(
 
 @lowering("frexp.Tensor", int32=True)
 def frexp(self: Any) -> Any:
-    mantissa, exponent = jnp.frexp(self)
-    return mantissa, exponent.astype(np.int32)
+    return _mantissa(self), jnp.frexp(self)[1].astype(np.int32)
+
+
+@own_derivative
+def _mantissa(x: Any) -> Any:
+    return jnp.frexp(x)[0]
+
+
+@_mantissa.defjvp
+def _mantissa_jvp(primals: Any, tangents: Any) -> Any:
+    (x,), (dx,) = primals, tangents
+    return _mantissa(x), dx / jnp.exp2(jnp.frexp(x)[1].astype(dx.dtype))
 
 
 @lowering("prims.convert_element_type")
