@@ -24,7 +24,7 @@ from typing import Any
 import jax
 import torch
 from jax.core import Tracer
-from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
+from torch.autograd import forward_ad
 from torch.utils import _pytree as torch_tree
 from torch.utils.checkpoint import CheckpointFunction
 
@@ -35,7 +35,8 @@ from ..operators.constants import value_of
 from ..setup.changes_of_pytorch import replace_while_tracing, replacing
 from ..tensors.tensor import Cell, Tensor, become, recorded, wrap, write
 from ..thread_state import derivatives_kept, state
-from .written_derivatives import with_derivative
+from .closed_over import converted
+from .written_derivatives import Written, with_derivative
 
 __all__ = ["differentiable_by_jax"]
 
@@ -172,6 +173,7 @@ class _Differentiated:
         """Which input an output is (``mark_dirty``), by their places among the tensors."""
         self._users = cls.__module__.partition(".")[0] != __name__.partition(".")[0]
         self._has_callables = any(map(callable, self.leaves))
+        self._has_jvp = cls.jvp is not torch.autograd.Function.jvp
         self.objects: list[Tensor | None] = [None] * len(places)
         """The arguments' own tensors, while a run may use them."""
 
@@ -181,7 +183,7 @@ class _Differentiated:
         arrays = varying_together(map(value_of, given))
         self.objects = [x if x.is_leaf else None for x in given]
         try:
-            call, held, outs = _converted(self._call, *arrays)
+            call, held, outs = converted(self._call, *arrays)
             backward, kept = self._backward, []
             if self._users and (held or self._has_callables):
                 if _active.backwards < DEPTH:
@@ -200,7 +202,13 @@ class _Differentiated:
             found = backward(operands[:n], cotangents, *operands[m:])
             return (*found, *[None] * (len(operands) - n))
 
-        return with_derivative(self.cls.__qualname__, function, backwards)(*arrays, *held, *kept)
+        def forwards(operands: Any, tangents: Any) -> Any:
+            return self._pushed(operands[:n], tangents[:n])
+
+        written = Written(self.cls.__qualname__, backwards)
+        if self._has_jvp and not (held or self._has_callables):  # its tensors will have gone
+            written = written._replace(forwards=forwards)
+        return with_derivative(function, written)(*arrays, *held, *kept)
 
     def _too_deep(self, *_: Any) -> Any:
         raise DifferentiationError(
@@ -224,7 +232,7 @@ class _Differentiated:
 
         _active.backwards += 1
         try:
-            back, kept, _ = _converted(lambda a, c: self._backward(a, full(c)), arrays, like)
+            back, kept, _ = converted(lambda a, c: self._backward(a, full(c)), arrays, like)
         except Exception as error:
             raised = _without_frames(error)  # of a derivative that may not be asked for
 
@@ -343,6 +351,22 @@ class _Differentiated:
             )
         return tuple(gradients)
 
+    def _pushed(self, arrays: Any, tangents: Any) -> list[Any]:
+        """Return the tangents of the float results, by the function's own ``jvp``."""
+        with self.resume(), self._inputs(arrays) as inputs, forward_ad.dual_level():
+            duals: list[Any] = [
+                x if t is None else forward_ad.make_dual(x, wrap(t, x.dtype))
+                for x, t in zip(inputs, tangents, strict=True)
+            ]
+            # What the jvp has of a result has the function's derivative, too.
+            outs = self._run(duals, True, differentiable=True)
+            pushed: list[Any] = [
+                forward_ad.unpack_dual(x).tangent
+                for x in outs
+                if x.is_floating_point() or x.is_complex()
+            ]
+            return [None if t is None else value_of(t) for t in pushed]
+
     def outputs(self, results: list[Any], given: list[Tensor]) -> Any:
         """Return what the call returns; an input that was written to is returned itself."""
         found: list[Any] = []
@@ -360,27 +384,6 @@ class _Differentiated:
         return torch_tree.tree_unflatten(found, self.out_spec)
 
 
-def _converted(fn: Any, *args: Any) -> tuple[Any, list[Any], Any]:
-    """Trace ``fn``; return it for flat operands, the tracers that it closes over, its result.
-
-    These are its last operands. ``jax.closure_convert`` leaves tracers of integers where they are.
-    """
-    closed, out = jax.make_jaxpr(fn, return_shape=True)(*args)
-    jaxpr, spec = closed.jaxpr, jax.tree.structure(out)
-    held = [c for c in closed.consts if isinstance(c, Tracer)]
-    count = len(held)  # the tracers themselves are not kept
-    fixed = [_HELD if isinstance(c, Tracer) else c for c in closed.consts]
-
-    def call(*operands: Any) -> Any:
-        n = len(operands) - count
-        last = iter(operands[n:])
-        consts = [next(last) if c is _HELD else c for c in fixed]
-        results = jaxpr_as_fun(ClosedJaxpr(jaxpr, consts))(*operands[:n])
-        return jax.tree.unflatten(spec, results)
-
-    return call, held, out
-
-
 def _without_frames(error: Exception) -> Exception:
     """Take the frames, which keep tensors of a trace, from an error and those that it came from."""
     link: BaseException | None = error
@@ -390,7 +393,7 @@ def _without_frames(error: Exception) -> Exception:
     return error
 
 
-_TENSOR, _HELD = object(), object()
+_TENSOR = object()
 
 
 replace_while_tracing(torch.autograd.function.FunctionMeta, "__getattribute__", _look_up)

@@ -2,8 +2,9 @@
 
 A primitive gives the results their derivative. Its tangents are those of a second primitive, which
 is linear: transposed it is the user's backward pass, and where it is evaluated (``jax.jvp``) it is
-the transpose of that pass, which is linear in its cotangents. So reverse mode runs what the user
-has written, linear or not, and differentiates that for a second derivative.
+the user's ``jvp``. Where there is none, it is the transpose of the backward pass, which is linear
+in its cotangents. So each mode runs what the user has written for it, linear or not, and
+differentiates that for a second derivative.
 
 These are no ``jax.custom_vjp``, which refuses forward mode, and no ``jax.custom_jvp``, because JAX
 before 0.12 forgets the rule of one in a loop that is differentiated twice and would go on with the
@@ -17,17 +18,17 @@ refuses to be differentiated.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.extend.core import Literal, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 
-from ..._compat.jax import Primitive
+from ..._compat.jax import Primitive, varying_together
 from ..._errors import DifferentiationError
 from ..operators.cut import is_cut
 
-__all__ = ["with_derivative"]
+__all__ = ["Written", "with_derivative"]
 
 _PACKAGE = __name__.partition(".")[0]
 
@@ -43,14 +44,32 @@ Backwards = Callable[[Sequence[Any], Sequence[Any]], Sequence[Any]]
 
 A result that is no float has None for a cotangent, and so has an operand without a gradient."""
 
+Forwards = Callable[[Sequence[Any], Sequence[Any]], Sequence[Any]]
+"""It takes operands and their tangents, and returns the tangents of the results that are floats.
 
-def with_derivative(name: str, function: Any, backwards: Backwards) -> Any:
-    """Return a function of arrays with the derivative that its backward pass says."""
-    checked = _refusing_a_second(name, backwards)
+An operand that does not move has None for a tangent, and so may a result have."""
+
+
+class Written(NamedTuple):
+    """What the user has written for a function of this name."""
+
+    name: str
+    backwards: Backwards
+    forwards: Forwards | None = None
+
+    def batched(self) -> Written:
+        forwards = None if self.forwards is None else jax.vmap(self.forwards)
+        return Written(self.name, jax.vmap(self.backwards), forwards)
+
+
+def with_derivative(function: Any, written: Written) -> Any:
+    """Return a function of arrays with the derivatives that are written for it."""
+    checked = _refusing_a_second(written.name, written.backwards)
+    written = written._replace(backwards=checked)
 
     def differentiable(*operands: Any) -> list[Any]:
         out = function(*map(_operand_p.bind, operands))
-        return _results_p.bind(*out, *operands, count=len(out), name=name, backwards=checked)
+        return _results_p.bind(*out, *operands, count=len(out), written=written)
 
     return differentiable
 
@@ -64,8 +83,8 @@ def _same(*given: Any, count: int, **_: Any) -> list[Any]:
     return list(given[:count])
 
 
-def _push(primals: Any, tangents: Any, *, count: int, name: str, backwards: Any) -> Any:
-    out = _results_p.bind(*primals, count=count, name=name, backwards=backwards)
+def _push(primals: Any, tangents: Any, *, count: int, written: Written) -> Any:
+    out = _results_p.bind(*primals, count=count, written=written)
     operands, pushed_by = primals[count:], tangents[count:]
     moving = tuple(
         i
@@ -83,8 +102,7 @@ def _push(primals: Any, tangents: Any, *, count: int, name: str, backwards: Any)
                 moving=moving,
                 like=tuple(x for x, is_float in zip(like, floats, strict=True) if is_float),
                 floats=floats,
-                name=name,
-                backwards=backwards,
+                written=written,
             )
         )
     return out, [
@@ -98,14 +116,12 @@ def _in_rows(given: Any, dims: Any) -> list[Any]:
     return [batching.bdim_at_front(x, d, size) for x, d in zip(given, dims, strict=True)]
 
 
-def _batch_results(given: Any, dims: Any, *, backwards: Any, **params: Any) -> Any:
-    out = _results_p.bind(*_in_rows(given, dims), backwards=jax.vmap(backwards), **params)
+def _batch_results(given: Any, dims: Any, *, count: int, written: Written) -> Any:
+    out = _results_p.bind(*_in_rows(given, dims), count=count, written=written.batched())
     return out, [0] * len(out)
 
 
-def _transpose_results(
-    cotangents: Any, *given: Any, count: int, name: str, backwards: Any
-) -> list[Any]:
+def _transpose_results(cotangents: Any, *given: Any, count: int, written: Written) -> list[Any]:
     """Transpose a function in a backward pass, which is linear in some of its operands.
 
     Its derivative by these is the user's, too, and does not depend on them.
@@ -117,7 +133,7 @@ def _transpose_results(
     full = [
         ad.instantiate_zeros(ad.Zero(x.aval)) if i in moving else x for i, x in enumerate(operands)
     ]
-    found = dict(zip(moving, _pull(full, chosen, moving, floats, backwards), strict=True))
+    found = dict(zip(moving, _pull(full, chosen, moving, floats, written.backwards), strict=True))
     zeros = [ad.Zero(x.aval) if ad.is_undefined_primal(x) else None for x in outs]
     return [*zeros, *[found.get(i) for i in range(len(operands))]]
 
@@ -148,20 +164,33 @@ def _pull(
     return [jax.numpy.zeros_like(operands[i]) if found[i] is None else found[i] for i in moving]
 
 
-def _pushed(
-    *given: Any, moving: Any, like: Any, floats: Any, name: str, backwards: Any
-) -> list[Any]:
-    """Push tangents forward, by the transpose of the backward pass."""
+def _pushed(*given: Any, moving: Any, like: Any, floats: Any, written: Written) -> list[Any]:
+    """Push tangents forward: as written, or by the transpose of the backward pass."""
     n = len(given) - len(moving)
     operands, tangents = given[:n], given[n:]
     zeros = [ad.instantiate_zeros(ad.Zero(x)) for x in like]  # they vary over mesh axes as it does
-    pull = lambda chosen: _pull(operands, chosen, moving, floats, backwards)  # noqa: E731
+    failed: Exception | None = None
+    if written.forwards is not None:
+        by_place = dict(zip(moving, tangents, strict=True))
+        try:
+            found = written.forwards(operands, [by_place.get(i) for i in range(n)])
+        except Exception as error:  # as on the bridge, the backward pass is tried
+            failed = error
+        else:
+            return [
+                zero if t is None else varying_together([t.astype(zero.dtype), zero])[0]
+                for t, zero in zip(found, zeros, strict=True)
+            ]
+    pull = lambda chosen: _pull(operands, chosen, moving, floats, written.backwards)  # noqa: E731
     try:
         (out,) = jax.linear_transpose(pull, zeros)(list(tangents))
     except (NotImplementedError, AssertionError, TypeError, ValueError) as error:
+        if failed is not None:
+            raise failed from None
         raise DifferentiationError(
-            f"{name} has no derivative in forward mode (jvp, jacfwd, linearize): its backward pass "
-            "is not linear in its cotangents. Take reverse mode (grad, vjp, jacrev)."
+            f"{written.name} has no derivative in forward mode (jvp, jacfwd, linearize): its "
+            "backward pass is not linear in its cotangents, and it has no jvp. Take reverse mode "
+            "(grad, vjp, jacrev), or write the jvp."
         ) from error
     return out
 
@@ -182,18 +211,18 @@ def _push_again(primals: Any, tangents: Any, **params: Any) -> Any:
 
 
 def _transpose_pushed(
-    cotangents: Any, *given: Any, moving: Any, like: Any, floats: Any, name: str, backwards: Any
+    cotangents: Any, *given: Any, moving: Any, like: Any, floats: Any, written: Written
 ) -> list[Any]:
     n = len(given) - len(moving)
     chosen = [ad.instantiate_zeros(c) for c in cotangents]
-    return [None] * n + _pull(given[:n], chosen, moving, floats, backwards)
+    return [None] * n + _pull(given[:n], chosen, moving, floats, written.backwards)
 
 
-def _batch_pushed(given: Any, dims: Any, *, like: Any, backwards: Any, **params: Any) -> Any:
+def _batch_pushed(given: Any, dims: Any, *, like: Any, written: Written, **params: Any) -> Any:
     rows = _in_rows(given, dims)
     size = rows[0].shape[0]
     like = tuple(x.update(shape=(size, *x.shape)) for x in like)
-    out = _pushed_p.bind(*rows, like=like, backwards=jax.vmap(backwards), **params)
+    out = _pushed_p.bind(*rows, like=like, written=written.batched(), **params)
     return out, [0] * len(out)
 
 
