@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from torch2jax import Torch2JaxError, device, torch2jax
+from torch2jax import Torch2JaxError, TorchCallError, device, torch2jax
 
 device.enable()
 
@@ -99,3 +99,13 @@ def test_other_numbers_are_right_on_the_bridge_and_errors_elsewhere(name: str) -
     for surface in ("lower", "device"):
         with pytest.raises((OverflowError, Torch2JaxError), match="int32"):
             run(fn, surface)
+
+
+def test_uint64() -> None:
+    """PyTorch cannot say the least and the greatest of such numbers."""
+    f = torch2jax(lambda x: x.to(torch.uint64))
+    found = f(jnp.arange(3))
+    assert found.dtype == jnp.uint32
+    np.testing.assert_array_equal(found, [0, 1, 2])
+    with pytest.raises(TorchCallError, match="18446744073709551615, which does not fit"):
+        f(jnp.arange(3) - 1)

@@ -80,7 +80,10 @@ def _check_range(t: Tensor, dtype: torch.dtype, path: str, label: str) -> None:
     """Raise where 64-bit integers do not fit 32 bits; on a GPU nobody looks, as that would wait."""
     if t.device.type != "cpu" or t.numel() == 0 or t.dtype is not WIDENED[dtype]:
         return
-    low, high = (int(x) for x in torch.aminmax(t))
+    unsigned = t.dtype is torch.uint64  # PyTorch has no aminmax for it
+    low, high = (int(x) for x in torch.aminmax(t.view(torch.int64) if unsigned else t))
+    if unsigned and low < 0:
+        low, high = 0, low + 2**64
     info = torch.iinfo(dtype)
     if low < info.min or high > info.max:
         raise OverflowError(
