@@ -144,3 +144,32 @@ def test_an_error_of_a_jvp_is_raised_where_the_backward_pass_is_not_linear() -> 
     f = torch2jax(lambda x: NeitherWay.apply(x), lower=True)
     with pytest.raises(RuntimeError, match="no forward mode here"):
         jax.jvp(f, (jnp.ones(2),), (jnp.ones(2),))
+
+
+@pytest.mark.parametrize(
+    ("function", "inside"), [(OldPush, "dual"), (NewPush, "dual"), (NewPush, "func")]
+)
+def test_forward_mode_inside_a_function(function: Any, inside: str) -> None:
+    f = pushing(function, 1.0)
+
+    def pushed(x: Any, w: Any) -> Any:
+        if inside == "func":
+            return torch.func.jvp(f, (x, w), (w * 1, x * 1))[1]
+        with forward_ad.dual_level():
+            dual = f(forward_ad.make_dual(x, w * 1), forward_ad.make_dual(w, x * 1))
+            return forward_ad.unpack_dual(dual).tangent
+
+    def twin(x: Any, w: Any) -> Any:
+        return jax.jvp(lambda x, w: jnp.exp(x * w) * w, (x, w), (w, x))[1]
+
+    a, b = jnp.asarray([0.3, -0.7]), jnp.asarray([1.2, 0.4])
+
+    def derivatives(f: Any) -> Any:
+        total = lambda x, w: f(x, w).sum()  # noqa: E731
+        return f(a, b), jax.grad(total, (0, 1))(a, b), jax.jvp(f, (a, b), (b, a))[1]
+
+    jax.tree.map(
+        lambda got, want: np.testing.assert_allclose(got, want, 1e-4, 1e-5),
+        derivatives(torch2jax(pushed, lower=True)),
+        derivatives(twin),
+    )

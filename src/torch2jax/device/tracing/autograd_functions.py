@@ -111,12 +111,12 @@ def _forward(cls: Any, forward: Any, grad: bool, *args: Any) -> Any:
         return forward(*args)
     function = _Differentiated(cls, leaves, spec, places)
     given = [leaves[i] for i in places]
-    if not any(map(recorded, given)):
+    if not (function.has_jvp or any(map(recorded, given))):
         out = function.outputs(_results(function, given, grad), given)
         if function.written and not separate:
             args[0].mark_dirty(*[given[i] for i in function.written.values()])
         return out
-    # PyTorch's own autograd is at work here. Its graph gets values that have JAX's derivative.
+    # PyTorch's autograd may be at work. Its graph and context get values with JAX's derivative.
     outs, out_spec = torch_tree.tree_flatten(forward(*args))
     after = function.stream.count if function.stream is not None else 0
     cells = {id(x._cell) for x in given}
@@ -173,7 +173,7 @@ class _Differentiated:
         """Which input an output is (``mark_dirty``), by their places among the tensors."""
         self._users = cls.__module__.partition(".")[0] != __name__.partition(".")[0]
         self._has_callables = any(map(callable, self.leaves))
-        self._has_jvp = cls.jvp is not torch.autograd.Function.jvp
+        self.has_jvp = cls.jvp is not torch.autograd.Function.jvp
         self.objects: list[Tensor | None] = [None] * len(places)
         """The arguments' own tensors, while a run may use them."""
 
@@ -206,7 +206,7 @@ class _Differentiated:
             return self._pushed(operands[:n], tangents[:n])
 
         written = Written(self.cls.__qualname__, backwards)
-        if self._has_jvp and not (held or self._has_callables):  # its tensors will have gone
+        if self.has_jvp and not (held or self._has_callables):  # its tensors will have gone
             written = written._replace(forwards=forwards)
         return with_derivative(function, written)(*arrays, *held, *kept)
 
