@@ -174,3 +174,78 @@ def test_a_value_that_the_function_has_computed_is_not_known() -> None:
         with pytest.raises(Torch2JaxError, match="item"):
             compiled(x)
     assert w.item() in (1.0, 2.0)  # the failed trace leaves no tracer behind
+
+
+# --- buffers of modules ---------------------------------------------------------------------------
+
+
+class Buffers(torch.nn.Module):
+    """It asks for the integers and masks that it keeps."""
+
+    grid: torch.Tensor
+    n: torch.Tensor
+    mask: torch.Tensor
+
+    def __init__(self, ask: Callable[[Any, Any], Any]) -> None:
+        super().__init__()
+        self.ask = ask
+        self.register_buffer("grid", torch.tensor([[2, 3], [1, 2]]))
+        self.register_buffer("n", torch.tensor(3))
+        self.register_buffer("mask", torch.tensor([True, False, True]))
+
+    def forward(self, x: Any) -> Any:
+        return self.ask(self, x)
+
+
+BUFFERS: dict[str, Callable[[Any, Any], Any]] = {
+    "tolist": lambda m, x: torch.stack([x * h + w for h, w in m.grid.tolist()]),
+    "tuples": lambda m, x: torch.cat([x[:h].repeat(int(w)) for h, w in m.grid]),
+    "int": lambda m, x: x * int(m.n),
+    "slice": lambda m, x: x[: m.n],
+    "range": lambda m, x: sum(x * i for i in range(m.n)),
+    "if": lambda m, x: x * 2 if m.n > 2 else x,
+    "index": lambda m, x: x[m.mask],
+    "split": lambda m, x: torch.cat(x.repeat(2).split([m.n, 6 - m.n])[::-1]),
+    "product": lambda m, x: x * int((m.grid[:, 0] * m.grid[:, 1]).sum()),
+}
+
+
+def written(m: Any) -> None:
+    m.n.fill_(2)
+    m.grid.add_(1)
+    m.mask.logical_not_()
+
+
+def replaced(m: Any) -> None:
+    m.n, m.mask, m.grid = m.n - 1, m.mask | True, m.grid.flip(1)
+
+
+def loaded(m: Any) -> None:
+    other = Buffers(m.ask)
+    written(other)
+    m.load_state_dict(other.state_dict())
+
+
+@pytest.mark.parametrize("name", BUFFERS)
+@pytest.mark.parametrize("change", [written, replaced, loaded])
+def test_values_of_a_modules_buffers(name: str, change: Any) -> None:
+    own, module = Buffers(BUFFERS[name]), Buffers(BUFFERS[name]).to("jax")
+    compiled, x = jit(module), torch.tensor([1.0, 2.0, 3.0])
+    for step in range(4):
+        if step == 2:
+            change(own)
+            change(module)
+        assert compiled(x.to("jax")).tolist() == own(x).tolist()
+
+
+def test_a_buffer_that_the_program_updates_has_no_known_value() -> None:
+    def counting(m: Any, x: Any) -> Any:
+        m.n += 1
+        return x * int(m.n)
+
+    module, x = Buffers(counting).to("jax"), torch.ones(2, device="jax")
+    compiled = jit(lambda x: module(x))
+    assert compiled(x).tolist() == [4.0, 4.0]
+    for n in (5, 6):
+        assert compiled(x).tolist() == [n, n]
+    assert module.n.item() == 6

@@ -85,10 +85,7 @@ def _push(primals: Any, tangents: Any, *, call_jaxpr: Any, rule: Any) -> Any:
 
 def _batch(arrays: Any, dims: Any, *, call_jaxpr: Any, rule: Any) -> Any:
     size = next(x.shape[d] for x, d in zip(arrays, dims, strict=True) if d is not None)
-    rows = [
-        jnp.broadcast_to(x, (size, *x.shape)) if d is None else jnp.moveaxis(x, d, 0)
-        for x, d in zip(arrays, dims, strict=True)
-    ]
+    rows = [batching.bdim_at_front(x, d, size) for x, d in zip(arrays, dims, strict=True)]
     traced = jax.make_jaxpr(jax.vmap(jaxpr_as_fun(call_jaxpr)))(*rows)
     return _kept_p.bind(*rows, call_jaxpr=traced, rule=jax.vmap(rule)), 0
 
