@@ -108,8 +108,15 @@ def leaky_relu(x: Any, negative_slope: Any = 0.01) -> Any:
 
 @_activation("elu")
 def elu(x: Any, alpha: Any = 1, scale: Any = 1, input_scale: Any = 1) -> Any:
-    low = jnp.where(x > 0, 0.0, x)
-    return jnp.where(x > 0, x * scale, jnp.expm1(low * input_scale) * (alpha * scale))
+    # At 0 it is a line, so that its second derivative there is 0, as in PyTorch.
+    low = jnp.where(x < 0, x, 0.0) * input_scale
+    below = jnp.where(x < 0, jnp.expm1(low), x * input_scale) * (alpha * scale)
+    return jnp.where(x > 0, x * scale, below)
+
+
+@_activation("celu")
+def celu(x: Any, alpha: Any = 1.0) -> Any:
+    return elu(x, alpha, 1, 1 / alpha)
 
 
 @_activation("softplus")

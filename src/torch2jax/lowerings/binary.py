@@ -162,7 +162,19 @@ def fmin(self: Any, other: Any) -> Any:
 
 @lowering("hypot", "prims.hypot")
 def hypot(self: Any, other: Any) -> Any:
-    return arithmetic(jnp.hypot, self, other)
+    return arithmetic(_hypot, self, other)
+
+
+@own_derivative
+def _hypot(a: Any, b: Any) -> Any:
+    return jnp.hypot(a, b)
+
+
+@_hypot.defjvp
+def _hypot_jvp(primals: Any, tangents: Any) -> Any:
+    # JAX's own second derivative is another one where the operands are equal.
+    (a, b), (da, db), out = primals, tangents, _hypot(*primals)
+    return out, a / out * da + b / out * db
 
 
 @lowering("copysign.Tensor", "copysign.Scalar")

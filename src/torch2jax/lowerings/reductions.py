@@ -198,7 +198,10 @@ def norm(x: Any, ord: float, axes: tuple[int, ...], keepdim: bool = False) -> An
     if ord == 1:
         return jnp.sum(size, axes, keepdims=keepdim)
     zero = size == 0
-    powers = size * size if ord == 2 else jnp.where(zero, 0, jnp.where(zero, 1, size) ** ord)
+    if ord == 2:  # of x itself, since |x| has no second derivative at 0
+        powers = x.real**2 + x.imag**2 if category(x.dtype) == 3 else x * x
+    else:
+        powers = jnp.where(zero, 0, jnp.where(zero, 1, size) ** ord)
     total = jnp.sum(powers, axes, keepdims=keepdim)
     none = jnp.any(zero, axes, keepdims=keepdim) if ord < 0 else total == 0
     return jnp.where(none, 0.0, _root(jnp.where(none, 1, total), ord))

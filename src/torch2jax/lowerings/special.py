@@ -62,7 +62,20 @@ def _i0(x: Any) -> Any:
 @_i0.defjvp
 def _i0_jvp(primals: Any, tangents: Any) -> Any:
     # JAX's own derivative at 0 is 1, where I0' = I1 is 0.
-    return _i0(*primals), special.i1(*primals) * tangents[0]
+    return _i0(*primals), _i1(*primals) * tangents[0]
+
+
+@own_derivative
+def _i1(x: Any) -> Any:
+    return special.i1(x)
+
+
+@_i1.defjvp
+def _i1_jvp(primals: Any, tangents: Any) -> Any:
+    # I1' = I0 - I1 / x, which is 1/2 at 0.
+    (x,), (dx,) = primals, tangents
+    zero, out = x == 0, _i1(x)
+    return out, jnp.where(zero, 0.5, _i0(x) - out / jnp.where(zero, 1, x)) * dx
 
 
 _TABLE: dict[str, Fn] = {
@@ -76,7 +89,7 @@ _TABLE: dict[str, Fn] = {
     "special_entr": special.entr,
     "special_erfcx": _erfcx,
     "special_i0e": special.i0e,
-    "special_i1": special.i1,
+    "special_i1": _i1,
     "special_i1e": special.i1e,
     "special_log_ndtr": special.log_ndtr,
     "special_ndtri": special.ndtri,
@@ -87,7 +100,7 @@ for _name, _fn in {
     "prims.erf_inv": lax.erf_inv,
     "prims.bessel_i0": _i0,
     "prims.bessel_i0e": special.i0e,
-    "prims.bessel_i1": special.i1,
+    "prims.bessel_i1": _i1,
     "prims.bessel_i1e": special.i1e,
     "prims.ndtri": special.ndtri,
     "prims.erfcx": _erfcx,
@@ -126,7 +139,7 @@ def _polygamma(n: int, x: Any) -> Any:
 @lowering("xlogy.Tensor", "xlogy.Scalar_Other", "xlogy.Scalar_Self", "special_xlogy")
 def xlogy(self: Any, other: Any) -> Any:
     def fn(x: Any, y: Any) -> Any:
-        zero = (x == 0) & ~jnp.isnan(y)
+        zero = (x == 0) & ((y <= 0) | jnp.isinf(y))
         return jnp.where(zero, 0.0, x * jnp.log(jnp.where(zero, 1.0, y)))
 
     return arithmetic(fn, self, other, True)
@@ -135,7 +148,7 @@ def xlogy(self: Any, other: Any) -> Any:
 @lowering("special_xlog1py")
 def xlog1py(self: Any, other: Any) -> Any:
     def fn(x: Any, y: Any) -> Any:
-        zero = (x == 0) & ~jnp.isnan(y)
+        zero = (x == 0) & ((y <= -1) | jnp.isinf(y))
         return jnp.where(zero, 0.0, x * jnp.log1p(jnp.where(zero, 0.0, y)))
 
     return arithmetic(fn, self, other, True)
