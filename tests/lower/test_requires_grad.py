@@ -92,6 +92,9 @@ def test_device_jit() -> None:
 class Frozen(nn.Module):
     """A layer whose bias is frozen, with a buffer, a tensor of its own and a written buffer."""
 
+    scale: torch.Tensor
+    last: torch.Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.layer = nn.Linear(2, 2)
@@ -132,8 +135,8 @@ def asking_of_a_written_buffer(model: Frozen, x: Any) -> Any:
 )
 def test_what_device_jit_closes_over_says_so_itself(fn: Any) -> None:
     torch.manual_seed(0)
-    there = Frozen()
-    here = copy.deepcopy(there).to("jax")
+    there: Any = Frozen()
+    here: Any = copy.deepcopy(there).to("jax")
     compiled = device.jit(lambda x: fn(here, x))
     x = torch.tensor([[0.3, 1.7], [-1.0, 0.4]])
     for _ in range(3):
