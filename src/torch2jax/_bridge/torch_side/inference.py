@@ -8,7 +8,8 @@ tried in turn:
 1. on the values of the operands, where all are known: an eager call has them, and examples do;
 2. on fake tensors again, with every question about values answered both ways: see ``answers``;
 3. on made-up values: zeros for integers, and seeded normals for floats, since zeros break
-   ``cholesky``, ``inv`` and norms.
+   ``cholesky``, ``inv`` and norms. Another run on ones must have a result of the same shape. It may
+   raise, unless zeros have made a result without elements.
 
 No run leaves anything behind in the user's objects: see ``preserving`` and ``Recorder.restoring``.
 """
@@ -235,11 +236,15 @@ class _Trial:
         read = None if made_up or all(s.example for s in self.specs) else ReadIntegers()
         found = run(read=read)
         again = None
-        with contextlib.suppress(Exception):  # an index may lie beyond its end
+        try:
             if made_up:
                 again = run(integer=1)
             elif read is not None and read.any:
                 again = run(read=ReadIntegers(more=1))
+        except Exception:  # an index may lie beyond its end
+            # A mask of zeros selects nothing, which says nothing of how much another selects.
+            if made_up and _is_empty(found.result):
+                raise
         if again is not None and again.result != found.result:
             raise ShapeDependsOnValues
         return found
@@ -297,6 +302,11 @@ def fake_tensors(**options: Any) -> Iterator[None]:
             yield
     finally:
         logger.removeFilter(of_others)
+
+
+def _is_empty(result: Any) -> bool:
+    """Return whether a tensor of a described result has no elements."""
+    return any(0 in leaf.shape for leaf in result.leaves)
 
 
 def _inexact(dtype: torch.dtype) -> bool:
