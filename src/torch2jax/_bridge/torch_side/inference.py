@@ -57,6 +57,8 @@ class Spec:
     value: torch.Tensor | None = None
     example: bool = True
     """Whether the value is an example's, rather than that of the call which is traced."""
+    other: torch.Tensor | None = None
+    """The value with other integers, where it follows made-up ones."""
 
 
 @dataclass(frozen=True)
@@ -232,7 +234,9 @@ class _Trial:
 
         # A second run has other integers: a shape that follows them is not known. The user's
         # examples need no such run.
-        made_up = any(s.value is None and not _inexact(s.dtype) for s in self.specs)
+        made_up = any(
+            s.other is not None or (s.value is None and not _inexact(s.dtype)) for s in self.specs
+        )
         read = None if made_up or all(s.example for s in self.specs) else ReadIntegers()
         found = run(read=read)
         again = None
@@ -367,8 +371,9 @@ _HOOKS_REFUSED = "it hooks saved tensors (torch.utils.checkpoint does), which a 
 
 def sample_of(index: int, spec: Spec, integer: int = 0) -> torch.Tensor:
     """Return the value of an operand, or a made-up one."""
-    if spec.value is not None:
-        return spec.value.detach().to(spec.device, spec.dtype, copy=True)
+    known = spec.value if spec.other is None or integer == 0 else spec.other
+    if known is not None:
+        return known.detach().to(spec.device, spec.dtype, copy=True)
     generator = torch.Generator().manual_seed(index)
     if spec.dtype.is_floating_point and spec.dtype.itemsize > 1:
         value = torch.randn(spec.shape, generator=generator, dtype=torch.float32)
