@@ -111,7 +111,7 @@ def test_eager_compiled_and_differentiated(fn: Any, x: Any) -> None:
     for wrap in (lambda f: f, jax.jit):
         f = torch2jax(lambda a: fn(a))
         np.testing.assert_allclose(wrap(f)(x), want, rtol=1e-5, atol=1e-6)
-        leaf = torch.from_numpy(x).requires_grad_()
+        leaf: Any = torch.from_numpy(x).requires_grad_()
         (fn(leaf) ** 2).sum().backward()
         f = torch2jax(lambda a: fn(a))
         grad = wrap(jax.grad(lambda a: (f(a) ** 2).sum()))(x)  # noqa: B023
@@ -320,6 +320,50 @@ def test_integers_that_nothing_is_known_of_are_zeros() -> None:
 
     f = torch2jax(fn)
     np.testing.assert_allclose(jax.jit(f)(np.array([2, 1], np.int32), X), X[[2, 1]])
+
+
+def selecting(way: str) -> Any:
+    """Rows that a mask selects, as many as the text has tokens for; fake tensors cannot tell."""
+
+    def fn(ids, mask, x):
+        chosen = mask.numpy() > 0
+        rows = {
+            "mask": lambda: x[torch.from_numpy(chosen)],
+            "count": lambda: x[: int(chosen.sum())],
+            "indices": lambda: x.index_select(0, torch.from_numpy(np.flatnonzero(chosen))),
+            "made": lambda: torch.ones(int(chosen.sum()), 4) * x.sum(),
+        }[way]()
+        if int((ids.numpy() == 3).sum()) != rows.shape[0]:
+            raise ValueError("rows and tokens differ")
+        return x * 2, rows
+
+    return fn
+
+
+@pytest.mark.parametrize("way", ["mask", "count", "indices", "made"])
+def test_what_made_up_zeros_select_is_not_taken_for_the_shape(way: str) -> None:
+    fn = selecting(way)
+    mask, x = np.array([0, 1, 1, 0], np.int32), np.arange(16, dtype=np.float32).reshape(4, 4)
+    f = torch2jax(lambda *args: fn(*args))
+    with pytest.raises(TorchCallError, match=r"(?s)asks for values.*rows and tokens differ"):
+        jax.jit(f)(IDS, mask, x)
+    want = fn(*map(torch.from_numpy, (IDS, mask, x)))
+    for got in (f(IDS, mask, x), jax.jit(f)(IDS, mask, x)):  # the call before has shown it
+        for a, b in zip(got, want, strict=True):
+            np.testing.assert_allclose(a, b)
+    grad = jax.jit(jax.grad(lambda x: (f(IDS, mask, x)[1] ** 2).sum()))(x)
+    leaf: Any = torch.from_numpy(x).requires_grad_()
+    fn(torch.from_numpy(IDS), torch.from_numpy(mask), leaf)[1].square().sum().backward()
+    np.testing.assert_allclose(grad, leaf.grad)
+
+
+def test_an_empty_result_that_no_value_decides_is_inferred() -> None:
+    def fn(ids, x):
+        return torch.from_numpy(x.numpy()[ids.numpy()]), x.new_zeros(0)
+
+    got = jax.jit(torch2jax(fn))(np.array([2, 1], np.int32), X)
+    np.testing.assert_allclose(got[0], X[[2, 1]])
+    assert got[1].shape == (0,)
 
 
 def test_a_loop_that_no_answer_ends_is_left() -> None:

@@ -174,6 +174,56 @@ def test_without_values_the_error_says_what_to_do() -> None:
     assert apply(variables, *arrays).shape == (10, 3)
 
 
+class Selects(nn.Module):
+    """It gives the rows that a mask selects, as many as the text has tokens for."""
+
+    def __init__(self, checks: bool) -> None:
+        super().__init__()
+        self.checks = checks
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, ids: Any, mask: Any, x: Any) -> Any:
+        y = self.layer(x)
+        rows = y[torch.from_numpy(mask.numpy() > 0)]
+        if self.checks and int((ids.numpy() == 3).sum()) != rows.shape[0]:
+            raise ValueError("rows and tokens differ")
+        return y * 2, rows
+
+
+class AroundSelects(nn.Module):
+    def __init__(self, checks: bool) -> None:
+        super().__init__()
+        self.inner = Selects(checks)
+        self.outer = nn.Linear(4, 4)
+
+    def forward(self, ids: Any, mask: Any, x: Any) -> Any:
+        y, rows = self.inner(ids + 1, mask * 1, self.outer(x))
+        return y, rows
+
+
+@pytest.mark.parametrize("checks", [False, True])
+@pytest.mark.parametrize("kind", [Selects, AroundSelects])
+def test_what_made_up_zeros_select_is_not_taken_for_the_shape(kind: Any, checks: bool) -> None:
+    model = kind(checks)
+    ids = np.array([1, 3, 3, 0] if kind is Selects else [0, 2, 2, 0], np.int32)
+    given = ids, np.array([0, 1, 1, 0], np.int32), np.arange(16, dtype=np.float32).reshape(4, 4)
+    apply, variables = from_module(model, lower=True)
+    what = "asks for values.*rows and tokens differ" if checks else "depends on the values"
+    with pytest.raises(Torch2JaxError, match=f"(?s){what}"):
+        jax.jit(apply)(variables, *given)
+    if not checks:  # any mask goes, so that an eager call would show one of many shapes
+        return
+    want = model(*map(torch.from_numpy, given))
+    for call in (apply, jax.jit(apply)):  # the first one shows the second one what it needs
+        for a, b in zip(call(variables, *given), want, strict=True):
+            np.testing.assert_allclose(a, b.detach(), 1e-5, 1e-6)
+    grads = jax.jit(jax.grad(lambda v: (apply(v, *given)[1] ** 2).sum()))(variables)
+    want[1].square().sum().backward()
+    for name, p in model.named_parameters():
+        assert p.grad is not None
+        np.testing.assert_allclose(grads["params"][name], p.grad, 2e-5, 1e-5)
+
+
 class Chosen(nn.Module):
     def forward(self, x: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
         return x[: int(grid.sum())]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import jax
@@ -86,6 +87,70 @@ def test_device_jit() -> None:
     for _ in range(3):
         assert not asked(x, x.detach())[1].item()
         assert asked(x, x)[1].item()
+
+
+class Frozen(nn.Module):
+    """A layer whose bias is frozen, with a buffer, a tensor of its own and a written buffer."""
+
+    scale: torch.Tensor
+    last: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+        self.layer.bias.requires_grad_(False)
+        self.register_buffer("scale", torch.tensor([0.5, 2.0]))
+        self.register_buffer("last", torch.zeros(2))
+
+    def flags(self) -> list[bool]:
+        return [
+            x.requires_grad for x in (*self.parameters(), self.scale, OWN[self.scale.device.type])
+        ]
+
+    def forward(self, x: Any) -> Any:
+        return (self.layer(x) + OWN[x.device.type]) * self.scale
+
+
+OWN = {name: torch.tensor([0.1, -0.2], device=name) for name in ("cpu", "jax")}
+
+
+def asking_with_a_graph(model: Frozen, x: Any) -> Any:
+    return model(x), model.flags()
+
+
+def asking_after_backward(model: Frozen, x: Any) -> Any:
+    y = model(x)
+    y.square().sum().backward(retain_graph=True)
+    return y, model.flags()
+
+
+def asking_of_a_written_buffer(model: Frozen, x: Any) -> Any:
+    model.last = model.last.detach()
+    model.last.mul_(0.9).add_(model(x)[0])
+    return model.last * 1.0, [*model.flags(), model.last.requires_grad]
+
+
+@pytest.mark.parametrize(
+    "fn", [asking_with_a_graph, asking_after_backward, asking_of_a_written_buffer]
+)
+def test_what_device_jit_closes_over_says_so_itself(fn: Any) -> None:
+    torch.manual_seed(0)
+    there: Any = Frozen()
+    here: Any = copy.deepcopy(there).to("jax")
+    compiled = device.jit(lambda x: fn(here, x))
+    x = torch.tensor([[0.3, 1.7], [-1.0, 0.4]])
+    for _ in range(3):
+        want, flags = fn(there, x)
+        got, found = compiled(x.to("jax"))
+        assert found == flags
+        assert here.flags() == there.flags()  # nothing is thawed for good
+        np.testing.assert_allclose(got.detach().cpu(), want.detach(), 1e-5, 1e-6)
+        for y in (want, got):
+            y.square().sum().backward()
+        for p, q in zip(here.parameters(), there.parameters(), strict=True):
+            assert (p.grad is None) == (q.grad is None)
+            if p.grad is not None and q.grad is not None:
+                np.testing.assert_allclose(p.grad.cpu(), q.grad, 1e-5, 1e-6)
 
 
 def test_a_checkpoint_that_asks() -> None:

@@ -86,7 +86,8 @@ class LoweredFunction(TorchFunction):
             key = [jax.random.key(0) if isinstance(rng, Tracer) else rng]
         by_operand = OperandOptions(self.__wrapped__, self._options, call.arguments, self._label)
         values: list[Any] = []
-        by_examples = False
+        others: list[Any] = []
+        by_examples = made_up = False
         for i, x in enumerate(operands):
             if is_unknown(x):
                 by_examples |= i in by_operand.examples
@@ -94,10 +95,19 @@ class LoweredFunction(TorchFunction):
                 with jax.ensure_compile_time_eval():  # a trace may be under way
                     if value is None:
                         spec = Spec(tuple(x.shape), dtype_j2t(x.dtype), torch.device("cpu"))
-                        value = sample_of(i, spec)
-                    x = from_torch(value).astype(x.dtype)
-            values.append(x)
-        return Rehearsal(lambda: self._trace_here(call, [*values, *key]), by_examples)
+                        value, other = sample_of(i, spec), sample_of(i, spec, 1)
+                        made_up |= not torch.equal(value, other)
+                    else:
+                        other = value
+                    value, other = (from_torch(v).astype(x.dtype) for v in (value, other))
+            else:
+                value = other = x
+            values.append(value)
+            others.append(other)
+        run, again = (
+            functools.partial(self._trace_here, call, [*xs, *key]) for xs in (values, others)
+        )
+        return Rehearsal(run, by_examples, again if made_up else None)
 
     def _trace_here(self, call: Any, operands: Any, shards: Shards | None = None) -> Any:
         key = None

@@ -70,6 +70,8 @@ class Known:
     """The operands' values, None where one is not known; or nothing."""
     trusted: bool = False
     """Whether a shape may follow them, as it may follow examples."""
+    others: Sequence[torch.Tensor | None] = ()
+    """The values that they have where other integers are made up; nothing where none are."""
 
 
 class Planner:
@@ -194,7 +196,8 @@ class Planner:
             if value is None and known and known.values:
                 found = known.values[i]
                 if found is not None and tuple(found.shape) == shape:
-                    return Spec(shape, dtypes[i], device, found, example=known.trusted)
+                    other = known.others[i] if known.others else None
+                    return Spec(shape, dtypes[i], device, found, known.trusted, other)
             return Spec(shape, dtypes[i], device, value)
 
         def attempt_once(casts: Casts, integers: IntegerUse, differentiates: bool) -> Inference:

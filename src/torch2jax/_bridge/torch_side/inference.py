@@ -8,7 +8,8 @@ tried in turn:
 1. on the values of the operands, where all are known: an eager call has them, and examples do;
 2. on fake tensors again, with every question about values answered both ways: see ``answers``;
 3. on made-up values: zeros for integers, and seeded normals for floats, since zeros break
-   ``cholesky``, ``inv`` and norms.
+   ``cholesky``, ``inv`` and norms. Another run on ones must have a result of the same shape. It may
+   raise, unless zeros have made a result without elements.
 
 No run leaves anything behind in the user's objects: see ``preserving`` and ``Recorder.restoring``.
 """
@@ -56,6 +57,8 @@ class Spec:
     value: torch.Tensor | None = None
     example: bool = True
     """Whether the value is an example's, rather than that of the call which is traced."""
+    other: torch.Tensor | None = None
+    """The value with other integers, where it follows made-up ones."""
 
 
 @dataclass(frozen=True)
@@ -231,15 +234,21 @@ class _Trial:
 
         # A second run has other integers: a shape that follows them is not known. The user's
         # examples need no such run.
-        made_up = any(s.value is None and not _inexact(s.dtype) for s in self.specs)
+        made_up = any(
+            s.other is not None or (s.value is None and not _inexact(s.dtype)) for s in self.specs
+        )
         read = None if made_up or all(s.example for s in self.specs) else ReadIntegers()
         found = run(read=read)
         again = None
-        with contextlib.suppress(Exception):  # an index may lie beyond its end
+        try:
             if made_up:
                 again = run(integer=1)
             elif read is not None and read.any:
                 again = run(read=ReadIntegers(more=1))
+        except Exception:  # an index may lie beyond its end
+            # A mask of zeros selects nothing, which says nothing of how much another selects.
+            if made_up and _is_empty(found.result):
+                raise
         if again is not None and again.result != found.result:
             raise ShapeDependsOnValues
         return found
@@ -297,6 +306,11 @@ def fake_tensors(**options: Any) -> Iterator[None]:
             yield
     finally:
         logger.removeFilter(of_others)
+
+
+def _is_empty(result: Any) -> bool:
+    """Return whether a tensor of a described result has no elements."""
+    return any(0 in leaf.shape for leaf in result.leaves)
 
 
 def _inexact(dtype: torch.dtype) -> bool:
@@ -357,8 +371,9 @@ _HOOKS_REFUSED = "it hooks saved tensors (torch.utils.checkpoint does), which a 
 
 def sample_of(index: int, spec: Spec, integer: int = 0) -> torch.Tensor:
     """Return the value of an operand, or a made-up one."""
-    if spec.value is not None:
-        return spec.value.detach().to(spec.device, spec.dtype, copy=True)
+    known = spec.value if spec.other is None or integer == 0 else spec.other
+    if known is not None:
+        return known.detach().to(spec.device, spec.dtype, copy=True)
     generator = torch.Generator().manual_seed(index)
     if spec.dtype.is_floating_point and spec.dtype.itemsize > 1:
         value = torch.randn(spec.shape, generator=generator, dtype=torch.float32)

@@ -85,8 +85,14 @@ class Capture(Leaves):
         cell.array = jax.lax.optimization_barrier(cell.array)
         self.held[id(cell)] = (cell.array, self.found[id(cell)][1])
 
+    def is_older(self, cell: Cell) -> bool:
+        return cell.serial < self.started and threading.get_ident() == self.thread
+
+    def is_as_before(self, cell: Cell) -> bool:
+        return self.is_older(cell) and cell.array is self.held.get(id(cell), (None, None))[0]
+
     def has_values(self, cell: Cell) -> bool:
-        if cell.serial > self.started or threading.get_ident() != self.thread:
+        if not self.is_older(cell):
             return False
         stand_in, before = self.held.get(id(cell), (None, None))
         return cell.array is stand_in and not isinstance(before, Tracer)

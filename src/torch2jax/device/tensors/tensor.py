@@ -78,6 +78,14 @@ class Observer:
         """Say whether ``known_array`` has values for what the cell holds."""
         return False
 
+    def is_older(self, cell: Cell) -> bool:
+        """Say whether the memory is from before what is observed."""
+        return False
+
+    def is_as_before(self, cell: Cell) -> bool:
+        """Say whether it is older and has not been written to since."""
+        return False
+
 
 _serials = itertools.count()
 captures: list[Observer] = []

@@ -101,6 +101,8 @@ class Rehearsal(NamedTuple):
     run: Callable[[], Any]
     trusted: bool
     """Whether the user has given the values as examples for others."""
+    other: Callable[[], Any] | None = None
+    """The same run with other integers, where some are made up."""
 
 
 def retried(
@@ -153,6 +155,15 @@ def _rehearsed(
     owner: Any, rehearsal: Rehearsal, choice: Choice, calls: list[int]
 ) -> dict[int, Known]:
     """Return what a run up to a call shows of its operands, and of those of the calls around it."""
+    found = _operands_in(owner, rehearsal.run, choice, calls)
+    others = _operands_in(owner, rehearsal.other, choice, calls) if rehearsal.other else {}
+    return {n: Known(values, rehearsal.trusted, others.get(n, ())) for n, values in found.items()}
+
+
+def _operands_in(
+    owner: Any, run: Callable[[], Any], choice: Choice, calls: list[int]
+) -> dict[int, list[torch.Tensor | None]]:
+    """Return the operands of calls in one run that ends at the first of them."""
     stops = Choice(choice.calls, choice.classes)
     stops.bridged, stops.stops = choice.bridged, calls
     take_out_what_was_kept()
@@ -161,11 +172,9 @@ def _rehearsed(
     try:
         # An outer trace may be under way, which is not to have what is computed here.
         with jax.ensure_compile_time_eval():
-            rehearsal.run()
+            run()
     except _Rehearsed as ended:
-        return {
-            n: Known(values_of(arrays), rehearsal.trusted) for n, arrays in ended.operands.items()
-        }
+        return {n: values_of(arrays) for n, arrays in ended.operands.items()}
     except Exception:
         pass  # the trace has an error of its own
     finally:

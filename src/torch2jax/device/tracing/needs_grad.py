@@ -3,8 +3,10 @@
 PyTorch's autograd does not record there, so the attribute would be False. The function must take
 the way that it takes where a derivative is wanted: the answer is True for what JAX differentiates.
 That is every tensor of floating-point numbers that is traced, except where the derivative has been
-ended: by ``detach``, or because gradients were off where it was computed. PyTorch's own code, which
-asks in order to record, gets PyTorch's answer. A tensor of which it was said is a leaf of PyTorch's
+ended: by ``detach``, or because gradients were off where it was computed. Another exception is what
+``device.jit`` closes over: a parameter or buffer says for itself whether it requires a gradient, so
+one that is frozen stays so. PyTorch's own code, which asks in order to record, gets PyTorch's
+answer. A tensor of which it was said is a leaf of PyTorch's
 graph from then on, so that ``torch.autograd.grad`` takes it. What was computed from it before is
 not in the graph. So under ``lower=True`` ``torch.autograd.grad`` raises there what it raises of a
 tensor that requires no gradient, and the function is traced again with operands that are leaves
@@ -22,7 +24,7 @@ from jax.core import Tracer
 from torch.autograd.graph import GradientEdge
 from torch.overrides import TorchFunctionMode
 
-from ..tensors.tensor import Tensor
+from ..tensors.tensor import Tensor, captures
 
 __all__ = ["NeedsGrad"]
 
@@ -44,8 +46,9 @@ class NeedsGrad(TorchFunctionMode):
         if out is False and func == _GET:
             root = sys._getframe(1).f_globals.get("__name__", "").partition(".")[0]
             if root not in _NOT_THE_USERS and _is_differentiated(args[0]):
-                args[0].requires_grad_()
-                args[0]._late = True
+                if not any(c.is_older(args[0]._cell) for c in captures):  # that is the user's
+                    args[0].requires_grad_()
+                    args[0]._late = True
                 return True
         return out
 
@@ -67,6 +70,8 @@ def _is_several(inputs: Any) -> bool:
 
 def _is_differentiated(x: Any) -> bool:
     if type(x) is not Tensor or x._cut or not isinstance(x._cell.array, Tracer):
+        return False
+    if any(c.is_as_before(x._cell) for c in captures):
         return False
     ended = x._chain is not None and x._chain.stops
     return not ended and (x.dtype.is_floating_point or x.dtype.is_complex)
