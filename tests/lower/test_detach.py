@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from torch2jax import device, torch2jax
+from torch2jax import Torch2JaxError, device, torch2jax
 
 W = torch.tensor([0.7, 0.4, 0.2, 0.9])
 X = torch.tensor([0.3, 0.5, 0.6, 0.8])
@@ -68,6 +68,19 @@ def data_replaced(w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return (y * y * w).sum()
 
 
+def memory_replaced(w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    y = (w * x) ** 2
+    with torch.no_grad():
+        y.set_(y * 3 + x)
+    return (y * y * w).sum()
+
+
+def its_own_data(w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    y = (w * x) ** 2
+    y.data = y.data.contiguous()
+    return (y * y * w).sum()
+
+
 def data_of_an_argument_replaced(w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     w.data = w.data * 2
     return (w**3 * x).sum()
@@ -102,7 +115,7 @@ def without_a_graph(w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 USERS = [
     in_an_attribute, a_method, a_function, in_place, inside_of_a_library_function,
     a_block_without_gradients, views_made_without_gradients, data_written_to, data_replaced,
-    data_of_an_argument_replaced,
+    memory_replaced, its_own_data, data_of_an_argument_replaced,
     a_detached_tensor_written_to, memory_written_to_without_gradients, inside_of_a_gradient,
     without_a_graph,
 ]  # fmt: skip
@@ -168,6 +181,19 @@ def test_second_derivatives_of_what_the_user_detaches(fn: Any, loop: Any) -> Non
     for again in (jax.jacfwd, jax.jacrev):
         curvature = again(jax.grad(lambda z: f(z[:4], z[4:])))(both)
         np.testing.assert_allclose(curvature, torch.stack(want).numpy(), 2e-5, 2e-5)
+
+
+def test_a_write_to_memory_that_was_given_away() -> None:
+    """The tensor that it was given to has memory of its own, and would not see it."""
+
+    def given(x: torch.Tensor) -> torch.Tensor:
+        y, z = x**2, torch.ones_like(x)
+        y.data = z
+        z.mul_(2)
+        return y
+
+    with pytest.raises(Torch2JaxError, match=r"x\.data\.copy_"):
+        torch2jax(given, lower=True)(1.2)
 
 
 # --- derivatives taken inside ---------------------------------------------------------------------

@@ -21,6 +21,8 @@ class _State(threading.local):
     """How many backward passes of autograd functions are traced for JAX's derivative."""
     detaching = 0
     """How many calls of the user's ``detach`` are under way."""
+    checks: tuple[Any, ...] = ()
+    """What is to be called when the scope of ``lower=True`` that was entered last ends well."""
     constants: Any = None
     """Tensors of other devices that the trace under way has met."""
     other_devices = 0
@@ -57,13 +59,16 @@ state = _State()
 @contextlib.contextmanager
 def lowering_scope() -> Iterator[None]:
     """In this scope PyTorch code runs on tracers, and JAX takes the derivatives."""
-    before, state.constants = state.constants, {}
+    before = state.constants, state.checks
+    state.constants, state.checks = {}, ()
     state.lowering += 1
     try:
         yield
+        for check in state.checks:
+            check()
     finally:
         state.lowering -= 1
-        state.constants = before
+        state.constants, state.checks = before
 
 
 @contextlib.contextmanager

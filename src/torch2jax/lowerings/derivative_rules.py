@@ -11,7 +11,7 @@ derivative of the same values, as that of gelu does.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -24,7 +24,7 @@ from jax.interpreters import ad, batching, mlir
 from .._compat.jax import FORGETS_DERIVATIVE_RULES, Primitive, varying_together
 from .promotion import is_inexact
 
-__all__ = ["own_derivative"]
+__all__ = ["in_rows", "own_derivative"]
 
 _PACKAGE = __name__.partition(".")[0]
 
@@ -83,9 +83,14 @@ def _push(primals: Any, tangents: Any, *, call_jaxpr: Any, rule: Any) -> Any:
     return rule(primals, pushed)
 
 
-def _batch(arrays: Any, dims: Any, *, call_jaxpr: Any, rule: Any) -> Any:
+def in_rows(arrays: Sequence[Any], dims: Sequence[Any]) -> list[Any]:
+    """Return arrays of a batch with its rows in front; an array without any gets copies."""
     size = next(x.shape[d] for x, d in zip(arrays, dims, strict=True) if d is not None)
-    rows = [batching.bdim_at_front(x, d, size) for x, d in zip(arrays, dims, strict=True)]
+    return [batching.bdim_at_front(x, d, size) for x, d in zip(arrays, dims, strict=True)]
+
+
+def _batch(arrays: Any, dims: Any, *, call_jaxpr: Any, rule: Any) -> Any:
+    rows = in_rows(arrays, dims)
     traced = jax.make_jaxpr(jax.vmap(jaxpr_as_fun(call_jaxpr)))(*rows)
     return _kept_p.bind(*rows, call_jaxpr=traced, rule=jax.vmap(rule)), 0
 

@@ -19,7 +19,7 @@ import torch
 from .._conversions.dtypes import dtype_t2j
 from .._conversions.small import widened
 from .._errors import UnsupportedDtypeError
-from .unseen import unseen
+from .derivative_rules import own_derivative
 
 aten = torch.ops.aten
 Get = Callable[..., Any]
@@ -298,6 +298,17 @@ def _same(x: Any, *_: Any) -> Any:
 
 def _given(x: Any, value: Any, *_: Any) -> Any:
     return value
+
+
+@own_derivative
+def unseen(old: Any, new: Any) -> Any:
+    """Return the new values of a write that derivatives do not see: they follow the old ones."""
+    return new
+
+
+@unseen.defjvp
+def _unseen_jvp(primals: Any, tangents: Any) -> Any:
+    return unseen(*primals), tangents[0]
 
 
 SELECT_AT, SLICE_AT = "select at", "slice at"

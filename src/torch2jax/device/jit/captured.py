@@ -98,7 +98,7 @@ class Capture(Leaves):
         return cell.array is stand_in and not isinstance(before, Tracer)
 
     def known_array(self, cell: Cell, array: Any) -> Any:
-        if cell.serial > self.started or threading.get_ident() != self.thread:
+        if not self.is_older(cell):
             return array
         stand_in, before = self.held.get(id(cell), (array, array))
         if array is not stand_in or isinstance(before, Tracer):

@@ -21,7 +21,6 @@ from jax.core import Tracer
 from ..tensors.tensor import Cell, Tensor, asked, captures, read_cell
 
 __all__ = [
-    "Recipe",
     "asked_sizes",
     "is_large",
     "keep_recipe",

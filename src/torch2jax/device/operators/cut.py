@@ -14,7 +14,7 @@ from jax.interpreters import ad, batching, mlir
 from ..._compat.jax import Primitive
 from ..thread_state import state
 
-__all__ = ["cut", "is_cut"]
+__all__ = ["constant", "cut", "is_cut"]
 
 _PACKAGE = __name__.partition(".")[0]
 
@@ -23,11 +23,16 @@ _constant_p = Primitive(f"{_PACKAGE}_without_gradient")
 
 def cut(x: Any) -> Any:
     """Return an array that is a constant to JAX's derivative."""
-    return _constant_p.bind(x) if state.backward_passes else jax.lax.stop_gradient(x)
+    return constant(x) if state.backward_passes else jax.lax.stop_gradient(x)
+
+
+def constant(x: Any) -> Any:
+    """Return an array that is a constant to JAX's derivative, and that can be transposed."""
+    return _constant_p.bind(x)
 
 
 def is_cut(primitive: Any) -> bool:
-    """Say whether an equation of this primitive is made by ``cut`` in a backward pass."""
+    """Say whether an equation of this primitive is made by ``constant``."""
     return primitive is _constant_p
 
 

@@ -16,7 +16,7 @@ import torch
 
 from ..._compat.jax import trace_state_clean
 from ...lowerings.registry import DataDependentShape
-from ...lowerings.unseen import unseen
+from ...lowerings.views import unseen
 from ..tensors.tensor import Tensor, ValueNeeded, read_cell
 from ..thread_state import state
 from . import host, results

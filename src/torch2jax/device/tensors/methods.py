@@ -10,19 +10,17 @@ import torch
 from jax.core import Tracer
 
 from ..._errors import Torch2JaxError
-from ...lowerings.unseen import unseen
 from ..thread_state import state
 from .tensor import (
     Tensor,
     ValueNeeded,
-    become,
     concrete,
     only_one,
     read,
     recorded,
     stays,
+    take_memory,
     to_torch,
-    wrap,
     wrap_view,
 )
 
@@ -158,15 +156,7 @@ def _data(self: Tensor) -> Tensor:
 
 def _set_data(self: Tensor, other: Any) -> None:
     new: Any = other if type(other) is Tensor else torch.Tensor.to(other, "jax")
-    old = self._cell.array
-    if (
-        state.lowering
-        and isinstance(old, Tracer)
-        and (self.dtype.is_floating_point or self.dtype.is_complex)
-        and (self.dtype, self.shape) == (new.dtype, new.shape)
-    ):  # to JAX's derivative it is still what it was
-        new = wrap(unseen(read(self), read(new)), self.dtype)
-    become(self, new)
+    take_memory(self, new)
 
 
 def _data_ptr(self: Tensor) -> int:

@@ -24,9 +24,10 @@ from ..._compat.jax import ArrayImpl, get_opaque_trace_state, trace_state_clean
 from ..._conversions.convert import default_array, j2t
 from ..._conversions.float64 import narrow_floats
 from ..._conversions.small import PACKED, widened
-from ..._errors import UnsupportedDtypeError
+from ..._errors import Torch2JaxError, UnsupportedDtypeError
 from ...lowerings.promotion import array_dtype
 from ...lowerings.registry import ValuesAsked
+from ...lowerings.views import unseen
 from ..thread_state import state
 from .view_chains import Chain
 
@@ -42,6 +43,7 @@ __all__ = [
     "recorded",
     "refuse_overlap",
     "replace",
+    "take_memory",
     "to_torch",
     "wrap",
     "write",
@@ -272,6 +274,33 @@ def become(x: Tensor, other: Tensor) -> Tensor:
     torch.Tensor.data.__set__(x, other)  # type: ignore[attr-defined]
     x._cell, x._chain, x._memo, x._sort = other._cell, other._chain, None, None
     return x
+
+
+def take_memory(x: Tensor, other: Tensor) -> Tensor:
+    """Give ``x`` the memory of ``other``, as ``x.data = other`` and ``x.set_(other)`` do.
+
+    Under ``lower=True`` it gets memory of its own with these values, because to JAX's derivative it
+    is still what it was. A later write to the other's memory, which it would not see, is an error.
+    """
+    cell, version = other._cell, other._cell.version
+    if (
+        state.lowering
+        and isinstance(x._cell.array, Tracer)
+        and (x.dtype.is_floating_point or x.dtype.is_complex)
+        and (x.dtype, x.shape) == (other.dtype, other.shape)
+    ):
+
+        def check() -> None:
+            if cell.version != version:
+                raise Torch2JaxError(
+                    "with lower=True a tensor was written to after it had been given to another "
+                    "one by x.data = y or x.set_(y): x would not see that. Write to y first, or "
+                    "use x.data.copy_(y)."
+                )
+
+        state.checks += (check,)
+        other = wrap(unseen(read(x), read(other)), x.dtype)
+    return become(x, other)
 
 
 def refuse_overlap(t: Tensor, fills: bool) -> None:

@@ -26,7 +26,8 @@ from jax.interpreters import ad, batching, mlir
 
 from ..._compat.jax import Primitive, varying_together
 from ..._errors import DifferentiationError
-from ..operators.cut import is_cut
+from ...lowerings.derivative_rules import in_rows
+from ..operators.cut import constant, is_cut
 
 __all__ = ["Written", "with_derivative"]
 
@@ -35,7 +36,6 @@ _PACKAGE = __name__.partition(".")[0]
 _results_p = Primitive(f"{_PACKAGE}_results_of_autograd_function")
 _pushed_p = Primitive(f"{_PACKAGE}_tangents_of_autograd_function")
 _once_p = Primitive(f"{_PACKAGE}_gradients_without_derivative")
-_operand_p = Primitive(f"{_PACKAGE}_operand_of_autograd_function")
 for _primitive in (_results_p, _pushed_p, _once_p):
     _primitive.multiple_results = True
 
@@ -68,7 +68,7 @@ def with_derivative(function: Any, written: Written) -> Any:
     written = written._replace(backwards=checked)
 
     def differentiable(*operands: Any) -> list[Any]:
-        out = function(*map(_operand_p.bind, operands))
+        out = function(*map(constant, operands))
         return _results_p.bind(*out, *operands, count=len(out), written=written)
 
     return differentiable
@@ -111,13 +111,8 @@ def _push(primals: Any, tangents: Any, *, count: int, written: Written) -> Any:
     ]
 
 
-def _in_rows(given: Any, dims: Any) -> list[Any]:
-    size = next(x.shape[d] for x, d in zip(given, dims, strict=True) if d is not None)
-    return [batching.bdim_at_front(x, d, size) for x, d in zip(given, dims, strict=True)]
-
-
 def _batch_results(given: Any, dims: Any, *, count: int, written: Written) -> Any:
-    out = _results_p.bind(*_in_rows(given, dims), count=count, written=written.batched())
+    out = _results_p.bind(*in_rows(given, dims), count=count, written=written.batched())
     return out, [0] * len(out)
 
 
@@ -189,8 +184,8 @@ def _pushed(*given: Any, moving: Any, like: Any, floats: Any, written: Written) 
             raise failed from None
         raise DifferentiationError(
             f"{written.name} has no derivative in forward mode (jvp, jacfwd, linearize): its "
-            "backward pass is not linear in its cotangents, and it has no jvp. Take reverse mode "
-            "(grad, vjp, jacrev), or write the jvp."
+            "backward pass is not linear in its cotangents, and there is no jvp that can run. Take "
+            "reverse mode (grad, vjp, jacrev), or write a jvp."
         ) from error
     return out
 
@@ -219,7 +214,7 @@ def _transpose_pushed(
 
 
 def _batch_pushed(given: Any, dims: Any, *, like: Any, written: Written, **params: Any) -> Any:
-    rows = _in_rows(given, dims)
+    rows = in_rows(given, dims)
     size = rows[0].shape[0]
     like = tuple(x.update(shape=(size, *x.shape)) for x in like)
     out = _pushed_p.bind(*rows, like=like, written=written.batched(), **params)
@@ -289,7 +284,7 @@ def _refuse(primals: Any, tangents: Any, *, count: int, name: str) -> Any:
 
 
 def _batch_once(given: Any, dims: Any, **params: Any) -> Any:
-    out = _once_p.bind(*_in_rows(given, dims), **params)
+    out = _once_p.bind(*in_rows(given, dims), **params)
     return out, [0] * len(out)
 
 
@@ -304,23 +299,3 @@ ad.primitive_jvps[_once_p] = _refuse
 ad.primitive_transposes[_once_p] = _transpose_once
 batching.primitive_batchers[_once_p] = _batch_once
 mlir.register_lowering(_once_p, lambda _, *given, count, name: list(given[:count]))
-
-
-# --- operands -------------------------------------------------------------------------------------
-
-
-@_operand_p.def_abstract_eval
-@_operand_p.def_impl
-def _operand(x: Any) -> Any:
-    return x
-
-
-def _constant(primals: Any, _: Any) -> Any:
-    out = _operand_p.bind(*primals)
-    return out, ad.Zero(jax.typeof(out).to_tangent_aval())
-
-
-ad.primitive_jvps[_operand_p] = _constant
-ad.primitive_transposes[_operand_p] = lambda cotangent, _: [cotangent]
-batching.primitive_batchers[_operand_p] = lambda given, dims: (_operand_p.bind(*given), *dims)
-mlir.register_lowering(_operand_p, lambda _, x: [x])

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ...._errors import Torch2JaxError
-from ...tensors.tensor import Tensor, become, replace, wrap
+from ...tensors.tensor import Tensor, become, replace, take_memory, wrap
 from .table import aten, special
 
 
@@ -17,7 +17,7 @@ from .table import aten, special
 def _set_(args: Any, kwargs: Any) -> Any:
     if len(args) != 2 or type(args[1]) is not Tensor:
         raise Torch2JaxError("set_ on device jax takes a tensor on device jax, and no sizes.")
-    return become(args[0], args[1])
+    return take_memory(args[0], args[1])
 
 
 @special(aten.set_.default)
